@@ -1,0 +1,174 @@
+"""Loading released encoders, saving ours, and initialising one from data."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from speechllm.encoder import subsampling
+from speechllm.encoder.scaling import swoosh_r
+from speechllm.encoder.zipformer import Zipformer, ZipformerConfig
+from speechllm.errors import UserError
+
+WEIGHT_FILES = ("model.safetensors", "pretrained.safetensors", "pretrained.pt", "model.pt")
+# The names a composite model gives its encoder; its config.json has "<name>_config", or "<name>".
+COMPOSITE_NAMES = ("audio_encoder", "speech_encoder", "encoder")
+# icefall's models do not have the count, and are fully trained: all schedules are past their end.
+FULLY_TRAINED = 100000.0
+
+
+def load_encoder(path: str | Path, map_location: str | torch.device = "cpu") -> Zipformer:
+    """A released Zipformer encoder, alone or out of a composite model, in eval mode and float32.
+
+    Args:
+        path: a folder with config.json and one of `WEIGHT_FILES`, or such a file with config.json beside it.
+            The weights may be bare or under "state_dict" or "model", their names with "module." in front or
+            not.
+        map_location: the device it shall be on.
+
+    Raises:
+        FileNotFoundError: if config.json or the weights are missing.
+        UserError: if they do not belong together, with the names of all weights that are missing, left over
+            or of another shape.
+    """
+    path = Path(path)
+    weights_path = path
+    if path.is_dir():
+        found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{path}: no encoder weights; expected one of {', '.join(WEIGHT_FILES)}")
+        weights_path = found[0]
+    config_path = weights_path.parent / "config.json"
+    for file in (weights_path, config_path):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; an encoder needs its weights and config.json beside them")
+
+    config = _encoder_config(config_path)
+    state_dict = encoder_state_dict(_read_weights(weights_path))
+    state_dict.setdefault("model_batch_count", torch.tensor(FULLY_TRAINED))
+    with torch.device("meta"):
+        encoder = Zipformer(config)
+    expected = encoder.state_dict()
+    problems = {
+        "missing": sorted(set(expected) - set(state_dict)),
+        "unexpected": sorted(set(state_dict) - set(expected)),
+        "of another shape": [
+            f"{name}: {tuple(state_dict[name].shape)} in the file, {tuple(value.shape)} by config.json"
+            for name, value in expected.items()
+            if name in state_dict and state_dict[name].shape != value.shape
+        ],
+    }
+    problems = {what: names for what, names in problems.items() if names}
+    if problems:
+        raise UserError(
+            f"{weights_path} is not the encoder that {config_path} describes; do the two belong together? "
+            + "; ".join(f"{len(names)} weights {what}: {', '.join(names)}" for what, names in problems.items())
+        )
+    encoder.load_state_dict({k: v.float() for k, v in state_dict.items()}, assign=True)
+    encoder.requires_grad_(True)
+    return encoder.to(map_location).eval()
+
+
+def save_encoder(encoder: Zipformer, folder: str | Path) -> None:
+    """Writes config.json and model.safetensors for `load_encoder`; each appears complete or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state_dict = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    config = json.dumps(encoder.config.to_dict(), indent=2) + "\n"
+    for name, write in (
+        ("model.safetensors", lambda p: save_file(state_dict, p)),
+        ("config.json", lambda p: p.write_text(config)),
+    ):
+        temporary = folder / f"{name}.tmp"
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, folder / name)
+
+
+def _encoder_config(path: Path) -> ZipformerConfig:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON: {e}") from e
+    for name in COMPOSITE_NAMES:
+        for key in (f"{name}_config", name):
+            if isinstance(values.get(key), dict):
+                values = values[key]
+    try:
+        return ZipformerConfig.from_dict(values)
+    except ValueError as e:
+        raise UserError(f"{path}: {e}") from e
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise UserError(f"{path}: cannot be read as model weights, is it complete? {e}") from e
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+
+
+def encoder_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The Zipformer's part of the weights of a model that has one, under the names it has alone.
+
+    An encoder alone has "encoder_embed.*", "encoder.*" and perhaps "model_batch_count". A composite model has
+    them behind a name of `COMPOSITE_NAMES`; icefall's have them bare, next to a decoder and a joiner, which
+    are left out.
+
+    Raises:
+        UserError: if there is no Zipformer in them.
+    """
+    weights = {k.removeprefix("module."): v for k, v in weights.items()}
+    for prefix in (*(f"{name}." for name in COMPOSITE_NAMES), ""):
+        if any(k.startswith(f"{prefix}encoder_embed.") for k in weights):
+            own = tuple(f"{prefix}{part}" for part in ("encoder_embed.", "encoder.", "model_batch_count"))
+            return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(own)}
+    raise UserError(
+        f"the weights hold no Zipformer: no name begins with encoder_embed., or one of {COMPOSITE_NAMES} "
+        f"and encoder_embed.; the first names are {list(weights)[:5]}"
+    )
+
+
+@torch.no_grad()
+def init_from_data(encoder: Zipformer, features: Tensor, feature_lens: Tensor) -> None:
+    """Makes the front end of a new encoder fit for its data: each layer's outputs get mean 0 and std 1 per
+    channel.
+
+    Otherwise the signal of raw log-mel features, whose mean is far from 0, dies in the convolutions of a
+    small model and for minutes nothing is learnt. Nothing but weights and biases change, so the normalisation
+    of the features ends up in the first convolution. As in Salimans & Kingma (arXiv 1602.07868, section 3)
+    and Mishkin & Matas (arXiv 1511.06422).
+
+    Args:
+        encoder: fresh from its constructor.
+        features, feature_lens: a typical batch, (N, T, F) and (N,).
+    """
+    embed = encoder.encoder_embed
+    features = features[:, : int(feature_lens.min())]  # so that no padding enters the statistics
+
+    def normalize(layer: torch.nn.Module, out: Tensor) -> Tensor:
+        """Gives `out` (..., C), computed by the layer, mean 0 and std 1, and so the layer from now on."""
+        std, mean = torch.std_mean(out.flatten(0, -2), dim=0)
+        layer.weight.div_(std.view(-1, *[1] * (layer.weight.dim() - 1)))
+        layer.bias.sub_(mean).div_(std)
+        return (out - mean) / std
+
+    x = features.unsqueeze(-1)
+    for conv in embed.conv.values():
+        x = swoosh_r(normalize(conv, subsampling.conv2d(conv, x)))
+    convnext = embed.convnext
+    hidden = normalize(convnext.depthwise_conv, subsampling.conv2d(convnext.depthwise_conv, x))
+    normalize(convnext.pointwise_conv1, subsampling.conv2d(convnext.pointwise_conv1, hidden))
+    training = encoder.training
+    x = embed.eval().convolve(features, valid=None)
+    embed.train(training)
+    normalize(embed.out, embed.project(x))

@@ -1,0 +1,109 @@
+"""Zipformer's convolutional front end: features at 100 frames a second to embeddings at 50.
+
+After arXiv 2310.11230 (section 3.1, "Conv-Embed") and icefall; the ConvNeXt block is that of arXiv
+2201.03545.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speechllm.encoder.scaling import (
+    Balancer,
+    BiasNorm,
+    ScheduledFloat,
+    Whiten,
+    constant,
+    dropout_mask,
+    swoosh_l,
+    swoosh_r,
+)
+
+# Three convolutions that see 7 frames and step by 2; (T - 7) // 2 outputs are counted, as in icefall.
+MIN_FRAMES = 9
+
+
+def output_lens(feature_lens: Tensor | int) -> Tensor | int:
+    """Frames after the front end for this many features."""
+    return (feature_lens - 7) // 2
+
+
+def conv2d(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution over (N, T, F, C), which is channels last for PyTorch too: fast, and free of copies."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ConvNeXt(nn.Module):
+    """A 7 x 7 depthwise convolution and two pointwise layers around SwooshL, added to the input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        hidden = 3 * channels
+        self.layer_skip_rate = ScheduledFloat((0.0, 0.2), (20000.0, 0.015))
+        self.depthwise_conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.pointwise_conv1 = nn.Conv2d(channels, hidden, 1)
+        self.hidden_balancer = Balancer(0.3, 1.0, 0.75, 5.0)
+        self.pointwise_conv2 = nn.Conv2d(hidden, channels, 1)
+        with torch.no_grad():
+            self.pointwise_conv2.weight.mul_(0.01)
+            self.pointwise_conv2.bias.uniform_(-0.001, 0.001)
+        self.out_balancer = Balancer(0.4, 0.6, 1.0, 6.0)
+        self.out_whiten = Whiten(constant(5.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, F, C) -> (N, T, F, C); what lies beyond an utterance must be 0."""
+        hidden = conv2d(self.pointwise_conv1, conv2d(self.depthwise_conv, x))
+        out = conv2d(self.pointwise_conv2, swoosh_l(self.hidden_balancer(hidden)))
+        if self.training:
+            keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.layer_skip_rate.value
+            out = out * keep
+        return self.out_whiten(self.out_balancer(x + out))
+
+
+class Conv2dSubsampling(nn.Module):
+    """Features (N, T, F) to embeddings (N, (T - 7) // 2, out_dim).
+
+    Args:
+        feature_dim: mel bins, F; at least 7.
+        out_dim: width of the output.
+        channels: output channels of the three convolutions; (8, 32, 128) in released models.
+    """
+
+    def __init__(self, feature_dim: int, out_dim: int, channels: tuple[int, int, int], dropout: ScheduledFloat):
+        super().__init__()
+        c1, c2, c3 = channels
+        convs = {
+            0: nn.Conv2d(1, c1, 3, padding=(0, 1)),
+            4: nn.Conv2d(c1, c2, 3, stride=2),
+            7: nn.Conv2d(c2, c3, 3, stride=(1, 2)),
+        }
+        # The numbers are the names that released models have.
+        self.conv = nn.ModuleDict({str(i): conv.to(memory_format=torch.channels_last) for i, conv in convs.items()})
+        self.balancers = nn.ModuleList([Balancer(0.05, 0.95, 0.2, max_abs) for max_abs in (1.0, 4.0, 4.0)])
+        self.convnext = ConvNeXt(c3)
+        self.out = nn.Linear((((feature_dim - 1) // 2) - 1) // 2 * c3, out_dim)
+        self.out_whiten = Whiten(ScheduledFloat((0.0, 4.0), (20000.0, 8.0)), grad_scale=0.02)
+        self.out_norm = BiasNorm(out_dim)
+        self.dropout = dropout
+
+    def convolve(self, features: Tensor, valid: Tensor | None) -> Tensor:
+        """(N, T, F) -> (N, T', F', C), what `out` projects; `valid` as in `forward`."""
+        x = features.unsqueeze(-1)
+        for conv, balancer in zip(self.conv.values(), self.balancers, strict=True):
+            x = swoosh_r(balancer(conv2d(conv, x)))
+        if valid is not None:
+            x = x * valid[:, :, None, None]
+        return self.convnext(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """(N, T', F', C) -> (N, T', out_dim)"""
+        # The weight counts (C, F'), the memory (F', C): the weight is smaller.
+        n, t, f, c = x.shape
+        weight = self.out.weight.view(-1, c, f).transpose(1, 2).reshape(-1, f * c)
+        return F.linear(x.reshape(n, t, f * c), weight, self.out.bias)
+
+    def forward(self, features: Tensor, valid: Tensor | None) -> Tensor:
+        """(N, T, F) -> (N, T', out_dim); `valid` (N, T') is False on padding, None if there is none."""
+        x = self.out_norm(self.out_whiten(self.project(self.convolve(features, valid))))
+        mask = dropout_mask(x, self.dropout.value) if self.training else None
+        return x if mask is None else x * mask

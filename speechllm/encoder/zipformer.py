@@ -1,0 +1,726 @@
+"""The Zipformer encoder: log-mel features in, embeddings at a quarter of the frame rate out.
+
+"Zipformer: A faster and better encoder for automatic speech recognition" (Yao et al., arXiv 2310.11230), in
+the form and with the parameter names of the encoders released by icefall and Auden. Two things differ from
+those: an utterance's result does not depend on the batch it is in, and every parameter gets a gradient in
+every step.
+"""
+
+import dataclasses
+import math
+import random
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speechllm.encoder import subsampling
+from speechllm.encoder.scaling import (
+    Balancer,
+    BiasNorm,
+    ScheduledFloat,
+    Whiten,
+    constant,
+    dropout_mask,
+    limit_parameter,
+    penalize_large,
+    scaled_linear,
+    scheduled_floats,
+    swoosh_l,
+    swoosh_r,
+)
+
+PER_STACK = (
+    "downsampling_factor",
+    "num_encoder_layers",
+    "encoder_dim",
+    "encoder_unmasked_dim",
+    "feedforward_dim",
+    "num_heads",
+    "query_head_dim",
+    "value_head_dim",
+    "pos_head_dim",
+    "cnn_module_kernel",
+)
+
+
+@dataclass
+class ZipformerConfig:
+    """What a released encoder's config.json holds. Lists have one entry per stack; one entry or a number
+    serves all.
+
+    Args:
+        feature_dim: mel bins.
+        downsampling_factor: each stack's, relative to the 50 frames a second of the front end.
+        encoder_unmasked_dim: in training the dimensions above this are dropped for some utterances.
+        feedforward_dim: of the second of the three feed-forward modules; the others are 3/4 and 5/4 as wide.
+        pos_dim: width of the relative position encoding, even.
+        output_downsampling_factor: of the final downsampling, 2 for an output of 25 frames a second.
+        subsampling_channels: of the three convolutions in the front end, where a small model spends most of
+            its time.
+        dropout: None for icefall's schedule, 0.3 falling to 0.1 over 20,000 batches.
+        warmup_batches: over how many batches the layers come into play, one stack after the other.
+        causal: whether an output may depend on later chunks. The next two are for causal models only.
+        chunk_size: in frames of 20 ms, a multiple of all downsampling factors; -1 is the whole utterance. One
+            of the list is drawn for each training batch; in eval mode the largest is used, or what `forward`
+            is told.
+        left_context_frames: how many frames before its chunk attention sees, rounded down to whole chunks; -1
+            is all.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+
+    feature_dim: int = 80
+    output_downsampling_factor: int = 2
+    downsampling_factor: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 4, 2])
+    num_encoder_layers: list[int] = field(default_factory=lambda: [2, 2, 3, 4, 3, 2])
+    encoder_dim: list[int] = field(default_factory=lambda: [192, 256, 384, 512, 384, 256])
+    encoder_unmasked_dim: list[int] = field(default_factory=lambda: [192, 192, 256, 256, 256, 192])
+    feedforward_dim: list[int] = field(default_factory=lambda: [512, 768, 1024, 1536, 1024, 768])
+    num_heads: list[int] = field(default_factory=lambda: [4, 4, 4, 8, 4, 4])
+    query_head_dim: list[int] = field(default_factory=lambda: [32])
+    value_head_dim: list[int] = field(default_factory=lambda: [12])
+    pos_head_dim: list[int] = field(default_factory=lambda: [4])
+    pos_dim: int = 48
+    cnn_module_kernel: list[int] = field(default_factory=lambda: [31, 31, 15, 15, 15, 31])
+    subsampling_channels: list[int] = field(default_factory=lambda: [8, 32, 128])
+    dropout: float | None = None
+    warmup_batches: float = 4000.0
+    causal: bool = False
+    chunk_size: list[int] = field(default_factory=lambda: [16, 32, 64, -1])
+    left_context_frames: list[int] = field(default_factory=lambda: [64, 128, 256, -1])
+
+    def __post_init__(self):
+        def check(ok: bool, key: str, allowed: str) -> None:
+            if not ok:
+                raise ValueError(f"Zipformer configuration: {key} is {getattr(self, key)}, but must be {allowed}")
+
+        for key in (*PER_STACK, "chunk_size", "left_context_frames", "subsampling_channels"):
+            value = getattr(self, key)
+            value = list(value) if isinstance(value, (list, tuple)) else [value]
+            setattr(self, key, value)
+            check(bool(value) and all(type(v) is int for v in value), key, "a whole number or a list of such")
+        num_stacks = len(self.downsampling_factor)
+        for key in PER_STACK:
+            value = getattr(self, key)
+            check(
+                len(value) in (1, num_stacks),
+                key,
+                f"1 or {num_stacks} numbers, as downsampling_factor has {num_stacks}",
+            )
+            check(min(value) > 0, key, "positive")
+            setattr(self, key, value * num_stacks if len(value) == 1 else value)
+        check(self.feature_dim >= 7, "feature_dim", "at least 7")
+        check(self.output_downsampling_factor > 0, "output_downsampling_factor", "positive")
+        check(self.pos_dim > 0 and self.pos_dim % 2 == 0, "pos_dim", "positive and even")
+        check(all(k % 2 for k in self.cnn_module_kernel), "cnn_module_kernel", "odd")
+        check(all(d % 4 == 0 for d in self.encoder_dim), "encoder_dim", "multiples of 4")
+        check(all(d % 4 == 0 for d in self.feedforward_dim), "feedforward_dim", "multiples of 4")
+        check(
+            all(u <= d for u, d in zip(self.encoder_unmasked_dim, self.encoder_dim, strict=True)),
+            "encoder_unmasked_dim",
+            f"no larger than encoder_dim {self.encoder_dim} in any stack",
+        )
+        channels = self.subsampling_channels
+        check(len(channels) == 3 and min(channels) > 0, "subsampling_channels", "3 positive numbers")
+        check(self.dropout is None or 0 <= self.dropout < 1, "dropout", "null or from 0 to below 1")
+        check(self.warmup_batches > 0, "warmup_batches", "positive")
+        if self.causal:
+            multiple = math.lcm(*self.downsampling_factor)
+            check(
+                all(c == -1 or (c > 0 and c % multiple == 0) for c in self.chunk_size),
+                "chunk_size",
+                f"-1 or multiples of {multiple}, which all of downsampling_factor divide",
+            )
+            check(
+                all(c == -1 or c > 0 for c in self.left_context_frames),
+                "left_context_frames",
+                "-1 or positive",
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ZipformerConfig":
+        """From the contents of a config.json; "model_type" may be in it.
+
+        Raises:
+            ValueError: for unknown keys, and as the constructor does.
+        """
+        values = {k: v for k, v in values.items() if k != "model_type"}
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"Zipformer configuration: unknown keys {unknown}; known are {known}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """As config.json has it."""
+        return {"model_type": "zipformer", **dataclasses.asdict(self)}
+
+
+@dataclass
+class Frames:
+    """What all layers at one frame rate share about the frames of a batch; T counts them at that rate.
+
+    pos_emb: relative positions, (2 T - 1, pos_dim).
+    attn_mask: added to attention scores, broadcasts with (N, T, T); None if nothing is masked.
+    valid: (N, T, 1), 0 on padding, in the features' type; None if there is no padding.
+    chunk: frames in a chunk of the causal convolution.
+    edge_distance: from each frame to the first and to the last of its chunk, (N or 1, T); None if not
+        causal.
+    """
+
+    pos_emb: Tensor
+    attn_mask: Tensor | None
+    valid: Tensor | None
+    chunk: int
+    edge_distance: tuple[Tensor, Tensor] | None
+
+
+def relative_positions(num_frames: int, dim: int, device: torch.device) -> Tensor:
+    """Encodes how far a key is from a query, -(T - 1) to T - 1, with less resolution the further it is.
+
+    Offsets are compressed, first logarithmically and then by an arcus tangens, to a finite interval whose
+    Fourier series is
+    returned, (2 T - 1, dim); the last column is 1 and serves as a bias.
+    """
+    offset = torch.arange(1 - num_frames, num_frames, device=device, dtype=torch.float32)
+    knee = math.sqrt(dim)
+    compressed = knee * offset.sign() * (offset.abs() / knee).log1p()
+    angle = (compressed * (2.0 * math.pi / dim)).atan()
+    angles = angle[:, None] * torch.arange(1, dim // 2 + 1, device=device)
+    encoding = torch.stack((angles.cos(), angles.sin()), dim=-1).flatten(1)
+    encoding[:, -1] = 1.0
+    return encoding
+
+
+def keep_utterances(x: Tensor, skip_rate: float) -> Tensor | None:
+    """What to multiply x (N, T, C) with to skip a module for some utterances, (N, 1, 1); None for rate 0."""
+    if skip_rate == 0.0:
+        return None
+    return (torch.rand(len(x), 1, 1, device=x.device) >= skip_rate).to(x.dtype)
+
+
+def whitening(limit: float, ratio: float = 2.0, **kwargs) -> Whiten:
+    return Whiten(ScheduledFloat((0.0, limit), (20000.0, ratio * limit)), **kwargs)
+
+
+class AttentionWeights(nn.Module):
+    """Multi-head attention weights, with relative positions. Three modules of a layer use them."""
+
+    def __init__(self, dim: int, pos_dim: int, num_heads: int, query_head_dim: int, pos_head_dim: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query_dim = num_heads * query_head_dim
+        # The usual 1 / sqrt(head dim) is in the initial values of queries and keys.
+        in_dim = (2 * query_head_dim + pos_head_dim) * num_heads
+        self.in_proj = scaled_linear(dim, in_dim, initial_scale=query_head_dim**-0.25)
+        self.linear_pos = scaled_linear(pos_dim, num_heads * pos_head_dim, bias=False, initial_scale=0.05)
+        self.pos_skip_rate = ScheduledFloat((0.0, 0.5), (4000.0, 0.0))
+        # A constant added to all keys changes nothing, so nothing else would keep their bias from drifting
+        # away.
+        self.balance_keys = Balancer(0.4, 0.6, 0.0, 100.0, prob=0.025)
+        self.whiten_keys = whitening(3.0, groups=num_heads, grad_scale=0.025)
+
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+        """(N, T, C) -> (heads, N, T, T), float32, the last dimension sums to 1."""
+        n, t, _ = x.shape
+        pos_dim = self.linear_pos.out_features
+        query, key, pos_query = self.in_proj(x).split((self.query_dim, self.query_dim, pos_dim), dim=-1)
+        key = self.whiten_keys(self.balance_keys(key))
+        use_positions = not self.training or random.random() >= self.pos_skip_rate.value
+        if not use_positions:
+            query = query + 0.0 * self.linear_pos.weight.sum()  # a gradient of 0 rather than none
+
+        query, key = self.by_head(query), self.by_head(key)
+        if use_positions:
+            # One product per head over all utterances, then each query's row is shifted to start at the first
+            # key.
+            pos_query = self.by_head(pos_query).view(self.num_heads, n * t, -1)
+            pos_key = self.linear_pos(frames.pos_emb[None])[0]
+            pos_key = pos_key.view(2 * t - 1, self.num_heads, -1).permute(1, 2, 0)
+            shifted = pos_query @ pos_key  # (heads, N T, 2 T - 1)
+            row = 2 * t - 1
+            shifted = shifted.as_strided((self.num_heads * n, t, t), (t * row, row - 1, 1), t - 1)
+            scores = torch.baddbmm(shifted, query, key.mT)
+        else:
+            scores = query @ key.mT
+        if self.training and random.random() < 0.1:
+            scores = penalize_large(scores, limit=25.0, penalty=1e-4)  # a safety net: scores should be far smaller
+        scores = scores.view(self.num_heads, n, t, t)
+        if frames.attn_mask is not None:
+            scores = scores + frames.attn_mask
+        return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """(N, T, heads C) -> (heads N, T, C)"""
+        n, t, _ = x.shape
+        return x.view(n, t, self.num_heads, -1).permute(2, 0, 1, 3).reshape(self.num_heads * n, t, -1)
+
+
+def attend(weights: Tensor, x: Tensor) -> Tensor:
+    """Weighted sums over time: weights (heads, N, T, T), x (N, T, heads C) -> (N, T, heads C)"""
+    heads, n, t, _ = weights.shape
+    x = x.view(n, t, heads, -1).permute(2, 0, 1, 3)
+    return (weights.to(x.dtype) @ x).permute(1, 2, 0, 3).reshape(n, t, -1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, value_head_dim: int):
+        super().__init__()
+        self.in_proj = nn.Linear(dim, num_heads * value_head_dim)
+        self.out_proj = scaled_linear(num_heads * value_head_dim, dim, initial_scale=0.05)
+        self.whiten = whitening(7.5, ratio=3.0)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """(N, T, C) -> (N, T, C)"""
+        return self.whiten(self.out_proj(attend(weights, self.in_proj(x))))
+
+
+class NonlinAttention(nn.Module):
+    """Attention with one head over a gated projection, gated again afterwards."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        hidden = 3 * dim // 4
+        self.in_proj = nn.Linear(dim, 3 * hidden)
+        self.balancer = Balancer(
+            ScheduledFloat((0.0, 0.25), (20000.0, 0.05)),
+            ScheduledFloat((0.0, 0.75), (20000.0, 0.95)),
+            0.5,
+            5.0,
+        )
+        self.out_proj = scaled_linear(hidden, dim, initial_scale=0.05)
+        self.whiten1 = whitening(5.0)
+        self.whiten2 = whitening(5.0, ratio=3.0)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """(N, T, C) -> (N, T, C)"""
+        gate, value, out_gate = self.in_proj(x).chunk(3, dim=-1)
+        value = self.whiten1(value) * self.balancer(gate).tanh()
+        return self.whiten2(self.out_proj(attend(weights[:1], value) * out_gate))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, hidden: int, dropout: ScheduledFloat):
+        super().__init__()
+        self.in_proj = nn.Linear(dim, hidden)
+        self.hidden_balancer = Balancer(0.3, 1.0, 0.75, 5.0)
+        self.out_proj = scaled_linear(hidden, dim, initial_scale=0.1)
+        self.dropout = dropout
+        self.out_whiten = whitening(7.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, C) -> (N, T, C)"""
+        x = swoosh_l(self.hidden_balancer(self.in_proj(x)))
+        x = _masked(x, dropout_mask(x, self.dropout.value) if self.training else None)
+        return self.out_whiten(self.out_proj(x))
+
+
+def depthwise_conv(x: Tensor, conv: nn.Conv1d, padding: int) -> Tensor:
+    """(N, T, C) -> (N, T', C). In 2-d, where channels can be last in memory: 4 times as fast on CPU."""
+    x = x.transpose(1, 2).unsqueeze(2)
+    x = F.conv2d(x, conv.weight.unsqueeze(2), conv.bias, padding=(0, padding), groups=conv.groups)
+    return x.squeeze(2).transpose(1, 2)
+
+
+class ChunkCausalConv(nn.Module):
+    """A depthwise convolution that sees the past and its own chunk: one causal half, one within each chunk.
+
+    Near a chunk's edges the latter lacks neighbours; it is scaled there, by learnt amounts.
+    """
+
+    def __init__(self, dim: int, kernel: int):
+        super().__init__()
+        self.causal_conv = nn.Conv1d(dim, dim, (kernel + 1) // 2, groups=dim)
+        nn.init.uniform_(self.causal_conv.bias, -0.1, 0.1)
+        self.chunkwise_conv = nn.Conv1d(dim, dim, kernel, groups=dim, padding=kernel // 2)
+        self.chunkwise_conv_scale = nn.Parameter(torch.zeros(2, dim, kernel))
+
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+        """(N, T, C) -> (N, T, C); T is a multiple of the chunk size."""
+        n, t, c = x.shape
+        kernel = self.chunkwise_conv.kernel_size[0]
+        causal = depthwise_conv(F.pad(x, (0, 0, kernel // 2, 0)), self.causal_conv, 0)
+        within = depthwise_conv(x.reshape(-1, frames.chunk, c), self.chunkwise_conv, kernel // 2).reshape(n, t, c)
+        # The tables, (2, C, K), get an entry of 0 for frames that are a kernel or more away from the edge.
+        from_left, from_right = (d.clamp(max=kernel) for d in frames.edge_distance)
+        left, right = self.chunkwise_conv_scale
+        left = F.pad(left.T, (0, 0, 0, 1))
+        right = F.pad(right.T.flip(0), (0, 0, 0, 1))
+        return causal + within * (1.0 + F.embedding(from_left, left) + F.embedding(from_right, right))
+
+
+class ConvolutionModule(nn.Module):
+    def __init__(self, dim: int, kernel: int, causal: bool):
+        super().__init__()
+        self.in_proj = nn.Linear(dim, 2 * dim)
+        self.balancer1 = Balancer(
+            ScheduledFloat((0.0, 0.05), (8000.0, 0.025)), 1.0, 1.5, ScheduledFloat((0.0, 5.0), (8000.0, 10.0))
+        )
+        self.depthwise_conv = (
+            ChunkCausalConv(dim, kernel) if causal else nn.Conv1d(dim, dim, kernel, groups=dim, padding=kernel // 2)
+        )
+        self.balancer2 = Balancer(
+            ScheduledFloat((0.0, 0.1), (8000.0, 0.05)), 1.0, ScheduledFloat((0.0, 0.2), (20000.0, 0.5)), 10.0
+        )
+        self.whiten = whitening(7.5)
+        self.out_proj = scaled_linear(dim, dim, initial_scale=0.05)
+
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+        """(N, T, C) -> (N, T, C)"""
+        x, gate = self.in_proj(x).chunk(2, dim=-1)
+        x = x * self.balancer1(gate).sigmoid()
+        if frames.valid is not None:
+            x = x * frames.valid
+        conv = self.depthwise_conv
+        x = conv(x, frames) if isinstance(conv, ChunkCausalConv) else depthwise_conv(x, conv, conv.padding[0])
+        return self.out_proj(swoosh_r(self.whiten(self.balancer2(x))))
+
+
+class Bypass(nn.Module):
+    """Interpolates between the input and the output of a module, per channel; may skip the module in
+    training."""
+
+    def __init__(self, dim: int, skip_rate: ScheduledFloat):
+        super().__init__()
+        self.bypass_scale = nn.Parameter(torch.full((dim,), 0.5))
+        self.skip_rate = skip_rate
+        # Early in training the output counts for nearly all, so that every module has to learn something.
+        self.scale_min = ScheduledFloat((0.0, 0.9), (20000.0, 0.2))
+
+    def forward(self, skipped: Tensor, x: Tensor) -> Tensor:
+        """(N, T, C) twice -> (N, T, C)"""
+        scale = self.bypass_scale
+        if self.training:
+            scale = limit_parameter(scale, self.scale_min.value, 1.0)
+            keep = keep_utterances(x, self.skip_rate.value)
+            scale = scale if keep is None else scale * keep
+        return torch.lerp(skipped, x, scale)
+
+
+class ZipformerLayer(nn.Module):
+    def __init__(self, config: ZipformerConfig, stack: int, skip_rate: ScheduledFloat, dropout: ScheduledFloat):
+        super().__init__()
+        dim = config.encoder_dim[stack]
+        heads = config.num_heads[stack]
+        hidden = config.feedforward_dim[stack]
+        kernel = config.cnn_module_kernel[stack]
+        self.self_attn_weights = AttentionWeights(
+            dim, config.pos_dim, heads, config.query_head_dim[stack], config.pos_head_dim[stack]
+        )
+        self.self_attn1 = SelfAttention(dim, heads, config.value_head_dim[stack])
+        self.self_attn2 = SelfAttention(dim, heads, config.value_head_dim[stack])
+        self.feed_forward1 = FeedForward(dim, hidden * 3 // 4, dropout)
+        self.feed_forward2 = FeedForward(dim, hidden, dropout)
+        self.feed_forward3 = FeedForward(dim, hidden * 5 // 4, dropout)
+        self.nonlin_attention = NonlinAttention(dim)
+        self.conv_module1 = ConvolutionModule(dim, kernel, config.causal)
+        self.conv_module2 = ConvolutionModule(dim, kernel, config.causal)
+        self.norm = BiasNorm(dim)
+        self.bypass = Bypass(dim, skip_rate)
+        self.bypass_mid = Bypass(dim, constant(0.0))
+        # Released models have this value and never use it; as a buffer it loads but is not trained.
+        self.register_buffer("bypass_scale", torch.full((dim,), 0.5))
+
+        self.dynamic_skip_rate = ScheduledFloat((0.0, 0.2), (4000.0, 0.05), (16000.0, 0.0))
+        self.ff_skip_rate = ScheduledFloat((0.0, 0.1), (4000.0, 0.01), (50000.0, 0.0))
+        self.balancer_na = Balancer(0.3, 0.7, ScheduledFloat((0.0, 0.004), (4000.0, 0.02)), 100.0, prob=0.05)
+        self.balancer_ff2 = Balancer(0.3, 0.7, ScheduledFloat((0.0, 0.0), (4000.0, 0.1)), 2.0, prob=0.05)
+        self.balancer_ff3 = Balancer(0.3, 0.7, ScheduledFloat((0.0, 0.0), (4000.0, 0.2)), 4.0, prob=0.05)
+        self.balancer1 = Balancer(0.45, 0.55, 0.2, 4.0)
+        self.balancer2 = Balancer(0.45, 0.55, 0.1, 4.0)
+        self.whiten = whitening(4.0, ratio=3.0)
+
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+        """(N, T, C) -> (N, T, C)"""
+        skipped = x
+        weights = self.self_attn_weights(x, frames)
+        keep_attn = keep_utterances(x, self.dynamic_skip_rate.value) if self.training else None
+
+        x = x + self.feed_forward1(x)
+        x = x + _masked(self.balancer_na(self.nonlin_attention(x, weights)), keep_attn)
+        x = x + _masked(self.self_attn1(x, weights), keep_attn)
+        x = x + self.dropped(self.conv_module1(x, frames), self.dynamic_skip_rate)
+        x = x + self.dropped(self.balancer_ff2(self.feed_forward2(x)), self.ff_skip_rate)
+        x = self.bypass_mid(skipped, x)
+        x = x + _masked(self.self_attn2(x, weights), keep_attn)
+        x = x + self.dropped(self.conv_module2(x, frames), self.dynamic_skip_rate)
+        x = x + self.dropped(self.balancer_ff3(self.feed_forward3(x)), self.ff_skip_rate)
+        x = self.norm(self.balancer1(x))
+        x = self.bypass(skipped, x)
+        return self.whiten(self.balancer2(x))
+
+    def dropped(self, x: Tensor, skip_rate: ScheduledFloat) -> Tensor:
+        return _masked(x, keep_utterances(x, skip_rate.value)) if self.training else x
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+class Stack(nn.Module):
+    """Layers at one width and one frame rate."""
+
+    def __init__(self, config: ZipformerConfig, stack: int, dropout: ScheduledFloat):
+        super().__init__()
+        # Layers are skipped half of the time at first, and come into play one after the other.
+        num_layers = config.num_encoder_layers[stack]
+        step = config.warmup_batches / (len(config.encoder_dim) + 1)
+        final_rate = 0.035 * config.downsampling_factor[stack] ** 0.5
+        begins = [step * (stack + 1 + i / num_layers) for i in range(num_layers)]
+        rates = [ScheduledFloat((b, 0.5), (b + step / num_layers, final_rate)) for b in begins]
+        self.layers = nn.ModuleList([ZipformerLayer(config, stack, rate, dropout) for rate in rates])
+
+    def forward(self, x: Tensor, frames: Frames, feature_mask: Tensor | None) -> Tensor:
+        """(N, T, C) -> (N, T, C)"""
+        pos_emb = F.dropout(frames.pos_emb, 0.15, self.training)
+        frames = dataclasses.replace(frames, pos_emb=pos_emb)
+        x = _masked(x, feature_mask)
+        for layer in self.layers:
+            x = _masked(layer(x, frames), feature_mask)
+        return x
+
+
+class Downsample(nn.Module):
+    """Each output frame is a weighted mean of `factor` input frames, the weights learnt."""
+
+    def __init__(self, factor: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(factor))
+
+    def forward(self, x: Tensor, lens: Tensor) -> Tensor:
+        """x (N, T, C), T a multiple of the factor; lens (N,) -> (N, T / factor, C)
+
+        An utterance that ends within a group counts its last frame for the missing ones.
+        """
+        n, t, c = x.shape
+        factor = len(self.bias)
+        weights = self.bias.softmax(0)
+        rest = weights.sum() - weights.cumsum(0)  # of the frames after this one
+        to_end = lens[:, None] - 1 - torch.arange(t, device=x.device)
+        weights = weights.repeat(t // factor) * (to_end >= 0) + rest.repeat(t // factor) * (to_end == 0)
+        weights = weights.view(n, -1, factor, 1).to(x.dtype)
+        # Not a matrix product: under autocast that would leave the frames in half precision from here on.
+        return (x.view(n, -1, factor, c) * weights).sum(2)
+
+
+class DownsampledStack(nn.Module):
+    """A stack at a lower frame rate, repeated back to the rate of its input and combined with it."""
+
+    def __init__(self, config: ZipformerConfig, stack: int, dropout: ScheduledFloat):
+        super().__init__()
+        self.downsample = Downsample(config.downsampling_factor[stack])
+        self.encoder = Stack(config, stack, dropout)
+        self.out_combiner = Bypass(config.encoder_dim[stack], constant(0.0))
+
+    def forward(self, x: Tensor, lens: Tensor, frames: Frames, feature_mask: Tensor | None) -> Tensor:
+        """(N, T, C) -> (N, T, C); `frames` are those of the lower rate, `lens` the lengths in x."""
+        out = self.encoder(self.downsample(x, lens), frames, feature_mask)
+        out = out.unsqueeze(2).expand(-1, -1, x.shape[1] // out.shape[1], -1).reshape(x.shape)
+        return self.out_combiner(x, out)
+
+
+class StackedEncoder(nn.Module):
+    """All stacks, at 50 frames a second in, 25 out (with the usual `output_downsampling_factor` of 2)."""
+
+    def __init__(self, config: ZipformerConfig, dropout: ScheduledFloat):
+        super().__init__()
+        self.config = config
+        self.encoders = nn.ModuleList(
+            [
+                (Stack if factor == 1 else DownsampledStack)(config, i, dropout)
+                for i, factor in enumerate(config.downsampling_factor)
+            ]
+        )
+        self.downsample_output = Downsample(config.output_downsampling_factor)
+
+    def forward(self, x: Tensor, lens: Tensor, chunk_size: int, left_context_frames: int) -> Tensor:
+        """x (N, T, D0), lens (N,) -> (N, T', D) with T' = T / output_downsampling_factor, rounded up"""
+        config = self.config
+        t = x.shape[1]
+        if chunk_size >= t:
+            chunk_size = -1
+        # A length that all factors and the chunk divide spares every module its own padding.
+        multiple = math.lcm(*config.downsampling_factor, config.output_downsampling_factor, max(chunk_size, 1))
+        x = F.pad(x, (0, 0, 0, -t % multiple))
+        padded = x.shape[1] > int(lens.min())
+        rates = {
+            factor: self.frames_at(factor, x, lens, padded, chunk_size, left_context_frames)
+            for factor in set(config.downsampling_factor)
+        }
+        outputs = []
+        feature_masks = self.feature_masks(x)
+        for i, stack in enumerate(self.encoders):
+            dim = config.encoder_dim[i]
+            x = x[..., :dim] if dim <= x.shape[-1] else F.pad(x, (0, dim - x.shape[-1]))
+            factor = config.downsampling_factor[i]
+            if factor == 1:
+                x = stack(x, rates[factor], feature_masks[i])
+            else:
+                x = stack(x, lens, rates[factor], feature_masks[i])
+            outputs.append(x)
+        # The widest output; what the last stack lacks comes from the last one before it that has it.
+        pieces = [x]
+        dim = x.shape[-1]
+        for out in reversed(outputs):
+            if out.shape[-1] > dim:
+                pieces.append(out[..., dim:])
+                dim = out.shape[-1]
+        x = torch.cat(pieces, dim=-1) if len(pieces) > 1 else x
+        x = self.downsample_output(x, lens)
+        return x[:, : -(-t // config.output_downsampling_factor)]
+
+    def frames_at(
+        self, factor: int, x: Tensor, lens: Tensor, padded: bool, chunk_size: int, left_context_frames: int
+    ) -> Frames:
+        """What the layers at 1 / factor of the frame rate of x (N, T, C) need to know."""
+        config = self.config
+        t = x.shape[1] // factor
+        lens = -(-lens // factor)
+        time = torch.arange(t, device=x.device)
+        valid = time < lens[:, None]  # (N, T)
+        masked = ~valid[:, None, :] if padded else None
+        chunk = chunk_size // factor if chunk_size > 0 else t
+        if chunk_size > 0:
+            index = time // chunk
+            distance = index[:, None] - index
+            out_of_reach = distance < 0
+            if left_context_frames >= 0:
+                out_of_reach |= distance > max(left_context_frames // chunk_size, 1)
+            masked = out_of_reach if masked is None else masked | out_of_reach
+        edge_distance = None
+        if config.causal:
+            # An utterance shorter than a chunk has its edges where it has them alone.
+            length = lens.clamp(max=chunk)[:, None]
+            from_left = time[None] % chunk
+            edge_distance = from_left, (length - 1 - from_left).clamp(min=0)
+        return Frames(
+            pos_emb=relative_positions(t, config.pos_dim, x.device).to(x.dtype),
+            # Low enough for weights of exactly 0, finite so that rows of nothing but padding give no NaN.
+            attn_mask=None if masked is None else masked.to(x.dtype) * -1000.0,
+            valid=valid.unsqueeze(-1).to(x.dtype) if padded else None,
+            chunk=chunk,
+            edge_distance=edge_distance,
+        )
+
+    def feature_masks(self, x: Tensor) -> list[Tensor | None]:
+        """For each stack, what silences its upper dimensions for some utterances, (N, 1, C), or None."""
+        config = self.config
+        if not self.training:
+            return [None] * len(config.encoder_dim)
+        # For an eighth of the utterances all of the upper dimensions go, for nearly another the last half.
+        keep = (torch.rand(len(x), 1, 2, device=x.device) >= 0.125).cumprod(-1).to(x.dtype)
+        masks = []
+        for dim, unmasked in zip(config.encoder_dim, config.encoder_unmasked_dim, strict=True):
+            half = (dim - unmasked) // 2
+            parts = torch.ones_like(keep[..., :1]), keep[..., :1], keep[..., 1:]
+            sizes = unmasked, half, dim - unmasked - half
+            mask = torch.cat([p.expand(-1, -1, s) for p, s in zip(parts, sizes, strict=True)], dim=-1)
+            masks.append(mask if unmasked < dim else None)
+        return masks
+
+
+class Zipformer(nn.Module):
+    """The encoder, front end included. Call it as `encoder(features, feature_lens)`.
+
+    Attributes:
+        config: its ZipformerConfig.
+        output_dim: D, the width of its output.
+        min_frames: the shortest utterance it can encode, in feature frames.
+
+    In training call `set_batch_count` for every batch: dropout, layer skip and the other regularisers follow
+    it.
+    """
+
+    min_frames = subsampling.MIN_FRAMES
+
+    def __init__(self, config: ZipformerConfig):
+        super().__init__()
+        self.config = config
+        self.output_dim = max(config.encoder_dim)
+        dropout = ScheduledFloat((0.0, 0.3), (20000.0, 0.1)) if config.dropout is None else constant(config.dropout)
+        self.encoder_embed = subsampling.Conv2dSubsampling(
+            config.feature_dim, config.encoder_dim[0], tuple(config.subsampling_channels), dropout
+        )
+        self.encoder = StackedEncoder(config, dropout)
+        self.register_buffer("model_batch_count", torch.tensor(0.0))
+        self.register_load_state_dict_post_hook(
+            lambda module, _: module.set_batch_count(float(module.model_batch_count))
+        )
+
+    def set_batch_count(self, batch_count: float) -> None:
+        """Moves all schedules to this point of training. Saved and restored with the weights."""
+        self.model_batch_count.fill_(batch_count)
+        for schedule in scheduled_floats(self):
+            schedule.set_batch_count(batch_count)
+
+    def output_lens(self, feature_lens: Tensor) -> Tensor:
+        """How many output frames utterances of these many feature frames give; (N,) -> (N,)"""
+        return -(-subsampling.output_lens(feature_lens) // self.config.output_downsampling_factor)
+
+    def forward(
+        self,
+        features: Tensor,
+        feature_lens: Tensor,
+        chunk_size: int | None = None,
+        left_context_frames: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            features: log-mel features, 100 frames a second, (N, T, feature_dim); anything may lie beyond the
+                lengths.
+            feature_lens: (N,), in frames, each from `min_frames` to T.
+            chunk_size, left_context_frames: for causal models, see ZipformerConfig; by default what that
+                says.
+
+        Returns:
+            encoder_out (N, T', D), encoder_out_lens (N,)
+
+        Raises:
+            ValueError: if shapes or lengths do not fit, or an utterance is too short.
+        """
+        config = self.config
+        if features.dim() != 3 or features.shape[2] != config.feature_dim or len(features) != len(feature_lens):
+            raise ValueError(
+                f"features must be (N, T, {config.feature_dim}) with N lengths, but are "
+                f"{tuple(features.shape)} with {len(feature_lens)}"
+            )
+        feature_lens = feature_lens.to(features.device)
+        shortest, longest = (int(v) for v in feature_lens.aminmax())
+        if shortest < self.min_frames:
+            raise ValueError(
+                f"an utterance has {shortest} feature frames, but the encoder needs at least "
+                f"{self.min_frames}; leave out such short ones"
+            )
+        if longest > features.shape[1]:
+            raise ValueError(f"feature_lens say {longest} frames, but features have {features.shape[1]} only")
+
+        features = features[:, :longest]
+        lens = subsampling.output_lens(feature_lens)
+        valid = None
+        if shortest < longest:
+            padding = torch.arange(longest, device=features.device) >= feature_lens[:, None]
+            features = features.masked_fill(padding.unsqueeze(-1), 0.0)
+            valid = torch.arange(subsampling.output_lens(longest), device=features.device) < lens[:, None]
+        x = self.encoder_embed(features, valid)
+        chunk_size, left_context_frames = self.context(chunk_size, left_context_frames)
+        return self.encoder(x, lens, chunk_size, left_context_frames), self.output_lens(feature_lens)
+
+    def context(self, chunk_size: int | None, left_context_frames: int | None) -> tuple[int, int]:
+        """Chunk size and left context for a batch: as asked for, drawn in training, the widest otherwise."""
+        if not self.config.causal:
+            return -1, -1
+
+        def choose(asked: int | None, options: list[int]) -> int:
+            if asked is not None:
+                return asked
+            if self.training:
+                return random.choice(options)
+            return -1 if -1 in options else max(options)
+
+        return (
+            choose(chunk_size, self.config.chunk_size),
+            choose(left_context_frames, self.config.left_context_frames),
+        )

@@ -1,0 +1,303 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from speechllm.encoder import Zipformer, ZipformerConfig, init_from_data, load_encoder
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "zipformer"
+MODELS = ["offline", "three_stacks", "causal"]
+
+
+def tiny_config(**kwargs) -> ZipformerConfig:
+    values = dict(
+        downsampling_factor=[1, 2, 4, 2],
+        num_encoder_layers=[1, 2, 1, 1],
+        encoder_dim=[32, 40, 48, 40],
+        encoder_unmasked_dim=[32, 32, 32, 32],
+        feedforward_dim=64,
+        num_heads=2,
+        query_head_dim=8,
+        value_head_dim=4,
+        cnn_module_kernel=[15, 15, 7, 15],
+        pos_dim=16,
+        subsampling_channels=[4, 8, 16],
+    )
+    return ZipformerConfig(**{**values, **kwargs})
+
+
+def seeded(config, seed=0):
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return Zipformer(config)
+
+
+def log_mel(n=4, t=120, dim=80):
+    """Something like it: smooth over time and frequency, far from 0."""
+    x = torch.randn(n, t + 4, dim + 4).unfold(1, 5, 1).mean(-1).unfold(2, 5, 1).mean(-1)
+    return x * 18 - 10
+
+
+def golden(name):
+    return load_encoder(GOLDEN / name), load_file(GOLDEN / name / "io.safetensors")
+
+
+def utterances(io):
+    return [io[f"features.{i}"].float() for i in range(sum(k.startswith("features.") for k in io))]
+
+
+def alone(encoder, features):
+    with torch.no_grad():
+        out, lens = encoder(features[None], torch.tensor([len(features)]))
+    assert out.shape[1] == lens[0]
+    return out[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_golden_outputs(name):
+    encoder, io = golden(name)
+    for i, features in enumerate(utterances(io)):
+        torch.testing.assert_close(alone(encoder, features), io[f"encoder_out.{i}"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("garbage", [float("nan"), 1e30])
+def test_batch_invariance(name, garbage):
+    """Each utterance gets what it gets alone, whatever lies in the padding, down to the shortest possible."""
+    encoder, io = golden(name)
+    batch = utterances(io)
+    expected = [io[f"encoder_out.{i}"] for i in range(len(batch))]
+    for length in (9, 10, 24, 41, 42, 100, 133):
+        batch.append(batch[0][:length])
+        expected.append(alone(encoder, batch[-1]))
+    lens = torch.tensor([len(f) for f in batch])
+    x = torch.full((len(batch), int(lens.max()) + 11, 80), garbage)
+    for i, f in enumerate(batch):
+        x[i, : len(f)] = f
+    with torch.no_grad():
+        out, out_lens = encoder(x, lens)
+    assert out_lens.tolist() == [len(e) for e in expected] == encoder.output_lens(lens).tolist()
+    for o, e in zip(out, expected, strict=True):
+        torch.testing.assert_close(o[: len(e)], e, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("chunk_size", [-1, 16, 32])
+def test_batch_invariance_at_every_chunk_size(chunk_size):
+    encoder, io = golden("causal")
+    torch.nn.init.normal_(encoder.encoder.encoders[0].layers[0].conv_module1.depthwise_conv.chunkwise_conv_scale)
+    features = utterances(io)[0]
+    lens = torch.tensor([len(features), 30, 77])
+    with torch.no_grad():
+        out, out_lens = encoder(features.expand(3, -1, -1), lens, chunk_size=chunk_size)
+        for o, n, m in zip(out, lens, out_lens, strict=True):
+            single, _ = encoder(features[None, :n], n[None], chunk_size=chunk_size)
+            torch.testing.assert_close(o[:m], single[0], atol=1e-4, rtol=0)
+
+
+def test_causal_outputs_do_not_depend_on_later_chunks():
+    encoder, io = golden("causal")
+    x = utterances(io)[0][None, :200].clone()
+    lens = torch.tensor([200])
+    with torch.no_grad():
+        before, _ = encoder(x, lens)
+        x[:, 150:] += 3.0  # the front end sees 9 frames ahead, a chunk has 32 feature frames and 8 output frames
+        after, _ = encoder(x, lens)
+    torch.testing.assert_close(before[:, :32], after[:, :32], atol=1e-5, rtol=0)
+    assert not torch.allclose(before[:, 36:], after[:, 36:])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_of_the_golden_function(name):
+    """Finite differences in float64 agree to 1e-6.
+
+    The golden gradients were computed with balancers and whitening of the reference at work, which act in its
+    eval mode too, at random, and change gradients by some per cent; so those are compared for their direction
+    only.
+    """
+    encoder, io = golden(name)
+    weight = io["loss_weight.0"].double()
+    x = utterances(io)[0].double().requires_grad_()
+    encoder.double()
+    lens = torch.tensor([len(x)])
+
+    def loss(x):
+        return (encoder(x[None], lens)[0][0] * weight).sum()
+
+    loss(x).backward()
+    parameters = dict(encoder.named_parameters())
+    assert all(p.grad is not None for p in parameters.values())
+    for key, value in io.items():
+        if key.startswith("grad.0.") and value.dim() > 0:
+            mine = parameters[key.removeprefix("grad.0.")].grad
+            assert torch.cosine_similarity(mine.flatten(), value.double().flatten(), dim=0) > 0.95, key
+    assert torch.cosine_similarity(x.grad.flatten(), io["features_grad.0"].double().flatten(), dim=0) > 0.9
+
+    torch.manual_seed(0)
+    step = 1e-5
+    with torch.no_grad():
+        direction = torch.randn_like(x)
+        difference = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
+        torch.testing.assert_close((x.grad * direction).sum(), difference, rtol=1e-6, atol=1e-6)
+        directions = {k: torch.randn_like(p) * p.square().mean().sqrt() for k, p in parameters.items()}
+        slope = sum((p.grad * directions[k]).sum() for k, p in parameters.items())
+        ends = []
+        for move in (step, -2 * step):
+            for k, p in parameters.items():
+                p.add_(directions[k], alpha=move)
+            ends.append(loss(x))
+        torch.testing.assert_close(slope, (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
+def test_released_encoder_loads_strictly():
+    shapes = {k: tuple(v) for k, v in json.loads((GOLDEN / "tta_m10_shapes.json").read_text()).items()}
+    stacks = [f"encoder.encoders.{i}." + ("encoder." if i else "") for i in range(6)]
+    first = [f"{s}layers.0." for s in stacks]
+    heads = [4, 4, 4, 8, 4, 4]
+    config = ZipformerConfig(
+        downsampling_factor=[1] + [shapes[f"encoder.encoders.{i}.downsample.bias"][0] for i in range(1, 6)],
+        num_encoder_layers=[sum(k.startswith(s) and k.endswith(".norm.bias") for k in shapes) for s in stacks],
+        encoder_dim=[shapes[f + "norm.bias"][0] for f in first],
+        feedforward_dim=[shapes[f + "feed_forward2.in_proj.bias"][0] for f in first],
+        num_heads=heads,
+        value_head_dim=[shapes[f + "self_attn1.in_proj.bias"][0] // h for f, h in zip(first, heads, strict=True)],
+        pos_dim=shapes[first[0] + "self_attn_weights.linear_pos.weight"][1],
+        cnn_module_kernel=[shapes[f + "conv_module1.depthwise_conv.weight"][2] for f in first],
+    )
+    with torch.device("meta"):
+        encoder = Zipformer(config)
+        state = {k: torch.empty(s) for k, s in shapes.items()}
+    assert {k: tuple(v.shape) for k, v in encoder.state_dict().items()} == shapes
+    assert sum(p.numel() for p in state.values()) == pytest.approx(152.7e6, rel=0.001)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_parameter_gets_a_gradient_in_every_step(causal):
+    encoder = seeded(tiny_config(causal=causal, chunk_size=[8, 16, -1])).train()
+    features, lens = log_mel(), torch.tensor([120, 88, 60, 31])
+    for seed in range(12):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        encoder.set_batch_count(seed * 500)
+        encoder.zero_grad()
+        out, out_lens = encoder(features, lens)
+        out.square().mean().backward()
+        assert out.isfinite().all()
+        missing = [k for k, p in encoder.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert missing == []
+
+
+def test_training_is_reproducible_and_eval_deterministic():
+    encoder = seeded(tiny_config(causal=True, chunk_size=[8, 16, -1])).train()
+    features, lens = log_mel(), torch.tensor([120, 88, 60, 31])
+
+    def step(seed):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        encoder.zero_grad()
+        out, _ = encoder(features, lens)
+        out.square().mean().backward()
+        return [out] + [p.grad for p in encoder.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(step(1), step(1), strict=True))
+    assert not torch.equal(step(1)[0], step(2)[0])
+    encoder.eval()
+    assert torch.equal(step(1)[0], step(2)[0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_it_learns(causal):
+    """A frame-wise target that needs the features: the mean over the neighbourhood, delayed."""
+    encoder = seeded(tiny_config(causal=causal, chunk_size=[16])).train()
+    features, lens = log_mel(8, 100), torch.full((8,), 100)
+    init_from_data(encoder, features, lens)
+    head = torch.nn.Linear(encoder.output_dim, 4)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=2e-3)
+    losses = []
+    for i in range(60):
+        encoder.set_batch_count(i * 200)
+        out, _ = encoder(features, lens)
+        target = features[:, 4 : 4 + 4 * out.shape[1] : 4].reshape(8, -1, 4, 20).mean(-1)[:, : out.shape[1]] + 10
+        loss = (head(out)[:, : target.shape[1]] - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_bfloat16_autocast():
+    encoder = seeded(tiny_config()).train()
+    features, lens = log_mel(), torch.tensor([120, 88, 60, 31])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = encoder(features, lens)
+    out.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in encoder.parameters())
+    encoder.eval()
+    with torch.no_grad():
+        exact, _ = encoder(features, lens)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough, _ = encoder(features, lens)
+    assert (exact - rough).norm() < 0.05 * exact.norm()
+
+
+def test_init_from_data_keeps_the_signal_alive():
+    features, lens = log_mel(8, 150), torch.tensor([150, 140, 130, 120, 110, 100, 90, 80])
+    config = tiny_config(encoder_dim=[64, 64, 64, 64], subsampling_channels=[8, 32, 128])
+
+    def front_end_std(encoder):
+        embed = encoder.encoder_embed.eval()
+        with torch.no_grad():
+            return embed.project(embed.convolve(features[:, :80], None)).std(dim=(0, 1)).mean()
+
+    encoder = seeded(config)
+    names = {k: v.shape for k, v in encoder.state_dict().items()}
+    assert front_end_std(encoder) < 0.2
+    init_from_data(encoder, features, lens)
+    assert 0.7 < front_end_std(encoder) < 1.3
+    assert {k: v.shape for k, v in encoder.state_dict().items()} == names
+
+
+def test_batch_count_is_part_of_the_state():
+    encoder = seeded(tiny_config())
+    skip_rate = encoder.encoder.encoders[0].layers[0].bypass.skip_rate
+    assert skip_rate.value == 0.5
+    encoder.set_batch_count(100000)
+    assert skip_rate.value == pytest.approx(0.035)
+    other = seeded(tiny_config())
+    other.load_state_dict(encoder.state_dict())
+    assert other.encoder.encoders[0].layers[0].bypass.skip_rate.value == pytest.approx(0.035)
+
+
+def test_bad_input():
+    encoder = seeded(tiny_config()).eval()
+    assert encoder(torch.zeros(1, 9, 80), torch.tensor([9]))[0].shape == (1, 1, encoder.output_dim)
+    with pytest.raises(ValueError, match="8 feature frames.*at least 9"):
+        encoder(torch.zeros(2, 50, 80), torch.tensor([50, 8]))
+    with pytest.raises(ValueError, match="51 frames, but features have 50"):
+        encoder(torch.zeros(1, 50, 80), torch.tensor([51]))
+    with pytest.raises(ValueError, match=r"\(N, T, 80\)"):
+        encoder(torch.zeros(1, 50, 40), torch.tensor([50]))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(encoder_dim=[32, 40]), r"encoder_dim is \[32, 40\].*1 or 4 numbers"),
+        (dict(cnn_module_kernel=[31, 31, 16, 31]), "cnn_module_kernel.*odd"),
+        (dict(encoder_unmasked_dim=64), "encoder_unmasked_dim.*no larger"),
+        (dict(causal=True, chunk_size=[10]), "chunk_size.*multiples of 4"),
+        (dict(num_heads="four"), "num_heads.*whole number"),
+        (dict(pos_dim=15), "pos_dim.*even"),
+    ],
+)
+def test_bad_configurations(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**change)
+
+
+def test_unknown_configuration_key():
+    with pytest.raises(ValueError, match="encoder_dims"):
+        ZipformerConfig.from_dict({"model_type": "zipformer", "encoder_dims": [1]})
