@@ -1,0 +1,81 @@
+"""The recurrent state of RWKV-7: what a model remembers of everything it has read."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RWKV7State:
+    """The state of N rows in all layers.
+
+    Attributes:
+      att_shift: (layers, N, D) last input of each time mix.
+      ffn_shift: (layers, N, D) last input of each channel mix.
+      wkv: (layers, N, H, V, K) state of the recurrence, float32.
+    """
+
+    att_shift: Tensor
+    ffn_shift: Tensor
+    wkv: Tensor
+
+    def __len__(self) -> int:
+        """The number of rows N."""
+        return self.wkv.shape[1]
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> "RWKV7State":
+        return RWKV7State(f(self.att_shift), f(self.ffn_shift), f(self.wkv))
+
+    def select(self, index: Tensor) -> "RWKV7State":
+        """The rows at ``index`` (M,), in this order; a row may be taken more than once or not at all."""
+        index = index.to(self.wkv.device)
+        return self._map(lambda x: x.index_select(1, index))
+
+    def repeat(self, n: int) -> "RWKV7State":
+        """Every row n times in succession: N rows become N * n."""
+        return self._map(lambda x: x.repeat_interleave(n, dim=1))
+
+    def detach(self) -> "RWKV7State":
+        return self._map(Tensor.detach)
+
+    def to(self, device: torch.device | str) -> "RWKV7State":
+        return self._map(lambda x: x.to(device))
+
+    def cpu(self) -> "RWKV7State":
+        return self.to("cpu")
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file; a file of this name is replaced only once the new one is complete."""
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in self.__dataclass_fields__}
+        save_tensors(tensors, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RWKV7State":
+        """Reads what ``save`` wrote, to the CPU.
+
+        Raises:
+          ValueError: the file is not a state.
+        """
+        try:
+            tensors = load_file(path)
+        except SafetensorError as e:
+            raise ValueError(f"{path}: not a safetensors file ({e})") from e
+        names = list(cls.__dataclass_fields__)
+        if sorted(tensors) != sorted(names):
+            raise ValueError(f"{path}: not an RWKV-7 state: it holds {sorted(tensors)[:8]}, expected {names}")
+        return cls(**tensors)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Writes a safetensors file under a temporary name, flushes and then renames it."""
+    temporary = Path(f"{path}.tmp")
+    save_file(tensors, temporary)
+    with open(temporary, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,299 @@
+"""The RWKV-7 recurrence (arXiv 2503.14456), the one operator of the model, and its backends.
+
+For every row and head, with a state S of shape (V, K):
+
+    S_t = S_{t-1} diag(exp(w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T        y_t = S_t r_t
+
+``reference`` is that loop. ``chunked`` handles all positions of a chunk at once: with c_t the sum of the
+log-decays from the chunk's start, and a, r multiplied by exp(c), b, k by exp(-c), the decay disappears from
+the recurrence, and u_t = S_{t-1} a_t solves one unit lower-triangular system a chunk (the WY form of a
+product of Householder-like matrices, as in arXiv 2406.06484); only the border states are computed one
+after another.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# exp(-c) must stay far from the largest float32, about exp(88), also when it is summed and multiplied.
+_LOWEST_LOG_DECAY = -60.0
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    lens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Runs the recurrence over the positions of a batch.
+
+    Args:
+      r, w, k, v, a, b: (N, L, H, D) each; v may have another last dimension (V) than the others (K). ``w`` is
+        the log-decay, at most 0; RWKV-7 models have it in [-0.6065, 0).
+      state: (N, H, V, K) state to start from, zeros if None.
+      lens: (N,) number of positions that count, the others are padding on the right: whatever they hold (even
+        NaN) leaves the state as it is, and their outputs are zero.
+      backend: ``reference``, ``chunked``, or ``auto`` to choose: the plain step for L = 1, else ``chunked``.
+
+    Returns:
+      the outputs (N, L, H, V) in the type of ``v``, and the state (N, H, V, K) after each row's last
+      position, in float32 (float64 for float64 inputs) whatever autocast says. Both are differentiable.
+
+    Raises:
+      ValueError: shapes do not fit, an unknown backend, or a decay too strong for ``chunked``.
+    """
+    N, L, H, K = r.shape
+    V = v.shape[-1]
+    for name, x, shape in (("w", w, r.shape), ("k", k, r.shape), ("a", a, r.shape), ("b", b, r.shape),
+                           ("v", v, (N, L, H, V))):  # fmt: skip
+        if x.shape != shape:
+            raise ValueError(f"wkv7: {name} has shape {tuple(x.shape)}, but r has {tuple(r.shape)}")
+    if state is not None and state.shape != (N, H, V, K):
+        raise ValueError(f"wkv7: state has shape {tuple(state.shape)}, expected {(N, H, V, K)}")
+    if lens is not None and lens.shape != (N,):
+        raise ValueError(f"wkv7: lens has shape {tuple(lens.shape)}, expected (N,) = ({N},)")
+    if backend == "auto":
+        backend = "reference" if L == 1 else "chunked"
+        _log_choice(backend, r.device.type, str(r.dtype), "one position" if L == 1 else "many positions")
+    if backend not in _BACKENDS:
+        raise ValueError(f"wkv7: unknown backend {backend!r}, choose from {', '.join(['auto', *_BACKENDS])}")
+
+    dtype = torch.promote_types(r.dtype, torch.float32)
+    state = r.new_zeros(N, H, V, K, dtype=dtype) if state is None else state.to(dtype)
+    padding = None if lens is None else torch.arange(L, device=r.device) >= lens.to(r.device)[:, None]
+    with torch.autocast(r.device.type, enabled=False):
+        out, state = _BACKENDS[backend](r, w, k, v, a, b, state, padding)
+    return out.to(v.dtype), state
+
+
+@lru_cache
+def _log_choice(backend: str, device: str, dtype: str, length: str) -> None:
+    log.info("wkv7 on %s, %s, %s: backend %s", device, dtype, length, backend)
+
+
+def _reference(r, w, k, v, a, b, state: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The recurrence as it is written, one position after another."""
+    N, L, H, _ = r.shape
+    dtype = state.dtype
+    if padding is not None:
+        r, w, k, v, a, b = (x.masked_fill(padding[:, :, None, None], 0) for x in (r, w, k, v, a, b))
+    decay = w.to(dtype).exp()
+    r, a, v = r.to(dtype).unsqueeze(-1), a.to(dtype).unsqueeze(-1), v.to(dtype).unsqueeze(-1)
+    rows = torch.stack((b.to(dtype), k.to(dtype)), dim=-2)
+    S = state.flatten(0, 1)
+    outs = []
+    for t in range(L):
+        columns = torch.cat((S @ a[:, t].flatten(0, 1), v[:, t].flatten(0, 1)), dim=-1)
+        S = torch.baddbmm(S * decay[:, t].flatten(0, 1).unsqueeze(-2), columns, rows[:, t].flatten(0, 1))
+        outs.append((S @ r[:, t].flatten(0, 1)).view(N, H, -1))
+    return torch.stack(outs, dim=1), S.view_as(state)
+
+
+# Floats in one (rows, K) matrix of a segment: what a segment computes should stay in the processor's cache.
+_SEGMENT_SIZE = 300_000
+
+
+def _chunked(r, w, k, v, a, b, state: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same, in parallel over the positions of a chunk."""
+    L, K = r.shape[1], r.shape[3]
+    longest = 32 if K > 32 else 16  # the work inside a chunk grows with its length, that at its borders with K
+    C = -(-L // -(-L // longest))  # spreads L evenly
+    return _Chunked.apply(r, w, k, v, a, b, state, padding, -(-C // 4) * 4)
+
+
+_BACKENDS: dict[str, Callable] = {"reference": _reference, "chunked": _chunked}
+
+
+def _to_chunks(x: Tensor, C: int) -> Tensor:
+    """(N, L, H, D) -> a view (L/C, N, H, C, D) of it, or of a copy with zeros up to a multiple of C."""
+    if x.shape[1] % C:
+        x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % C))
+    return x.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4)
+
+
+def _from_chunks(x: Tensor, out: Tensor) -> None:
+    """Writes (L/C, N, H, C, D) to ``out`` (N, L, H, D), without what was added up to a multiple of C."""
+    C = x.shape[3]
+    if out.shape[1] % C:
+        out.copy_(x.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : out.shape[1]])
+    else:
+        out.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4).copy_(x)
+
+
+@lru_cache
+def _causal(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(2C, 2C) of 0 and 1: position t of a sees those before it, position t of r also itself."""
+    ones = torch.ones(C, C, dtype=dtype, device=device)
+    return torch.cat((ones.tril(-1).repeat(1, 2), ones.tril().repeat(1, 2)))
+
+
+class _Segment:
+    """What forward and backward both need of the next few chunks; G = chunks * N * H, the chunks come first.
+
+    decay, before, inverse: exp(c_t), exp(c_{t-1}), exp(-c_t), (chunks, N, H, C, K)
+    keep: what clears padding, None if there is none
+    ar: (G, 2C, K) a exp(c_{t-1}) over r exp(c_t)        bk: (G, 2C, K) b over k, times exp(-c_t)
+    uv: (G, 2C, V) u over v, u yet to be filled in       scores: (G, 2C, 2C) ar bk^T where causal
+    """
+
+    def __init__(self, inputs: list[Tensor], padding: Tensor | None, C: int, dtype: torch.dtype):
+        r, w, k, v, a, b = inputs
+        self.keep = None
+        w_view = _to_chunks(w, C)
+        chunks, N, H, _, K = w_view.shape
+        w = torch.empty(w_view.shape, dtype=dtype, device=r.device).copy_(w_view)
+        if padding is not None:
+            # 0 where there is padding, all bits set elsewhere: as integers, because 0 * nan is not 0
+            keep = F.pad(~padding, (0, chunks * C - r.shape[1])).view(N, chunks, 1, C, 1).transpose(0, 1)
+            self.keep = keep.to(torch.int64 if dtype == torch.float64 else torch.int32).neg()
+        self.clear_padding(w)
+        causal = _causal(C, dtype, r.device)
+        c = torch.matmul(causal[C:, :C], w)
+        lowest = c[..., -1, :].min()
+        if lowest < _LOWEST_LOG_DECAY:
+            raise ValueError(
+                f"wkv7: w adds up to {lowest.item():.1f} over {C} positions, too low for chunked (at "
+                f"least {_LOWEST_LOG_DECAY:.0f}; those of RWKV-7 stay above -20): use backend='reference'"
+            )
+        self.shape = (chunks, N, H)
+        self.decay = c.exp()
+        self.inverse = self.decay.reciprocal()
+        self.before = F.pad(self.decay[..., :-1, :], (0, 0, 1, 0), value=1.0)
+        ar, bk = c.new_empty(2, chunks, N, H, 2 * C, K)
+        uv = c.new_empty(chunks, N, H, 2 * C, v.shape[-1])
+        torch.mul(_to_chunks(a, C), self.before, out=ar[..., :C, :])
+        torch.mul(_to_chunks(r, C), self.decay, out=ar[..., C:, :])
+        torch.mul(_to_chunks(b, C), self.inverse, out=bk[..., :C, :])
+        torch.mul(_to_chunks(k, C), self.inverse, out=bk[..., C:, :])
+        uv[..., C:, :] = _to_chunks(v, C)
+        for x in (*ar.split(C, -2), *bk.split(C, -2), uv[..., C:, :]):
+            self.clear_padding(x)
+        self.ar, self.bk, self.uv = ar.flatten(0, 2), bk.flatten(0, 2), uv.flatten(0, 2)
+        self.scores = torch.bmm(self.ar, self.bk.mT).mul_(causal)
+        self.end = self.decay[..., -1:, :].flatten(1, 2)  # (chunks, N * H, 1, K)
+
+    def clear_padding(self, x: Tensor) -> None:
+        """Sets x (chunks, N, H, C, any) to 0 at positions of padding, whatever it holds there."""
+        if self.keep is not None:
+            x.view(self.keep.dtype).bitwise_and_(self.keep)
+
+    def by_chunk(self, x: Tensor) -> Tensor:
+        """(G, ...) -> (chunks, N * H, ...)"""
+        return x.unflatten(0, (self.shape[0], -1))
+
+
+def _segments(L: int, C: int, size: int) -> list[tuple[slice, slice]]:
+    """The chunks and the positions of each segment; ``size`` is that of all rows' K at one position."""
+    chunks, step = -(-L // C), max(1, _SEGMENT_SIZE // (C * size))
+    return [(slice(i, min(i + step, chunks)), slice(i * C, min((i + step) * C, L))) for i in range(0, chunks, step)]
+
+
+class _Chunked(torch.autograd.Function):
+    """Keeps inputs, states at the chunk borders and triangular inverses; all else is computed again."""
+
+    @staticmethod
+    def forward(ctx, r, w, k, v, a, b, state, padding, C):
+        inputs = (r, w, k, v, a, b)
+        N, L, H, K = r.shape
+        V = v.shape[-1]
+        chunks = -(-L // C)
+        out = state.new_empty(N, L, H, V)
+        S = state.new_empty(chunks + 1, N * H, V, K)
+        S[0] = state.flatten(0, 1)
+        solve = state.new_empty(chunks, N * H, C, C)
+        eye = torch.eye(C, dtype=state.dtype, device=r.device)
+        for at, where in _segments(L, C, N * H * K):
+            f = _Segment([x[:, where] for x in inputs], None if padding is None else padding[:, where], C, S.dtype)
+            # u = solve (S_0 a + (a k) v): directly, a series of powers cancels badly for repeated keys
+            inverse = solve[at].flatten(0, 1)
+            torch.linalg.solve_triangular(
+                f.scores[:, :C, :C].neg(),
+                eye.expand_as(inverse),
+                upper=False,
+                unitriangular=True,
+                out=inverse,
+            )
+            solved_a = f.by_chunk(torch.bmm(inverse, f.ar[:, :C]))
+            u = f.by_chunk(torch.bmm(inverse, torch.bmm(f.scores[:, :C, C:], f.uv[:, C:])))
+            uv, bk = f.by_chunk(f.uv), f.by_chunk(f.bk)
+            for i, j in enumerate(range(at.start, at.stop)):
+                uv[i, :, :C] = u[i].baddbmm_(solved_a[i], S[j].mT)
+                torch.baddbmm(S[j], uv[i].mT, bk[i], out=S[j + 1]).mul_(f.end[i])
+            y = torch.bmm(f.ar[:, C:], S[at].flatten(0, 1).mT).baddbmm_(f.scores[:, C:], f.uv)
+            _from_chunks(y.view(*f.shape, C, V), out[:, where])
+        ctx.save_for_backward(*inputs, S, solve, padding)
+        ctx.set_materialize_grads(False)
+        return out, S[-1].clone().view(N, H, V, K)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out, d_state):
+        *inputs, S, solve, padding = ctx.saved_tensors
+        with torch.autocast(S.device.type, enabled=False):
+            return *_chunked_backward(inputs, S, solve, padding, d_out, d_state), None, None
+
+
+def _chunked_backward(inputs, S: Tensor, solve: Tensor, padding, d_out, d_state) -> tuple[Tensor, ...]:
+    """The gradients of the inputs and of the initial state, from the last segment to the first."""
+    N, L, H, K = inputs[0].shape
+    V, C = inputs[3].shape[-1], solve.shape[-1]
+    causal = _causal(C, S.dtype, S.device)
+    if d_out is None:
+        d_out = S.new_zeros(N, L, H, V)
+    d_next = S.new_zeros(S.shape[1:]) if d_state is None else d_state.flatten(0, 1)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+
+    for at, where in reversed(_segments(L, C, N * H * K)):
+        f = _Segment([x[:, where] for x in inputs], None if padding is None else padding[:, where], C, S.dtype)
+        S_start, inverse = S[at].flatten(0, 1), solve[at].flatten(0, 1)
+        # z = (1 - scores) u, solved for u
+        z = torch.bmm(f.ar[:, :C], S_start.mT).baddbmm_(f.scores[:, :C, C:], f.uv[:, C:])
+        f.uv[:, :C] = torch.bmm(inverse, z)
+        solved_a = f.by_chunk(torch.bmm(inverse, f.ar[:, :C]))
+
+        d_zy = S.new_empty(*f.shape, 2 * C, V)  # the gradient of z over that of the outputs
+        d_zy[..., C:, :] = _to_chunks(d_out[:, where], C)
+        f.clear_padding(d_zy[..., C:, :])
+        d_zy = d_zy.flatten(0, 2)
+        d_u = f.by_chunk(torch.bmm(f.scores[:, C:, :C].mT, d_zy[:, C:]))
+        d_start = f.by_chunk(torch.bmm(d_zy[:, C:].mT, f.ar[:, C:]))
+        d_stop = torch.empty_like(d_start)  # that of the state at a chunk's end, before its decay exp(c_C)
+        d_end = torch.empty_like(f.end)  # that of this decay's c_C
+        b = f.by_chunk(f.bk)[:, :, :C]
+        for i in reversed(range(f.shape[0])):
+            torch.sum(S[at.start + i + 1] * d_next, dim=-2, keepdim=True, out=d_end[i])
+            torch.mul(d_next, f.end[i], out=d_stop[i])
+            d_u[i].baddbmm_(b[i], d_stop[i].mT)
+            d_next = d_start[i].baddbmm_(d_u[i].mT, solved_a[i]).add_(d_stop[i])
+        d_stop = d_stop.flatten(0, 1)
+
+        d_zy[:, :C] = torch.bmm(inverse.mT, d_u.flatten(0, 1))
+        d_v = torch.bmm(f.scores[:, :, C:].mT, d_zy).baddbmm_(f.bk[:, C:], d_stop.mT)
+        d_scores = torch.bmm(d_zy, f.uv.mT).mul_(causal)
+        d_ar = torch.bmm(d_scores, f.bk).baddbmm_(d_zy, S_start)
+        d_bk = torch.bmm(d_scores.mT, f.ar).baddbmm_(f.uv, d_stop)
+        # c appears only in exponents, so its gradient is each factor times the gradient of that factor;
+        # the log-decay at t is part of every c_s with s >= t
+        d_a, d_r = (f.ar * d_ar).view(*f.shape, 2, C, K).unbind(-3)
+        d_b, d_k = (f.bk * d_bk).view(*f.shape, 2, C, K).unbind(-3)
+        d_w = torch.matmul(causal[C:, :C].mT, (d_r + d_a).sub_(d_b).sub_(d_k)).sub_(d_a)
+        d_w.add_(d_end.view(*f.shape, 1, K))
+        f.clear_padding(d_w)
+        d_a, d_r = d_ar.view(*f.shape, 2, C, K).unbind(-3)
+        d_b, d_k = d_bk.view(*f.shape, 2, C, K).unbind(-3)
+        d_r, d_a = d_r.mul_(f.decay), d_a.mul_(f.before)
+        d_b, d_k = d_b.mul_(f.inverse), d_k.mul_(f.inverse)
+        for grad, x in zip(grads, (d_r, d_w, d_k, d_v.view(*f.shape, C, V), d_a, d_b), strict=True):
+            _from_chunks(x, grad[:, where])
+    return *grads, d_next.view(N, H, V, K)

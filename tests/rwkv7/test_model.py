@@ -1,0 +1,216 @@
+"""The model: golden data, states, padding, initialisation, gradients."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from speechllm.rwkv7 import RWKV7, RWKV7Config, RWKV7State, load_rwkv7, parameter_groups
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "rwkv7" / "small"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_rwkv7(GOLDEN / "model.pth")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN / "io.safetensors")
+
+
+def random_state(model, N):
+    return RWKV7State(*(torch.randn_like(x) for x in vars(model.zero_state(N)).values()))
+
+
+def assert_same(a: RWKV7State, b: RWKV7State, **tolerance):
+    for x, y in zip(vars(a).values(), vars(b).values(), strict=True):
+        torch.testing.assert_close(x, y, **tolerance)
+
+
+NEAR = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_golden(golden, backend):
+    model = load_rwkv7(GOLDEN / "model.pth", wkv_backend=backend)
+    logits, _ = model(golden["input_ids"])
+    assert (logits - golden["logits"]).abs().max() <= 1e-4
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), golden["input_ids"][:, 1:].flatten())
+    assert abs(loss - golden["loss"]) <= 1e-4
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    checked = [name for name in golden if name.startswith("grad.")]
+    assert checked
+    for name in checked:
+        got, expected = parameters[name.removeprefix("grad.")].grad, golden[name]
+        assert (got - expected).norm() <= 1e-3 * expected.norm(), name
+
+
+@pytest.mark.parametrize("given", [False, True])
+@torch.no_grad()
+def test_prefill_then_step_equals_one_pass(model, given):
+    ids = torch.randint(0, 160, (3, 40))
+    state = random_state(model, 3) if given else None
+    logits, end = model(ids, state=state)
+    for split in (1, 33, 39):
+        first, middle = model(ids[:, :split], state=state)
+        second, last = model(ids[:, split:], state=middle)
+        torch.testing.assert_close(torch.cat((first, second), 1), logits, **NEAR)
+        assert_same(last, end, **NEAR)
+        for t in range(split, 40):
+            before = middle.wkv.clone()
+            out, after = model.step(ids[:, t], middle)
+            assert torch.equal(middle.wkv, before)  # the given state can be used again
+            torch.testing.assert_close(out, logits[:, t], **NEAR)
+            middle = after
+        assert_same(middle, end, **NEAR)
+
+
+@pytest.mark.parametrize("garbage", [5.0, float("nan")])
+@torch.no_grad()
+def test_each_row_gets_what_it_gets_alone(model, garbage):
+    lens = [50, 1, 33, 0]
+    embeds, state = torch.randn(4, 50, 128), random_state(model, 4)
+    for i, n in enumerate(lens):
+        embeds[i, n:] = garbage
+    logits, end = model(inputs_embeds=embeds, lens=torch.tensor(lens), state=state)
+    assert logits.isfinite().all()
+    for i, n in enumerate(lens):
+        row = state.select(torch.tensor([i]))
+        if n > 0:
+            alone, row = model(inputs_embeds=embeds[i : i + 1, :n], state=row)
+            torch.testing.assert_close(logits[i, :n], alone[0], **NEAR)
+        assert_same(end.select(torch.tensor([i])), row, **NEAR)
+    next_ids = torch.tensor([1, 2, 3, 4])  # and decoding goes on from there
+    stepped, _ = model.step(next_ids, end)
+    together, _ = model(next_ids[:, None], state=end)
+    torch.testing.assert_close(stepped, together[:, 0], **NEAR)
+
+
+@torch.no_grad()
+def test_ids_beyond_the_length_may_be_anything(model):
+    ids, lens = torch.randint(0, 160, (2, 20)), torch.tensor([20, 12])
+    expected, _ = model(ids, lens=lens)
+    ids[1, 12:] = -100
+    torch.testing.assert_close(model(ids, lens=lens)[0], expected)
+
+
+@torch.no_grad()
+def test_embeddings_in_place_of_ids(model):
+    ids = torch.randint(0, 160, (2, 20))
+    assert torch.equal(model(inputs_embeds=model.embed(ids))[0], model(ids)[0])
+
+
+@torch.no_grad()
+def test_logits_only_where_asked(model):
+    ids, mask = torch.randint(0, 160, (3, 20)), torch.rand(3, 20) < 0.3
+    logits, state = model(ids)
+    some, same = model(ids, logits_mask=mask)
+    assert some.shape == (int(mask.sum()), 160)
+    torch.testing.assert_close(some, logits[mask])
+    assert_same(same, state)
+
+
+def test_gradient_flows_to_a_given_state_through_a_segment_border(model):
+    ids, grads = torch.randint(0, 160, (2, 40)), []
+    for splits in ([40], [17, 23]):
+        state = RWKV7State(*(x.detach().requires_grad_() for x in vars(model.zero_state(2)).values()))
+        end, loss = state, 0.0
+        for part in ids.split(splits, 1):
+            logits, end = model(part, state=end)
+            loss = loss + logits.logsumexp(-1).sum()
+        grads.append(torch.autograd.grad(loss, vars(state).values()))
+    for one, two in zip(*grads, strict=True):
+        assert one.abs().sum() > 0
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_bfloat16_autocast_keeps_the_state_in_float32(model):
+    ids = torch.randint(0, 160, (2, 40))
+    expected, _ = model(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, state = model(ids)
+        stepped, next_state = model.step(ids[:, 0], state)
+    assert state.wkv.dtype == next_state.wkv.dtype == torch.float32
+    assert (logits.float() - expected).abs().max() < 0.1 and stepped.isfinite().all()
+
+
+def test_bfloat16_weights():
+    model = load_rwkv7(GOLDEN / "model.pth", dtype=torch.bfloat16)
+    logits, state = model(torch.randint(0, 160, (2, 40)), lens=torch.tensor([40, 3]))
+    assert logits.dtype == torch.bfloat16 and state.wkv.dtype == torch.float32
+    logits.float().logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.step(torch.tensor([1, 2]), state)[1].wkv.dtype == torch.float32
+
+
+def test_every_parameter_of_a_new_model_learns():
+    torch.manual_seed(0)
+    model = RWKV7(RWKV7Config(2, 64, 50, head_size=32))
+    ids = torch.randint(0, 50, (4, 24))
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2, weight_decay=0.01))
+    losses = []
+    for _ in range(30):
+        loss = F.cross_entropy(model(ids)[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())  # nothing stays at its zero start
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_official_initialisation():
+    torch.manual_seed(0)
+    model = RWKV7(RWKV7Config(4, 128, 512))
+    att, ffn = model.blocks[1].att, model.blocks[1].ffn
+    assert model.emb.weight.abs().max() <= 1e-4
+    eye = torch.eye(128)
+    torch.testing.assert_close(model.head.weight.T @ model.head.weight, eye, rtol=0, atol=1e-4)  # (0.5 * 2)^2
+    torch.testing.assert_close(att.key.weight @ att.key.weight.T, 0.01 * eye, rtol=0, atol=1e-5)
+    assert (att.output.weight == 0).all() and (ffn.value.weight == 0).all() and (att.w1 == 0).all()
+    torch.testing.assert_close(att.ln_x.weight, torch.full((128,), 0.5**0.7))
+    assert att.x_r[0, 0, 0] == 1 and abs(att.x_r[0, 0, 64].item() - (1 - 0.5 ** (0.2 * 0.75))) < 1e-6
+    # n = 0: -6 + 0.5 + 2.5 * zigzag(-1), n = 127: 0 + 0.5 + 2.5
+    assert abs(att.w0[0, 0, 0].item() + 8.0) < 1e-5 and abs(att.w0[0, 0, 127].item() - 3.0) < 1e-5
+    assert abs(att.v0.mean().item() - 0.73) < 1e-5 and not hasattr(model.blocks[0].att, "v0")
+
+
+def test_parameter_groups():
+    model = RWKV7(RWKV7Config(2, 64, 50, head_size=32))
+    model.emb.requires_grad_(False)
+    decayed, plain, fast = parameter_groups(model, lr=1e-3, weight_decay=0.1)
+    assert len(fast["params"]) == 2 and fast["lr"] == 2e-3 and fast["weight_decay"] == 0
+    assert len(decayed["params"]) == 1 + 2 * 6 and decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
+    total = sum(len(group["params"]) for group in (decayed, plain, fast))
+    assert total == sum(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"n_layer": 0}, "n_layer: 0"),
+    ({"n_embd": 1.5}, "n_embd: 1.5"),
+    ({"head_size": 48}, "head_size: 48 does not divide n_embd: 128"),
+    ({"lora_ranks": {"w": 3}}, r"unknown \['w'\]"),
+    ({"lora_ranks": {"decay": -1}}, r"lora_ranks\['decay'\]: -1"),
+])  # fmt: skip
+def test_configuration_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        RWKV7Config(**({"n_layer": 2, "n_embd": 128, "vocab_size": 10} | change))
+
+
+def test_call_errors(model):
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="L = 0"):
+        model(ids[:, :0])
+    with pytest.raises(ValueError, match="lens go from 1 to 6, the input has L = 5"):
+        model(ids, lens=torch.tensor([1, 6]))
+    with pytest.raises(ValueError, match="the state has 3 rows, the input 2"):
+        model(ids, state=model.zero_state(3))
