@@ -1,0 +1,219 @@
+"""Loaders: what is in a batch, that nothing is lost or doubled, resume, ranks, curriculum."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from lhotse import CutSet, Fbank, FbankConfig, Recording
+
+from speechllm.data import (
+    AugmentConfig,
+    DataConfig,
+    ManifestError,
+    SourceConfig,
+    SpecAugmentConfig,
+    build_eval_loader,
+    build_train_loader,
+    fbank,
+)
+from speechllm.data.features import num_frames
+from speechllm.data.sampling import curriculum_limit, mix_sources
+
+from .conftest import write_manifest, write_tone
+
+
+def config(corpus, num_workers: int = 0, augmented: bool = True, **changes) -> DataConfig:
+    augment = AugmentConfig(
+        speed=[0.9, 1.0, 1.1],
+        volume_probability=0.5,
+        noise=[SourceConfig(str(corpus / "noise.jsonl"))],
+        spec_augment=SpecAugmentConfig(time_mask_frames=10, time_warp_frames=8),
+    )
+    return DataConfig(
+        train=[SourceConfig(str(corpus / "a.jsonl"), 3.0), SourceConfig(str(corpus / "b.jsonl"), lang="es")],
+        max_duration=6.0,
+        num_buckets=4,
+        num_workers=num_workers,
+        augment=augment if augmented else AugmentConfig(),
+        **changes,
+    )
+
+
+def same(a, b) -> bool:
+    return (
+        torch.equal(a.features, b.features)
+        and torch.equal(a.feature_lens, b.feature_lens)
+        and (a.ids, a.texts, a.languages, a.durations) == (b.ids, b.texts, b.languages, b.durations)
+    )
+
+
+def test_batches_hold_each_utterance_once(corpus):
+    batches = list(build_train_loader(config(corpus, augmented=False), seed=1))
+    ids = [id for batch in batches for id in batch.ids]
+    assert sorted(ids) == sorted([f"a/{i}" for i in range(60)] + [f"b/{i}" for i in range(20)])
+    extractor = Fbank(FbankConfig(num_filters=80, dither=0.0, snip_edges=False, high_freq=-400.0))
+    for batch in batches:
+        assert batch.features.dtype == torch.float32 and batch.feature_lens.dtype == torch.int64
+        assert batch.features.shape == (len(batch), int(batch.feature_lens.max()), 80)
+        assert batch.audio_seconds <= 6.0
+        assert 0 <= batch.padding_share < 0.5
+        for i, id in enumerate(batch.ids):
+            length = batch.feature_lens[i]
+            samples, _ = soundfile.read(corpus / f"{id}.wav", dtype="float32")
+            torch.testing.assert_close(
+                batch.features[i, :length],
+                torch.from_numpy(extractor.extract(samples, 16000)),
+                rtol=0,
+                atol=1e-5,
+            )
+            assert (batch.features[i, length:] == 0).all()
+            assert length == num_frames(len(samples))
+            assert batch.durations[i] == len(samples) / 16000
+            assert batch.texts[i] == id.replace("/", " ")
+            assert batch.languages[i] == ("en" if id.startswith("a") else "es")
+
+
+def test_epochs_differ_and_repeat(corpus):
+    loader = build_train_loader(config(corpus), seed=1)
+    first = list(loader)
+    assert all(same(a, b) for a, b in zip(first, loader, strict=True))
+    loader.set_epoch(2)
+    assert [b.ids for b in loader] != [b.ids for b in first]
+    other = build_train_loader(config(corpus), seed=2)
+    assert [b.ids for b in other] != [b.ids for b in first]
+
+
+@pytest.mark.parametrize(("workers_before", "workers_after"), [(0, 0), (0, 2), (2, 0)])
+def test_resume_is_exact(corpus, workers_before, workers_after):
+    whole = build_train_loader(config(corpus), seed=3)
+    whole.set_epoch(4)
+    expected = list(whole)
+    loader = build_train_loader(config(corpus, workers_before), seed=3)
+    loader.set_epoch(4)
+    state = None
+    for given, batch in enumerate(loader, start=1):
+        assert same(batch, expected[given - 1])
+        if given == 5:
+            state = copy.deepcopy(loader.state_dict())
+            break
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    resumed = build_train_loader(config(corpus, workers_after), seed=3)
+    resumed.load_state_dict(state)
+    resumed.set_epoch(4)
+    rest = list(resumed)
+    assert len(rest) == len(expected) - 5
+    assert all(same(a, b) for a, b in zip(rest, expected[5:], strict=True))
+    # the training loop's random numbers are its own
+    assert torch.equal(before, torch.get_rng_state())
+    # the state after the last batch has nothing left; the next epoch is whole
+    resumed.load_state_dict(resumed.state_dict())
+    assert list(resumed) == []
+    resumed.set_epoch(5)
+    assert sum(len(batch) for batch in resumed) == 80
+
+
+def test_resume_with_other_settings_is_an_error(corpus):
+    loader = build_train_loader(config(corpus), seed=3)
+    next(iter(loader))
+    other = build_train_loader(replace(config(corpus), max_cuts=3), seed=4)
+    with pytest.raises(ValueError, match="max_cuts was None, is 3, seed was 3, is 4"):
+        other.load_state_dict(loader.state_dict())
+    assert sum(len(batch) for batch in loader) == 80
+    other.load_state_dict(loader.state_dict())  # after a whole epoch settings may change
+
+
+def test_ranks_share_the_epoch(corpus):
+    ranks = [list(build_train_loader(config(corpus), seed=1, rank=r, world_size=2)) for r in range(2)]
+    assert len(ranks[0]) == len(ranks[1])
+    ids = [{id for batch in batches for id in batch.ids} for batches in ranks]
+    assert not ids[0] & ids[1]
+    assert len(ids[0] | ids[1]) == 80
+    evals = [build_eval_loader(config(corpus), config(corpus).train, rank=r, world_size=2) for r in range(2)]
+    assert len({id for loader in evals for batch in loader for id in batch.ids}) == 80
+
+
+def test_eval_is_sorted_whole_and_stable(corpus):
+    loader = build_eval_loader(config(corpus), config(corpus).train)
+    batches = list(loader)
+    durations = [duration for batch in batches for duration in batch.durations]
+    assert len(durations) == 80 and durations == sorted(durations)
+    assert all(same(a, b) for a, b in zip(batches, loader, strict=True))
+    assert all(len(b) * max(b.durations) <= 6.0 + 1e-6 for b in batches)
+    # breaking off and starting over gives everything again
+    next(iter(loader))
+    assert sum(len(batch) for batch in loader) == 80
+
+
+def test_mixing_follows_the_weights(corpus):
+    sources = config(corpus).train
+    head = [cut.id[0] for cut in list(mix_sources(sources, seed=7))[:60]]
+    assert 0.6 < head.count("a") / 60 < 0.9  # weights 3 to 1
+    assert [c.id for c in mix_sources(sources, 7)] != [c.id for c in mix_sources(sources, 8)]
+
+
+def test_curriculum(corpus):
+    assert [curriculum_limit(e, 1.0, 4, 9.0) for e in (-1, 0, 1, 2, 3, 4, 8)] == [1.0, 1.0, 3.0, 5.0, 7.0, 9.0, 9.0]
+    settings = config(
+        corpus, augmented=False, curriculum_seconds=0.8, curriculum_epochs=2, max_seconds=1.6, min_seconds=0.5
+    )
+    loader = build_train_loader(settings, seed=1)
+    for epoch, limit in ((1, 0.8), (2, 1.2), (3, 1.6), (4, 1.6)):
+        loader.set_epoch(epoch)
+        durations = [duration for batch in loader for duration in batch.durations]
+        assert min(durations) >= 0.5
+        assert limit - 0.1 < max(durations) <= limit
+
+
+def test_max_cuts_and_limits_leave_a_message(corpus):
+    assert max(len(b) for b in build_train_loader(config(corpus, max_cuts=2), seed=1)) == 2
+    with pytest.raises(ValueError, match="no utterance between 20 s and 30 s"):
+        list(build_train_loader(config(corpus, min_seconds=20.0), seed=1))
+    for changes in (
+        {"max_duration": 0.0},
+        {"min_seconds": 40.0},
+        {"curriculum_seconds": 1.0},
+        {"max_cuts": 0},
+    ):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            DataConfig(**changes)
+    with pytest.raises(ValueError, match="no train sources"):
+        build_train_loader(DataConfig(), seed=1)
+    with pytest.raises(ManifestError, match="no such manifest"):
+        build_train_loader(DataConfig(train=[SourceConfig("nowhere.jsonl")]), seed=1)
+
+
+def test_other_rates_channels_and_segments(tmp_path):
+    write_tone(tmp_path / "wide.wav", 1.0, seed=1, rate=44100, channels=2)
+    write_tone(tmp_path / "phone.wav", 1.0, seed=1, rate=8000)
+    write_tone(tmp_path / "long.wav", 5.0, seed=1)
+    lines = [
+        {"audio_filepath": "wide.wav", "duration": 1.0, "text": "a"},
+        {"audio_filepath": "phone.wav", "duration": 1.0, "text": "b"},
+        {"audio_filepath": "long.wav", "duration": 1.0, "offset": 3.5, "text": "c"},
+    ]
+    source = SourceConfig(str(write_manifest(tmp_path / "m.jsonl", lines)))
+    augment = AugmentConfig(speed=[1.25])
+    for loader, frames in (
+        (build_eval_loader(DataConfig(num_workers=0), [source]), 100),
+        (build_train_loader(DataConfig(train=[source], num_workers=0, augment=augment), seed=1), 80),
+    ):
+        (batch,) = loader
+        assert batch.feature_lens.tolist() == [frames] * 3
+        assert batch.features.isfinite().all()
+        if frames == 100:
+            samples, _ = soundfile.read(tmp_path / "long.wav", start=56000, frames=16000, dtype="float32")
+            row = batch.features[batch.texts.index("c")]
+            torch.testing.assert_close(row, fbank(np.array(samples)))
+
+
+def test_lhotse_cuts_work_too(corpus, tmp_path):
+    cuts = [Recording.from_file(path).to_cut() for path in sorted((corpus / "b").glob("*.wav"))]
+    # one of a kind that only lhotse has: two recordings in a row
+    cuts[0] = cuts[0].append(cuts[1])
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    loader = build_eval_loader(DataConfig(num_workers=0), [SourceConfig(str(tmp_path / "cuts.jsonl.gz"))])
+    assert sum(len(batch) for batch in loader) == 20
