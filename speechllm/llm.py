@@ -1,0 +1,52 @@
+"""The seam: what SpeechLLM and the searches ask of a language model, and no more.
+
+`speechllm.rwkv7.RWKV7` implements it with its recurrent state.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class LanguageModelState(Protocol):
+    """Everything that a row has read so far; rows along the batch, N of them."""
+
+    def select(self, index: Tensor) -> LanguageModelState:
+        """Rows `index` (M,), in that order: beam reordering, dropping finished rows."""
+        ...
+
+    def repeat(self, n: int) -> LanguageModelState:
+        """Each row `n` times, its copies side by side."""
+        ...
+
+
+class LanguageModel(Protocol):
+    """A decoder-only language model over embeddings."""
+
+    hidden_size: int
+    vocab_size: int
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """(...,) int64 -> (..., D)."""
+        ...
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        lens: Tensor | None = None,
+        state: LanguageModelState | None = None,
+        logits_mask: Tensor | None = None,
+    ) -> tuple[Tensor, LanguageModelState]:
+        """Read (N, L) or (N, L, D), right-padded by `lens` (N,), from any state.
+
+        Returns logits (N, L, V), or (K, V) for the K true positions of `logits_mask` (N, L) in row-major
+        order, and the state at each row's own length.
+        """
+        ...
+
+    def step(self, token_ids: Tensor, state: LanguageModelState) -> tuple[Tensor, LanguageModelState]:
+        """One token per row, (N,) -> logits (N, V) and the new state."""
+        ...

@@ -1,0 +1,282 @@
+"""SpeechLLM: encoder + projector + prompt + language model.
+
+    features (N, T, F) -> encoder -> (N, T/4, D_enc), 25 Hz -> projector -> (N, T/8, D_llm), 12.5 Hz
+      -> [before_audio | audio | after_audio | label] embeddings -> language model -> loss on label and end of text
+
+An auxiliary CTC head on the encoder (arXiv 1609.06773) helps a model trained from scratch to align.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from speechllm.checkpoint import load_state_dict_strict, replaced_folder
+from speechllm.config import ConfigError, load_config, save_config
+from speechllm.decode.greedy import greedy_search
+from speechllm.encoder import Zipformer, ZipformerConfig, load_encoder
+from speechllm.llm import LanguageModel
+from speechllm.projector import Projector, ProjectorConfig
+from speechllm.prompt import IGNORE, PromptConfig, splice
+from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7
+from speechllm.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass
+class EncoderSection:
+    """`path`: a released encoder's folder; without it, one of the sizes in `zipformer` is trained from scratch.
+
+    `schedule_speed`: the schedules of the encoder's training (dropout, layer skip, balancers) span 4,000 to 20,000
+    steps of a large run; a short run passes through them so many times faster.
+    """
+
+    path: str | None = None
+    freeze: bool = False
+    schedule_speed: float = 1.0
+    zipformer: ZipformerConfig | None = None
+
+    def __post_init__(self) -> None:
+        _check_source(self, "zipformer")
+
+
+@dataclass
+class LLMSection:
+    """`path`: an RWKV-7 checkpoint; without it, one of the sizes in `rwkv7` is trained from scratch."""
+
+    path: str | None = None
+    freeze: bool = False
+    rwkv7: RWKV7Config | None = None
+
+    def __post_init__(self) -> None:
+        _check_source(self, "rwkv7")
+
+
+@dataclass
+class ModelConfig:
+    """Everything that defines a model. `tokenizer` is `rwkv` or the folder of a sentencepiece model.
+
+    `ctc_weight` scales the CTC loss of a linear head on the encoder; 0 builds no head.
+    """
+
+    tokenizer: str
+    encoder: EncoderSection
+    llm: LLMSection
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    ctc_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.ctc_weight < 0:
+            raise ValueError(f"ctc_weight must be at least 0, got {self.ctc_weight}")
+
+
+def _check_source(section: EncoderSection | LLMSection, sizes: str) -> None:
+    if bool(section.path) == bool(getattr(section, sizes)):
+        raise ValueError(f"give either path (a checkpoint) or {sizes} (sizes to train from scratch)")
+    if section.freeze and not section.path:
+        raise ValueError("freeze without path would freeze random weights")
+
+
+class SpeechLLM(nn.Module):
+    """See the module's docstring. Build one with `from_config` (training) or `from_pretrained` (use)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        encoder: Zipformer,
+        projector: Projector,
+        llm: LanguageModel,
+        tokenizer: Tokenizer,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.projector = projector
+        self.llm = llm
+        # Blank is the last class, so the others keep the tokenizer's ids.
+        self.blank_id = tokenizer.vocab_size
+        self.ctc_head = nn.Linear(encoder.output_dim, self.blank_id + 1) if config.ctc_weight else None
+        for part, frozen in ((encoder, config.encoder.freeze), (llm, config.llm.freeze)):
+            if frozen:
+                part.requires_grad_(False)
+        self.train()
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> SpeechLLM:
+        """Build the model; parts with a `path` are loaded, the others initialised for training from scratch.
+
+        Raises:
+          UserError, FileNotFoundError: a part does not load, or two parts do not fit together.
+        """
+        tokenizer = load_tokenizer(config.tokenizer)
+        encoder = load_encoder(config.encoder.path) if config.encoder.path else Zipformer(config.encoder.zipformer)
+        llm = load_rwkv7(config.llm.path) if config.llm.path else RWKV7(config.llm.rwkv7)
+        if llm.vocab_size < tokenizer.vocab_size:
+            raise ConfigError(
+                f"the language model ({config.llm.path or 'llm.rwkv7'}) has a vocabulary of {llm.vocab_size}, "
+                f"the tokenizer {config.tokenizer} of {tokenizer.vocab_size}: they must belong together"
+            )
+        projector = Projector(config.projector, encoder.output_dim, llm.hidden_size)
+        return cls(config, encoder, projector, llm, tokenizer)
+
+    def train(self, mode: bool = True) -> SpeechLLM:
+        """Frozen parts stay in evaluation mode."""
+        super().train(mode)
+        if self.config.encoder.freeze:
+            self.encoder.eval()
+        if self.config.llm.freeze:
+            self.llm.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.projector.out_proj.weight.device
+
+    def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """features (N, T, F), (N,) -> encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.encoder.freeze):
+            encoder_out, encoder_out_lens = self.encoder(features, feature_lens)
+        return encoder_out, encoder_out_lens, *self.projector(encoder_out, encoder_out_lens)
+
+    def prompted(
+        self,
+        audio_embeds: Tensor,
+        audio_lens: Tensor,
+        languages: Sequence[str | None],
+        label_ids: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Splice audio into the prompt (see `prompt.splice`): inputs_embeds (N, L, D), lens (N,), labels (N, L)."""
+        device = audio_embeds.device
+        spliced = splice(self.config.prompt, self.tokenizer, audio_lens.tolist(), languages, label_ids)
+        token_ids, audio_mask, lens, labels = (t.to(device) for t in spliced)
+        valid = torch.arange(audio_embeds.shape[1], device=device)[None, :] < audio_lens[:, None]
+        text_embeds = self.llm.embed(token_ids)
+        inputs_embeds = text_embeds.masked_scatter(audio_mask[..., None], audio_embeds[valid].to(text_embeds.dtype))
+        return inputs_embeds, lens, labels
+
+    def label_ids(self, text: str) -> list[int]:
+        """The tokens of a label as it stands behind the prompt, without the end of text."""
+        return self.tokenizer.encode(self.config.prompt.before_label + text)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of label tokens; the inverse of `label_ids`."""
+        return self.tokenizer.decode(token_ids).removeprefix(self.config.prompt.before_label)
+
+    def forward(
+        self, features: Tensor, feature_lens: Tensor, texts: Sequence[str], languages: Sequence[str | None]
+    ) -> dict[str, Tensor]:
+        """Losses of a batch, SUMMED over its label tokens (each label's end of text included).
+
+        Args:
+          features: (N, T, F) log-mel, right-padded; feature_lens: (N,) frames.
+          texts: N labels; languages: N tags for the prompt's `{lang}` slot, or None.
+
+        Returns:
+          scalars: `loss` = `llm_loss` + ctc_weight * `ctc_loss`, to be divided by `tokens`; `llm_loss`;
+          `ctc_loss` (0 without a head); `tokens` and `correct` (tokens predicted right) of the language model.
+        """
+        label_ids = [self.label_ids(text) for text in texts]
+        encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens)
+        inputs_embeds, lens, labels = self.prompted(audio_embeds, audio_lens, languages, label_ids)
+        mask = labels != IGNORE
+        logits, _ = self.llm(inputs_embeds=inputs_embeds, lens=lens, logits_mask=mask)
+        targets = labels[mask]
+        llm_loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        ctc_loss = llm_loss.new_zeros(())
+        if self.ctc_head is not None:
+            ctc_loss = self.ctc_loss(encoder_out, encoder_out_lens, label_ids)
+        return {
+            "loss": llm_loss + self.config.ctc_weight * ctc_loss,
+            "llm_loss": llm_loss,
+            "ctc_loss": ctc_loss,
+            "tokens": mask.sum(),
+            "correct": (logits.detach().argmax(-1) == targets).sum(),
+        }
+
+    def ctc_loss(self, encoder_out: Tensor, encoder_out_lens: Tensor, label_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Summed CTC loss; a label that has more tokens than its audio has frames counts as 0."""
+        log_probs = self.ctc_head(encoder_out).float().log_softmax(-1)
+        targets = torch.tensor([t for ids in label_ids for t in ids], dtype=torch.long)
+        target_lens = torch.tensor([len(ids) for ids in label_ids])
+        return F.ctc_loss(
+            log_probs.transpose(0, 1),
+            targets.to(log_probs.device),
+            encoder_out_lens,
+            target_lens.to(log_probs.device),
+            blank=self.blank_id,
+            reduction="sum",
+            zero_infinity=True,
+        )
+
+    @torch.no_grad()
+    def recognise(
+        self, features: Tensor, feature_lens: Tensor, languages: Sequence[str | None]
+    ) -> tuple[list[str], list[str] | None]:
+        """Greedy transcripts of a batch: by the language model and, where the model has a head, by CTC."""
+        encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens)
+        inputs_embeds, lens, _ = self.prompted(audio_embeds, audio_lens, languages)
+        # One token for 80 ms of audio is several times the rate of any speech: a bound, not a guess.
+        tokens = greedy_search(self.llm, inputs_embeds, lens, self.tokenizer.eos_id, max_tokens=audio_lens)
+        ctc_texts = None
+        if self.ctc_head is not None:
+            best = self.ctc_head(encoder_out).argmax(-1)
+            ctc_texts = [
+                self.text([i for i in torch.unique_consecutive(row[:n]).tolist() if i != self.blank_id])
+                for row, n in zip(best, encoder_out_lens.tolist(), strict=True)
+            ]
+        return [self.text(ids) for ids in tokens], ctc_texts
+
+    def transcribe(self, audio: Sequence[str | Path], language: str | None = None) -> list[str]:
+        """Transcripts of audio files (any format and rate that lhotse reads), one batch.
+
+        Raises:
+          DataError: a file cannot be read; the message names it.
+        """
+        from speechllm.data import load_features
+
+        was_training = self.training
+        self.eval()
+        features, feature_lens = load_features(audio)
+        texts, _ = self.recognise(
+            features.to(self.device), feature_lens.to(self.device), [language] * len(feature_lens)
+        )
+        self.train(was_training)
+        return texts
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the whole model: config.yaml, model.safetensors, tokenizer. Replaces `folder` in one move."""
+        with replaced_folder(folder) as tmp:
+            self.tokenizer.save(tmp)
+            config = dataclasses.replace(
+                self.config,
+                tokenizer=".",
+                encoder=EncoderSection(zipformer=self.encoder.config),
+                llm=LLMSection(rwkv7=self.llm.config),
+            )
+            save_config(config, tmp / "config.yaml")
+            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, tmp / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> SpeechLLM:
+        """Load what `save_pretrained` wrote; in evaluation mode, on the CPU.
+
+        Raises:
+          FileNotFoundError, ValueError: the folder is not one, or its parts do not fit together.
+        """
+        folder = Path(folder)
+        if not (folder / "config.yaml").is_file():
+            raise FileNotFoundError(f"{folder}: no config.yaml: not a folder written by save_pretrained")
+        config = load_config(ModelConfig, folder / "config.yaml")
+        with torch.device("meta"):  # no time for initial values that are about to be replaced
+            model = cls.from_config(dataclasses.replace(config, tokenizer=str(folder / config.tokenizer)))
+        weights = folder / "model.safetensors"
+        load_state_dict_strict(model, load_file(weights), weights, assign=True)
+        return model.eval()

@@ -1,0 +1,87 @@
+"""Configuration: what fits is read, what does not is named."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from speechllm.config import ConfigError, from_dict, load_config, save_config, to_dict
+
+
+@dataclass
+class Inner:
+    size: int = 3
+    rate: float = 0.1
+    names: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.size < 0:
+            raise ValueError(f"size must be at least 0, got {self.size}")
+
+
+@dataclass
+class Outer:
+    inner: Inner = field(default_factory=Inner)
+    many: dict[str, list[Inner]] = field(default_factory=dict)
+    maybe: Inner | None = None
+    flag: bool = False
+
+
+def test_round_trip(tmp_path):
+    config = from_dict(Outer, {"inner": {"size": 7, "names": ["a"]}, "many": {"x": [{"rate": 1}]}, "flag": True})
+    assert config.inner.size == 7 and config.many["x"][0].rate == 1.0 and config.maybe is None
+    save_config(config, tmp_path / "c.yaml", header="made by\na test")
+    assert load_config(Outer, tmp_path / "c.yaml") == config
+    assert from_dict(Outer, to_dict(config)) == config
+
+
+def test_overrides(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("inner: {size: 1, rate: 1e-3}\n")
+    config = load_config(
+        Outer, path, ["--inner.size", "5", "--flag=true", "--maybe.size", "2", "--inner.names", "[a, b]"]
+    )
+    assert config.inner == Inner(5, 1e-3, ["a", "b"]) and config.flag and config.maybe.size == 2
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"inner": {"sise": 1}}, "unknown key inner.sise; did you mean inner.size?"),
+        ({"iner": {}}, "unknown key iner; did you mean inner?"),
+        ({"inner": {"size": "big"}}, "inner.size: expected an integer, got 'big'"),
+        ({"inner": {"size": True}}, "inner.size: expected an integer, got True"),
+        ({"inner": {"rate": "fast"}}, "inner.rate: expected a number"),
+        ({"inner": {"names": "a"}}, "inner.names: expected a list"),
+        ({"inner": {"size": -1}}, "inner: size must be at least 0, got -1"),
+        ({"many": {"x": [{}, {"size": 1.5}]}}, "many.x[1].size: expected an integer, got 1.5"),
+        ({"flag": 1}, "flag: expected true or false, got 1"),
+    ],
+)
+def test_errors_name_source_and_key(tree, said):
+    with pytest.raises(ConfigError) as error:
+        from_dict(Outer, tree, source="exp.yaml")
+    assert str(error.value).startswith("exp.yaml: ") and said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--inner.sise", "1"], "unknown key inner.sise; did you mean inner.size?"),
+        (["--inner.size"], "--inner.size needs a value"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--inner.size", "[1"], "cannot read the value '[1' as YAML"),
+    ],
+)
+def test_override_errors(tmp_path, args, said):
+    (tmp_path / "c.yaml").write_text("")
+    with pytest.raises(ConfigError, match="^command line") as error:
+        load_config(Outer, tmp_path / "c.yaml", args)
+    assert said in str(error.value)
+
+
+def test_file_errors(tmp_path):
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(Outer, tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(Outer, tmp_path / "bad.yaml")

@@ -1,0 +1,110 @@
+"""SpeechLLM: loss, batch invariance, frozen parts, saving and loading."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from speechllm.checkpoint import CheckpointError
+from speechllm.encoder import init_from_data, save_encoder
+from speechllm.model import EncoderSection, LLMSection, SpeechLLM
+from speechllm.optim import OptimConfig, build_optimizer
+from speechllm.rwkv7 import RWKV7Config
+
+
+def test_loss_of_a_batch_is_the_sum_of_its_rows(model, batch):
+    model.eval()
+    features, lens, texts, languages = batch
+    whole = model(*batch)
+    rows = [
+        model(features[i : i + 1, : lens[i]], lens[i : i + 1], texts[i : i + 1], languages[i : i + 1]) for i in range(3)
+    ]
+    for name, value in whole.items():
+        torch.testing.assert_close(value, sum(row[name] for row in rows), rtol=1e-5, atol=1e-4)
+    assert whole["tokens"] == sum(len(model.label_ids(text)) + 1 for text in texts)
+
+
+def test_loss_is_on_the_label_only(model, batch):
+    """Computed by hand from all logits of one row."""
+    model.eval()
+    features, lens, texts, languages = (x[:1] for x in batch)
+    _, _, audio_embeds, audio_lens = model.encode(features, lens)
+    inputs_embeds, _, _ = model.prompted(audio_embeds, audio_lens, languages, [model.label_ids(texts[0])])
+    label = [*model.label_ids(texts[0]), model.tokenizer.eos_id]
+    logits, _ = model.llm(inputs_embeds=inputs_embeds)
+    log_probs = logits[0, -len(label) :].log_softmax(-1)
+    expected = -log_probs[range(len(label)), label].sum()
+    torch.testing.assert_close(model(features, lens, texts, languages)["llm_loss"], expected)
+
+
+def test_every_parameter_gets_a_gradient(model, batch):
+    model.train()
+    model(*batch)["loss"].backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_recognise_is_batch_invariant(model, batch):
+    model.eval()
+    features, lens, _, languages = batch
+    texts, ctc_texts = model.recognise(features, lens, languages)
+    for i in range(3):
+        alone = model.recognise(features[i : i + 1, : lens[i]], lens[i : i + 1], languages[i : i + 1])
+        assert alone == ([texts[i]], [ctc_texts[i]])
+
+
+def test_a_small_model_learns_its_batch(model, batch):
+    torch.manual_seed(0)
+    features, lens, texts, languages = batch
+    init_from_data(model.encoder, features, lens)
+    optimizer = build_optimizer(model, OptimConfig(lr=5e-3))
+    for step in range(100):
+        model.encoder.set_batch_count(step)
+        out = model(*batch)
+        (out["loss"] / out["tokens"]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    assert model.recognise(features, lens, languages)[0] == texts
+
+
+def test_frozen_means_frozen(model, model_config, batch, tmp_path):
+    save_encoder(model.encoder, tmp_path / "encoder")
+    config = dataclasses.replace(model_config, encoder=EncoderSection(path=str(tmp_path / "encoder"), freeze=True))
+    frozen = SpeechLLM.from_config(config).train()
+    assert not frozen.encoder.training and frozen.projector.training
+    frozen(*batch)["loss"].backward()
+    assert all(p.grad is None for p in frozen.encoder.parameters())
+    assert all(p.grad is not None for n, p in frozen.named_parameters() if not n.startswith("encoder."))
+    trained = sum(len(group["params"]) for group in build_optimizer(frozen, OptimConfig()).param_groups)
+    assert trained == sum(p.requires_grad for p in frozen.parameters())
+
+
+def test_saved_and_loaded_is_the_same(model, batch, tmp_path):
+    model.eval()
+    model.save_pretrained(tmp_path / "model")
+    loaded = SpeechLLM.from_pretrained(tmp_path / "model")
+    for name, value in loaded(*batch).items():
+        assert torch.equal(value, model(*batch)[name])
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        "config.yaml",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
+
+
+def test_parts_that_do_not_fit(model, model_config, tmp_path):
+    llm = LLMSection(rwkv7=RWKV7Config(n_layer=1, n_embd=32, head_size=16, vocab_size=100))
+    with pytest.raises(ValueError, match="vocabulary of 100, the tokenizer .* of "):
+        SpeechLLM.from_config(dataclasses.replace(model_config, llm=llm))
+    with pytest.raises(ValueError, match="either path .* or zipformer"):
+        EncoderSection(path="x", zipformer=model_config.encoder.zipformer)
+    with pytest.raises(ValueError, match="freeze without path"):
+        LLMSection(freeze=True, rwkv7=RWKV7Config(n_layer=1, n_embd=64, vocab_size=100))
+    with pytest.raises(FileNotFoundError, match="no config.yaml"):
+        SpeechLLM.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "model")
+    text = (tmp_path / "model/config.yaml").read_text()
+    (tmp_path / "model/config.yaml").write_text(text.replace("n_embd: 32", "n_embd: 48"))
+    with pytest.raises(CheckpointError, match=r"llm.emb.weight: \(300, 32\) in the file, \(300, 48\) in the model"):
+        SpeechLLM.from_pretrained(tmp_path / "model")
