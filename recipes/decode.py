@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Decode test sets with a trained SpeechLLM and score them: the decode loop of every recipe.
+
+    python recipes/decode.py --config configs/digits.yaml --exp-dir recipes/digits/exp --model recipes/digits/exp/AVG
+
+--model is a folder written by tools/average_ckpt.py. Each set under `data.test` is decoded by greedy search and,
+where the model has a CTC head, by CTC as well. EXP_DIR/greedy_search and EXP_DIR/ctc_greedy_search receive, as in
+icefall, recogs-SET-MODEL.txt, errs-SET-MODEL.txt and wer-summary-SET-MODEL.txt. The WER by language is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm import tqdm
+from train import Config  # recipes/train.py: one experiment file for both
+
+from speechllm.config import ConfigError, load_config
+from speechllm.data import build_eval_loader
+from speechllm.errors import UserError
+from speechllm.log import setup_logging
+from speechllm.model import SpeechLLM
+from speechllm.scoring import ErrorReport, Transcript, score, write_reports
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="experiment configuration (YAML)")
+    parser.add_argument("--exp-dir", required=True, type=Path, help="folder for logs and results")
+    parser.add_argument("--model", required=True, type=Path, help="folder of the trained model")
+    args, overrides = parser.parse_known_args()
+    try:
+        decode(load_config(Config, args.config, overrides), args.exp_dir, args.model)
+    except (UserError, FileNotFoundError) as e:
+        sys.exit(f"error: {e}")
+
+
+def decode(config: Config, exp_dir: Path, model_dir: Path) -> None:
+    if not config.data.test:
+        raise ConfigError("data.test names no test set")
+    setup_logging(exp_dir / "log", "log-decode")
+    device = Accelerator().device
+    model = SpeechLLM.from_pretrained(model_dir).to(device)
+    table: dict[tuple[str, str], dict[str, ErrorReport]] = defaultdict(dict)
+    for name, sources in config.data.test.items():
+        results: dict[str, list[Transcript]] = defaultdict(list)  # by search
+        audio_seconds, start = 0.0, time.perf_counter()
+        for batch in tqdm(build_eval_loader(config.data, sources), desc=name, unit="batch", disable=None):
+            batch = batch.to(device)
+            texts, ctc_texts = model.recognise(batch.features, batch.feature_lens, batch.languages)
+            results["greedy_search"] += map(Transcript, batch.ids, batch.texts, texts, batch.languages)
+            if ctc_texts is not None:
+                results["ctc_greedy_search"] += map(Transcript, batch.ids, batch.texts, ctc_texts, batch.languages)
+            audio_seconds += batch.audio_seconds
+        elapsed = time.perf_counter() - start
+        logger.info(
+            "%s: %d utterances, %.0f s of audio in %.1f s (real-time factor %.4f)",
+            name, len(results["greedy_search"]), audio_seconds, elapsed, elapsed / max(audio_seconds, 1e-9),
+        )  # fmt: skip
+        for search, transcripts in results.items():
+            report = write_reports(exp_dir / search, name, model_dir.name, transcripts, setting=search)
+            for language in sorted({t.language for t in transcripts if t.language}):
+                table[name, language][search] = score(t for t in transcripts if t.language == language)
+            table[name, "all"][search] = report
+            logger.info("%s, %s: WER %s", name, search, report)
+    print_table(table)
+
+
+def print_table(table: dict[tuple[str, str], dict[str, ErrorReport]]) -> None:
+    """WER in percent by test set and language, a column for each search."""
+    searches = list(next(iter(table.values())))
+    print(f"\n{'test set':<12}{'language':<10}{'words':>6}" + "".join(f"{s + ' WER %':>26}" for s in searches))
+    for (name, language), reports in table.items():
+        cells = "".join(f"{100 * reports[s].rate:>26.2f}" for s in searches)
+        print(f"{name:<12}{language:<10}{reports[searches[0]].ref_len:>6}{cells}")
+
+
+if __name__ == "__main__":
+    main()

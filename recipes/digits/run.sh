@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Connected digits in five languages, from the recordings to the WER table. See README.md in this folder.
+#
+#   recipes/digits/run.sh [--quick] [--sounds-dir DIR]
+#
+#   --quick           a minute of training only, in exp-quick: shows that the whole way works
+#   --sounds-dir DIR  recordings that are on disk already (systems without apt-get)
+#
+# A run that was stopped goes on where it was when it is started again.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+exp=recipes/digits/exp
+num_steps=2200 avg=5
+settings=() corpus=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --quick)
+        exp=recipes/digits/exp-quick num_steps=100 avg=2
+        settings=(--optim.warmup_steps 20 --train.ctc_only_steps 50)
+        ;;
+    --sounds-dir)
+        [ $# -gt 1 ] || { echo "error: --sounds-dir needs a folder" >&2; exit 2; }
+        corpus=(--sounds-dir "$2")
+        shift
+        ;;
+    -h | --help)
+        sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//'
+        exit 0
+        ;;
+    *)
+        echo "error: unknown argument $1; see $0 --help" >&2
+        exit 2
+        ;;
+    esac
+    shift
+done
+
+. tools/venv.sh
+install_speechllm av
+config=configs/digits.yaml
+
+echo "== 1. corpus and manifests"
+python recipes/digits/prepare_corpus.py --output-dir recipes/digits/data "${corpus[@]}"
+
+echo "== 2. tokenizer"
+python recipes/digits/train_tokenizer.py --data-dir recipes/digits/data --vocab-size 400
+
+echo "== 3. training"
+python recipes/train.py --config $config --exp-dir $exp --train.num_steps $num_steps "${settings[@]}"
+
+echo "== 4. averaging"
+python tools/average_ckpt.py --exp-dir $exp --iter $num_steps --avg $avg
+
+echo "== 5. decoding"
+python recipes/decode.py --config $config --exp-dir $exp --model $exp/iter-$num_steps-avg-$avg

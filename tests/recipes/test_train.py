@@ -1,0 +1,141 @@
+"""The training and decoding scripts, run as a user runs them."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from speechllm.checkpoint import load_checkpoint
+from speechllm.model import SpeechLLM
+from tests.recipes.conftest import REPOSITORY
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def command(experiment, exp_dir, *settings):
+    return [
+        sys.executable, "recipes/train.py", "--config", str(experiment), "--exp-dir", str(exp_dir), *settings
+    ]  # fmt: skip
+
+
+def run(*args, check=True):
+    result = subprocess.run(args, cwd=REPOSITORY, env=ENV, capture_output=True, text=True)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def finished(experiment, tmp_path_factory):
+    """The folder of a run that was never stopped."""
+    exp_dir = tmp_path_factory.mktemp("exp")
+    run(*command(experiment, exp_dir))
+    return exp_dir
+
+
+def test_exp_folder_is_as_icefall_users_expect(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert {
+        "checkpoint-8.pt",
+        "checkpoint-10.pt",
+        "checkpoint-12.pt",
+        "best-valid-loss.pt",
+        "epoch-1.pt",
+    } <= names
+    assert {"config.yaml", "log", "tensorboard"} <= names and "checkpoint-6.pt" not in names
+    assert list((finished / "tensorboard").iterdir())
+    log = "".join(p.read_text() for p in (finished / "log").iterdir())
+    assert "Epoch 1, step 3, loss[" in log and "validation: loss: " in log and "ctc_wer: " in log
+    assert (finished / "config.yaml").read_text().startswith("# recipes/train.py --config")
+
+
+def test_killed_at_any_moment_is_as_never_stopped(experiment, finished, tmp_path):
+    exp_dir = tmp_path / "exp"
+    rng = random.Random(time.time_ns())
+    kills = []
+    for target in (2, 6):  # once before or while the first checkpoints are written, once in the middle
+        process = subprocess.Popen(
+            command(experiment, exp_dir),
+            cwd=REPOSITORY,
+            env=ENV,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while process.poll() is None and not (exp_dir / f"checkpoint-{target}.pt.tmp").exists():
+            if any((exp_dir / f"checkpoint-{n}.pt").exists() for n in range(target, 14, 2)):
+                break
+            time.sleep(0.001)
+        delay = rng.uniform(0, 0.5)
+        time.sleep(delay)
+        kills.append((target, delay, process.poll()))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert kills[0][2] is None, "the run ended before it could be killed"
+    result = run(*command(experiment, exp_dir))
+    assert "resuming from" in result.stderr, kills
+    expected, resumed = (load_checkpoint(d / "checkpoint-12.pt") for d in (finished, exp_dir))
+    assert expected["step"] == resumed["step"] == 12
+    for name, value in expected["model"].items():
+        assert torch.equal(value, resumed["model"][name]), (name, kills)
+    assert expected["epoch"] == resumed["epoch"] and torch.equal(expected["total"], resumed["total"])
+    assert not list(exp_dir.glob("*.tmp"))
+
+
+def test_average_and_decode(experiment, finished):
+    result = run(sys.executable, "tools/average_ckpt.py", "--exp-dir", str(finished), "--iter", "12", "--avg", "3")
+    assert "checkpoint-8.pt" in result.stdout and "checkpoint-12.pt" in result.stdout
+    folder = finished / "iter-12-avg-3"
+    model = SpeechLLM.from_pretrained(folder)
+    states = [load_checkpoint(finished / f"checkpoint-{n}.pt")["model"] for n in (8, 10, 12)]
+    mean = sum(s["projector.out_proj.weight"].double() for s in states) / 3
+    torch.testing.assert_close(model.projector.out_proj.weight.detach().double(), mean, rtol=0, atol=1e-7)
+
+    result = run(
+        sys.executable, "recipes/decode.py", "--config", str(experiment), "--exp-dir", str(finished),
+        "--model", str(folder),
+    )  # fmt: skip
+    assert "greedy_search WER %" in result.stdout and "ctc_greedy_search WER %" in result.stdout
+    for method in ("greedy_search", "ctc_greedy_search"):
+        names = sorted(p.name for p in (finished / method).iterdir())
+        assert names == [
+            f"{kind}-tones-iter-12-avg-3.txt" for kind in ("errs", "recogs", "wer-by-language", "wer-summary")
+        ]
+
+
+def test_transcribe_command(finished, experiment):
+    folder = finished / "iter-12-avg-3"
+    if not folder.exists():
+        run(sys.executable, "tools/average_ckpt.py", "--exp-dir", str(finished), "--iter", "12", "--avg", "3")
+    wav = experiment.parent / "valid" / "0.wav"
+    broken = experiment.parent / "broken.wav"
+    broken.write_bytes(wav.read_bytes()[:20])
+    result = run(
+        sys.executable, "-m", "speechllm.cli", "transcribe", str(broken), str(wav), "--model", str(folder),
+        "--language", "en", check=False,
+    )  # fmt: skip
+    assert result.returncode == 1 and result.stdout.startswith(f"{wav}\t")
+    assert f"error: {broken}" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["--model.ctc_wieght", "0"], "unknown key model.ctc_wieght; did you mean model.ctc_weight?"),
+        (["--data.train", "[{path: /nowhere.jsonl}]"], "/nowhere.jsonl: no such manifest file"),
+        (["--model.tokenizer", "/nowhere"], "tokenizer '/nowhere': no such file or folder"),
+        (["--train.mixed_precision", "fp8"], "mixed_precision must be no, bf16 or fp16"),
+    ],
+)
+def test_mistakes_are_one_line(experiment, tmp_path, settings, said):
+    result = run(*command(experiment, tmp_path / "exp", *settings), check=False)
+    assert result.returncode == 1 and said in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_checkpoint_of_another_shape(experiment, finished):
+    result = run(*command(experiment, finished, "--model.llm.rwkv7.n_embd", "48"), check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "llm.emb.weight: (300, 32) in the file, (300, 48) in the model" in result.stderr
