@@ -80,14 +80,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}")
-        for name in (
-            "num_steps",
-            "accumulate",
-            "log_every_n",
-            "valid_every_n",
-            "save_every_n",
-            "keep_last_k",
-        ):
+        for name in ("num_steps", "accumulate", "log_every_n", "valid_every_n", "save_every_n", "keep_last_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -100,6 +93,10 @@ class Config:
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.ctc_only_steps and not self.model.ctc_weight:
+            raise ValueError("train.ctc_only_steps needs a CTC head: set model.ctc_weight above 0")
 
 
 class Averages:
@@ -120,6 +117,31 @@ class Averages:
     def __str__(self) -> str:
         values = ", ".join(f"{name}={value:.4g}" for name, value in self.items().items())
         return f"[{values}, over {self.values[3]:.0f} tokens]"
+
+
+class Throughput:
+    """How much audio was trained on since the last `restart`, and how much of it was padding."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.since = time.perf_counter()
+        self.audio_seconds = self.frames = self.padded_frames = 0.0
+
+    def add(self, batch: Batch) -> None:
+        frames = batch.features.shape[0] * batch.features.shape[1]
+        self.audio_seconds += batch.audio_seconds
+        self.frames += frames
+        self.padded_frames += batch.padding_share * frames
+
+    @property
+    def audio_seconds_per_second(self) -> float:
+        return self.audio_seconds / (time.perf_counter() - self.since)
+
+    @property
+    def padding_share(self) -> float:
+        return self.padded_frames / max(self.frames, 1.0)
 
 
 def main() -> None:
@@ -225,12 +247,13 @@ def train(config: Config, exp_dir: Path) -> None:
         smoothing=0.05,
     )
     model.train()
-    window = time.perf_counter(), 0.0, 0.0, 0.0  # since when, audio seconds, padded and all frames
+    throughput = Throughput()
     with logging_redirect_tqdm():
         while step < config.train.num_steps:
             for batches in groups_of(train_loader, config.train.accumulate):
                 # One optimiser step. Its loss is a mean over the label tokens of all its batches on all processes.
-                bare.encoder.set_batch_count(step * config.model.encoder.schedule_speed)
+                if config.model.encoder.path is None:  # a released encoder has its schedules behind it
+                    bare.encoder.set_batch_count(step * config.model.encoder.schedule_speed)
                 tokens = sum(len(bare.label_ids(text)) + 1 for batch in batches for text in batch.texts)
                 tokens = accelerator.reduce(torch.tensor(float(tokens), device=accelerator.device)).item()
                 sums = torch.zeros(5, dtype=torch.float64)
@@ -242,6 +265,7 @@ def train(config: Config, exp_dir: Path) -> None:
                         # DDP averages gradients over the processes; the sum is wanted.
                         accelerator.backward(loss * (world_size / tokens))
                     sums += stats(out)
+                    throughput.add(batch)
                 if accelerator.scaler is not None:
                     accelerator.unscale_gradients()
                 grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.optim.clip_grad_norm).item()
@@ -253,7 +277,7 @@ def train(config: Config, exp_dir: Path) -> None:
                     ids = ", ".join(i for batch in batches for i in batch.ids)
                     logger.warning("step %d: gradient norm %s, step skipped; batch: %s", step, grad_norm, ids)
                     if bad_steps >= config.train.max_bad_steps:
-                        raise CheckpointError(
+                        raise UserError(
                             f"{bad_steps} steps in a row without a finite gradient; lower optim.lr, or look at the "
                             "utterances named above. The last checkpoint is intact."
                         )
@@ -265,16 +289,9 @@ def train(config: Config, exp_dir: Path) -> None:
                 # ---- log, validate, save ---------------------------------------------------------------------
                 averages = Averages(accelerator.reduce(sums.float().to(accelerator.device)).double().cpu())
                 total.add(averages, decay=1 - 1 / 200)
-                since, audio, padding, frames = window
-                audio += world_size * sum(batch.audio_seconds for batch in batches)
-                padding += sum(
-                    batch.padding_share * batch.features.shape[0] * batch.features.shape[1] for batch in batches
-                )
-                frames += sum(batch.features.shape[0] * batch.features.shape[1] for batch in batches)
-                window = since, audio, padding, frames
                 if step % config.train.log_every_n == 0:
                     lr = scheduler.get_last_lr()[0]
-                    speed = audio / (time.perf_counter() - since)
+                    speed = world_size * throughput.audio_seconds_per_second
                     logger.info(
                         "Epoch %d, step %d, loss%s, tot_loss%s, batch size: %d, lr: %.2e, grad norm: %.2f, "
                         "%.0f audio s/s", epoch, step, averages, total, sum(len(b.ids) for b in batches), lr,
@@ -285,11 +302,11 @@ def train(config: Config, exp_dir: Path) -> None:
                         **{f"train/tot_{k}": v for k, v in total.items().items()},
                         "train/lr": lr,
                         "train/grad_norm": grad_norm,
-                        "train/padding_share": padding / frames,
+                        "train/padding_share": throughput.padding_share,
                         "train/audio_seconds_per_second": speed,
                     }
                     write_scalars(writer, scalars, step)
-                    window = time.perf_counter(), 0.0, 0.0, 0.0
+                    throughput.restart()
                 names = []
                 if step % config.train.valid_every_n == 0 or step == config.train.num_steps:
                     scalars = validate(accelerator, model, valid_loader)
@@ -299,7 +316,7 @@ def train(config: Config, exp_dir: Path) -> None:
                     if scalars["loss"] < best_valid_loss:
                         best_valid_loss = scalars["loss"]
                         names.append("best-valid-loss.pt")
-                    window = time.perf_counter(), 0.0, 0.0, 0.0
+                    throughput.restart()
                 if step % config.train.save_every_n == 0 or step == config.train.num_steps:
                     names.append(f"checkpoint-{step}.pt")
                 if names:

@@ -1,6 +1,13 @@
 """speechllm: speech recognition and translation with a language model."""
 
-from speechllm.model import SpeechLLM
-
 __version__ = "0.1.0"
 __all__ = ["SpeechLLM"]
+
+
+def __getattr__(name: str) -> object:
+    """`SpeechLLM` is imported when it is asked for: torch and lhotse take seconds, `speechllm --help` must not."""
+    if name == "SpeechLLM":
+        from speechllm.model import SpeechLLM
+
+        return SpeechLLM
+    raise AttributeError(f"module 'speechllm' has no attribute {name!r}")

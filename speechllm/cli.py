@@ -37,3 +37,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
             print(f"error: {e}", file=sys.stderr)
             status = 1
     return status
+
+
+if __name__ == "__main__":
+    main()

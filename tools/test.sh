@@ -5,4 +5,5 @@ cd "$(dirname "$0")/.."
 . tools/venv.sh
 install_speechllm test
 ruff check .
+ruff format --check --quiet .
 python -m pytest tests "$@"

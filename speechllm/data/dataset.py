@@ -148,10 +148,14 @@ def load_features(paths: Sequence[str | Path]) -> tuple[Tensor, Tensor]:
     """
     utterances = []
     for path in paths:
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such file")
         try:
             samples = load_samples(Recording.from_file(path).to_cut())
-        except (UtteranceError, OSError, AssertionError, AudioLoadingError) as error:
-            raise DataError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+        except UtteranceError as error:
+            raise DataError(f"{path}: {error}") from error
+        except (OSError, AssertionError, AudioLoadingError) as error:
+            raise DataError(f"{path}: cannot be read as audio") from error
         utterances.append(Utterance(str(path), fbank(samples), "", None, len(samples) / SAMPLE_RATE))
     batch = collate(utterances)
     return batch.features, batch.feature_lens

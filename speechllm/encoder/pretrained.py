@@ -158,6 +158,7 @@ def init_from_data(encoder: Zipformer, features: Tensor, feature_lens: Tensor) -
     def normalize(layer: torch.nn.Module, out: Tensor) -> Tensor:
         """Gives `out` (..., C), computed by the layer, mean 0 and std 1, and so the layer from now on."""
         std, mean = torch.std_mean(out.flatten(0, -2), dim=0)
+        std = std.clamp_min(1e-5)  # a channel that is constant in this batch
         layer.weight.div_(std.view(-1, *[1] * (layer.weight.dim() - 1)))
         layer.bias.sub_(mean).div_(std)
         return (out - mean) / std

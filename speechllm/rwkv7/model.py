@@ -401,26 +401,3 @@ class RWKV7(nn.Module):
             fill(ffn.x_k, 1 - channel ** (height**4))
             nn.init.orthogonal_(ffn.key.weight)
             nn.init.zeros_(ffn.value.weight)
-
-
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
-    """The official parameter groups for an optimizer: weight decay on large matrices, w0 at twice the rate.
-
-    Takes the trainable parameters of any module; those of an RWKV7 in it are recognised by their names.
-    """
-    decayed, plain, fast = [], [], []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if name.endswith("att.w0"):
-            fast.append(p)
-        elif name.endswith(".weight") and p.squeeze().dim() >= 2:
-            decayed.append(p)
-        else:
-            plain.append(p)
-    groups = [
-        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
-        {"params": plain, "lr": lr, "weight_decay": 0.0},
-        {"params": fast, "lr": 2 * lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

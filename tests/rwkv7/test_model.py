@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from speechllm.rwkv7 import RWKV7, RWKV7Config, RWKV7State, load_rwkv7, parameter_groups
+from speechllm.rwkv7 import RWKV7, RWKV7Config, RWKV7State, load_rwkv7
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rwkv7" / "small"
 
@@ -149,23 +149,6 @@ def test_bfloat16_weights():
     assert model.step(torch.tensor([1, 2]), state)[1].wkv.dtype == torch.float32
 
 
-def test_every_parameter_of_a_new_model_learns():
-    torch.manual_seed(0)
-    model = RWKV7(RWKV7Config(2, 64, 50, head_size=32))
-    ids = torch.randint(0, 50, (4, 24))
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2, weight_decay=0.01))
-    losses = []
-    for _ in range(30):
-        loss = F.cross_entropy(model(ids)[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None for p in model.parameters())
-        optimizer.step()
-        losses.append(loss.item())
-    assert all(p.grad.abs().sum() > 0 for p in model.parameters())  # nothing stays at its zero start
-    assert losses[-1] < 0.5 * losses[0]
-
-
 def test_official_initialisation():
     torch.manual_seed(0)
     model = RWKV7(RWKV7Config(4, 128, 512))
@@ -180,16 +163,6 @@ def test_official_initialisation():
     # n = 0: -6 + 0.5 + 2.5 * zigzag(-1), n = 127: 0 + 0.5 + 2.5
     assert abs(att.w0[0, 0, 0].item() + 8.0) < 1e-5 and abs(att.w0[0, 0, 127].item() - 3.0) < 1e-5
     assert abs(att.v0.mean().item() - 0.73) < 1e-5 and not hasattr(model.blocks[0].att, "v0")
-
-
-def test_parameter_groups():
-    model = RWKV7(RWKV7Config(2, 64, 50, head_size=32))
-    model.emb.requires_grad_(False)
-    decayed, plain, fast = parameter_groups(model, lr=1e-3, weight_decay=0.1)
-    assert len(fast["params"]) == 2 and fast["lr"] == 2e-3 and fast["weight_decay"] == 0
-    assert len(decayed["params"]) == 1 + 2 * 6 and decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
-    total = sum(len(group["params"]) for group in (decayed, plain, fast))
-    assert total == sum(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("change, message", [
@@ -214,3 +187,20 @@ def test_call_errors(model):
         model(ids, lens=torch.tensor([1, 6]))
     with pytest.raises(ValueError, match="the state has 3 rows, the input 2"):
         model(ids, state=model.zero_state(3))
+
+
+def test_every_parameter_of_a_new_model_learns():
+    torch.manual_seed(0)
+    model = RWKV7(RWKV7Config(2, 64, 50, head_size=32))
+    ids = torch.randint(0, 50, (4, 24))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = F.cross_entropy(model(ids)[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())  # nothing stays at its zero start
+    assert losses[-1] < 0.5 * losses[0]
