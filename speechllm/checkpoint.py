@@ -232,12 +232,13 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder beside `folder` to write into; takes its place when the block ends well."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
+    tmp, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
+    for leftover in (tmp, old):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     tmp.mkdir()
     try:
         yield tmp
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.old{os.getpid()}")
             folder.rename(old)
             tmp.rename(folder)
             shutil.rmtree(old)

@@ -240,15 +240,17 @@ class SpeechLLM(nn.Module):
         Raises:
           DataError: a file cannot be read; the message names it.
         """
-        from speechllm.data import load_features
+        from speechllm.data import load_features  # the model itself needs no lhotse
 
+        features, feature_lens = load_features(audio)
         was_training = self.training
         self.eval()
-        features, feature_lens = load_features(audio)
-        texts, _ = self.recognise(
-            features.to(self.device), feature_lens.to(self.device), [language] * len(feature_lens)
-        )
-        self.train(was_training)
+        try:
+            texts, _ = self.recognise(
+                features.to(self.device), feature_lens.to(self.device), [language] * len(feature_lens)
+            )
+        finally:
+            self.train(was_training)
         return texts
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -269,7 +271,7 @@ class SpeechLLM(nn.Module):
         """Load what `save_pretrained` wrote; in evaluation mode, on the CPU.
 
         Raises:
-          FileNotFoundError, ValueError: the folder is not one, or its parts do not fit together.
+          FileNotFoundError, UserError: the folder is not one, or its parts do not fit together.
         """
         folder = Path(folder)
         if not (folder / "config.yaml").is_file():
