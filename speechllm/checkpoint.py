@@ -105,7 +105,11 @@ def load_trained(model: nn.Module, state: dict[str, Tensor], source: str | Path)
       CheckpointError: lists what is missing, unexpected, or of another shape.
     """
     frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-    load_state_dict_strict(model, {**frozen, **state}, source)
+    try:
+        load_state_dict_strict(model, {**frozen, **state}, source)
+    except CheckpointError as e:
+        hint = "Use the configuration it was trained with, or another --exp-dir to start afresh."
+        raise CheckpointError(f"{e}\n{hint}") from None
 
 
 def load_state_dict_strict(
@@ -128,10 +132,7 @@ def load_state_dict_strict(
     ]
     if problems:
         shown = "\n".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise CheckpointError(
-            f"{source}: does not fit the configured model:\n{shown}\n"
-            "Use the configuration it was trained with, or another --exp-dir to start afresh."
-        )
+        raise CheckpointError(f"{source}: does not fit the model:\n{shown}")
     model.load_state_dict(state, assign=assign)
 
 

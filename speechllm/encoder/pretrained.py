@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from speechllm.checkpoint import load_state_dict_strict
 from speechllm.encoder import subsampling
 from speechllm.encoder.scaling import swoosh_r
 from speechllm.encoder.zipformer import Zipformer, ZipformerConfig
@@ -51,23 +52,8 @@ def load_encoder(path: str | Path, map_location: str | torch.device = "cpu") -> 
     state_dict.setdefault("model_batch_count", torch.tensor(FULLY_TRAINED))
     with torch.device("meta"):
         encoder = Zipformer(config)
-    expected = encoder.state_dict()
-    problems = {
-        "missing": sorted(set(expected) - set(state_dict)),
-        "unexpected": sorted(set(state_dict) - set(expected)),
-        "of another shape": [
-            f"{name}: {tuple(state_dict[name].shape)} in the file, {tuple(value.shape)} by config.json"
-            for name, value in expected.items()
-            if name in state_dict and state_dict[name].shape != value.shape
-        ],
-    }
-    problems = {what: names for what, names in problems.items() if names}
-    if problems:
-        raise UserError(
-            f"{weights_path} is not the encoder that {config_path} describes; do the two belong together? "
-            + "; ".join(f"{len(names)} weights {what}: {', '.join(names)}" for what, names in problems.items())
-        )
-    encoder.load_state_dict({k: v.float() for k, v in state_dict.items()}, assign=True)
+    state_dict = {name: t.float() for name, t in state_dict.items()}
+    load_state_dict_strict(encoder, state_dict, weights_path, assign=True)
     encoder.requires_grad_(True)
     return encoder.to(map_location).eval()
 

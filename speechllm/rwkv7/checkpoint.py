@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from speechllm.checkpoint import load_state_dict_strict
 from speechllm.errors import UserError
 from speechllm.rwkv7.model import RWKV7, RWKV7Config
 from speechllm.rwkv7.state import save_tensors
@@ -53,19 +54,9 @@ def load_rwkv7(path: str | Path, dtype: torch.dtype = torch.float32, wkv_backend
         del weights[name]
     with torch.device("meta"):
         model = RWKV7(config, wkv_backend)
-    expected = model.state_dict()
-    problems = [f"missing: {name}" for name in expected if name not in weights]
-    problems += [f"unexpected: {name}" for name in weights if name not in expected]
-    problems += [
-        f"shape of {name}: {tuple(weights[name].shape)}, expected {tuple(x.shape)}"
-        for name, x in expected.items()
-        if name in weights and weights[name].shape != x.shape
-    ]
-    if problems:
-        raise UserError(f"{path}: does not fit RWKV-7 (x070):\n  " + "\n  ".join(problems))
     for name in list(weights):  # one tensor after another, so that there is never a second copy of all
         weights[name] = weights[name].to(dtype)
-    model.load_state_dict(weights, assign=True)
+    load_state_dict_strict(model, weights, path, assign=True)
     return model.requires_grad_().eval()
 
 

@@ -84,7 +84,7 @@ def test_one_error_names_everything_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError) as e:
         load_encoder(write(tmp_path, weights))
     for part in (
-        "1 weights missing: encoder_embed.out.bias",
+        "missing: encoder_embed.out.bias",
         "unexpected: encoder.extra",
         "out_norm.bias: (7,)",
     ):
