@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from speechllm.checkpoint import CheckpointError
+from speechllm.checkpoint import CheckpointError, trained_state_dict
 from speechllm.encoder import init_from_data, save_encoder
 from speechllm.model import EncoderSection, LLMSection, SpeechLLM
 from speechllm.optim import OptimConfig, build_optimizer
-from speechllm.rwkv7 import RWKV7Config
+from speechllm.rwkv7 import RWKV7Config, save_rwkv7
 
 
 def test_loss_of_a_batch_is_the_sum_of_its_rows(model, batch):
@@ -78,6 +78,26 @@ def test_frozen_means_frozen(model, model_config, batch, tmp_path):
     assert all(p.grad is not None for n, p in frozen.named_parameters() if not n.startswith("encoder."))
     trained = sum(len(group["params"]) for group in build_optimizer(frozen, OptimConfig()).param_groups)
     assert trained == sum(p.requires_grad for p in frozen.parameters())
+
+
+def test_only_the_projector_is_trained_between_frozen_parts(model, model_config, batch, tmp_path):
+    save_encoder(model.encoder, tmp_path / "encoder")
+    save_rwkv7(model.llm, tmp_path / "llm")
+    config = dataclasses.replace(
+        model_config,
+        encoder=EncoderSection(path=str(tmp_path / "encoder"), freeze=True),
+        llm=LLMSection(path=str(tmp_path / "llm"), freeze=True),
+        ctc_weight=0.0,
+    )
+    frozen = SpeechLLM.from_config(config).train()
+    frozen(*batch)["loss"].backward()
+    with_gradient = {n.split(".")[0] for n, p in frozen.named_parameters() if p.grad is not None}
+    assert with_gradient == {"projector"}
+    stored = trained_state_dict(frozen)
+    assert {n for n in stored if n.startswith("projector.")} == {
+        f"projector.{n}" for n in frozen.projector.state_dict()
+    }
+    assert not any(n in stored for n, p in frozen.named_parameters() if not p.requires_grad)
 
 
 def test_saved_and_loaded_is_the_same(model, batch, tmp_path):
