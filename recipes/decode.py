@@ -5,7 +5,8 @@
 
 --model is a folder written by tools/average_ckpt.py. Each set under `data.test` is decoded by greedy search and,
 where the model has a CTC head, by CTC as well. EXP_DIR/greedy_search and EXP_DIR/ctc_greedy_search receive, as in
-icefall, recogs-SET-MODEL.txt, errs-SET-MODEL.txt and wer-summary-SET-MODEL.txt. The WER by language is printed.
+icefall, recogs-SET-MODEL.txt, errs-SET-MODEL.txt and wer-summary-SET-MODEL.txt, and wer-by-language-SET-MODEL.txt.
+The WER by language is printed.
 """
 
 from __future__ import annotations

@@ -8,14 +8,11 @@ pickled code (`weights_only`).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
 import random
 import re
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from speechllm.errors import UserError
+from speechllm.files import replaced_file
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +34,8 @@ class CheckpointError(UserError):
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write `content` (tensors, numbers, text, and dicts or lists of them) to `path`, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        with open(tmp, "wb") as f:
-            torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-        _flush_folder(path.parent)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
+    with replaced_file(path) as tmp:
+        torch.save(content, tmp)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -226,33 +213,3 @@ def _numbered(exp_dir: str | Path, kind: str) -> dict[int, Path]:
         if match := _NAME.fullmatch(path.name):
             found[int(match[2])] = path
     return found
-
-
-@contextlib.contextmanager
-def replaced_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` to write into; takes its place when the block ends well."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
-    for leftover in (tmp, old):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    tmp.mkdir()
-    try:
-        yield tmp
-        if folder.exists():
-            folder.rename(old)
-            tmp.rename(folder)
-            shutil.rmtree(old)
-        else:
-            tmp.rename(folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """A rename is on the disk only when its folder is."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

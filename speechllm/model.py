@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from speechllm.checkpoint import load_state_dict_strict, replaced_folder
+from speechllm.checkpoint import load_state_dict_strict
 from speechllm.config import ConfigError, load_config, save_config
 from speechllm.decode.greedy import greedy_search
 from speechllm.encoder import Zipformer, ZipformerConfig, load_encoder
+from speechllm.files import replaced_folder
 from speechllm.llm import LanguageModel
 from speechllm.projector import Projector, ProjectorConfig
 from speechllm.prompt import IGNORE, PromptConfig, splice

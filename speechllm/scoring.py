@@ -7,7 +7,6 @@ The layout of `recogs-*`, `errs-*` and `wer-summary-*` is icefall's (`icefall/ut
 from __future__ import annotations
 
 import math
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kaldialign
+
+from speechllm.files import replaced_file
 
 # What stands in for nothing in alignments; the files show it as icefall's "*", which may also be a word.
 _NOTHING = "\0"
@@ -164,7 +165,6 @@ def write_reports(
         setting: the search and its parameters, such as `greedy_search` or `beam_size_4`.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     results = sorted(results, key=lambda result: result.id)
     name = f"{test_set}-{suffix}.txt"
     report = score(results)
@@ -269,9 +269,5 @@ def _lines(path: Path) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replaced_file(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")

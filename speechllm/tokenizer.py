@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from speechllm.errors import UserError
+from speechllm.files import replaced_file
 
 MODEL_FILE = "tokenizer.model"
 KIND_FILE = "tokenizer.json"
@@ -204,10 +205,8 @@ def train_sentencepiece(
     except RuntimeError as error:
         raise UserError(f"train_sentencepiece: vocab_size {vocab_size} on {len(texts)} texts: {error}") from error
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (MODEL_FILE + ".partial")
-    partial.write_bytes(model.getvalue())
-    partial.replace(folder / MODEL_FILE)
+    with replaced_file(folder / MODEL_FILE) as tmp:
+        tmp.write_bytes(model.getvalue())
     return SentencePieceTokenizer(folder / MODEL_FILE)
 
 

@@ -16,7 +16,6 @@ from speechllm.checkpoint import (
     load_trained,
     newest_checkpoint,
     remove_old_checkpoints,
-    replaced_folder,
     rng_state,
     save_checkpoint,
     set_rng_state,
@@ -117,18 +116,6 @@ def test_random_state_survives_a_checkpoint(tmp_path):
     drawn = random.random(), np.random.rand(), torch.rand(1).item()
     set_rng_state(load_checkpoint(tmp_path / "a.pt")["rng"])
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == drawn
-
-
-def test_replaced_folder(tmp_path):
-    target = tmp_path / "model"
-    for text in ("old", "new"):
-        with replaced_folder(target) as tmp:
-            (tmp / "file").write_text(text)
-    with pytest.raises(KeyError), replaced_folder(target) as tmp:
-        (tmp / "file").write_text("broken")
-        raise KeyError
-    assert (target / "file").read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_hash_depends_on_content_and_names(tmp_path):

@@ -1,7 +1,6 @@
 """Loading released encoders, saving ours, and initialising one from data."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from speechllm.encoder import subsampling
 from speechllm.encoder.scaling import swoosh_r
 from speechllm.encoder.zipformer import Zipformer, ZipformerConfig
 from speechllm.errors import UserError
+from speechllm.files import replaced_file
 
 WEIGHT_FILES = ("model.safetensors", "pretrained.safetensors", "pretrained.pt", "model.pt")
 # The names a composite model gives its encoder; its config.json has "<name>_config", or "<name>".
@@ -61,18 +61,10 @@ def load_encoder(path: str | Path, map_location: str | torch.device = "cpu") -> 
 def save_encoder(encoder: Zipformer, folder: str | Path) -> None:
     """Writes config.json and model.safetensors for `load_encoder`; each appears complete or not at all."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state_dict = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-    config = json.dumps(encoder.config.to_dict(), indent=2) + "\n"
-    for name, write in (
-        ("model.safetensors", lambda p: save_file(state_dict, p)),
-        ("config.json", lambda p: p.write_text(config)),
-    ):
-        temporary = folder / f"{name}.tmp"
-        write(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, folder / name)
+    with replaced_file(folder / "model.safetensors") as tmp:
+        save_file({name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}, tmp)
+    with replaced_file(folder / "config.json") as tmp:
+        tmp.write_text(json.dumps(encoder.config.to_dict(), indent=2) + "\n")
 
 
 def _encoder_config(path: Path) -> ZipformerConfig:

@@ -1,20 +1,19 @@
 """Reading and writing RWKV-7 weights: official ``.pth`` files and folders of our own."""
 
 import json
-import os
 import pickle
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speechllm.checkpoint import load_state_dict_strict
 from speechllm.errors import UserError
+from speechllm.files import replaced_file
 from speechllm.rwkv7.model import RWKV7, RWKV7Config
-from speechllm.rwkv7.state import save_tensors
 
 # Present in released files, never used: the first layer has no earlier values to mix in.
 _UNUSED = {f"blocks.0.att.v{i}" for i in range(3)}
@@ -63,11 +62,10 @@ def load_rwkv7(path: str | Path, dtype: torch.dtype = torch.float32, wkv_backend
 def save_rwkv7(model: RWKV7, path: str | Path) -> None:
     """Writes the folder ``path``: ``config.json`` and ``model.safetensors``, each complete or not at all."""
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    save_tensors({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, path / "model.safetensors")
-    temporary = path / "config.json.tmp"
-    temporary.write_text(json.dumps(asdict(model.config), indent=2) + "\n")
-    os.replace(temporary, path / "config.json")
+    with replaced_file(path / "model.safetensors") as tmp:
+        save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, tmp)
+    with replaced_file(path / "config.json") as tmp:
+        tmp.write_text(json.dumps(asdict(model.config), indent=2) + "\n")
 
 
 def _read_folder(path: Path) -> tuple[RWKV7Config, dict[str, Tensor]]:

@@ -1,6 +1,5 @@
 """The recurrent state of RWKV-7: what a model remembers of everything it has read."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from speechllm.files import replaced_file
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class RWKV7State:
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file; a file of this name is replaced only once the new one is complete."""
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in self.__dataclass_fields__}
-        save_tensors(tensors, path)
+        with replaced_file(path) as tmp:
+            save_file(tensors, tmp)
 
     @classmethod
     def load(cls, path: str | Path) -> "RWKV7State":
@@ -70,12 +72,3 @@ class RWKV7State:
         if sorted(tensors) != sorted(names):
             raise ValueError(f"{path}: not an RWKV-7 state: it holds {sorted(tensors)[:8]}, expected {names}")
         return cls(**tensors)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Writes a safetensors file under a temporary name, flushes and then renames it."""
-    temporary = Path(f"{path}.tmp")
-    save_file(tensors, temporary)
-    with open(temporary, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)

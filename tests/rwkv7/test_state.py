@@ -56,7 +56,7 @@ def test_load_refuses_other_files(tmp_path):
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     state, path = make(), tmp_path / "prompt.state"
     state.save(path)
-    monkeypatch.setattr("speechllm.rwkv7.state.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    monkeypatch.setattr("speechllm.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         make().save(path)
     assert torch.equal(RWKV7State.load(path).wkv, state.wkv)
