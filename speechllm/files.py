@@ -18,6 +18,7 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
     tmp = path.with_name(path.name + ".tmp")
     try:
         yield tmp
+        _set_usual_mode(tmp)
         _flush(tmp)
         os.replace(tmp, path)
         _flush(path.parent)  # a rename is on the disk only when its folder is
@@ -37,6 +38,8 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
     tmp.mkdir()
     try:
         yield tmp
+        for file in tmp.rglob("*"):
+            _set_usual_mode(file)
         if folder.exists():
             folder.rename(old)
             tmp.rename(folder)
@@ -45,6 +48,13 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
             tmp.rename(folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _set_usual_mode(path: Path) -> None:
+    """The permissions of a new file or folder: safetensors makes files that only their owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def _flush(path: Path) -> None:

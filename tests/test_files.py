@@ -1,6 +1,10 @@
 """Files and folders that appear whole or not at all."""
 
+import os
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from speechllm.files import replaced_file, replaced_folder
 
@@ -35,3 +39,16 @@ def test_leftovers_of_a_killed_run_are_cleaned_up(tmp_path):
     with replaced_folder(tmp_path / "model") as tmp:
         (tmp / "whole").write_text("")
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "whole"]
+
+
+def test_others_can_read_what_was_written(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        with replaced_file(tmp_path / "file.safetensors") as tmp:
+            save_file({"x": torch.zeros(1)}, tmp)
+        with replaced_folder(tmp_path / "folder") as tmp:
+            save_file({"x": torch.zeros(1)}, tmp / "file.safetensors")
+    finally:
+        os.umask(umask)
+    for path in (tmp_path / "file.safetensors", tmp_path / "folder/file.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o640
