@@ -47,6 +47,19 @@ class LanguageModel(Protocol):
         """
         ...
 
+    def loss(
+        self,
+        labels: Tensor,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        lens: Tensor | None = None,
+        state: LanguageModelState | None = None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], LanguageModelState]:
+        """Summed cross entropy of `labels` (N, L), -100 where there is none; how many labels there are, and how many
+        of them are the best guess. Its own method, because logits at every position need not exist for it.
+        """
+        ...
+
     def step(self, token_ids: Tensor, state: LanguageModelState) -> tuple[Tensor, LanguageModelState]:
         """One token per row, (N,) -> logits (N, V) and the new state."""
         ...

@@ -6,11 +6,15 @@ that released checkpoints load as they are. All is a function of the inputs and 
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from speechllm.prompt import IGNORE
+from speechllm.rwkv7.linear import Linear, linear_cross_entropy, product
 from speechllm.rwkv7.state import RWKV7State
 from speechllm.rwkv7.wkv import wkv7
 
@@ -63,29 +67,60 @@ class RWKV7Config:
         self.lora_ranks = formula | self.lora_ranks
 
 
+class _Rows:
+    """Where the rows of a batch stand among its P positions: one after another, without padding.
+
+    Args:
+      lens: of each row.
+      device: of the indices.
+
+    Attributes:
+      shape: (N, L) if all have one length, else None.
+      cu_seqlens: (N + 1,) borders of the rows, on the CPU.
+      rows: (K,) those that have a position, ``first`` and ``final`` their first and last positions.
+    """
+
+    def __init__(self, lens: Tensor, device: torch.device):
+        lens = lens.cpu()
+        self.shape = (len(lens), int(lens[0])) if (lens == lens[0]).all() else None
+        self.cu_seqlens = F.pad(lens.cumsum(0), (1, 0))
+        rows = (lens > 0).nonzero().squeeze(1)
+        self.rows = rows.to(device)
+        self.first = self.cu_seqlens[rows].to(device)
+        self.final = (self.cu_seqlens[rows + 1] - 1).to(device)
+
+    def last(self, x: Tensor, prev: Tensor) -> Tensor:
+        """What the next position of each row will see as its previous one: (P, D), (N, D) -> (N, D)"""
+        return prev.index_copy(0, self.rows, x.index_select(0, self.final))
+
+
 class _TokenShift(torch.autograd.Function):
-    """x (N, L, D), prev (N, D), mixes (M, D) -> M tensors x_t + (x_{t-1} - x_t) * mix, with x_{-1} = prev."""
+    """x (P, D), prev (N, D), mixes (M, D) -> M tensors x_t + (x_{t-1} - x_t) * mix, with x_{-1} = prev in each row."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, prev: Tensor, mixes: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, x: Tensor, prev: Tensor, mixes: Tensor, rows: _Rows) -> tuple[Tensor, ...]:
         delta = torch.empty_like(x)
-        torch.sub(prev, x[:, 0], out=delta[:, 0])
-        torch.sub(x[:, :-1], x[:, 1:], out=delta[:, 1:])
+        torch.sub(x[:-1], x[1:], out=delta[1:])
+        delta[rows.first] = prev[rows.rows] - x[rows.first]
         ctx.save_for_backward(delta, mixes)
+        ctx.rows, ctx.n = rows, len(prev)
         return tuple(torch.addcmul(x, delta, mix) for mix in mixes)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         delta, mixes = ctx.saved_tensors
         d_x, d_delta = grads[0].clone(), grads[0] * mixes[0]
         for grad, mix in zip(grads[1:], mixes[1:], strict=True):
             d_x.add_(grad)
             d_delta.addcmul_(grad, mix)
-        d_mixes = torch.stack([(grad * delta).sum((0, 1)) for grad in grads])
+        d_mixes = torch.stack([(grad * delta).sum(0) for grad in grads]) if ctx.needs_input_grad[2] else None
         d_x.sub_(d_delta)
-        d_x[:, :-1].add_(d_delta[:, 1:])
-        return d_x, d_delta[:, 0], d_mixes
+        first = ctx.rows.first
+        d_prev = d_delta.new_zeros(ctx.n, d_delta.shape[1]).index_copy_(0, ctx.rows.rows, d_delta[first])
+        d_delta[first] = 0
+        d_x[:-1].add_(d_delta[1:])
+        return d_x, d_prev, d_mixes, None
 
 
 class _ReluSquared(torch.autograd.Function):
@@ -126,7 +161,7 @@ class TimeMix(nn.Module):
         self.g1, self.g2 = low_rank(ranks["gate"])
         self.k_k, self.k_a = vector(), vector()
         self.r_k = nn.Parameter(torch.empty(H, config.head_size))
-        self.receptance, self.key, self.value, self.output = (nn.Linear(D, D, bias=False) for _ in range(4))
+        self.receptance, self.key, self.value, self.output = (Linear(D, D) for _ in range(4))
         self.ln_x = nn.GroupNorm(H, D, eps=_GROUP_NORM_EPS)
 
     def mixes(self) -> Tensor:
@@ -134,16 +169,22 @@ class TimeMix(nn.Module):
         return torch.cat((self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)).flatten(1)
 
     def project(self, mixed: tuple[Tensor, ...], v_first: Tensor | None) -> tuple[Tensor, ...]:
-        """Six mixtures (M, D) -> r, w, k, v, a, b (M, H, K) of the recurrence, gate, v_first (M, D)."""
+        """Six mixtures (P, D) -> r, w, k, v, a, b (P, H, K) of the recurrence, gate, v_first (P, D)."""
+
+        def low_rank(x: Tensor, first: Tensor, second: Tensor, between=None) -> Tensor:
+            x = product(x, first.T)
+            return product(x if between is None else between(x), second.T)
+
         xr, xw, xk, xv, xa, xg = mixed
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = torch.addmm(self.w0.view(-1), torch.tanh(xw @ self.w1), self.w2).sigmoid() * -_LARGEST_DECAY
-        rate = torch.addmm(self.a0.view(-1), xa @ self.a1, self.a2).sigmoid()
-        gate = torch.sigmoid(xg @ self.g1) @ self.g2
+        w = (low_rank(xw, self.w1, self.w2, torch.tanh) + self.w0.view(-1)).sigmoid() * -_LARGEST_DECAY
+        rate = (low_rank(xa, self.a1, self.a2) + self.a0.view(-1)).sigmoid()
+        gate = low_rank(xg, self.g1, self.g2, torch.sigmoid)
         if self.layer == 0:
             v_first = v
         else:
-            v = torch.lerp(v, v_first, torch.addmm(self.v0.view(-1), xv @ self.v1, self.v2).sigmoid())
+            mix = (low_rank(xv, self.v1, self.v2) + self.v0.view(-1)).sigmoid()
+            v = torch.lerp(v, v_first, mix.to(v.dtype))
         r, w, k, v, rate, k_k, k_a = (
             x.unflatten(-1, (-1, self.head_size)) for x in (r, w, k, v, rate, self.k_k.view(-1), self.k_a.view(-1))
         )
@@ -157,21 +198,17 @@ class TimeMix(nn.Module):
         return self.output((self.ln_x(y.flatten(1)) + bonus.flatten(1)) * gate)
 
     def forward(
-        self,
-        x: Tensor,
-        prev: Tensor,
-        v_first: Tensor | None,
-        wkv: Tensor,
-        lens: Tensor | None,
-        backend: str,
+        self, x: Tensor, prev: Tensor, v_first: Tensor | None, wkv: Tensor, rows: _Rows, backend: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, L, D), prev (N, D), wkv (N, H, V, K) -> out (N, L, D), v_first (N * L, D), wkv."""
-        N, L, _ = x.shape
-        mixed = tuple(m.flatten(0, 1) for m in _TokenShift.apply(x, prev, self.mixes()))
+        """x (P, D), prev (N, D), wkv (N, H, V, K) -> out (P, D), v_first (P, D), wkv."""
+        mixed = _TokenShift.apply(x, prev, self.mixes(), rows)
         *rwkvab, gate, v_first = self.project(mixed, v_first)
-        y, wkv = wkv7(*(z.unflatten(0, (N, L)) for z in rwkvab), wkv, lens, backend)
+        if rows.shape is not None:
+            y, wkv = wkv7(*(z.unflatten(0, rows.shape) for z in rwkvab), wkv, None, backend)
+        else:
+            y, wkv = wkv7(*(z.unsqueeze(0) for z in rwkvab), wkv, None, backend, rows.cu_seqlens)
         r, _, k, v, _, _ = rwkvab
-        return self.combine(y.flatten(0, 1), r, k, v, gate).view(N, L, -1), v_first, wkv
+        return self.combine(y.flatten(0, 1), r, k, v, gate), v_first, wkv
 
     def step(self, x: Tensor, prev: Tensor, v_first: Tensor | None, wkv: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """One position: x, prev (N, D), wkv (N, H, V, K) -> (N, D), v_first; the new wkv goes to ``out``."""
@@ -191,14 +228,14 @@ class ChannelMix(nn.Module):
     def __init__(self, config: RWKV7Config):
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
-        self.key = nn.Linear(config.n_embd, config.ffn_size, bias=False)
-        self.value = nn.Linear(config.ffn_size, config.n_embd, bias=False)
+        self.key = Linear(config.n_embd, config.ffn_size)
+        self.value = Linear(config.ffn_size, config.n_embd)
 
-    def forward(self, x: Tensor, prev: Tensor, wanted: Tensor | None) -> Tensor:
-        """x (N, L, D), prev (N, D) -> (N, L, D), or (K, D) at the K ``wanted`` of the N * L positions."""
-        (mixed,) = _TokenShift.apply(x, prev, self.x_k.view(1, -1))
+    def forward(self, x: Tensor, prev: Tensor, rows: _Rows, wanted: Tensor | None) -> Tensor:
+        """x (P, D), prev (N, D) -> (P, D), or (K, D) at the K ``wanted`` of the P positions."""
+        (mixed,) = _TokenShift.apply(x, prev, self.x_k.view(1, -1), rows)
         if wanted is not None:
-            mixed = mixed.flatten(0, 1).index_select(0, wanted)
+            mixed = mixed.index_select(0, wanted)
         return self.value(_ReluSquared.apply(self.key(mixed)))
 
     def step(self, x: Tensor, prev: Tensor) -> Tensor:
@@ -216,6 +253,37 @@ class Block(nn.Module):
         self.att = TimeMix(config, layer)
         self.ffn = ChannelMix(config)
 
+    def forward(
+        self,
+        x: Tensor,
+        v_first: Tensor | None,
+        att_prev: Tensor,
+        ffn_prev: Tensor,
+        wkv: Tensor,
+        rows: _Rows,
+        wanted: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        """x, v_first (P, D) -> x (P, D), or (K, D) where ``wanted``; v_first; the layer's next state, three parts."""
+        h = self.ln1(x)
+        att_prev = att_prev.to(h.dtype)
+        out, v_first, wkv = self.att(h, att_prev, v_first, wkv, rows, backend)
+        att_last = rows.last(h, att_prev)
+        x = x + out
+        h = self.ln2(x)
+        ffn_prev = ffn_prev.to(h.dtype)
+        if wanted is not None:
+            x = x.index_select(0, wanted)
+        return x + self.ffn(h, ffn_prev, rows, wanted), v_first, att_last, rows.last(h, ffn_prev), wkv
+
+
+class RWKV7Loss(NamedTuple):
+    """``loss``: summed cross entropy; ``tokens``: how many; ``correct``: how many of them were the best guess."""
+
+    loss: Tensor
+    tokens: Tensor
+    correct: Tensor
+
 
 class RWKV7(nn.Module):
     """The language model, officially initialised; ``speechllm.rwkv7.load_rwkv7`` reads released weights.
@@ -223,15 +291,23 @@ class RWKV7(nn.Module):
     Args:
       config: its sizes.
       wkv_backend: backend of ``wkv7``.
+
+    Attributes:
+      initial_wkv: (layers, H, V, K) float32, the recurrence's state before a text; None (zeros) until
+        ``add_initial_state`` makes it a parameter.
+      checkpoint_blocks: in training, keep only the inputs of each block and compute it again for the gradient
+        (activation checkpointing, arXiv 1604.06174): a third more work, and memory that hardly grows with depth.
     """
 
     def __init__(self, config: RWKV7Config, wkv_backend: str = "auto"):
         super().__init__()
         self.config, self.wkv_backend = config, wkv_backend
+        self.checkpoint_blocks = False
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size)
+        self.register_parameter("initial_wkv", None)
         if not self.emb.weight.is_meta:  # else the weights are about to be loaded
             self.reset_parameters()
 
@@ -247,13 +323,36 @@ class RWKV7(nn.Module):
         """Token ids (...) -> embeddings (..., D), as ``forward`` takes them: it applies ``ln0`` itself."""
         return self.emb(token_ids)
 
-    def zero_state(self, n: int) -> RWKV7State:
+    def add_initial_state(self, state: RWKV7State | None = None) -> None:
+        """Makes the state that texts start from a parameter: state tuning, as in RWKV-PEFT.
+
+        Args:
+          state: of one row; its ``wkv`` is where the parameter starts. Zeros if None.
+
+        Raises:
+          ValueError: the state is not one row of this model.
+        """
+        wkv = self.initial_state(1).wkv if state is None else state.wkv
+        expected = (self.config.n_layer, 1, *self._head_shape)
+        if wkv.shape != expected:
+            raise ValueError(f"initial state: wkv has shape {tuple(wkv.shape)}, this model needs {expected}")
+        self.initial_wkv = nn.Parameter(wkv.squeeze(1).detach().clone())
+
+    @property
+    def _head_shape(self) -> tuple[int, int, int]:
+        c = self.config
+        return c.n_embd // c.head_size, c.head_size, c.head_size
+
+    def initial_state(self, n: int) -> RWKV7State:
         """The state of n rows that have read nothing."""
         c, weight = self.config, self.ln_out.weight
         shift = weight.new_zeros(2, c.n_layer, n, c.n_embd)
-        heads = (c.n_embd // c.head_size, c.head_size, c.head_size)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return RWKV7State(shift[0], shift[1], weight.new_zeros(c.n_layer, n, *heads, dtype=dtype))
+        if self.initial_wkv is not None:
+            wkv = self.initial_wkv.unsqueeze(1).expand(-1, n, -1, -1, -1)
+        else:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            wkv = weight.new_zeros(c.n_layer, n, *self._head_shape, dtype=dtype)
+        return RWKV7State(shift[0], shift[1], wkv)
 
     def forward(
         self,
@@ -262,80 +361,136 @@ class RWKV7(nn.Module):
         lens: Tensor | None = None,
         state: RWKV7State | None = None,
         logits_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, RWKV7State]:
         """Reads L positions in parallel.
 
         Args:
           input_ids: (N, L) token ids; or
           inputs_embeds: (N, L, D) embeddings, of tokens (``embed``) or of anything else.
-          lens: (N,) positions that count in each row, all if None; the others are padding on the right, and
-            what they hold has no influence.
-          state: where each row goes on from; the start of a text if None. Gradients flow to it.
+          lens: (N,) positions that count in each row, all if None; the others are padding on the right: they
+            have no influence and cost nothing.
+          state: where each row goes on from; ``initial_state`` if None. Gradients flow to it.
           logits_mask: (N, L) bool, the positions to compute logits at, all if None.
+          cu_seqlens: (M + 1,) borders of M rows that stand one after another in an input of N = 1, from 0 to L;
+            the state then has M rows. Not together with lens.
 
         Returns:
-          logits (N, L, V), or (K, V) for the K positions of ``logits_mask`` in row-major order (those of
-          padding are finite and mean nothing); the state after each row's own last position.
+          logits (N, L, V), zero at padding, or (K, V) for the K positions of ``logits_mask`` in row-major order
+          (those of padding are finite and mean nothing); the state after each row's own last position.
 
         Raises:
-          ValueError: both or none of input_ids and inputs_embeds; no position; shapes or lens that do not fit
+          ValueError: both or none of input_ids and inputs_embeds; no position; shapes, lens or cu_seqlens that
+            do not fit.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("RWKV7: give either input_ids or inputs_embeds")
-        N, L = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        if L == 0:
-            raise ValueError("RWKV7: no position to read (L = 0)")
+        inputs = self._inputs(input_ids, inputs_embeds)
+        N, L = inputs.shape[:2]
         if logits_mask is not None and logits_mask.shape != (N, L):
             raise ValueError(f"RWKV7: logits_mask has shape {tuple(logits_mask.shape)}, expected {(N, L)}")
-        if state is not None and len(state) != N:
-            raise ValueError(f"RWKV7: the state has {len(state)} rows, the input {N}")
+        hidden, valid, after = self._read(inputs, lens, cu_seqlens, state, logits_mask)
+        logits = self.head(hidden)
+        if logits_mask is None:
+            if valid is not None:
+                logits = logits.new_zeros(N * L, logits.shape[-1]).index_copy(0, valid, logits)
+            logits = logits.view(N, L, -1)
+        return logits, after
+
+    def loss(
+        self,
+        labels: Tensor,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        lens: Tensor | None = None,
+        state: RWKV7State | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[RWKV7Loss, RWKV7State]:
+        """Cross entropy of ``labels`` (N, L): what each position should predict, -100 where there is no loss.
+
+        The other arguments, and what is raised, are those of ``forward``. Logits are computed at the labels
+        only, and never all at once; the loss can be differentiated once.
+        """
+        inputs = self._inputs(input_ids, inputs_embeds)
+        if labels.shape != inputs.shape[:2]:
+            raise ValueError(f"RWKV7: labels have shape {tuple(labels.shape)}, expected {tuple(inputs.shape[:2])}")
+        mask = labels != IGNORE
+        hidden, _, after = self._read(inputs, lens, cu_seqlens, state, mask)
+        targets = labels[mask].to(hidden.device)
+        if type(self.head) is Linear:
+            loss, correct = linear_cross_entropy(hidden, self.head.weight, targets)
+        else:  # an adapter or packed weights
+            logits = self.head(hidden).float()
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            correct = (logits.detach().argmax(-1) == targets).sum()
+        return RWKV7Loss(loss, mask.sum(), correct), after
+
+    def _inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("RWKV7: give either input_ids or inputs_embeds")
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs.shape[1] == 0:
+            raise ValueError("RWKV7: no position to read (L = 0)")
+        return inputs
+
+    def _read(
+        self,
+        inputs: Tensor,
+        lens: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: RWKV7State | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, RWKV7State]:
+        """Ids (N, L) or embeddings (N, L, D) -> hidden, valid, the state after each row's last position.
+
+        valid: (P,) indices of those of the N * L positions that count, None if all do.
+        hidden: (P, D), or (K, D) at the K positions of ``mask``, ready for ``head``.
+        """
+        N, L = inputs.shape[:2]
         device = self.emb.weight.device
-        padding = None
-        if lens is not None:
-            if lens.shape != (N,):
-                raise ValueError(f"RWKV7: lens has shape {tuple(lens.shape)}, expected (N,) = ({N},)")
-            shortest, longest = lens.aminmax()
-            if shortest < 0 or longest > L:
-                raise ValueError(f"RWKV7: lens go from {int(shortest)} to {int(longest)}, the input has L = {L}")
-            if shortest < L:
-                lens = lens.to(device)
-                padding = torch.arange(L, device=device) >= lens[:, None]
-            else:
-                lens = None
-        if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids if padding is None else input_ids.masked_fill(padding, 0))
-        elif padding is not None:
-            inputs_embeds = inputs_embeds.masked_fill(padding[:, :, None], 0)
+        row_lens = torch.full((N,), L) if lens is None else lens.cpu()
+        if cu_seqlens is not None:
+            row_lens = cu_seqlens.cpu().diff()
+            if N != 1 or lens is not None or cu_seqlens[0] != 0 or cu_seqlens[-1] != L or (row_lens < 0).any():
+                raise ValueError(
+                    f"RWKV7: cu_seqlens must go from 0 up to L = {L}, for an input of one row and without lens; got "
+                    f"{cu_seqlens[:8].tolist()} for an input of {N} rows"
+                )
+        elif row_lens.shape != (N,):
+            raise ValueError(f"RWKV7: lens has shape {tuple(row_lens.shape)}, expected (N,) = ({N},)")
+        elif row_lens.min() < 0 or row_lens.max() > L:
+            raise ValueError(
+                f"RWKV7: lens go from {int(row_lens.min())} to {int(row_lens.max())}, the input has L = {L}"
+            )
+        if state is not None and len(state) != len(row_lens):
+            raise ValueError(f"RWKV7: the state has {len(state)} rows, the input {len(row_lens)}")
 
-        def last(x: Tensor, prev: Tensor) -> Tensor:
-            """What the next position will see as its previous one: (N, L, D), (N, D) -> (N, D)"""
-            if lens is None:
-                return x[:, -1]
-            x = x[torch.arange(N, device=device), (lens - 1).clamp_min(0)]
-            return torch.where((lens > 0)[:, None], x, prev)
-
-        x = self.blocks[0].ln0(inputs_embeds)
-        before = self.zero_state(N) if state is None else state
-        v_first = None
-        att_shift, ffn_shift, wkv = [], [], []
+        inputs, valid = inputs.flatten(0, 1).to(device), None
+        if cu_seqlens is None and row_lens.min() < L:
+            is_valid = torch.arange(L) < row_lens[:, None]
+            valid = is_valid.flatten().nonzero().squeeze(1).to(device)
+            inputs = inputs.index_select(0, valid)
+            if mask is not None:
+                mask, beyond = mask.flatten().index_select(0, valid.to(mask.device)), mask.cpu() & ~is_valid
+                if beyond.any():
+                    raise ValueError(
+                        f"RWKV7: logits or labels are asked for at {int(beyond.sum())} positions of padding"
+                    )
+        x = self.blocks[0].ln0(inputs if inputs.is_floating_point() else self.embed(inputs))
+        wanted = None if mask is None else mask.to(device).flatten().nonzero().squeeze(1)
+        rows = _Rows(row_lens, device)
+        before = self.initial_state(len(row_lens)) if state is None else state
+        v_first, layers = None, []
         for i, block in enumerate(self.blocks):
-            h = block.ln1(x)
-            prev = before.att_shift[i].to(h.dtype)
-            out, v_first, S = block.att(h, prev, v_first, before.wkv[i], lens, self.wkv_backend)
-            att_shift.append(last(h, prev))
-            wkv.append(S)
-            x = x + out
-            h = block.ln2(x)
-            prev = before.ffn_shift[i].to(h.dtype)
-            ffn_shift.append(last(h, prev))
-            if i + 1 == len(self.blocks) and logits_mask is not None:
-                # from here on nothing goes from one position to another
-                wanted = logits_mask.to(device).flatten().nonzero().squeeze(1)
-                x = x.flatten(0, 1).index_select(0, wanted) + block.ffn(h, prev, wanted)
+            arguments = (
+                x, v_first, before.att_shift[i], before.ffn_shift[i], before.wkv[i], rows,
+                wanted if i + 1 == len(self.blocks) else None,  # after it nothing goes from position to position
+                self.wkv_backend,
+            )  # fmt: skip
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x, v_first, *layer = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = x + block.ffn(h, prev, None)
-        after = RWKV7State(torch.stack(att_shift), torch.stack(ffn_shift), torch.stack(wkv))
-        return self.head(self.ln_out(x)), after
+                x, v_first, *layer = block(*arguments)
+            layers.append(layer)
+        return self.ln_out(x), valid, RWKV7State(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
 
     @torch.no_grad()
     def step(self, token_ids: Tensor, state: RWKV7State) -> tuple[Tensor, RWKV7State]:

@@ -8,7 +8,7 @@ For every row and head, with a state S of shape (V, K):
 log-decays from the chunk's start, and a, r multiplied by exp(c), b, k by exp(-c), the decay disappears from
 the recurrence, and u_t = S_{t-1} a_t solves one unit lower-triangular system a chunk (the WY form of a
 product of Householder-like matrices, as in arXiv 2406.06484); only the border states are computed one
-after another.
+after another. ``fla`` calls the Triton kernels of flash-linear-attention (https://github.com/fla-org).
 """
 
 import logging
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 # exp(-c) must stay far from the largest float32, about exp(88), also when it is summed and multiplied.
 _LOWEST_LOG_DECAY = -60.0
 
+# Rows run together, filled up with zeros, if the shortest has at least this share of the longest one's length.
+_SIMILAR_LENGTH = 0.8
+
 
 def wkv7(
     r: Tensor,
@@ -35,6 +38,7 @@ def wkv7(
     state: Tensor | None = None,
     lens: Tensor | None = None,
     backend: str = "auto",
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs the recurrence over the positions of a batch.
 
@@ -43,15 +47,19 @@ def wkv7(
         the log-decay, at most 0; RWKV-7 models have it in [-0.6065, 0).
       state: (N, H, V, K) state to start from, zeros if None.
       lens: (N,) number of positions that count, the others are padding on the right: whatever they hold (even
-        NaN) leaves the state as it is, and their outputs are zero.
-      backend: ``reference``, ``chunked``, or ``auto`` to choose: the plain step for L = 1, else ``chunked``.
+        NaN) leaves the state as it is, costs nothing, and their outputs are zero.
+      backend: ``reference``, ``chunked``, ``fla`` (CUDA, bfloat16 or float16, needs the extra ``[gpu]``), or
+        ``auto`` to choose: ``fla`` where it can serve the call, else the plain step for L = 1, else ``chunked``.
+      cu_seqlens: (M + 1,) borders of M rows that stand one after another in a batch of N = 1, from 0 to L; the
+        state then has M rows. Not together with lens.
 
     Returns:
       the outputs (N, L, H, V) in the type of ``v``, and the state (N, H, V, K) after each row's last
       position, in float32 (float64 for float64 inputs) whatever autocast says. Both are differentiable.
 
     Raises:
-      ValueError: shapes do not fit, an unknown backend, or a decay too strong for ``chunked``.
+      ValueError: shapes do not fit, an unknown backend, one that cannot serve the call (the message says why),
+        or a decay too strong for ``chunked``.
     """
     N, L, H, K = r.shape
     V = v.shape[-1]
@@ -59,35 +67,124 @@ def wkv7(
                            ("v", v, (N, L, H, V))):  # fmt: skip
         if x.shape != shape:
             raise ValueError(f"wkv7: {name} has shape {tuple(x.shape)}, but r has {tuple(r.shape)}")
-    if state is not None and state.shape != (N, H, V, K):
-        raise ValueError(f"wkv7: state has shape {tuple(state.shape)}, expected {(N, H, V, K)}")
     if lens is not None and lens.shape != (N,):
         raise ValueError(f"wkv7: lens has shape {tuple(lens.shape)}, expected (N,) = ({N},)")
-    if backend == "auto":
-        backend = "reference" if L == 1 else "chunked"
-        _log_choice(backend, r.device.type, str(r.dtype), "one position" if L == 1 else "many positions")
-    if backend not in _BACKENDS:
+    rows = N
+    if cu_seqlens is not None:
+        borders = cu_seqlens.tolist()
+        if N != 1 or lens is not None or borders[:1] != [0] or borders[-1] != L or borders != sorted(borders):
+            raise ValueError(
+                f"wkv7: cu_seqlens must go from 0 up to L = {L}, for inputs of one row and without lens; got "
+                f"{borders[:8]} for inputs of {N} rows"
+            )
+        rows = len(borders) - 1
+    if state is not None and state.shape != (rows, H, V, K):
+        raise ValueError(f"wkv7: state has shape {tuple(state.shape)}, expected {(rows, H, V, K)}")
+    if backend not in ("auto", *_BACKENDS):
         raise ValueError(f"wkv7: unknown backend {backend!r}, choose from {', '.join(['auto', *_BACKENDS])}")
+    why_not_fla = _why_not_fla(r.device.type, r.dtype)
+    if backend == "fla" and why_not_fla:
+        raise ValueError(f"wkv7: backend 'fla' cannot serve this call: {why_not_fla}")
+    if backend == "auto":
+        backend = ("reference" if L == 1 else "chunked") if why_not_fla else "fla"
+        _log_choice(backend, r.device.type, r.dtype, "one position" if L == 1 else "many positions", why_not_fla)
 
     dtype = torch.promote_types(r.dtype, torch.float32)
-    state = r.new_zeros(N, H, V, K, dtype=dtype) if state is None else state.to(dtype)
-    padding = None if lens is None else torch.arange(L, device=r.device) >= lens.to(r.device)[:, None]
+    state = r.new_zeros(rows, H, V, K, dtype=dtype) if state is None else state.to(dtype)
+    inputs = (r, w, k, v, a, b)
     with torch.autocast(r.device.type, enabled=False):
-        out, state = _BACKENDS[backend](r, w, k, v, a, b, state, padding)
+        if cu_seqlens is not None:
+            lengths = [end - start for start, end in zip(borders, borders[1:], strict=False)]
+            out, state = _rows(backend, inputs, state, borders[:-1], lengths)
+        elif lens is not None:
+            out, state = _rows(backend, inputs, state, list(range(0, N * L, L)), lens.tolist())
+        else:
+            out, state = _BACKENDS[backend](*inputs, state)
     return out.to(v.dtype), state
 
 
 @lru_cache
-def _log_choice(backend: str, device: str, dtype: str, length: str) -> None:
-    log.info("wkv7 on %s, %s, %s: backend %s", device, dtype, length, backend)
+def _log_choice(backend: str, device: str, dtype: torch.dtype, length: str, why_not_fla: str | None) -> None:
+    reason = f" (not fla: {why_not_fla})" if why_not_fla else ""
+    log.info("wkv7 on %s, %s, %s: backend %s%s", device, str(dtype).removeprefix("torch."), length, backend, reason)
 
 
-def _reference(r, w, k, v, a, b, state: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+def _positions(starts: list[int], lens: list[int], device: torch.device) -> Tensor:
+    """The indices of all positions of rows that begin at ``starts``, row after row."""
+    lens = torch.tensor(lens)
+    shift = torch.tensor(starts) - (lens.cumsum(0) - lens)
+    return (torch.arange(int(lens.sum())) + shift.repeat_interleave(lens)).to(device)
+
+
+def _rows(
+    backend: str, inputs: tuple[Tensor, ...], state: Tensor, starts: list[int], lens: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Runs rows that begin at ``starts`` among the N * L positions; outputs are 0 between them."""
+    if not any(lens):
+        return inputs[3].new_zeros(inputs[3].shape), state
+    if backend == "fla":
+        return _fla_rows(inputs, state, starts, lens)
+    return _by_length(_BACKENDS[backend], inputs, state, starts, lens)
+
+
+def _by_length(
+    run: Callable, inputs: tuple[Tensor, ...], state: Tensor, starts: list[int], lens: list[int]
+) -> tuple[Tensor, Tensor]:
+    """``_rows`` with those of similar length together.
+
+    So there is little padding inside a group and none between them; padding is 0, which leaves a state alone.
+    """
+    N, L = inputs[0].shape[:2]
+    order = sorted(range(len(lens)), key=lambda row: -lens[row])
+    groups: list[list[int]] = []
+    for row in order:
+        if groups and lens[row] >= _SIMILAR_LENGTH * lens[groups[-1][0]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    shapes = [(len(rows), lens[rows[0]]) for rows in groups]  # rows, the longest one's length
+    sizes = [n * longest for n, longest in shapes]
+
+    grouped_starts, end = [], 0
+    for n, longest in shapes:
+        grouped_starts += [end + i * longest for i in range(n)]
+        end += n * longest
+    ordered_lens = [lens[row] for row in order]
+    outside = _positions([starts[row] for row in order], ordered_lens, state.device)
+    inside = _positions(grouped_starts, ordered_lens, state.device)
+
+    moved = [_Move.apply(x.flatten(0, 1), outside, inside, end).split(sizes) for x in inputs]
+    states = state[torch.tensor(order, device=state.device)].split([n for n, _ in shapes])
+    outs, lasts = [], []
+    for i, (n, longest) in enumerate(shapes):
+        S = states[i]
+        if longest > 0:
+            out, S = run(*(x[i].unflatten(0, (n, longest)) for x in moved), S)
+            outs.append(out.flatten(0, 1))
+        lasts.append(S)
+    out = _Move.apply(torch.cat(outs), inside, outside, N * L).unflatten(0, (N, L))
+    return out, torch.cat(lasts)[torch.tensor(order, device=state.device).argsort()]
+
+
+class _Move(torch.autograd.Function):
+    """(P, ...) -> (size, ...): what stands at ``source`` goes to ``target``, no position twice; 0 elsewhere."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(source, target)
+        ctx.size = x.shape[0]
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, target, x.index_select(0, source))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        source, target = ctx.saved_tensors
+        return _Move.apply(grad, target, source, ctx.size), None, None, None
+
+
+def _reference(r, w, k, v, a, b, state: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence as it is written, one position after another."""
     N, L, H, _ = r.shape
     dtype = state.dtype
-    if padding is not None:
-        r, w, k, v, a, b = (x.masked_fill(padding[:, :, None, None], 0) for x in (r, w, k, v, a, b))
     decay = w.to(dtype).exp()
     r, a, v = r.to(dtype).unsqueeze(-1), a.to(dtype).unsqueeze(-1), v.to(dtype).unsqueeze(-1)
     rows = torch.stack((b.to(dtype), k.to(dtype)), dim=-2)
@@ -104,15 +201,72 @@ def _reference(r, w, k, v, a, b, state: Tensor, padding: Tensor | None) -> tuple
 _SEGMENT_SIZE = 300_000
 
 
-def _chunked(r, w, k, v, a, b, state: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+def _chunked(r, w, k, v, a, b, state: Tensor) -> tuple[Tensor, Tensor]:
     """The same, in parallel over the positions of a chunk."""
     L, K = r.shape[1], r.shape[3]
     longest = 32 if K > 32 else 16  # the work inside a chunk grows with its length, that at its borders with K
     C = -(-L // -(-L // longest))  # spreads L evenly
-    return _Chunked.apply(r, w, k, v, a, b, state, padding, -(-C // 4) * 4)
+    return _Chunked.apply(r, w, k, v, a, b, state, -(-C // 4) * 4)
 
 
-_BACKENDS: dict[str, Callable] = {"reference": _reference, "chunked": _chunked}
+def _why_not_fla(device: str, dtype: torch.dtype) -> str | None:
+    """What keeps the ``fla`` backend from serving a call; None if nothing does."""
+    if device != "cuda":
+        return f"its kernels run on CUDA, the inputs are on {device}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bfloat16 or float16, the inputs are {dtype}: use bf16 autocast or bfloat16 weights"
+    return _why_no_fla_package()
+
+
+@lru_cache
+def _why_no_fla_package() -> str | None:
+    try:
+        import fla.ops.rwkv7  # noqa: F401
+    except Exception as e:  # not only ImportError: a Triton that does not fit the driver fails in many ways
+        return f"fla-core cannot be imported ({type(e).__name__}: {e}); pip install 'speechllm[gpu]'"
+    return None
+
+
+def _fla(r, w, k, v, a, b, state: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The kernels of fla-core; their state is (N, H, K, V)."""
+    from fla.ops.rwkv7 import chunk_rwkv7, fused_recurrent_rwkv7
+
+    inputs = (r, w, k, v, a, b)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
+    kernel = fused_recurrent_rwkv7 if r.shape[1] == 1 and not needs_grad else chunk_rwkv7  # the first has no backward
+    # log-decays are summed over a chunk: float32
+    r, w, k, v, a, b = (x.to(torch.float32 if x is w else r.dtype).contiguous() for x in inputs)
+    out, last = kernel(
+        r,
+        w,
+        k,
+        v,
+        a,
+        b,
+        scale=1.0,
+        initial_state=state.transpose(-1, -2).contiguous(),
+        output_final_state=True,
+        cu_seqlens=cu_seqlens,
+    )
+    return out, last.transpose(-1, -2)
+
+
+def _fla_rows(inputs: tuple[Tensor, ...], state: Tensor, starts: list[int], lens: list[int]) -> tuple[Tensor, Tensor]:
+    """``_rows`` by the kernels' own packed form."""
+    N, L = inputs[0].shape[:2]
+    rows = torch.tensor([row for row, length in enumerate(lens) if length > 0])
+    lens_there = torch.tensor(lens)[rows]
+    outside = _positions(torch.tensor(starts)[rows].tolist(), lens_there.tolist(), state.device)
+    packed = torch.arange(len(outside), device=state.device)
+    borders = F.pad(lens_there.cumsum(0), (1, 0)).to(state.device)
+    rows = rows.to(state.device)
+    inputs = (_Move.apply(x.flatten(0, 1), outside, packed, len(packed)).unsqueeze(0) for x in inputs)
+    out, last = _fla(*inputs, state[rows], cu_seqlens=borders)
+    out = _Move.apply(out.squeeze(0), packed, outside, N * L).unflatten(0, (N, L))
+    return out, state.index_copy(0, rows, last)
+
+
+_BACKENDS: dict[str, Callable] = {"reference": _reference, "chunked": _chunked, "fla": _fla}
 
 
 def _to_chunks(x: Tensor, C: int) -> Tensor:
@@ -142,22 +296,15 @@ class _Segment:
     """What forward and backward both need of the next few chunks; G = chunks * N * H, the chunks come first.
 
     decay, before, inverse: exp(c_t), exp(c_{t-1}), exp(-c_t), (chunks, N, H, C, K)
-    keep: what clears padding, None if there is none
     ar: (G, 2C, K) a exp(c_{t-1}) over r exp(c_t)        bk: (G, 2C, K) b over k, times exp(-c_t)
     uv: (G, 2C, V) u over v, u yet to be filled in       scores: (G, 2C, 2C) ar bk^T where causal
     """
 
-    def __init__(self, inputs: list[Tensor], padding: Tensor | None, C: int, dtype: torch.dtype):
+    def __init__(self, inputs: list[Tensor], C: int, dtype: torch.dtype):
         r, w, k, v, a, b = inputs
-        self.keep = None
         w_view = _to_chunks(w, C)
         chunks, N, H, _, K = w_view.shape
         w = torch.empty(w_view.shape, dtype=dtype, device=r.device).copy_(w_view)
-        if padding is not None:
-            # 0 where there is padding, all bits set elsewhere: as integers, because 0 * nan is not 0
-            keep = F.pad(~padding, (0, chunks * C - r.shape[1])).view(N, chunks, 1, C, 1).transpose(0, 1)
-            self.keep = keep.to(torch.int64 if dtype == torch.float64 else torch.int32).neg()
-        self.clear_padding(w)
         causal = _causal(C, dtype, r.device)
         c = torch.matmul(causal[C:, :C], w)
         lowest = c[..., -1, :].min()
@@ -177,16 +324,9 @@ class _Segment:
         torch.mul(_to_chunks(b, C), self.inverse, out=bk[..., :C, :])
         torch.mul(_to_chunks(k, C), self.inverse, out=bk[..., C:, :])
         uv[..., C:, :] = _to_chunks(v, C)
-        for x in (*ar.split(C, -2), *bk.split(C, -2), uv[..., C:, :]):
-            self.clear_padding(x)
         self.ar, self.bk, self.uv = ar.flatten(0, 2), bk.flatten(0, 2), uv.flatten(0, 2)
         self.scores = torch.bmm(self.ar, self.bk.mT).mul_(causal)
         self.end = self.decay[..., -1:, :].flatten(1, 2)  # (chunks, N * H, 1, K)
-
-    def clear_padding(self, x: Tensor) -> None:
-        """Sets x (chunks, N, H, C, any) to 0 at positions of padding, whatever it holds there."""
-        if self.keep is not None:
-            x.view(self.keep.dtype).bitwise_and_(self.keep)
 
     def by_chunk(self, x: Tensor) -> Tensor:
         """(G, ...) -> (chunks, N * H, ...)"""
@@ -203,7 +343,7 @@ class _Chunked(torch.autograd.Function):
     """Keeps inputs, states at the chunk borders and triangular inverses; all else is computed again."""
 
     @staticmethod
-    def forward(ctx, r, w, k, v, a, b, state, padding, C):
+    def forward(ctx, r, w, k, v, a, b, state, C):
         inputs = (r, w, k, v, a, b)
         N, L, H, K = r.shape
         V = v.shape[-1]
@@ -214,7 +354,7 @@ class _Chunked(torch.autograd.Function):
         solve = state.new_empty(chunks, N * H, C, C)
         eye = torch.eye(C, dtype=state.dtype, device=r.device)
         for at, where in _segments(L, C, N * H * K):
-            f = _Segment([x[:, where] for x in inputs], None if padding is None else padding[:, where], C, S.dtype)
+            f = _Segment([x[:, where] for x in inputs], C, S.dtype)
             # u = solve (S_0 a + (a k) v): directly, a series of powers cancels badly for repeated keys
             inverse = solve[at].flatten(0, 1)
             torch.linalg.solve_triangular(
@@ -232,19 +372,19 @@ class _Chunked(torch.autograd.Function):
                 torch.baddbmm(S[j], uv[i].mT, bk[i], out=S[j + 1]).mul_(f.end[i])
             y = torch.bmm(f.ar[:, C:], S[at].flatten(0, 1).mT).baddbmm_(f.scores[:, C:], f.uv)
             _from_chunks(y.view(*f.shape, C, V), out[:, where])
-        ctx.save_for_backward(*inputs, S, solve, padding)
+        ctx.save_for_backward(*inputs, S, solve)
         ctx.set_materialize_grads(False)
         return out, S[-1].clone().view(N, H, V, K)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, d_state):
-        *inputs, S, solve, padding = ctx.saved_tensors
+        *inputs, S, solve = ctx.saved_tensors
         with torch.autocast(S.device.type, enabled=False):
-            return *_chunked_backward(inputs, S, solve, padding, d_out, d_state), None, None
+            return *_chunked_backward(inputs, S, solve, d_out, d_state), None
 
 
-def _chunked_backward(inputs, S: Tensor, solve: Tensor, padding, d_out, d_state) -> tuple[Tensor, ...]:
+def _chunked_backward(inputs, S: Tensor, solve: Tensor, d_out, d_state) -> tuple[Tensor, ...]:
     """The gradients of the inputs and of the initial state, from the last segment to the first."""
     N, L, H, K = inputs[0].shape
     V, C = inputs[3].shape[-1], solve.shape[-1]
@@ -255,7 +395,7 @@ def _chunked_backward(inputs, S: Tensor, solve: Tensor, padding, d_out, d_state)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
     for at, where in reversed(_segments(L, C, N * H * K)):
-        f = _Segment([x[:, where] for x in inputs], None if padding is None else padding[:, where], C, S.dtype)
+        f = _Segment([x[:, where] for x in inputs], C, S.dtype)
         S_start, inverse = S[at].flatten(0, 1), solve[at].flatten(0, 1)
         # z = (1 - scores) u, solved for u
         z = torch.bmm(f.ar[:, :C], S_start.mT).baddbmm_(f.scores[:, :C, C:], f.uv[:, C:])
@@ -264,7 +404,6 @@ def _chunked_backward(inputs, S: Tensor, solve: Tensor, padding, d_out, d_state)
 
         d_zy = S.new_empty(*f.shape, 2 * C, V)  # the gradient of z over that of the outputs
         d_zy[..., C:, :] = _to_chunks(d_out[:, where], C)
-        f.clear_padding(d_zy[..., C:, :])
         d_zy = d_zy.flatten(0, 2)
         d_u = f.by_chunk(torch.bmm(f.scores[:, C:, :C].mT, d_zy[:, C:]))
         d_start = f.by_chunk(torch.bmm(d_zy[:, C:].mT, f.ar[:, C:]))
@@ -289,7 +428,6 @@ def _chunked_backward(inputs, S: Tensor, solve: Tensor, padding, d_out, d_state)
         d_b, d_k = (f.bk * d_bk).view(*f.shape, 2, C, K).unbind(-3)
         d_w = torch.matmul(causal[C:, :C].mT, (d_r + d_a).sub_(d_b).sub_(d_k)).sub_(d_a)
         d_w.add_(d_end.view(*f.shape, 1, K))
-        f.clear_padding(d_w)
         d_a, d_r = d_ar.view(*f.shape, 2, C, K).unbind(-3)
         d_b, d_k = d_bk.view(*f.shape, 2, C, K).unbind(-3)
         d_r, d_a = d_r.mul_(f.decay), d_a.mul_(f.before)

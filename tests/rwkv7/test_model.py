@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from speechllm.rwkv7 import RWKV7, RWKV7Config, RWKV7State, load_rwkv7
 
+from .small import assert_same, random_state, small_model
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "rwkv7" / "small"
 
 
@@ -20,15 +22,6 @@ def model():
 @pytest.fixture(scope="module")
 def golden():
     return load_file(GOLDEN / "io.safetensors")
-
-
-def random_state(model, N):
-    return RWKV7State(*(torch.randn_like(x) for x in vars(model.zero_state(N)).values()))
-
-
-def assert_same(a: RWKV7State, b: RWKV7State, **tolerance):
-    for x, y in zip(vars(a).values(), vars(b).values(), strict=True):
-        torch.testing.assert_close(x, y, **tolerance)
 
 
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
@@ -115,10 +108,101 @@ def test_logits_only_where_asked(model):
     assert_same(same, state)
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_packed_rows_equal_separate_rows(backend):
+    model = small_model()
+    model.wkv_backend = backend
+    lens = [40, 1, 0, 17, 38]
+    rows, state = [torch.randn(1, n, 32) for n in lens], random_state(model, 5)
+    labels = [torch.randint(0, 40, (1, n)) for n in lens]
+    cu_seqlens = torch.tensor([0, *lens]).cumsum(0)
+    results = []
+    for packed in (True, False):
+        model.zero_grad()
+        if packed:
+            parts = [(torch.cat(rows, 1), torch.cat(labels, 1), {"cu_seqlens": cu_seqlens, "state": state})]
+        else:
+            parts = [(rows[i], labels[i], {"state": state.select(torch.tensor([i]))}) for i in range(5) if lens[i] > 0]
+        logits = torch.cat([model(inputs_embeds=x, **options)[0] for x, _, options in parts], 1)
+        ends = [model(inputs_embeds=x, **options)[1] for x, _, options in parts]
+        loss = sum(model.loss(y, inputs_embeds=x, **options)[0].loss for x, y, options in parts)
+        loss.backward()
+        results.append((logits, ends, loss, [p.grad for p in model.parameters() if p.grad is not None]))
+    (logits, (end,), loss, grads), (logits_2, ends, loss_2, grads_2) = results
+    torch.testing.assert_close(logits, logits_2, **NEAR)
+    torch.testing.assert_close(loss, loss_2)
+    for i, row in enumerate((0, 1, 3, 4)):
+        assert_same(end.select(torch.tensor([row])), ends[i], **NEAR)
+    assert_same(end.select(torch.tensor([2])), state.select(torch.tensor([2])))
+    for x, y in zip(grads, grads_2, strict=True):
+        assert (x - y).norm() <= 1e-4 * y.norm()
+
+
+def test_loss_equals_cross_entropy_of_the_logits(monkeypatch):
+    monkeypatch.setattr("speechllm.rwkv7.linear._LOGITS_AT_ONCE", 40 * 7)  # several chunks
+    model = small_model()
+    ids, lens = torch.randint(0, 40, (3, 20)), torch.tensor([20, 4, 11])
+    labels = torch.where(torch.rand(3, 20) < 0.6, torch.randint(0, 40, (3, 20)), -100)
+    labels = labels.masked_fill(torch.arange(20) >= lens[:, None], -100)
+    results = []
+    for whole in (True, False):
+        model.zero_grad()
+        if whole:
+            logits, end = model(ids, lens=lens)
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            correct = (logits.argmax(-1) == labels).sum()
+        else:
+            (loss, tokens, correct), end = model.loss(labels, ids, lens=lens)
+            assert tokens == (labels != -100).sum()
+        (loss * 0.3).backward()
+        results.append((loss, correct, end.wkv, *(p.grad for p in model.parameters() if p.grad is not None)))
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="asked for at 7 positions of padding"):
+        model.loss(torch.zeros(1, 20, dtype=torch.long), ids[:1], lens=torch.tensor([13]))
+
+
+def test_loss_without_a_label_is_zero_and_has_gradients():
+    model = small_model()
+    (loss, tokens, correct), _ = model.loss(torch.full((2, 5), -100), torch.ones(2, 5, dtype=torch.long))
+    assert loss == 0 and tokens == 0 and correct == 0
+    loss.backward()
+    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
+
+
+def test_checkpointed_blocks_change_nothing():
+    model = small_model()
+    ids = torch.randint(0, 40, (2, 20))
+    grads = []
+    for model.checkpoint_blocks in (False, True):
+        model.zero_grad()
+        loss, end = model.loss(ids, ids)
+        (loss.loss + end.wkv.square().sum()).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for x, y in zip(*grads, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_initial_state():
+    model = small_model()
+    ids, state = torch.randint(0, 40, (2, 20)), random_state(model, 1)
+    state = RWKV7State(torch.zeros_like(state.att_shift), torch.zeros_like(state.ffn_shift), state.wkv)
+    expected, end = model(ids, state=state.repeat(2))
+    model.add_initial_state(state)
+    logits, same = model(ids)
+    torch.testing.assert_close(logits, expected)
+    assert_same(same, end)
+    logits.sum().backward()
+    assert model.initial_wkv.grad.abs().sum() > 0
+    assert torch.equal(model.step(ids[:, 0], model.initial_state(2))[0], model.step(ids[:, 0], state.repeat(2))[0])
+    with pytest.raises(ValueError, match=r"wkv has shape \(2, 2, 2, 16, 16\), this model needs \(2, 1, 2, 16, 16\)"):
+        model.add_initial_state(state.repeat(2))
+
+
 def test_gradient_flows_to_a_given_state_through_a_segment_border(model):
     ids, grads = torch.randint(0, 160, (2, 40)), []
     for splits in ([40], [17, 23]):
-        state = RWKV7State(*(x.detach().requires_grad_() for x in vars(model.zero_state(2)).values()))
+        state = RWKV7State(*(x.detach().requires_grad_() for x in vars(model.initial_state(2)).values()))
         end, loss = state, 0.0
         for part in ids.split(splits, 1):
             logits, end = model(part, state=end)
@@ -185,8 +269,12 @@ def test_call_errors(model):
         model(ids[:, :0])
     with pytest.raises(ValueError, match="lens go from 1 to 6, the input has L = 5"):
         model(ids, lens=torch.tensor([1, 6]))
+    with pytest.raises(ValueError, match=r"cu_seqlens must go from 0 up to L = 5.*got \[0, 5\] for an input of 2 rows"):
+        model(ids, cu_seqlens=torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match=r"cu_seqlens.*got \[0, 4\]"):
+        model(ids[:1], cu_seqlens=torch.tensor([0, 4]))
     with pytest.raises(ValueError, match="the state has 3 rows, the input 2"):
-        model(ids, state=model.zero_state(3))
+        model(ids, state=model.initial_state(3))
 
 
 def test_every_parameter_of_a_new_model_learns():

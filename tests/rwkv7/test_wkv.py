@@ -1,9 +1,13 @@
 """The operator: every backend against the plain recurrence in float64."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import speechllm.rwkv7.wkv as wkv_module
 from speechllm.rwkv7.wkv import wkv7
 
 DECAYS = {"typical": (-2.0, 2.0), "fast": (20.0, 0.0), "slow": (-9.0, 0.0), "repeated keys": (-6.0, 0.0)}
@@ -96,6 +100,88 @@ def test_padding_has_no_influence(backend, garbage):
         assert_near([batched[0], state[i : i + 1], *batched[1:], grads[6][i : i + 1]], alone, 2e-6)
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_packed_rows_equal_separate_rows(backend):
+    lens = [3, 70, 0, 64, 1, 33]
+    inputs = [x.float() for x in make(1, sum(lens), 2, 16)]
+    inputs[6] = torch.randn(len(lens), 2, 16, 16)
+    borders = torch.tensor([0, *lens]).cumsum(0)
+    d_out, d_state = torch.randn(1, sum(lens), 2, 16), torch.randn(len(lens), 2, 16, 16)
+    out, state, *grads = run(inputs, d_out, d_state, backend=backend, cu_seqlens=borders)
+    for i, n in enumerate(lens):
+        at = slice(borders[i], borders[i + 1])
+        if n == 0:
+            assert torch.equal(state[i], inputs[6][i])
+            continue
+        alone = [x[:, at] for x in inputs[:6]] + [inputs[6][i : i + 1]]
+        alone = run(alone, d_out[:, at], d_state[i : i + 1], backend=backend)
+        got = [out[:, at], state[i : i + 1], *(g[:, at] for g in grads[:6]), grads[6][i : i + 1]]
+        assert_near(got, alone, 2e-6)
+
+
+def test_rows_without_any_position():
+    inputs = [x.float() for x in make(2, 5, 1, 8)]
+    out, state = wkv7(*inputs, lens=torch.tensor([0, 0]))
+    assert (out == 0).all() and torch.equal(state, inputs[6])
+
+
+@pytest.fixture
+def emulated_fla(monkeypatch):
+    """fla's kernels, as its documentation describes them, by the reference; and a CPU that passes for CUDA."""
+    calls = []
+
+    def kernel(name):
+        def run(r, w, k, v, a, b, scale, initial_state, output_final_state, cu_seqlens):
+            assert scale == 1.0 and output_final_state and w.dtype == torch.float32
+            assert all(x.is_contiguous() and x.dtype == r.dtype for x in (k, v, a, b))
+            calls.append((name, cu_seqlens))
+            inputs = [x.float() for x in (r, w, k, v, a, b, initial_state.transpose(-1, -2))]  # (N, H, K, V) there
+            out, state = wkv7(*inputs, backend="reference", cu_seqlens=cu_seqlens)
+            return out.to(v.dtype), state.transpose(-1, -2)
+
+        return run
+
+    module = SimpleNamespace(chunk_rwkv7=kernel("chunk"), fused_recurrent_rwkv7=kernel("recurrent"))
+    for name, x in (("fla", SimpleNamespace()), ("fla.ops", SimpleNamespace()), ("fla.ops.rwkv7", module)):
+        monkeypatch.setitem(sys.modules, name, x)
+    why_not = wkv_module._why_not_fla
+    monkeypatch.setattr(wkv_module, "_why_not_fla", lambda device, dtype: why_not("cuda", dtype))
+    monkeypatch.setattr(wkv_module, "_why_no_fla_package", lambda: None)
+    return calls
+
+
+def test_fla_is_called_as_documented(emulated_fla):
+    inputs = [x.bfloat16() if i < 6 else x.float() for i, x in enumerate(make(3, 40, 2, 16))]
+    lens = torch.tensor([40, 0, 7])
+    d_out, d_state = torch.randn(3, 40, 2, 16), torch.randn(3, 2, 16, 16)
+    for options in ({}, {"lens": lens}):
+        got = run(inputs, d_out, d_state, **options)  # auto
+        expected = run(inputs, d_out, d_state, **options, backend="reference")
+        assert_near(got, expected, 2e-2)  # gradients of bfloat16 inputs are rounded to bfloat16
+    packed = [x.flatten(0, 1).unsqueeze(0) for x in inputs[:6]]
+    borders = torch.tensor([0, 50, 50, 120])
+    out, state = wkv7(*packed, inputs[6], cu_seqlens=borders)
+    out_2, state_2 = wkv7(*packed, inputs[6], cu_seqlens=borders, backend="reference")
+    assert_near([out, state], [out_2, state_2], 1e-2)
+    assert [name for name, _ in emulated_fla] == ["chunk"] * 3
+    assert [x if x is None else x.tolist() for _, x in emulated_fla] == [None, [0, 40, 47], [0, 50, 120]]
+    wkv7(*(x[:, :1] for x in inputs[:6]), inputs[6])
+    assert emulated_fla[-1] == ("recurrent", None)  # one step without gradients
+    with pytest.raises(ValueError, match="cannot serve this call: it computes in bfloat16 or float16.*float32"):
+        wkv7(*(x.float() for x in inputs), backend="fla")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and fla-core")
+@pytest.mark.parametrize("decay", DECAYS)
+def test_fla_agrees_with_the_reference(decay):
+    inputs = [x.cuda().bfloat16() if i < 6 else x.cuda().float() for i, x in enumerate(make(3, 100, 2, 64, decay))]
+    lens = torch.tensor([100, 0, 37])
+    d_out, d_state = torch.randn(3, 100, 2, 64).cuda(), torch.randn(3, 2, 64, 64).cuda()
+    for options in ({}, {"lens": lens}):
+        expected = run([x.double() for x in inputs], d_out, d_state, **options, backend="reference")
+        assert_near(run(inputs, d_out, d_state, **options, backend="fla"), expected, 2e-2)
+
+
 @pytest.mark.parametrize("backend", ["reference", "chunked", "auto"])
 def test_split_at_any_position(backend):
     *inputs, state = (x.float() for x in make(2, 50, 2, 16))
@@ -136,5 +222,9 @@ def test_errors_name_the_problem():
         wkv7(r, w, k, v, a, b, state[:, :, 1:])
     with pytest.raises(ValueError, match="lens has shape"):
         wkv7(r, w, k, v, a, b, lens=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"cu_seqlens must go from 0 up to L = 40.*got \[0, 39\] for inputs of 1 rows"):
+        wkv7(r, w, k, v, a, b, cu_seqlens=torch.tensor([0, 39]))
+    with pytest.raises(ValueError, match="'fla' cannot serve this call: its kernels run on CUDA, the inputs are on"):
+        wkv7(r, w, k, v, a, b, backend="fla")
     with pytest.raises(ValueError, match="backend='reference'"):
         wkv7(r, w - 5, k, v, a, b)

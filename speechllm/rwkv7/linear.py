@@ -1,0 +1,221 @@
+"""Matrix products of the language model: oneDNN's in training on the CPU, prepacked weights for inference there.
+
+PyTorch sends float32 products on the CPU to MKL, which is half as fast as oneDNN on AMD processors with AVX-512
+(tools/bench_rwkv.py prints both). The operators behind ``torch.compile``'s CPU code give access to oneDNN; they are
+semi-private, so they are tried once and left alone where they do not work.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+INFERENCE_WEIGHTS = ("float32", "bfloat16", "int8")
+
+
+@lru_cache
+def has_onednn() -> bool:
+    """Whether oneDNN's linear operator is there and right; tried on a small product."""
+    try:
+        x, weight = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(-2, 1, 20).view(5, 4)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
+        right = all(torch.allclose(_onednn(x, w), x @ weight.T, atol=1e-5) for w in (weight, packed))
+        return right and torch.allclose(_onednn(x.T, weight[:3].T), x.T @ weight[:3], atol=1e-5)
+    except (AttributeError, RuntimeError, NotImplementedError) as e:
+        log.info("oneDNN's linear operator is not available (%s): using torch's", str(e).splitlines()[0])
+        return False
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """(M, K), (N, K) or packed -> (M, N)"""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and x.numel() > 0
+        and has_onednn()
+    )
+
+
+class _OneDNNProduct(torch.autograd.Function):
+    """x (M, K), weight (N, K) -> x weight^T (M, N), all three products of a training step by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        d_x = _onednn(grad, weight.T) if ctx.needs_input_grad[0] else None
+        d_weight = _onednn(grad.T, x.T) if ctx.needs_input_grad[1] else None
+        return d_x, d_weight
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., K), weight (N, K) -> x weight^T (..., N), in the fastest way there is; ``F.linear`` in its result."""
+    if not _uses_onednn(x, weight):
+        return F.linear(x, weight)
+    flat = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        out = _OneDNNProduct.apply(flat, weight)
+    else:
+        out = _onednn(flat, weight)
+    return out.view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` without a bias, by ``product``."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """hidden (M, D), weight (V, D), targets (M,) -> summed cross entropy, number of targets that are the best logit.
+
+    The gradients are computed with the logits at hand, a chunk of positions at a time (the idea of Liger-Kernel,
+    arXiv 2410.10989), so the (M, V) logits never exist.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        loss, correct = hidden.new_zeros((), dtype=torch.float32), targets.new_zeros(())
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = None
+        compute_weight = weight.to(dtype)
+        chunks = -(-len(targets) * weight.shape[0] // _LOGITS_AT_ONCE)
+        # of one size: a short last one would cost a pass over the whole weight for little
+        borders = [len(targets) * i // max(1, chunks) for i in range(chunks + 1)]
+        for at in map(slice, borders[:-1], borders[1:]):
+            x, target = hidden[at].to(dtype), targets[at].unsqueeze(1)
+            logits = product(x, compute_weight).float()
+            best, best_id = logits.max(1, keepdim=True)
+            correct += (best_id == target).sum()
+            logits.sub_(best)
+            at_target = logits.gather(1, target)
+            total = logits.exp_().sum(1, keepdim=True)
+            loss += (total.log() - at_target).sum()
+            if needs_hidden or needs_weight:
+                # the gradient of the logits: softmax, less 1 at the target
+                d_logits = logits.div_(total).scatter_add_(1, target, -torch.ones_like(total)).to(dtype)
+                if needs_hidden:
+                    d_hidden[at] = product(d_logits, compute_weight.T)
+                if needs_weight:
+                    d_part = product(d_logits.T, x.T)
+                    d_weight = d_part if d_weight is None else d_weight.add_(d_part)
+        if needs_weight:  # no target, no gradient
+            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+        # in place: a loss is differentiated once
+        return *(None if x is None else x.mul_(grad) for x in ctx.saved_tensors), None, None
+
+
+# Floats in the logits of one chunk: 128 MiB.
+_LOGITS_AT_ONCE = 2**25
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of ``hidden @ weight.T`` without ever holding all logits.
+
+    Args:
+      hidden: (M, D); weight: (V, D); targets: (M,) in [0, V).
+
+    Returns:
+      the sum over the positions, float32, and how many targets have the highest logit. Can be differentiated once.
+      Products are in autocast's type where it is on, all else in float32.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(hidden, weight, targets, dtype)
+
+
+class PackedLinear(nn.Module):
+    """A matrix product for inference, its weight in the form that the processor reads fastest.
+
+    Args:
+      linear: what it replaces.
+      weights: ``float32``; ``bfloat16``, also the type of the product; or ``int8``, one scale a row.
+    """
+
+    def __init__(self, linear: nn.Linear, weights: str):
+        super().__init__()
+        self.in_features, self.out_features, self.weights = linear.in_features, linear.out_features, weights
+        weight = linear.weight.detach()
+        self.scale = None
+        if weights == "int8":
+            scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
+            self.packed = (weight.float() / scale[:, None]).round_().to(torch.int8)
+            self.scale = scale.bfloat16()
+        else:
+            weight = weight.to(getattr(torch, weights))
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS) if has_onednn() else weight
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.weights}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1]).to(torch.float32 if self.weights == "float32" else torch.bfloat16)
+        if self.weights != "int8":
+            out = _onednn(flat, self.packed) if has_onednn() else F.linear(flat, self.packed)
+        elif len(flat) <= _INT8_ROWS:
+            out = torch._weight_int8pack_mm(flat, self.packed, self.scale)
+        else:
+            out = F.linear(flat, self.packed.bfloat16()).mul_(self.scale)
+        return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+# The number of rows that a packed layout is chosen for; it serves any number.
+_PACKED_FOR_ROWS = 32
+
+# Up to so many rows, reading int8 weights saves more than their conversion for a bfloat16 product costs.
+_INT8_ROWS = 16
+
+
+def pack_for_inference(model: nn.Module, weights: str = "float32") -> nn.Module:
+    """Replaces every ``Linear`` of a model, in place, for decoding on the CPU; it can no longer be trained or saved.
+
+    Args:
+      model: an ``RWKV7``, or anything that holds one; adapters must have been merged.
+      weights: ``float32`` computes what the plain model does; ``bfloat16`` is 2 to 3 times faster on processors
+        that have its instructions, ``int8`` takes a quarter of the memory; tools/bench_rwkv.py prints their errors.
+
+    Returns:
+      the model, in eval mode.
+
+    Raises:
+      ValueError: other ``weights``; the model is not on the CPU.
+    """
+    if weights not in INFERENCE_WEIGHTS:
+        raise ValueError(f"pack_for_inference: unknown weights {weights!r}, choose from {', '.join(INFERENCE_WEIGHTS)}")
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is Linear:
+                if child.weight.device.type != "cpu":
+                    raise ValueError(f"pack_for_inference: {name} is on {child.weight.device}; packing is for the CPU")
+                setattr(module, name, PackedLinear(child, weights))
+    return model.requires_grad_(False).eval()

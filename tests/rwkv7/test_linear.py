@@ -1,0 +1,98 @@
+"""Matrix products, the chunked cross entropy, packed weights: against PyTorch's own."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from speechllm.rwkv7 import linear
+from speechllm.rwkv7.linear import Linear, PackedLinear, linear_cross_entropy, pack_for_inference, product
+
+from .small import small_model
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "fallback"])
+def onednn(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(linear, "has_onednn", lambda: False)
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (7, 5), (2, 0, 5), (2, 3, 5)])
+def test_product_and_its_gradients(shape, onednn):
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    for w in (weight, weight[:, :5].T.contiguous().T):
+        out, expected = product(x, w), F.linear(x, w)
+        torch.testing.assert_close(out, expected)
+        grad = torch.randn_like(expected)
+        for got, wanted in zip(
+            torch.autograd.grad(out, (x, weight), grad), torch.autograd.grad(expected, (x, weight), grad), strict=True
+        ):
+            torch.testing.assert_close(got, wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product(x, weight).dtype == torch.bfloat16
+
+
+def test_onednn_is_there():
+    # should this fail with a new release of PyTorch, training on the CPU is slower, but still right
+    assert linear.has_onednn()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [50, 10**6])
+def test_cross_entropy_in_chunks(dtype, at_once, monkeypatch, onednn):
+    monkeypatch.setattr(linear, "_LOGITS_AT_ONCE", at_once)
+    hidden, weight = torch.randn(23, 8).to(dtype).requires_grad_(), torch.randn(11, 8).to(dtype).requires_grad_()
+    targets = torch.randint(0, 11, (23,))
+    loss, correct = linear_cross_entropy(hidden, weight, targets)
+    logits = F.linear(hidden, weight).float()
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    assert correct == (logits.argmax(-1) == targets).sum()
+    near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-1}
+    for got, wanted in zip(
+        torch.autograd.grad(loss * 2, (hidden, weight)),
+        torch.autograd.grad(expected * 2, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted, **near)
+
+
+def test_cross_entropy_of_a_frozen_weight_and_under_no_grad():
+    hidden, weight, targets = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8), torch.randint(0, 11, (5,))
+    loss, _ = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    assert hidden.grad is not None and weight.grad is None
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, weight, targets)[0], loss)
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight = torch.full((2, 1), 1e4, requires_grad=True), torch.tensor([[1.0], [-1.0], [0.5]])
+    loss, correct = linear_cross_entropy(hidden, weight, torch.tensor([0, 1]))
+    loss.backward()
+    assert loss == 2e4 and correct == 1 and hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("weights, tolerance", [("float32", 1e-5), ("bfloat16", 3e-2), ("int8", 5e-2)])
+@torch.no_grad()
+def test_packed_model(weights, tolerance, onednn):
+    model = small_model()
+    packed = pack_for_inference(copy.deepcopy(model), weights)
+    assert sum(type(m) is PackedLinear for m in packed.modules()) == 6 * 2 + 1
+    assert not any(type(m) is Linear for m in packed.modules())
+    ids = torch.randint(0, 40, (3, 20))
+    logits, state = model(ids)
+    got, got_state = packed(ids)
+    assert (got - logits).norm() <= tolerance * logits.norm()
+    stepped, _ = packed.step(ids[:, 0], got_state)
+    expected, _ = model.step(ids[:, 0], state)
+    assert stepped.dtype == torch.float32 and (stepped - expected).norm() <= tolerance * expected.norm()
+    loss, _ = packed.loss(ids, ids)
+    assert abs(loss.loss - model.loss(ids, ids)[0].loss) <= tolerance * loss.loss
+
+
+def test_unknown_weights():
+    with pytest.raises(ValueError, match="unknown weights 'int4', choose from float32, bfloat16, int8"):
+        pack_for_inference(small_model(), "int4")
