@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from speechllm.config import ConfigError
+from speechllm.rwkv7 import RWKV7
+from speechllm.rwkv7.model import TimeMix
 
 
 @dataclass
@@ -17,8 +20,8 @@ class OptimConfig:
     """AdamW with a warm-up and a cosine decay.
 
     `lr` is the peak, reached after `warmup_steps`; the schedule ends at `lr * final_lr_factor`. `lr_scale` multiplies
-    it for parts of the model, by the names of its children (encoder, projector, llm, ctc_head). `clip_grad_norm`
-    bounds the gradient's norm over all parameters.
+    it for parts of the model, by the names of its children (encoder, projector, llm, ctc_head). `weight_decay` is on
+    the parameters that `parameter_groups` names. `clip_grad_norm` bounds the gradient's norm over all parameters.
     """
 
     lr: float = 1e-3
@@ -37,23 +40,31 @@ class OptimConfig:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Trainable parameters by part of the model, each in two groups.
+    """Trainable parameters by part of the model, in groups with the part's `name`.
 
-    Weight decay is on matrices and kernels, not on vectors and scalars. RWKV-7's per-channel vectors have shape
-    (1, 1, D): what counts is the number of axes longer than 1.
+    Weight decay is on matrices and kernels, not on vectors and scalars; what counts is the number of axes longer than
+    1. RWKV-7, wherever it is found, has the rules of its own training (RWKV-LM, RWKV-v7/train_temp/src/model.py):
+    decay only on the weights of layers, adapters included, so on none of the low-rank matrices `w1` to `g2`, `r_k` or
+    a trained initial state; and `w0`, where the decay of the recurrence starts from, learns at twice the rate.
+
+    A bare RWKV-7 is one part, `llm`.
 
     Raises:
       ConfigError: nothing is trainable, or `lr_scale` names a part that is not there or is frozen.
     """
     groups = []
-    for name, part in model.named_children():
-        params = [p for p in part.parameters() if p.requires_grad]
-        matrices = [p for p in params if sum(size > 1 for size in p.shape) >= 2]
-        vectors = [p for p in params if sum(size > 1 for size in p.shape) < 2]
+    for name, part in [("llm", model)] if isinstance(model, RWKV7) else model.named_children():
         lr = config.lr * config.lr_scale.get(name, 1.0)
-        groups.append({"name": name, "params": matrices, "lr": lr, "weight_decay": config.weight_decay})
-        groups.append({"name": name, "params": vectors, "lr": lr, "weight_decay": 0.0})
-    groups = [group for group in groups if group["params"]]
+        rwkv7 = [p for module in part.modules() if isinstance(module, RWKV7) for p in module.named_parameters()]
+        no_weights = {p for p_name, p in rwkv7 if ".weight" not in p_name}
+        double_rate = {module.w0 for module in part.modules() if isinstance(module, TimeMix)}
+        by_rule = defaultdict(list)
+        for p in part.parameters():
+            if p.requires_grad:
+                decayed = sum(size > 1 for size in p.shape) >= 2 and p not in no_weights
+                by_rule[2 * lr if p in double_rate else lr, config.weight_decay if decayed else 0.0].append(p)
+        for (rate, decay), params in by_rule.items():
+            groups.append({"name": name, "params": params, "lr": rate, "weight_decay": decay})
     trained = {group["name"] for group in groups}
     if not trained:
         raise ConfigError("no parameter is trainable: every part of the model is frozen")

@@ -6,15 +6,20 @@ it encodes with pyrwkv-tokenizer. `SentencePieceTokenizer` is for small models t
 
 Both keep every character: decode(encode(text)) == text, spaces and newlines included, except that `decode`
 leaves out the end of text and, for sentencepiece, pieces of the form <|...|> such as language tags.
+
+A token may end inside a character. Text is shown while it is written with a `StreamDecoder`, which waits for the
+rest of the character; `decode` is the same over all ids at once.
 """
 
 from __future__ import annotations
 
 import ast
+import codecs
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +30,43 @@ from speechllm.files import replaced_file
 MODEL_FILE = "tokenizer.model"
 KIND_FILE = "tokenizer.json"
 _TAG = re.compile(r"<\|.*\|>")
+_SPACE = "\u2581"  # how sentencepiece writes a space
+_BROKEN_BYTE = re.compile("[\udc80-\udcff]")  # as errors="surrogateescape" marks it
+
+
+class StreamDecoder:
+    """Text from token ids one at a time, whole characters only; made by `Tokenizer.stream`.
+
+    What all calls of `push` and the `finish` after them return is, joined, what `Tokenizer.decode` makes of the ids:
+    nothing that was returned is ever taken back. Each byte that is no part of a whole UTF-8 character becomes one
+    U+FFFD, as in sentencepiece.
+
+        stream = tokenizer.stream()
+        for token_id in generated:
+            print(stream.push(token_id), end="", flush=True)
+        print(stream.finish())
+
+    Args:
+        first: the bytes of each id at the start of a text. Ids that are not in it are left out.
+        rest: the same after the first id that was not left out.
+    """
+
+    def __init__(self, first: Mapping[int, bytes], rest: Mapping[int, bytes]) -> None:
+        self._bytes_of, self._rest = first, rest
+        # errors="replace" makes one U+FFFD of several bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now and was not before; "" while a character is incomplete."""
+        piece = self._bytes_of.get(int(token_id))
+        if piece is None:
+            return ""
+        self._bytes_of = self._rest
+        return _BROKEN_BYTE.sub("\ufffd", self._utf8.decode(piece))
+
+    def finish(self) -> str:
+        """What is left when no more ids come: U+FFFD for each byte of an incomplete character, else ""."""
+        return _BROKEN_BYTE.sub("\ufffd", self._utf8.decode(b"", final=True))
 
 
 class Tokenizer(Protocol):
@@ -39,17 +81,22 @@ class Tokenizer(Protocol):
         """The ids of `text`, without the end of text."""
         ...
 
+    def stream(self) -> StreamDecoder:
+        """A decoder for the ids of one text, given one at a time."""
+        ...
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of any ids whatsoever; bytes that are not whole UTF-8 become U+FFFD. Never raises for an
         int."""
-        ...
+        stream = self.stream()
+        return "".join(map(stream.push, ids)) + stream.finish()
 
     def save(self, folder: str | Path) -> None:
         """Write what `load_tokenizer(folder)` needs into `folder`, which is created."""
         ...
 
 
-class RWKVTokenizer:
+class RWKVTokenizer(Tokenizer):
     """The RWKV "World" vocabulary: 65,529 byte strings, greedy longest match; id 0 ends a text.
 
     The models have 65,536 rows, so that is `vocab_size`; ids without a byte string decode to nothing.
@@ -80,20 +127,46 @@ class RWKVTokenizer:
                 table[int(index)] = piece if isinstance(piece, bytes) else piece.encode("utf-8")
         return table
 
+    @cached_property
+    def _ids_of(self) -> dict[bytes, int]:
+        return {piece: index for index, piece in self._bytes_of.items()}
+
+    @cached_property
+    def _lengths(self) -> dict[bytes, list[int]]:
+        """How long the byte strings are that begin with these two bytes, the longest first."""
+        lengths = defaultdict(set)
+        for piece in self._ids_of:
+            lengths[piece[:2]].add(len(piece))
+        return {start: sorted(found, reverse=True) for start, found in lengths.items()}
+
     def encode(self, text: str) -> list[int]:
         return list(self._encoder.encode(text))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        table = self._bytes_of
-        return b"".join(table.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """The ids of any bytes, whether or not they are UTF-8; encode_bytes(text.encode()) == encode(text).
+
+        For data in which a byte that is no UTF-8 must stay what it is. It is plain Python: `encode` is the fast way
+        for text.
+        """
+        ids, start = [], 0
+        while start < len(data):
+            for length in (*self._lengths.get(data[start : start + 2], ()), 1):
+                piece = data[start : start + length]
+                if piece in self._ids_of:
+                    break
+            ids.append(self._ids_of[piece])
+            start += len(piece)
+        return ids
+
+    def stream(self) -> StreamDecoder:
+        return StreamDecoder(self._bytes_of, self._bytes_of)
 
     def save(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / KIND_FILE).write_text(json.dumps({"kind": "rwkv"}) + "\n", encoding="utf-8")
+        with replaced_file(Path(folder) / KIND_FILE) as tmp:
+            tmp.write_text(json.dumps({"kind": "rwkv"}) + "\n", encoding="utf-8")
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model file.
 
     Args:
@@ -119,27 +192,43 @@ class SentencePieceTokenizer:
         self.eos_id: int = self._sp.eos_id()
         if not 0 <= self.eos_id < self.vocab_size:
             raise UserError(f"{path}: this sentencepiece model has no end of sentence piece; train it with eos_id >= 0")
-        self._dropped = {
-            i
-            for i in range(self.vocab_size)
-            if self._sp.is_control(i) or self._sp.is_unknown(i) or _TAG.fullmatch(self._sp.id_to_piece(i))
+
+    @cached_property
+    def _bytes_of(self) -> dict[int, bytes]:
+        table = {}
+        for i in range(self.vocab_size):
+            piece = self._sp.id_to_piece(i)
+            if self._sp.is_byte(i):
+                table[i] = bytes([int(piece[3:5], 16)])  # <0xE4>
+            elif not (self._sp.is_control(i) or self._sp.is_unknown(i) or _TAG.fullmatch(piece)):
+                table[i] = piece.replace(_SPACE, " ").encode("utf-8")
+        return table
+
+    @cached_property
+    def _first_bytes_of(self) -> dict[int, bytes]:
+        # A model that adds a space in front of a text (add_dummy_prefix) takes it away here; one that removes extra
+        # spaces takes away all of them, so that a lone space does not begin the text.
+        table = self._bytes_of | {
+            i: self._sp.decode([i]).encode("utf-8") for i in self._bytes_of if not self._sp.is_byte(i)
         }
+        space = self._sp.piece_to_id(_SPACE)
+        if space in table and self._sp.decode([space, space]) == "":
+            del table[space]
+        return table
 
     def encode(self, text: str) -> list[int]:
         return self._sp.encode(text)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        kept = [int(i) for i in ids]
-        return self._sp.decode([i for i in kept if 0 <= i < self.vocab_size and i not in self._dropped])
+    def stream(self) -> StreamDecoder:
+        return StreamDecoder(self._first_bytes_of, self._bytes_of)
 
     def piece(self, index: int) -> str:
         """The piece with this id as sentencepiece shows it (U+2581 for a space), for logs and reports."""
         return self._sp.id_to_piece(index)
 
     def save(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MODEL_FILE).write_bytes(self._model)
+        with replaced_file(Path(folder) / MODEL_FILE) as tmp:
+            tmp.write_bytes(self._model)
 
 
 def train_sentencepiece(
@@ -171,7 +260,7 @@ def train_sentencepiece(
         raise UserError("train_sentencepiece: there is no text to train on")
     if len(set(special_tokens)) != len(special_tokens) or not all(special_tokens):
         raise UserError(f"train_sentencepiece: repeated or empty special token in {special_tokens}")
-    required = len(set("".join(texts).replace(" ", "\u2581"))) + 256 + 2 + len(special_tokens)
+    required = len(set("".join(texts).replace(" ", _SPACE))) + 256 + 2 + len(special_tokens)
     if vocab_size < required:
         raise UserError(
             f"train_sentencepiece: vocab_size {vocab_size} is too small: 256 bytes, 2 control pieces, "
@@ -191,8 +280,8 @@ def train_sentencepiece(
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            # sentencepiece writes a space as U+2581 before it looks for symbols
-            user_defined_symbols=[token.replace(" ", "\u2581") for token in special_tokens],
+            # spaces become _SPACE before symbols are looked for
+            user_defined_symbols=[token.replace(" ", _SPACE) for token in special_tokens],
             unk_id=0,
             eos_id=1,
             bos_id=-1,

@@ -2,20 +2,50 @@
 
 import pytest
 import torch
+from torch import nn
 
 from speechllm.config import ConfigError
 from speechllm.optim import OptimConfig, build_optimizer, build_scheduler, lr_factor, parameter_groups
 
 
+def rule_of(groups: list[dict]) -> dict:
+    """Parameter -> (part, learning rate, weight decay)"""
+    return {p: (group["name"], group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+
 def test_groups_hold_each_trainable_parameter_once(model):
     model.projector.requires_grad_(False)
     groups = parameter_groups(model, OptimConfig(lr=1.0, lr_scale={"llm": 0.5}, weight_decay=0.1))
-    params = [p for group in groups for p in group["params"]]
-    assert len(params) == len(set(params)) and set(params) == {p for p in model.parameters() if p.requires_grad}
-    for group in groups:
-        assert group["lr"] == (0.5 if group["name"] == "llm" else 1.0)
-        for p in group["params"]:
-            assert (group["weight_decay"] > 0) == (p.squeeze().dim() >= 2)
+    rules = rule_of(groups)
+    assert sum(len(group["params"]) for group in groups) == len(rules)
+    assert set(rules) == {p for p in model.parameters() if p.requires_grad}
+    for name, part in model.named_children():
+        if name not in ("llm", "projector"):
+            for p in part.parameters():
+                assert rules[p] == (name, 1.0, 0.1 if p.squeeze().dim() >= 2 else 0.0)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_rwkv7_has_the_rules_of_its_own_training(model, bare):
+    llm = model.llm
+    att = llm.blocks[1].att
+    # parameters as peft and state tuning add them
+    att.receptance.lora_A = nn.ModuleDict({"default": nn.Linear(32, 4, bias=False)})
+    llm.initial_wkv = nn.Parameter(torch.zeros(2, 2, 16, 16))
+    rules = rule_of(parameter_groups(llm if bare else model, OptimConfig(lr=1.0, weight_decay=0.1)))
+
+    matrices = {"receptance.weight", "key.weight", "value.weight", "output.weight", "receptance.lora_A.default.weight"}
+    for name, p in att.named_parameters():
+        assert rules[p] == ("llm", 2.0 if name == "w0" else 1.0, 0.1 if name in matrices else 0.0), name
+    decayed = [llm.emb.weight, llm.head.weight, llm.blocks[0].ffn.key.weight, llm.blocks[0].ffn.value.weight]
+    others = [llm.initial_wkv, llm.ln_out.weight, llm.ln_out.bias, llm.blocks[0].ln0.weight, llm.blocks[0].ffn.x_k]
+    assert all(rules[p] == ("llm", 1.0, 0.1) for p in decayed) and all(rules[p] == ("llm", 1.0, 0.0) for p in others)
+    assert set(rules) == set((llm if bare else model).parameters())
+
+    llm.requires_grad_(False)
+    att.w0.requires_grad_(True)
+    rules = rule_of(parameter_groups(llm, OptimConfig(lr=1.0, lr_scale={"llm": 0.5})))
+    assert rules == {att.w0: ("llm", 1.0, 0.0)}
 
 
 def test_mistakes_are_named(model):
@@ -35,21 +65,22 @@ def test_schedule(model):
 
     config = OptimConfig(lr=2.0, lr_scale={"llm": 0.5}, warmup_steps=4)
     optimizer = build_optimizer(model, config)
+    peak = [group["lr"] for group in optimizer.param_groups]
     scheduler = build_scheduler(optimizer, config, 20)
     for step in range(20):
-        for group in optimizer.param_groups:
-            scale = 0.5 if group["name"] == "llm" else 1.0
-            assert group["lr"] == pytest.approx(2.0 * scale * lr_factor(step, 4, 20, config.final_lr_factor))
+        factor = lr_factor(step, 4, 20, config.final_lr_factor)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr * factor for lr in peak])
         optimizer.step()
         scheduler.step()
 
 
-def test_no_weight_decay_on_vectors(model):
+def test_weight_decay_is_where_the_groups_say(model):
     optimizer = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5))
+    rules = rule_of(optimizer.param_groups)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for name, p in model.named_parameters():
-        factor = 1 - 0.1 * 0.5 if p.squeeze().dim() >= 2 else 1.0
-        torch.testing.assert_close(p.detach(), before[name] * factor)
+        _, lr, weight_decay = rules[p]
+        torch.testing.assert_close(p.detach(), before[name] * (1 - lr * weight_decay))

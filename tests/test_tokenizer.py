@@ -1,17 +1,23 @@
 """Tokenizers: nothing is lost on the way there and back, and no id sequence can stop a decoder."""
 
+import io
+import json
 import random
 from functools import cache
+from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from speechllm.tokenizer import (
     RWKVTokenizer,
     SentencePieceTokenizer,
+    Tokenizer,
     load_tokenizer,
     train_sentencepiece,
 )
 
+GOLDEN = json.loads((Path(__file__).parent / "golden/rwkv_tokenizer.json").read_text(encoding="utf-8"))
 WORDS = [
     "zero",
     "one",
@@ -63,16 +69,83 @@ def test_round_trip(text, small):
         assert tokenizer.decode(ids) == text
 
 
-def test_decode_takes_anything(small):
+def random_ids(tokenizer: Tokenizer, n: int) -> list[list[int]]:
+    """Texts cut anywhere, among them pieces of single bytes, spaces and ids that stand for nothing."""
     rng = random.Random(1)
-    for tokenizer in (rwkv(), small):
-        for _ in range(200):
-            ids = [rng.randrange(-5, tokenizer.vocab_size + 5) for _ in range(12)]
-            assert isinstance(tokenizer.decode(ids), str)
-        # half of a character: replaced, not raised
-        halves = tokenizer.encode("🙂")[:1] if tokenizer is small else [tokenizer.encode("ÿ")[0], 195, 129]
-        assert isinstance(tokenizer.decode(halves), str)
-        assert tokenizer.decode([tokenizer.eos_id]) == ""
+    frequent = [i for text in SAMPLES for i in tokenizer.encode(text)] + [tokenizer.eos_id]
+
+    def any_id() -> int:
+        return rng.choice(frequent) if rng.random() < 0.7 else rng.randrange(-5, tokenizer.vocab_size + 5)
+
+    cut = [tokenizer.encode("\u0e20🙂中é\ufffd" * 2)[rng.randrange(9) :][: rng.randrange(9)] for _ in range(n // 2)]
+    return cut + [[any_id() for _ in range(rng.randrange(12))] for _ in range(n - len(cut))]
+
+
+SENTENCEPIECE = ["small", "prefix", "prefix, spaces removed", "spaces removed"]
+
+
+@pytest.fixture(scope="module", params=["rwkv", *SENTENCEPIECE])
+def any_tokenizer(request, small, tmp_path_factory) -> Tokenizer:
+    """Ours, and sentencepiece models of others that add or remove spaces."""
+    if request.param in ("rwkv", "small"):
+        return rwkv() if request.param == "rwkv" else small
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(digit_texts()),
+        model_writer=model,
+        vocab_size=340,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        add_dummy_prefix="prefix" in request.param,
+        remove_extra_whitespaces="removed" in request.param,
+        user_defined_symbols=["\u2581\u2581", "<|en|>"],
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("foreign") / "foreign.model"
+    path.write_bytes(model.getvalue())
+    return SentencePieceTokenizer(path)
+
+
+def test_stream_gives_the_decoded_text_and_only_whole_characters(any_tokenizer):
+    for ids in random_ids(any_tokenizer, 1500):
+        text = any_tokenizer.decode(ids)
+        text.encode("utf-8")  # no lone surrogate
+        stream = any_tokenizer.stream()
+        shown = ""
+        for i in ids:
+            shown += stream.push(i)
+            assert text.startswith(shown), ids
+        assert shown + stream.finish() == text, ids
+
+
+def test_stream_waits_for_the_rest_of_a_character(small):
+    for tokenizer, ids in ((rwkv(), [0xC3 + 1, 0xA9 + 1]), (small, small.encode("🙂"))):
+        assert len(ids) > 1
+        stream = tokenizer.stream()
+        assert [stream.push(i) for i in ids[:-1]] == [""] * (len(ids) - 1)
+        assert stream.push(ids[-1]) == tokenizer.decode(ids) and stream.finish() == ""
+        cut = tokenizer.stream()
+        assert cut.push(ids[0]) == "" and cut.finish() == "\ufffd"
+
+
+@pytest.mark.parametrize("any_tokenizer", SENTENCEPIECE, indirect=True)
+def test_decode_is_that_of_sentencepiece(any_tokenizer, tmp_path):
+    any_tokenizer.save(tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    left_out = {i for i in range(reference.vocab_size()) if reference.is_control(i) or reference.is_unknown(i)}
+    left_out |= {reference.piece_to_id(tag) for tag in TAGS}
+    for ids in random_ids(any_tokenizer, 1500):
+        kept = [i for i in ids if 0 <= i < reference.vocab_size() and i not in left_out]
+        assert any_tokenizer.decode(ids) == reference.decode(kept), ids
+
+
+def test_rwkv_ids_are_those_of_the_rwkv_package():
+    for case in GOLDEN["texts"]:
+        assert rwkv().encode(case["text"]) == case["ids"], case["name"]
+        assert rwkv().encode_bytes(case["text"].encode()) == case["ids"], case["name"]
+        assert rwkv().decode(case["ids"]) == case["text"]
+    for case in GOLDEN["bytes"]:
+        assert rwkv().encode_bytes(bytes.fromhex(case["hex"])) == case["ids"], case["hex"]
 
 
 def test_rwkv_is_the_world_vocabulary():
