@@ -53,6 +53,7 @@ from speechllm.errors import UserError
 from speechllm.log import setup_logging
 from speechllm.model import ModelConfig, SpeechLLM
 from speechllm.optim import OptimConfig, build_optimizer, build_scheduler
+from speechllm.rwkv7 import RankAllocation
 from speechllm.scoring import Transcript, score
 
 logger = logging.getLogger(__name__)
@@ -173,11 +174,12 @@ def train(config: Config, exp_dir: Path) -> None:
     if checkpoint_path is None and config.model.encoder.path is None:
         first = next(iter(build_train_loader(config.data, seed=config.train.seed)))
         init_from_data(model.encoder, first.features, first.feature_lens)
-    base_weights = {
-        name: {"path": section.path, "sha256": file_hash(section.path)}
-        for name, section in (("encoder", config.model.encoder), ("llm", config.model.llm))
-        if section.path and section.freeze
-    }
+    frozen_bases = {}
+    if config.model.encoder.freeze:
+        frozen_bases["encoder"] = config.model.encoder.path
+    if config.model.llm.freezes_base:
+        frozen_bases["llm"] = config.model.llm.path
+    base_weights = {name: {"path": path, "sha256": file_hash(path)} for name, path in frozen_bases.items()}
 
     # ---- optimiser ------------------------------------------------------------------------------------------
     optimizer = build_optimizer(model, config.optim)
@@ -185,6 +187,7 @@ def train(config: Config, exp_dir: Path) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
+    ranks = RankAllocation(bare.llm, config.train.num_steps)
 
     # ---- resume ---------------------------------------------------------------------------------------------
     step, epoch, bad_steps, best_valid_loss = 0, 1, 0, math.inf
@@ -201,6 +204,7 @@ def train(config: Config, exp_dir: Path) -> None:
         load_trained(bare, state["model"], checkpoint_path)
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
+        ranks.load_state_dict(state["ranks"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         train_loader.load_state_dict(state["loader"])
@@ -218,6 +222,7 @@ def train(config: Config, exp_dir: Path) -> None:
                 "model": trained_state_dict(bare),
                 "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(),
+                "ranks": ranks.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
                 "loader": train_loader.state_dict(),
                 "rng": rng,
@@ -263,7 +268,7 @@ def train(config: Config, exp_dir: Path) -> None:
                         out = model(batch.features, batch.feature_lens, batch.texts, batch.languages)
                         loss = out["loss"] if step >= config.train.ctc_only_steps else out["loss"] - out["llm_loss"]
                         # DDP averages gradients over the processes; the sum is wanted.
-                        accelerator.backward(loss * (world_size / tokens))
+                        accelerator.backward(loss * (world_size / tokens) + ranks.loss() / len(batches))
                     sums += stats(out)
                     throughput.add(batch)
                 if accelerator.scaler is not None:
@@ -281,9 +286,11 @@ def train(config: Config, exp_dir: Path) -> None:
                             f"{bad_steps} steps in a row without a finite gradient; lower optim.lr, or look at the "
                             "utterances named above. The last checkpoint is intact."
                         )
-                optimizer.zero_grad()
                 scheduler.step()
                 step += 1
+                if finite:
+                    ranks.step(step)
+                optimizer.zero_grad()
                 progress.update()
 
                 # ---- log, validate, save ---------------------------------------------------------------------

@@ -25,8 +25,8 @@ from speechllm.encoder import Zipformer, ZipformerConfig, load_encoder
 from speechllm.files import replaced_folder
 from speechllm.llm import LanguageModel
 from speechllm.projector import Projector, ProjectorConfig
-from speechllm.prompt import IGNORE, PromptConfig, splice
-from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7
+from speechllm.prompt import PromptConfig, splice
+from speechllm.rwkv7 import RWKV7, RWKV7Config, TuneConfig, load_rwkv7, merged_state_dict, save_adapter, tune
 from speechllm.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -49,14 +49,29 @@ class EncoderSection:
 
 @dataclass
 class LLMSection:
-    """`path`: an RWKV-7 checkpoint; without it, one of the sizes in `rwkv7` is trained from scratch."""
+    """`path`: an RWKV-7 checkpoint; without it, one of the sizes in `rwkv7` is trained from scratch.
+
+    `tune`: what of the checkpoint trains, and how; without it everything does, or with `freeze` nothing.
+    `checkpoint_blocks`: activations are computed again in the backward pass: less memory, a third more work.
+    """
 
     path: str | None = None
     freeze: bool = False
+    tune: TuneConfig | None = None
+    checkpoint_blocks: bool = False
     rwkv7: RWKV7Config | None = None
 
     def __post_init__(self) -> None:
         _check_source(self, "rwkv7")
+        if self.tune is not None and not self.path:
+            raise ValueError("tune without path would tune random weights")
+        if self.tune is not None and self.freeze:
+            raise ValueError("give either freeze (nothing is trained) or tune (which freezes what it does not train)")
+
+    @property
+    def freezes_base(self) -> bool:
+        """Whether the weights at `path` stay as they are in training."""
+        return self.freeze or (self.tune is not None and self.tune.freezes_base)
 
 
 @dataclass
@@ -120,6 +135,9 @@ class SpeechLLM(nn.Module):
         tokenizer = load_tokenizer(config.tokenizer)
         encoder = load_encoder(config.encoder.path) if config.encoder.path else Zipformer(config.encoder.zipformer)
         llm = load_rwkv7(config.llm.path) if config.llm.path else RWKV7(config.llm.rwkv7)
+        if config.llm.tune is not None:
+            tune(llm, config.llm.tune)
+        llm.checkpoint_blocks = config.llm.checkpoint_blocks
         if llm.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
                 f"the language model ({config.llm.path or 'llm.rwkv7'}) has a vocabulary of {llm.vocab_size}, "
@@ -187,10 +205,7 @@ class SpeechLLM(nn.Module):
         label_ids = [self.label_ids(text) for text in texts]
         encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens)
         inputs_embeds, lens, labels = self.prompted(audio_embeds, audio_lens, languages, label_ids)
-        mask = labels != IGNORE
-        logits, _ = self.llm(inputs_embeds=inputs_embeds, lens=lens, logits_mask=mask)
-        targets = labels[mask]
-        llm_loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        (llm_loss, tokens, correct), _ = self.llm.loss(labels, inputs_embeds=inputs_embeds, lens=lens)
         ctc_loss = llm_loss.new_zeros(())
         if self.ctc_head is not None:
             ctc_loss = self.ctc_loss(encoder_out, encoder_out_lens, label_ids)
@@ -198,8 +213,8 @@ class SpeechLLM(nn.Module):
             "loss": llm_loss + self.config.ctc_weight * ctc_loss,
             "llm_loss": llm_loss,
             "ctc_loss": ctc_loss,
-            "tokens": mask.sum(),
-            "correct": (logits.detach().argmax(-1) == targets).sum(),
+            "tokens": tokens,
+            "correct": correct,
         }
 
     def ctc_loss(self, encoder_out: Tensor, encoder_out_lens: Tensor, label_ids: Sequence[Sequence[int]]) -> Tensor:
@@ -255,7 +270,11 @@ class SpeechLLM(nn.Module):
         return texts
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole model: config.yaml, model.safetensors, tokenizer. Replaces `folder` in one move."""
+        """Write the whole model: config.yaml, model.safetensors, tokenizer. Replaces `folder` in one move.
+
+        The weights of a tuned language model are merged into its base (a quantised base is written in floating point,
+        as it is after quantisation); what was tuned is in `adapter` once more, by itself (see `rwkv7.save_adapter`).
+        """
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
             config = dataclasses.replace(
@@ -265,7 +284,11 @@ class SpeechLLM(nn.Module):
                 llm=LLMSection(rwkv7=self.llm.config),
             )
             save_config(config, tmp / "config.yaml")
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, tmp / "model.safetensors")
+            weights = {k: v for k, v in self.state_dict().items() if not k.startswith("llm.")}
+            weights |= {f"llm.{k}": v for k, v in merged_state_dict(self.llm).items()}
+            save_file({k: v.contiguous() for k, v in weights.items()}, tmp / "model.safetensors")
+            if self.config.llm.tune is not None and self.config.llm.tune.freezes_base:
+                save_adapter(self.llm, tmp / "adapter", base=self.config.llm.path)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> SpeechLLM:
@@ -280,6 +303,10 @@ class SpeechLLM(nn.Module):
         config = load_config(ModelConfig, folder / "config.yaml")
         with torch.device("meta"):  # no time for initial values that are about to be replaced
             model = cls.from_config(dataclasses.replace(config, tokenizer=str(folder / config.tokenizer)))
-        weights = folder / "model.safetensors"
-        load_state_dict_strict(model, load_file(weights), weights, assign=True)
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        if "llm.initial_wkv" in weights:
+            with torch.device("meta"):
+                model.llm.add_initial_state()
+        load_state_dict_strict(model, weights, path, assign=True)
         return model.eval()

@@ -4,12 +4,20 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
-from speechllm.checkpoint import CheckpointError, trained_state_dict
+from speechllm.checkpoint import (
+    CheckpointError,
+    average_state_dicts,
+    load_trained,
+    save_checkpoint,
+    trained_state_dict,
+)
+from speechllm.config import from_dict, to_dict
 from speechllm.encoder import init_from_data, save_encoder
-from speechllm.model import EncoderSection, LLMSection, SpeechLLM
+from speechllm.model import EncoderSection, LLMSection, ModelConfig, SpeechLLM
 from speechllm.optim import OptimConfig, build_optimizer
-from speechllm.rwkv7 import RWKV7Config, save_rwkv7
+from speechllm.rwkv7 import RWKV7Config, RWKV7State, TuneConfig, load_adapter, load_rwkv7, save_rwkv7
 
 
 def test_loss_of_a_batch_is_the_sum_of_its_rows(model, batch):
@@ -41,6 +49,17 @@ def test_every_parameter_gets_a_gradient(model, batch):
     model.train()
     model(*batch)["loss"].backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_checkpointed_blocks_give_the_same_gradients(model_config, batch):
+    grads = []
+    for model_config.llm.checkpoint_blocks in (False, True):
+        torch.manual_seed(0)
+        model = SpeechLLM.from_config(model_config).eval()
+        model(*batch)["loss"].backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert model.llm.checkpoint_blocks
+    assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
 
 
 def test_recognise_is_batch_invariant(model, batch):
@@ -111,6 +130,99 @@ def test_saved_and_loaded_is_the_same(model, batch, tmp_path):
         "model.safetensors",
         "tokenizer.model",
     ]
+
+
+@pytest.fixture
+def tune_config(model, model_config, tmp_path):
+    """A function of a method: the configuration of a model whose language model is tuned by it."""
+    for name, p in model.llm.named_parameters():
+        if name.endswith(("output.weight", "value.weight")):  # zero in an untrained model
+            nn.init.normal_(p, std=0.2)
+    save_rwkv7(model.llm, tmp_path / "llm.pth")
+
+    def configured(method: str, **options):
+        llm = LLMSection(path=str(tmp_path / "llm.pth"), tune=TuneConfig(method, **options))
+        return dataclasses.replace(model_config, llm=llm)
+
+    return configured
+
+
+def train(model, batch, steps=3):
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
+    for _ in range(steps):
+        out = model(*batch)
+        (out["loss"] / out["tokens"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+METHODS = ["full", "lora", "dora", "pissa", "miss", "adalora", "state"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tuned_model_is_saved_merged_and_as_an_adapter(method, tune_config, batch, tmp_path):
+    config = from_dict(ModelConfig, to_dict(tune_config(method)))
+    model = SpeechLLM.from_config(config).train()
+    train(model, batch)
+    model.eval()
+    model.save_pretrained(tmp_path / "model")
+    loaded = SpeechLLM.from_pretrained(tmp_path / "model")
+    expected = model(*batch)
+    for name, value in loaded(*batch).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+    features, lens, _, languages = batch
+    assert loaded.recognise(features, lens, languages) == model.recognise(features, lens, languages)
+    adapter = tmp_path / "model" / "adapter"
+    assert adapter.exists() == (method != "full")
+    if method != "full":
+        model.llm = load_adapter(load_rwkv7(config.llm.path), adapter)
+        torch.testing.assert_close(model(*batch)["loss"], expected["loss"], rtol=1e-4, atol=1e-4)
+    if method == "state":
+        state = RWKV7State.load(adapter / "initial_state.safetensors")
+        ids = torch.arange(10).view(2, 5)
+        logits, _ = load_rwkv7(config.llm.path)(input_ids=ids, state=state.repeat(2))
+        torch.testing.assert_close(logits, model.llm(input_ids=ids)[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tuned_model_trains_what_it_should(method, tune_config, batch):
+    model = SpeechLLM.from_config(tune_config(method)).train()
+    assert model.llm.training
+    model(*batch)["loss"].backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, name
+    stored = {name for name in trained_state_dict(model) if name.startswith("llm.")}
+    assert (stored == {f"llm.{name}" for name in model.llm.state_dict()}) == (method == "full")
+    assert stored.isdisjoint(name for name, p in model.named_parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "adalora", "state"])
+def test_checkpoints_of_a_tuned_model_are_averaged(method, tune_config, batch, tmp_path):
+    from tools.average_ckpt import average
+
+    config = tune_config(method)
+    model = SpeechLLM.from_config(config).train()
+    paths, states = [], []
+    for i in range(2):
+        train(model, batch)
+        states.append({name: t.clone() for name, t in trained_state_dict(model).items()})
+        paths.append(tmp_path / f"checkpoint-{i}.pt")
+        save_checkpoint(paths[-1], {"model": states[-1], "config": {"model": to_dict(config)}})
+    average(paths, tmp_path / "average")
+    load_trained(model, average_state_dicts(states), "average")
+    model.eval()
+    loss = SpeechLLM.from_pretrained(tmp_path / "average")(*batch)["loss"]
+    torch.testing.assert_close(loss, model(*batch)["loss"], rtol=1e-4, atol=1e-4)
+
+
+def test_tuning_that_makes_no_sense(model_config):
+    with pytest.raises(ValueError, match="tune without path"):
+        LLMSection(rwkv7=model_config.llm.rwkv7, tune=TuneConfig("lora"))
+    with pytest.raises(ValueError, match="either freeze .* or tune"):
+        LLMSection(path="x", freeze=True, tune=TuneConfig("lora"))
+    with pytest.raises(ValueError, match="llm: tune: rank: method state does not have it"):
+        from_dict(LLMSection, {"path": "x", "tune": {"method": "state", "rank": 8}}, "llm")
+    assert [LLMSection(path="x", tune=TuneConfig(m)).freezes_base for m in ("full", "state")] == [False, True]
 
 
 def test_parts_that_do_not_fit(model, model_config, tmp_path):
