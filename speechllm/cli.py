@@ -10,25 +10,42 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="speechllm", description="Speech to text with a language model.")
     commands = parser.add_subparsers(dest="command", required=True)
+    add_transcribe(commands)
+    add_tune(commands)
+    args = parser.parse_args(argv)
+
+    # Here, not above, as all other imports of the library: `speechllm --help` answers at once.
+    from speechllm.errors import UserError
+
+    try:
+        sys.exit(args.run(args))
+    except (UserError, FileNotFoundError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+def add_transcribe(commands: argparse._SubParsersAction) -> None:
     transcribe = commands.add_parser("transcribe", help="audio files to text")
     transcribe.add_argument("files", nargs="+", type=Path, metavar="FILE", help="audio, any format and sampling rate")
     transcribe.add_argument("--model", required=True, type=Path, help="folder of a trained model")
     transcribe.add_argument("--language", help="language tag for the prompt, e.g. en")
-    args = parser.parse_args(argv)
-    sys.exit(run_transcribe(args))
+    transcribe.add_argument(
+        "--llm-weights",
+        choices=("float32", "bfloat16", "int8"),
+        default="float32",
+        help="how the language model's matrices are kept: float32 is exact, bfloat16 faster on processors that "
+        "have its instructions, int8 smaller (default: %(default)s)",
+    )
+    transcribe.set_defaults(run=run_transcribe)
 
 
 def run_transcribe(args: argparse.Namespace) -> int:
     """Print `FILE<tab>TEXT` for each file; a broken file is reported and the others are done. Returns 1 then."""
-    # Here, not above: `speechllm --help` answers at once.
     from speechllm.errors import UserError
     from speechllm.model import SpeechLLM
+    from speechllm.rwkv7.linear import pack_for_inference
 
-    try:
-        model = SpeechLLM.from_pretrained(args.model)
-    except (UserError, FileNotFoundError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+    model = pack_for_inference(SpeechLLM.from_pretrained(args.model), args.llm_weights)
     status = 0
     for file in args.files:
         try:
@@ -37,6 +54,94 @@ def run_transcribe(args: argparse.Namespace) -> int:
             print(f"error: {e}", file=sys.stderr)
             status = 1
     return status
+
+
+def add_tune(commands: argparse._SubParsersAction) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="adapt an RWKV-7 language model to text",
+        description="Adapt an RWKV-7 language model to the texts of a domain: LoRA, MiSS, state tuning and others. "
+        "--dry-run shows what each method would train and store, and trains nothing.",
+    )
+    tune.add_argument("--llm", required=True, type=Path, help="official .pth file or Hugging Face folder")
+    tune.add_argument(
+        "--text", nargs="+", type=Path, metavar="FILE", help='a document a line, or .jsonl with {"text": ...} lines'
+    )
+    tune.add_argument("--valid", nargs="+", type=Path, metavar="FILE", help="text to measure the loss on")
+    tune.add_argument("--output", type=Path, help="folder for the adapter (PEFT), the state, or the model (full)")
+    tune.add_argument("--tokenizer", default="rwkv", help="rwkv, or a sentencepiece model (default: %(default)s)")
+    tune.add_argument("--method", default="miss", help="full, lora, rslora, dora, pissa, miss, adalora or state")
+    tune.add_argument("--rank", type=int, help="of the adapter (default: 8)")
+    tune.add_argument("--targets", nargs="+", help="matrices to adapt (default: receptance key value output)")
+    tune.add_argument("--quantize", default="none", help="of the frozen base: none, int8 or nf4 (default: none)")
+    tune.add_argument("--steps", type=int, default=1000, help="optimiser steps (default: %(default)s)")
+    tune.add_argument("--tokens-per-step", type=int, default=4096, help="(default: %(default)s)")
+    tune.add_argument(
+        "--segment",
+        type=int,
+        default=1024,
+        help="longer documents are read in segments, the state carried on (default: %(default)s)",
+    )
+    tune.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default: %(default)s)")
+    tune.add_argument("--valid-every-n", type=int, default=200, help="steps between validations, each of which saves")
+    tune.add_argument("--seed", type=int, default=42)
+    tune.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    tune.add_argument(
+        "--checkpoint-blocks", action="store_true", help="compute activations again in the backward pass: less memory"
+    )
+    tune.add_argument("--dry-run", action="store_true", help="print what each method trains and stores, and stop")
+    tune.set_defaults(run=run_tune)
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    import torch
+
+    from speechllm.errors import UserError
+    from speechllm.log import setup_logging
+    from speechllm.rwkv7 import TuneConfig, load_rwkv7, save_adapter, save_rwkv7, tune, tuning_table
+    from speechllm.rwkv7.text import TextTuning, read_documents, tune_on_text
+    from speechllm.tokenizer import load_tokenizer
+
+    if args.dry_run:
+        print(tuning_table(load_rwkv7(args.llm, dtype=None).config, args.rank, args.targets))
+        return 0
+    if missing := [f"--{name}" for name in ("text", "valid", "output") if not getattr(args, name)]:
+        raise UserError(f"tune: {', '.join(missing)} missing (or --dry-run, to see what each method trains)")
+    try:
+        config = TuneConfig(args.method, rank=args.rank, targets=args.targets, quantize=args.quantize)
+    except ValueError as e:
+        raise UserError(f"tune: {e}") from e
+    options = TextTuning(
+        args.steps,
+        args.tokens_per_step,
+        args.segment,
+        args.lr,
+        valid_every_n=args.valid_every_n,
+        bf16=args.bf16,
+        seed=args.seed,
+    )
+    setup_logging()
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.tokenizer)
+    documents, valid_documents = (read_documents(paths, tokenizer) for paths in (args.text, args.valid))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tune(load_rwkv7(args.llm), config).to(device).train()
+    model.checkpoint_blocks = args.checkpoint_blocks
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer {args.tokenizer} has {tokenizer.vocab_size} ids, the model {model.vocab_size}: they must "
+            "belong together"
+        )
+
+    def save() -> None:
+        if args.method == "full":
+            save_rwkv7(model, args.output)
+        else:
+            save_adapter(model, args.output, base=args.llm)
+
+    before, after = tune_on_text(model, documents, valid_documents, options, tokenizer.eos_id, save)
+    print(f"loss of a token: {before:.4f} -> {after:.4f}; written to {args.output}")
+    return 0
 
 
 if __name__ == "__main__":
