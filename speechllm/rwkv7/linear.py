@@ -42,9 +42,13 @@ def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and x.numel() > 0
+        and x.numel() * weight.shape[0] >= _WORTH_A_CALL
         and has_onednn()
     )
+
+
+# Multiplications below which starting oneDNN takes longer than the product.
+_WORTH_A_CALL = 2**20
 
 
 class _OneDNNProduct(torch.autograd.Function):
@@ -74,7 +78,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         out = _OneDNNProduct.apply(flat, weight)
     else:
         out = _onednn(flat, weight)
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 class Linear(nn.Linear):
@@ -186,7 +190,7 @@ class PackedLinear(nn.Module):
             out = torch._weight_int8pack_mm(flat, self.packed, self.scale)
         else:
             out = F.linear(flat, self.packed.bfloat16()).mul_(self.scale)
-        return out.to(x.dtype).view(*x.shape[:-1], -1)
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 # The number of rows that a packed layout is chosen for; it serves any number.

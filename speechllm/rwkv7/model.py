@@ -215,11 +215,13 @@ class TimeMix(nn.Module):
         mixed = torch.addcmul(x, prev - x, self.mixes().unsqueeze(1)).unbind()
         r, w, k, v, a, b, gate, v_first = self.project(mixed, v_first)
         S, new = wkv.flatten(0, 1), out.flatten(0, 1)
-        r, w, a, b, k_, v_ = (z.flatten(0, 1).to(S.dtype) for z in (r, w, a, b, k, v))
-        columns = torch.stack((torch.bmm(S, a.unsqueeze(-1)).squeeze(-1), v_), dim=-1)
-        torch.mul(S, w.exp_().unsqueeze(-2), out=new).baddbmm_(columns, torch.stack((b, k_), dim=-2))
-        y = torch.bmm(new, r.unsqueeze(-1)).view(v.shape).to(x.dtype)
-        return self.combine(y, r.view(v.shape).to(x.dtype), k, v, gate), v_first
+        r_, decay, k_, v_, a_, b_ = (z.flatten(0, 1).to(S.dtype) for z in (r, w.exp(), k, v, a, b))
+        # S is read once for S a and for the outputs: (S diag(w) + (S a) b^T + v k^T) r = S (w r) + (S a) (b r) + v (k r)
+        read = torch.bmm(S, torch.stack((a_, decay * r_), dim=-2).mT)
+        columns, rows = torch.stack((read[..., 0], v_), dim=-1), torch.stack((b_, k_), dim=-2)
+        torch.mul(S, decay.unsqueeze(-2), out=new).baddbmm_(columns, rows)
+        y = read[..., 1] + (columns * torch.matmul(rows, r_.unsqueeze(-1)).mT).sum(-1)
+        return self.combine(y.view(v.shape).to(x.dtype), r, k, v, gate), v_first
 
 
 class ChannelMix(nn.Module):

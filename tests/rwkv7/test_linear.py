@@ -20,7 +20,8 @@ def onednn(request, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (7, 5), (2, 0, 5), (2, 3, 5)])
-def test_product_and_its_gradients(shape, onednn):
+def test_product_and_its_gradients(shape, onednn, monkeypatch):
+    monkeypatch.setattr(linear, "_WORTH_A_CALL", 1)
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(4, 5, requires_grad=True)
     for w in (weight, weight[:, :5].T.contiguous().T):
         out, expected = product(x, w), F.linear(x, w)
@@ -89,6 +90,8 @@ def test_packed_model(weights, tolerance, onednn):
     stepped, _ = packed.step(ids[:, 0], got_state)
     expected, _ = model.step(ids[:, 0], state)
     assert stepped.dtype == torch.float32 and (stepped - expected).norm() <= tolerance * expected.norm()
+    nowhere = torch.zeros(3, 20, dtype=torch.bool)
+    assert packed(ids, logits_mask=nowhere)[0].shape == model(ids, logits_mask=nowhere)[0].shape == (0, 40)
     loss, _ = packed.loss(ids, ids)
     assert abs(loss.loss - model.loss(ids, ids)[0].loss) <= tolerance * loss.loss
 

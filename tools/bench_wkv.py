@@ -1,0 +1,316 @@
+#!/usr/bin/env python3
+"""Time, memory and error of the RWKV-7 recurrence, beside what other packages offer.
+
+    tools/bench_wkv.py                              # B=4 T=512 H=12 D=64, float32, on the CPU
+    tools/bench_wkv.py --length 2048 --repeat 3 --skip rwkv7-hf
+    tools/bench_wkv.py --device cuda                # also in bfloat16, and the Triton kernels of fla
+    tools/bench.sh                                  # with the other packages installed, and bench_rwkv.py too
+
+Each implementation has a process to itself. Times are the median over the repetitions, the smallest in brackets;
+`forward` is without gradients. Memory is what one forward and backward pass takes at its highest above what the
+process held before (on Linux). Ratios are to the first row. Errors are the norm of the difference from the plain
+recurrence in float64 over the norm of that, for gradients the worst of the seven inputs, all the worst over typical,
+fast and slow decays and repeated keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import gc
+import math
+import os
+import statistics
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speechllm.rwkv7 import wkv7
+
+# ---- What both benches share ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a row has no numbers."""
+
+    reason: str
+    not_installed: bool = False
+
+
+def in_own_process(function: Callable, *args, threads: int):
+    """What ``function(*args)`` returns in a fresh process of ``threads`` threads, or a ``Failure``.
+
+    One package that is missing or breaks does not cost the rows of the others; what broke goes to stderr.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except ModuleNotFoundError as e:
+            return Failure(f"not installed ({e})", not_installed=True)
+        except BrokenProcessPool:
+            return Failure("failed (the process was killed: out of memory?)")
+        except Exception as e:
+            traceback.print_exception(e)
+            return Failure(f"failed ({e!r:.100})")
+
+
+def seconds(
+    run: Callable[[], object], repeat: int, device: str = "cpu", before: Callable = lambda: None
+) -> list[float]:
+    """How long ``run`` takes each of ``repeat`` times, after once to warm up; ``before`` each is not counted."""
+    times = []
+    for _ in range(repeat + 1):
+        before()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+def memory_of(run: Callable[[], object], device: str = "cpu") -> tuple[int, int]:
+    """Bytes held before ``run`` and at its highest: the resident memory of the process (Linux), or the GPU's."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run()
+        return held, torch.cuda.max_memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free now would hide what the run takes
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
+    held = _resident("VmRSS")
+    run()
+    return held, _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def number(x: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def median_and_least(values: list[float], factor: float = 1.0) -> str:
+    return f"{number(statistics.median(values) * factor)} ({number(min(values) * factor)})"
+
+
+def ratio(values: list[float], first: list[float]) -> str:
+    """Of the medians."""
+    return f"{statistics.median(values) / statistics.median(first):.2f}"
+
+
+def machine(packages: list[str], device: str, threads: int) -> str:
+    """One line: processor, threads, versions, settings of the allocator."""
+    model = "unknown processor"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    if device == "cuda":
+        model += f", {torch.cuda.get_device_name()}"
+    versions = [f"Python {sys.version.split()[0]}", f"torch {torch.__version__}"]
+    for package in packages:
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"no {package}")
+    allocator = os.environ.get("MALLOC_MMAP_THRESHOLD_", "default")
+    return f"{model}, {threads} threads; {', '.join(versions)}; MALLOC_MMAP_THRESHOLD_: {allocator}"
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, ["-" * width for width in widths], *rows):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+    print(flush=True)
+
+
+def add_common_options(parser: argparse.ArgumentParser, names: list[str], repeat: int) -> None:
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--repeat", type=int, default=repeat, help="repetitions after a warm-up (default: %(default)s)")
+    parser.add_argument("--skip", action="append", default=[], choices=names, metavar="NAME",
+                        help=f"leave a row out, may be repeated: {', '.join(names)}")  # fmt: skip
+
+
+def exit_status(results: list[object]) -> int:
+    """1 if a row failed other than for want of a package."""
+    return int(any(isinstance(x, Failure) and not x.not_installed for x in results))
+
+
+# ---- The implementations: r, w, k, v, a, b (N, L, H, D), state (N, H, V, K) -> out, state ---------------------
+
+
+def fla_pytorch(r, w, k, v, a, b, state):
+    """fla's chunked form in PyTorch: lengths of whole chunks, queries scaled, heads before positions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no GPU
+        from fla.ops.generalized_delta_rule.dplr.naive import dplr_chunkwise
+
+    chunk, L = 32, r.shape[1]
+    r, w, k, v, a, b = (F.pad(x, (0, 0, 0, 0, 0, -L % chunk)).transpose(1, 2) for x in (r, w, k, v, a, b))
+    out, state = dplr_chunkwise(r * r.shape[-1] ** 0.5, k, v, a, b, w, state.mT, chunk_size=chunk)
+    return out[:, :, :L].transpose(1, 2), state.mT
+
+
+def fla_triton(r, w, k, v, a, b, state):
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    out, state = chunk_rwkv7(r, w, k, v, a, b, initial_state=state.mT.contiguous(), output_final_state=True)
+    return out, state.mT
+
+
+def rwkv7_hf(r, w, k, v, a, b, state):
+    from rwkv7_hf.ops_rwkv7 import rwkv7_recurrent
+
+    out, state = rwkv7_recurrent(r, w.exp(), k, v, a, b, state.mT)
+    return out, state.mT
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "speechllm": functools.partial(wkv7, backend="chunked"),
+    "plain-loop": functools.partial(wkv7, backend="reference"),
+    "fla-pytorch": fla_pytorch,
+    "rwkv7-hf": rwkv7_hf,
+    "fla-triton": fla_triton,
+}
+ONLY_CUDA = {"fla-triton"}
+BFLOAT16 = {"speechllm", "fla-triton"}
+
+# Mean and deviation of what goes through the sigmoid of the decay.
+DECAYS = {"typical": (-2.0, 2.0), "fast": (20.0, 0.0), "slow": (-9.0, 0.0), "repeated keys": (-6.0, 0.0)}
+
+
+# ---- The measurements -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    forward: list[float]
+    both: list[float]
+    memory: int
+    errors: tuple[float, float, float]
+
+
+def make_inputs(N: int, L: int, H: int, D: int, decay: str, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """r, w, k, v, a, b, state as a model makes them; the state is float32."""
+    torch.manual_seed(0)
+    mean, deviation = DECAYS[decay]
+    r, k, v = torch.randn(3, N, L, H, D)
+    w = -math.exp(-0.5) * torch.sigmoid(mean + deviation * torch.randn(N, L, H, D))
+    kk, rate = F.normalize(torch.randn(N, L, H, D), dim=-1), torch.rand(N, L, H, D)
+    if decay == "repeated keys":
+        kk, rate = kk[:, :1].expand_as(kk), torch.ones_like(rate)
+    inputs = [x.to(device, dtype, memory_format=torch.contiguous_format) for x in (r, w, k, v, -kk, kk * rate)]
+    return [*inputs, torch.randn(N, H, D, D, device=device)]
+
+
+def outputs_and_gradients(function: Callable, inputs: list[Tensor], directions: list[Tensor]) -> tuple[Tensor, ...]:
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out, state = function(*inputs)
+    return out.detach(), state.detach(), *torch.autograd.grad((out, state), inputs, directions)
+
+
+def errors(function: Callable, L: int, D: int, dtype: torch.dtype, device: str) -> tuple[float, float, float]:
+    worst = torch.zeros(9, dtype=torch.float64)
+    for decay in DECAYS:
+        inputs = make_inputs(1, L, 2, D, decay, dtype, device)
+        directions = [torch.randn_like(inputs[3]), torch.randn_like(inputs[6])]
+        reference = functools.partial(wkv7, backend="reference")
+        expected = outputs_and_gradients(reference, [x.double() for x in inputs], [x.double() for x in directions])
+        got = outputs_and_gradients(function, inputs, directions)
+        error = [(x.double() - y).norm() / y.norm() for x, y in zip(got, expected, strict=True)]
+        worst = worst.maximum(torch.stack(error).cpu())
+    return worst[0].item(), worst[1].item(), worst[2:].max().item()
+
+
+def measure(name: str, dtype: torch.dtype, args: argparse.Namespace) -> Result:
+    function, device = IMPLEMENTATIONS[name], args.device
+    inputs = make_inputs(args.batch, args.length, args.heads, args.head_size, "typical", dtype, device)
+    directions = [torch.randn_like(inputs[3]), torch.randn_like(inputs[6])]
+
+    @torch.no_grad()
+    def forward() -> None:
+        function(*inputs)
+
+    def both() -> None:
+        outputs_and_gradients(function, inputs, directions)
+
+    # the libraries load and set themselves up, without the memory of a whole pass
+    short = [x[:, :32] for x in (*inputs[:6], directions[0])]
+    outputs_and_gradients(function, [*short[:6], inputs[6]], [short[6], directions[1]])
+    held, highest = memory_of(both, device)
+    return Result(
+        seconds(forward, args.repeat, device),
+        seconds(both, args.repeat, device),
+        highest - held,
+        errors(function, args.length, args.head_size, dtype, device),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=4, help="rows B (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=512, help="positions T (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=12, help="H (default: %(default)s)")
+    parser.add_argument("--head-size", type=int, default=64, help="D (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    add_common_options(parser, list(IMPLEMENTATIONS), repeat=10)
+    args = parser.parse_args()
+
+    cases = [(name, torch.float32) for name in IMPLEMENTATIONS if args.device == "cuda" or name not in ONLY_CUDA]
+    if args.device == "cuda":
+        cases += [(name, torch.bfloat16) for name in IMPLEMENTATIONS if name in BFLOAT16]
+    cases = [case for case in cases if case[0] not in args.skip]
+    print(f"wkv7, B={args.batch} T={args.length} H={args.heads} D={args.head_size}, {args.device}\n")
+    print(machine(["speechllm", "fla-core", "rwkv7-hf"], args.device, args.threads) + "\n", flush=True)
+
+    rows, first, results = [], None, []
+    for name, dtype in cases:
+        label = f"{name} {str(dtype).removeprefix('torch.')}"
+        print(f"... {label}", file=sys.stderr, flush=True)
+        result = in_own_process(measure, name, dtype, args, threads=args.threads)
+        results.append(result)
+        if isinstance(result, Failure):
+            rows.append([label, result.reason, *[""] * 7])
+            continue
+        first = first or result
+        rows.append([
+            label,
+            median_and_least(result.forward, 1e3),
+            ratio(result.forward, first.forward),
+            median_and_least(result.both, 1e3),
+            ratio(result.both, first.both),
+            f"{result.memory / 1e6:.0f}",
+            *(f"{error:.1e}" for error in result.errors),
+        ])  # fmt: skip
+    print_table(
+        ["", "forward, ms", "ratio", "forward + backward, ms", "ratio", "memory, MB",
+         "error of outputs", "of the state", "of gradients"],
+        rows,
+    )  # fmt: skip
+    return exit_status(results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
