@@ -10,7 +10,8 @@ All have the same float32 weights, officially initialised but for the matrices t
 random values, so that every path counts. Each row has a process to itself; times are the median over the
 repetitions, the smallest in brackets, and ratios are to the first row.
 
-train: forward, cross entropy at every position, backward; no optimizer. Memory is the highest of the whole process
+train: forward, cross entropy at every position, backward; no optimizer; `checkpointed` is speechllm with the
+activations of each block computed again (`checkpoint_blocks`). Memory is the highest of the whole process
 (on Linux), and how much of it came with the step, gradients included; equal losses and gradient norms say that all
 did the same. `floor-matmul` and `floor-product` are the time of the step's matrix products alone, by torch.matmul and
 by speechllm.rwkv7.linear.product.
@@ -98,6 +99,12 @@ def train_speechllm(folder: Path, config: RWKV7Config) -> tuple[nn.Module, Calla
     return model, lambda ids, labels: model.loss(labels, input_ids=ids)[0].loss
 
 
+def train_checkpointed(folder: Path, config: RWKV7Config) -> tuple[nn.Module, Callable]:
+    model, loss_of = train_speechllm(folder, config)
+    model.checkpoint_blocks = True
+    return model, loss_of
+
+
 def train_plain(folder: Path, config: RWKV7Config) -> tuple[nn.Module, Callable]:
     model = PlainRWKV7(config)
     model.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True))
@@ -109,7 +116,12 @@ def train_hf(folder: Path, config: RWKV7Config) -> tuple[nn.Module, Callable]:
     return model, lambda ids, labels: summed_cross_entropy(model(input_ids=ids).logits, labels)
 
 
-TRAINING = {"speechllm": train_speechllm, "plain-loop": train_plain, "rwkv7-hf": train_hf}
+TRAINING = {
+    "speechllm": train_speechllm,
+    "checkpointed": train_checkpointed,
+    "plain-loop": train_plain,
+    "rwkv7-hf": train_hf,
+}
 
 
 @dataclass(frozen=True)
