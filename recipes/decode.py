@@ -27,6 +27,7 @@ from speechllm.data import build_eval_loader
 from speechllm.errors import UserError
 from speechllm.log import setup_logging
 from speechllm.model import SpeechLLM
+from speechllm.rwkv7.linear import INFERENCE_WEIGHTS, pack_for_inference
 from speechllm.scoring import ErrorReport, Transcript, score, write_reports
 
 logger = logging.getLogger(__name__)
@@ -39,19 +40,28 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="experiment configuration (YAML)")
     parser.add_argument("--exp-dir", required=True, type=Path, help="folder for logs and results")
     parser.add_argument("--model", required=True, type=Path, help="folder of the trained model")
+    parser.add_argument(
+        "--llm-weights",
+        choices=INFERENCE_WEIGHTS,
+        default="float32",
+        help="on the CPU, how the language model's matrices are kept: float32 is exact, bfloat16 faster on processors "
+        "that have its instructions, int8 smaller (default: %(default)s)",
+    )
     args, overrides = parser.parse_known_args()
     try:
-        decode(load_config(Config, args.config, overrides), args.exp_dir, args.model)
+        decode(load_config(Config, args.config, overrides), args.exp_dir, args.model, args.llm_weights)
     except (UserError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")
 
 
-def decode(config: Config, exp_dir: Path, model_dir: Path) -> None:
+def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str) -> None:
     if not config.data.test:
         raise ConfigError("data.test names no test set")
     setup_logging(exp_dir / "log", "log-decode")
     device = Accelerator().device
     model = SpeechLLM.from_pretrained(model_dir).to(device)
+    if device.type == "cpu" or llm_weights != "float32":
+        pack_for_inference(model, llm_weights)
     table: dict[tuple[str, str], dict[str, ErrorReport]] = defaultdict(dict)
     for name, sources in config.data.test.items():
         results: dict[str, list[Transcript]] = defaultdict(list)  # by search

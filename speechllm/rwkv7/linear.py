@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speechllm.errors import UserError
+
 log = logging.getLogger(__name__)
 
 INFERENCE_WEIGHTS = ("float32", "bfloat16", "int8")
@@ -32,9 +34,9 @@ def has_onednn() -> bool:
         return False
 
 
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    """(M, K), (N, K) or packed -> (M, N)"""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(M, K), (N, K) or packed, (N,) -> (M, N)"""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -42,42 +44,44 @@ def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and x.numel() * weight.shape[0] >= _WORTH_A_CALL
+        and x.numel() * weight.shape[0] >= (_WORTH_TRAINING if torch.is_grad_enabled() else _WORTH_A_CALL)
         and has_onednn()
     )
 
 
-# Multiplications below which starting oneDNN takes longer than the product.
+# Multiplications below which starting oneDNN, or an autograd.Function with it, takes longer than is gained.
 _WORTH_A_CALL = 2**20
+_WORTH_TRAINING = 2**23
 
 
 class _OneDNNProduct(torch.autograd.Function):
-    """x (M, K), weight (N, K) -> x weight^T (M, N), all three products of a training step by oneDNN."""
+    """x (M, K), weight (N, K), bias (N,) -> x weight^T + bias (M, N), all products of a training step by oneDNN."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight)
+        return _onednn(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         d_x = _onednn(grad, weight.T) if ctx.needs_input_grad[0] else None
         d_weight = _onednn(grad.T, x.T) if ctx.needs_input_grad[1] else None
-        return d_x, d_weight
+        d_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return d_x, d_weight, d_bias
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., K), weight (N, K) -> x weight^T (..., N), in the fastest way there is; ``F.linear`` in its result."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` in its fastest way: x (..., K), weight (N, K), bias (N,) -> x weight^T + bias (..., N)."""
     if not _uses_onednn(x, weight):
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        out = _OneDNNProduct.apply(flat, weight)
+    if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, weight, bias)):
+        out = _OneDNNProduct.apply(flat, weight, bias)
     else:
-        out = _onednn(flat, weight)
+        out = _onednn(flat, weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -205,21 +209,21 @@ def pack_for_inference(model: nn.Module, weights: str = "float32") -> nn.Module:
 
     Args:
       model: an ``RWKV7``, or anything that holds one; adapters must have been merged.
-      weights: ``float32`` computes what the plain model does; ``bfloat16`` is 2 to 3 times faster on processors
-        that have its instructions, ``int8`` takes a quarter of the memory; tools/bench_rwkv.py prints their errors.
+      weights: ``float32`` computes what the plain model does; ``bfloat16`` is faster on processors that have its
+        instructions, ``int8`` takes a quarter of the memory; tools/bench_rwkv.py prints speed and error of each.
 
     Returns:
       the model, in eval mode.
 
     Raises:
-      ValueError: other ``weights``; the model is not on the CPU.
+      UserError: other ``weights``; the model is not on the CPU.
     """
     if weights not in INFERENCE_WEIGHTS:
-        raise ValueError(f"pack_for_inference: unknown weights {weights!r}, choose from {', '.join(INFERENCE_WEIGHTS)}")
+        raise UserError(f"pack_for_inference: unknown weights {weights!r}, choose from {', '.join(INFERENCE_WEIGHTS)}")
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is Linear:
                 if child.weight.device.type != "cpu":
-                    raise ValueError(f"pack_for_inference: {name} is on {child.weight.device}; packing is for the CPU")
+                    raise UserError(f"pack_for_inference: {name} is on {child.weight.device}; packing is for the CPU")
                 setattr(module, name, PackedLinear(child, weights))
     return model.requires_grad_(False).eval()

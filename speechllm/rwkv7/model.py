@@ -171,20 +171,19 @@ class TimeMix(nn.Module):
     def project(self, mixed: tuple[Tensor, ...], v_first: Tensor | None) -> tuple[Tensor, ...]:
         """Six mixtures (P, D) -> r, w, k, v, a, b (P, H, K) of the recurrence, gate, v_first (P, D)."""
 
-        def low_rank(x: Tensor, first: Tensor, second: Tensor, between=None) -> Tensor:
+        def low_rank(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None = None, between=None) -> Tensor:
             x = product(x, first.T)
-            return product(x if between is None else between(x), second.T)
+            return product(x if between is None else between(x), second.T, None if bias is None else bias.view(-1))
 
         xr, xw, xk, xv, xa, xg = mixed
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = (low_rank(xw, self.w1, self.w2, torch.tanh) + self.w0.view(-1)).sigmoid() * -_LARGEST_DECAY
-        rate = (low_rank(xa, self.a1, self.a2) + self.a0.view(-1)).sigmoid()
-        gate = low_rank(xg, self.g1, self.g2, torch.sigmoid)
+        w = low_rank(xw, self.w1, self.w2, self.w0, torch.tanh).sigmoid() * -_LARGEST_DECAY
+        rate = low_rank(xa, self.a1, self.a2, self.a0).sigmoid()
+        gate = low_rank(xg, self.g1, self.g2, between=torch.sigmoid)
         if self.layer == 0:
             v_first = v
         else:
-            mix = (low_rank(xv, self.v1, self.v2) + self.v0.view(-1)).sigmoid()
-            v = torch.lerp(v, v_first, mix.to(v.dtype))
+            v = torch.lerp(v, v_first, low_rank(xv, self.v1, self.v2, self.v0).sigmoid())
         r, w, k, v, rate, k_k, k_a = (
             x.unflatten(-1, (-1, self.head_size)) for x in (r, w, k, v, rate, self.k_k.view(-1), self.k_a.view(-1))
         )
@@ -216,7 +215,7 @@ class TimeMix(nn.Module):
         r, w, k, v, a, b, gate, v_first = self.project(mixed, v_first)
         S, new = wkv.flatten(0, 1), out.flatten(0, 1)
         r_, decay, k_, v_, a_, b_ = (z.flatten(0, 1).to(S.dtype) for z in (r, w.exp(), k, v, a, b))
-        # S is read once for S a and for the outputs: (S diag(w) + (S a) b^T + v k^T) r = S (w r) + (S a) (b r) + v (k r)
+        # S is read once, for S a and for S_t r = (S diag(w) + (S a) b^T + v k^T) r = S (w r) + (S a) (b r) + v (k r)
         read = torch.bmm(S, torch.stack((a_, decay * r_), dim=-2).mT)
         columns, rows = torch.stack((read[..., 0], v_), dim=-1), torch.stack((b_, k_), dim=-2)
         torch.mul(S, decay.unsqueeze(-2), out=new).baddbmm_(columns, rows)

@@ -11,6 +11,8 @@ product of Householder-like matrices, as in arXiv 2406.06484); only the border s
 after another. ``fla`` calls the Triton kernels of flash-linear-attention (https://github.com/fla-org).
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
 from functools import lru_cache
@@ -127,6 +129,29 @@ def _rows(
     return _by_length(_BACKENDS[backend], inputs, state, starts, lens)
 
 
+@lru_cache(maxsize=4)  # all layers of a model ask for the same
+def _similar_lengths(
+    starts: tuple[int, ...], lens: tuple[int, ...], P: int, device: torch.device
+) -> tuple[list[tuple[int, int]], Tensor, _Way]:
+    """Groups of rows of similar length: of each group the number of rows and the longest one's length; the order of
+    the rows; the way of their positions into the groups."""
+    order = sorted(range(len(lens)), key=lambda row: -lens[row])
+    shapes: list[tuple[int, int]] = []
+    for row in order:
+        if shapes and lens[row] >= _SIMILAR_LENGTH * shapes[-1][1]:
+            shapes[-1] = shapes[-1][0] + 1, shapes[-1][1]
+        else:
+            shapes.append((1, lens[row]))
+    grouped_starts, end = [], 0
+    for n, longest in shapes:
+        grouped_starts += range(end, end + n * longest, longest) if longest else [end] * n
+        end += n * longest
+    ordered_lens = [lens[row] for row in order]
+    outside = _positions([starts[row] for row in order], ordered_lens, device)
+    inside = _positions(grouped_starts, ordered_lens, device)
+    return shapes, torch.tensor(order, device=device), _Way(outside, inside, P, end)
+
+
 def _by_length(
     run: Callable, inputs: tuple[Tensor, ...], state: Tensor, starts: list[int], lens: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -135,26 +160,10 @@ def _by_length(
     So there is little padding inside a group and none between them; padding is 0, which leaves a state alone.
     """
     N, L = inputs[0].shape[:2]
-    order = sorted(range(len(lens)), key=lambda row: -lens[row])
-    groups: list[list[int]] = []
-    for row in order:
-        if groups and lens[row] >= _SIMILAR_LENGTH * lens[groups[-1][0]]:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    shapes = [(len(rows), lens[rows[0]]) for rows in groups]  # rows, the longest one's length
+    shapes, order, way = _similar_lengths(tuple(starts), tuple(lens), N * L, state.device)
     sizes = [n * longest for n, longest in shapes]
-
-    grouped_starts, end = [], 0
-    for n, longest in shapes:
-        grouped_starts += [end + i * longest for i in range(n)]
-        end += n * longest
-    ordered_lens = [lens[row] for row in order]
-    outside = _positions([starts[row] for row in order], ordered_lens, state.device)
-    inside = _positions(grouped_starts, ordered_lens, state.device)
-
-    moved = [_Move.apply(x.flatten(0, 1), outside, inside, end).split(sizes) for x in inputs]
-    states = state[torch.tensor(order, device=state.device)].split([n for n, _ in shapes])
+    moved = [way.go(x.flatten(0, 1)).split(sizes) for x in inputs]
+    states = state[order].split([n for n, _ in shapes])
     outs, lasts = [], []
     for i, (n, longest) in enumerate(shapes):
         S = states[i]
@@ -162,23 +171,39 @@ def _by_length(
             out, S = run(*(x[i].unflatten(0, (n, longest)) for x in moved), S)
             outs.append(out.flatten(0, 1))
         lasts.append(S)
-    out = _Move.apply(torch.cat(outs), inside, outside, N * L).unflatten(0, (N, L))
-    return out, torch.cat(lasts)[torch.tensor(order, device=state.device).argsort()]
+    return way.return_from(torch.cat(outs)).unflatten(0, (N, L)), torch.cat(lasts)[order.argsort()]
+
+
+class _Way:
+    """A way for positions to take: (P, ...) -> (size, ...), ``target`` from ``source``, 0 elsewhere; and back."""
+
+    def __init__(self, source: Tensor, target: Tensor, P: int, size: int):
+        self.there, self.back = self._indices(source, target, size), self._indices(target, source, P)
+
+    @staticmethod
+    def _indices(source: Tensor, target: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Where each position comes from (anywhere, if from nowhere), and those that come from nowhere."""
+        origin = source.new_full((size,), -1).index_copy_(0, target, source)
+        return origin.clamp_min(0), (origin < 0).nonzero().squeeze(1)
+
+    def go(self, x: Tensor) -> Tensor:
+        return _Move.apply(x, self.there, self.back)
+
+    def return_from(self, x: Tensor) -> Tensor:
+        return _Move.apply(x, self.back, self.there)
 
 
 class _Move(torch.autograd.Function):
-    """(P, ...) -> (size, ...): what stands at ``source`` goes to ``target``, no position twice; 0 elsewhere."""
-
     @staticmethod
-    def forward(ctx, x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(source, target)
-        ctx.size = x.shape[0]
-        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, target, x.index_select(0, source))
+    def forward(ctx, x: Tensor, there: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor]) -> Tensor:
+        ctx.ways = back, there
+        origin, holes = there
+        x = x.index_select(0, origin)
+        return x.index_fill_(0, holes, 0) if len(holes) else x
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        source, target = ctx.saved_tensors
-        return _Move.apply(grad, target, source, ctx.size), None, None, None
+        return _Move.apply(grad, *ctx.ways), None, None
 
 
 def _reference(r, w, k, v, a, b, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,13 +282,12 @@ def _fla_rows(inputs: tuple[Tensor, ...], state: Tensor, starts: list[int], lens
     rows = torch.tensor([row for row, length in enumerate(lens) if length > 0])
     lens_there = torch.tensor(lens)[rows]
     outside = _positions(torch.tensor(starts)[rows].tolist(), lens_there.tolist(), state.device)
-    packed = torch.arange(len(outside), device=state.device)
+    way = _Way(outside, torch.arange(len(outside), device=state.device), N * L, len(outside))
     borders = F.pad(lens_there.cumsum(0), (1, 0)).to(state.device)
     rows = rows.to(state.device)
-    inputs = (_Move.apply(x.flatten(0, 1), outside, packed, len(packed)).unsqueeze(0) for x in inputs)
+    inputs = (way.go(x.flatten(0, 1)).unsqueeze(0) for x in inputs)
     out, last = _fla(*inputs, state[rows], cu_seqlens=borders)
-    out = _Move.apply(out.squeeze(0), packed, outside, N * L).unflatten(0, (N, L))
-    return out, state.index_copy(0, rows, last)
+    return way.return_from(out.squeeze(0)).unflatten(0, (N, L)), state.index_copy(0, rows, last)
 
 
 _BACKENDS: dict[str, Callable] = {"reference": _reference, "chunked": _chunked, "fla": _fla}

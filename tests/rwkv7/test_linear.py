@@ -21,14 +21,18 @@ def onednn(request, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (7, 5), (2, 0, 5), (2, 3, 5)])
 def test_product_and_its_gradients(shape, onednn, monkeypatch):
-    monkeypatch.setattr(linear, "_WORTH_A_CALL", 1)
-    x, weight = torch.randn(shape, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    for name in ("_WORTH_A_CALL", "_WORTH_TRAINING"):
+        monkeypatch.setattr(linear, name, 1)
+    x, weight, bias = (torch.randn(s, requires_grad=True) for s in (shape, (4, 5), 4))
     for w in (weight, weight[:, :5].T.contiguous().T):
-        out, expected = product(x, w), F.linear(x, w)
+        torch.testing.assert_close(product(x, w), F.linear(x, w))
+        out, expected = product(x, w, bias), F.linear(x, w, bias)
         torch.testing.assert_close(out, expected)
         grad = torch.randn_like(expected)
         for got, wanted in zip(
-            torch.autograd.grad(out, (x, weight), grad), torch.autograd.grad(expected, (x, weight), grad), strict=True
+            torch.autograd.grad(out, (x, weight, bias), grad),
+            torch.autograd.grad(expected, (x, weight, bias), grad),
+            strict=True,
         ):
             torch.testing.assert_close(got, wanted)
     with torch.autocast("cpu", torch.bfloat16):
