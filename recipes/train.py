@@ -29,6 +29,7 @@ import lhotse
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -184,6 +185,9 @@ def train(config: Config, exp_dir: Path) -> None:
     # ---- optimiser ------------------------------------------------------------------------------------------
     optimizer = build_optimizer(model, config.optim)
     scheduler = build_scheduler(optimizer, config.optim, config.train.num_steps)
+    # Every process has loaded the frozen weights from the same files: DDP need not send them, and cannot if quantised.
+    frozen_names = [name for name, p in model.named_parameters() if not p.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen_names)
     model, optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(model)
     trainable = [p for p in model.parameters() if p.requires_grad]

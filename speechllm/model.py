@@ -123,9 +123,6 @@ class SpeechLLM(nn.Module):
         for part, frozen in ((encoder, config.encoder.freeze), (llm, config.llm.freeze)):
             if frozen:
                 part.requires_grad_(False)
-        # Every process loads frozen weights from the same files: DDP need not send them (quantised ones it cannot).
-        frozen_names = [name for name, p in self.named_parameters() if not p.requires_grad]
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen_names)
         self.train()
 
     @classmethod

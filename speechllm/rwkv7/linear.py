@@ -126,9 +126,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_logits = logits.div_(total).scatter_add_(1, target, -torch.ones_like(total)).to(dtype)
                 if needs_hidden:
                     d_hidden[at] = product(d_logits, compute_weight.T)
-                if needs_weight:
-                    d_part = product(d_logits.T, x.T)
-                    d_weight = d_part if d_weight is None else d_weight.add_(d_part)
+                if needs_weight and d_weight is None:
+                    d_weight = product(d_logits.T, x.T)
+                elif needs_weight:
+                    for part, columns in zip(
+                        d_weight.split(_ROWS_AT_ONCE), d_logits.split(_ROWS_AT_ONCE, 1), strict=True
+                    ):
+                        part.add_(product(columns.T, x.T))
         if needs_weight:  # no target, no gradient
             d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
         ctx.save_for_backward(d_hidden, d_weight)
@@ -144,6 +148,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 # Floats in the logits of one chunk: 128 MiB.
 _LOGITS_AT_ONCE = 2**25
+
+# Rows of the weight's gradient that are added to at once, so that there are never two of its size.
+_ROWS_AT_ONCE = 8192
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

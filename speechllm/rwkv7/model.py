@@ -124,19 +124,35 @@ class _TokenShift(torch.autograd.Function):
 
 
 class _ReluSquared(torch.autograd.Function):
-    """relu(x)^2, keeping one tensor for the backward pass."""
+    """relu(x)^2. Keeps its result, as the product after it does, and no other tensor of this size."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        x = x.relu()
-        ctx.save_for_backward(x)
-        return x.square()
+        y = x.relu().square_()
+        ctx.save_for_backward(y)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return (grad * x).mul_(2)
+        (y,) = ctx.saved_tensors
+        return y.sqrt().mul_(grad).mul_(2)
+
+
+class _LogDecay(torch.autograd.Function):
+    """-exp(-0.5) sigmoid(x). Keeps its result, as the recurrence does, and nothing else."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        w = x.sigmoid().mul_(-_LARGEST_DECAY)
+        ctx.save_for_backward(w)
+        return w
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (w,) = ctx.saved_tensors
+        return torch.addcmul(w, w, w, value=1 / _LARGEST_DECAY).mul_(grad)
 
 
 class TimeMix(nn.Module):
@@ -177,7 +193,7 @@ class TimeMix(nn.Module):
 
         xr, xw, xk, xv, xa, xg = mixed
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = low_rank(xw, self.w1, self.w2, self.w0, torch.tanh).sigmoid() * -_LARGEST_DECAY
+        w = _LogDecay.apply(low_rank(xw, self.w1, self.w2, self.w0, torch.tanh))
         rate = low_rank(xa, self.a1, self.a2, self.a0).sigmoid()
         gate = low_rank(xg, self.g1, self.g2, between=torch.sigmoid)
         if self.layer == 0:
@@ -187,9 +203,9 @@ class TimeMix(nn.Module):
         r, w, k, v, rate, k_k, k_a = (
             x.unflatten(-1, (-1, self.head_size)) for x in (r, w, k, v, rate, self.k_k.view(-1), self.k_a.view(-1))
         )
-        kk = F.normalize(k * k_k, dim=-1)
-        k = torch.addcmul(k, k * k_a, rate - 1)
-        return r, w, k, v, -kk, kk * rate, gate, v_first
+        a = F.normalize(k * -k_k, dim=-1)
+        k = k * torch.addcmul(1 - k_a, rate, k_a)
+        return r, w, k, v, a, (a * rate).neg_(), gate, v_first
 
     def combine(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         """The recurrence's (M, H, V) -> (M, D): normalised, with a direct path for each position, gated."""

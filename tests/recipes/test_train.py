@@ -12,6 +12,7 @@ import torch
 
 from speechllm.checkpoint import load_checkpoint
 from speechllm.model import SpeechLLM
+from speechllm.rwkv7 import RWKV7, RWKV7Config, load_adapter, load_rwkv7, save_rwkv7
 from tests.recipes.conftest import REPOSITORY
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -104,6 +105,32 @@ def test_average_and_decode(experiment, finished):
         assert names == [
             f"{kind}-tones-iter-12-avg-3.txt" for kind in ("errs", "recogs", "wer-by-language", "wer-summary")
         ]
+
+
+def test_a_quantised_language_model_is_tuned_by_two_processes(experiment, tmp_path):
+    torch.manual_seed(0)
+    save_rwkv7(RWKV7(RWKV7Config(2, 32, 300, head_size=16)), tmp_path / "lm.pth")
+    settings = [
+        "--model.llm.path", str(tmp_path / "lm.pth"), "--model.llm.rwkv7", "null", "--model.llm.tune.method", "lora",
+        "--model.llm.tune.quantize", "int8", "--train.num_steps", "4",
+    ]  # fmt: skip
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    ]  # fmt: skip
+    run(*launch, *command(experiment, tmp_path / "exp", *settings)[1:])
+    state = load_checkpoint(tmp_path / "exp" / "checkpoint-4.pt")
+    names = [name for name in state["model"] if name.startswith("llm.")]
+    assert names and all(".lora_" in name for name in names)
+    assert state["base_weights"]["llm"]["path"] == str(tmp_path / "lm.pth")
+
+    run(sys.executable, "tools/average_ckpt.py", "--exp-dir", str(tmp_path / "exp"), "--iter", "4", "--avg", "2")
+    folder = tmp_path / "exp" / "iter-4-avg-2"
+    merged = SpeechLLM.from_pretrained(folder).llm
+    adapted = load_adapter(load_rwkv7(tmp_path / "lm.pth"), folder / "adapter")
+    ids = torch.randint(0, 300, (1, 20))
+    # the merged weights are those of the quantised base
+    torch.testing.assert_close(merged(ids)[0], adapted(ids)[0], rtol=0.05, atol=0.05)
 
 
 def test_transcribe_command(finished, experiment):

@@ -48,6 +48,7 @@ def test_onednn_is_there():
 @pytest.mark.parametrize("at_once", [50, 10**6])
 def test_cross_entropy_in_chunks(dtype, at_once, monkeypatch, onednn):
     monkeypatch.setattr(linear, "_LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(linear, "_ROWS_AT_ONCE", 4)
     hidden, weight = torch.randn(23, 8).to(dtype).requires_grad_(), torch.randn(11, 8).to(dtype).requires_grad_()
     targets = torch.randint(0, 11, (23,))
     loss, correct = linear_cross_entropy(hidden, weight, targets)
