@@ -27,6 +27,7 @@ from speechllm.llm import LanguageModel
 from speechllm.projector import Projector, ProjectorConfig
 from speechllm.prompt import PromptConfig, splice
 from speechllm.rwkv7 import RWKV7, RWKV7Config, TuneConfig, load_rwkv7, merged_state_dict, save_adapter, tune
+from speechllm.rwkv7.wkv import BACKENDS
 from speechllm.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -53,16 +54,20 @@ class LLMSection:
 
     `tune`: what of the checkpoint trains, and how; without it everything does, or with `freeze` nothing.
     `checkpoint_blocks`: activations are computed again in the backward pass: less memory, a third more work.
+    `wkv_backend`: see `rwkv7.wkv.wkv7`.
     """
 
     path: str | None = None
     freeze: bool = False
     tune: TuneConfig | None = None
     checkpoint_blocks: bool = False
+    wkv_backend: str = "auto"
     rwkv7: RWKV7Config | None = None
 
     def __post_init__(self) -> None:
         _check_source(self, "rwkv7")
+        if self.wkv_backend not in BACKENDS:
+            raise ValueError(f"wkv_backend: unknown {self.wkv_backend!r}, choose from {', '.join(BACKENDS)}")
         if self.tune is not None and not self.path:
             raise ValueError("tune without path would tune random weights")
         if self.tune is not None and self.freeze:
@@ -137,7 +142,7 @@ class SpeechLLM(nn.Module):
         llm = load_rwkv7(config.llm.path) if config.llm.path else RWKV7(config.llm.rwkv7)
         if config.llm.tune is not None:
             tune(llm, config.llm.tune)
-        llm.checkpoint_blocks = config.llm.checkpoint_blocks
+        llm.checkpoint_blocks, llm.wkv_backend = config.llm.checkpoint_blocks, config.llm.wkv_backend
         if llm.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
                 f"the language model ({config.llm.path or 'llm.rwkv7'}) has a vocabulary of {llm.vocab_size}, "

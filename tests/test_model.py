@@ -51,6 +51,14 @@ def test_every_parameter_gets_a_gradient(model, batch):
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
+def test_the_wkv_backend_is_a_setting(model_config):
+    section = {"wkv_backend": "reference", "rwkv7": to_dict(model_config.llm.rwkv7)}
+    model_config.llm = from_dict(LLMSection, section)
+    assert SpeechLLM.from_config(model_config).llm.wkv_backend == "reference"
+    with pytest.raises(ValueError, match="unknown 'fast', choose from auto, reference, chunked, fla"):
+        LLMSection(rwkv7=model_config.llm.rwkv7, wkv_backend="fast")
+
+
 def test_checkpointed_blocks_give_the_same_gradients(model_config, batch):
     grads = []
     for model_config.llm.checkpoint_blocks in (False, True):

@@ -43,6 +43,7 @@ from bench_wkv import (
     machine,
     median_and_least,
     memory_of,
+    print_profile,
     print_table,
     ratio,
     seconds,
@@ -151,6 +152,9 @@ def measure_training(name: str, folder: Path, config: RWKV7Config, args: argpars
     clear()
     memory = memory_of(step)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    if args.profile:
+        clear()
+        print_profile(f"{name}, training step", step)
     return Training(seconds(step, args.repeat, before=clear), memory, losses[0], norm.item())
 
 
@@ -311,6 +315,8 @@ def measure_decoding(name: str, folder: Path, config: RWKV7Config, args: argpars
                 logits, state = model.step(logits.argmax(-1), state)
 
         speeds.append([n * args.tokens / t for t in seconds(decode, args.repeat)])
+        if args.profile:
+            print_profile(f"{name}, {args.tokens} steps at batch {n}", decode)
     return Inference(speeds, *compare(model, folder))
 
 
@@ -319,6 +325,8 @@ def measure_prefill(name: str, folder: Path, config: RWKV7Config, args: argparse
     model = INFERENCE[name](folder)
     ids = random_ids(1, args.prompt, config)
     times = seconds(lambda: model.prefill(ids), args.repeat)
+    if args.profile:
+        print_profile(f"{name}, prefill", lambda: model.prefill(ids))
     return Inference([[args.prompt / t for t in times]], *compare(model, folder))
 
 

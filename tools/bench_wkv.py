@@ -85,6 +85,16 @@ def seconds(
     return times[1:]
 
 
+def print_profile(title: str, run: Callable[[], object]) -> None:
+    """One line to stderr: the operators that ``run`` spends its time in, by PyTorch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = [f"{event.key} {100 * event.self_cpu_time_total / total:.0f}% ({event.count})" for event in events[:8]]
+    print(f"profile of {title}, {total / 1e3:.0f} ms: {', '.join(shares)}", file=sys.stderr, flush=True)
+
+
 def memory_of(run: Callable[[], object], device: str = "cpu") -> tuple[int, int]:
     """Bytes held before ``run`` and at its highest: the resident memory of the process (Linux), or the GPU's."""
     gc.collect()
@@ -149,6 +159,7 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 def add_common_options(parser: argparse.ArgumentParser, names: list[str], repeat: int) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=repeat, help="repetitions after a warm-up (default: %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="also print where the time of each row goes")
     parser.add_argument("--skip", action="append", default=[], choices=names, metavar="NAME",
                         help=f"leave a row out, may be repeated: {', '.join(names)}")  # fmt: skip
 
@@ -260,6 +271,9 @@ def measure(name: str, dtype: torch.dtype, args: argparse.Namespace) -> Result:
     short = [x[:, :32] for x in (*inputs[:6], directions[0])]
     outputs_and_gradients(function, [*short[:6], inputs[6]], [short[6], directions[1]])
     held, highest = memory_of(both, device)
+    if args.profile:
+        print_profile(f"{name}, forward", forward)
+        print_profile(f"{name}, forward and backward", both)
     return Result(
         seconds(forward, args.repeat, device),
         seconds(both, args.repeat, device),

@@ -229,7 +229,7 @@ class TimeMix(nn.Module):
         """One position: x, prev (N, D), wkv (N, H, V, K) -> (N, D), v_first; the new wkv goes to ``out``."""
         mixed = torch.addcmul(x, prev - x, self.mixes().unsqueeze(1)).unbind()
         r, w, k, v, a, b, gate, v_first = self.project(mixed, v_first)
-        S, new = wkv.flatten(0, 1), out.flatten(0, 1)
+        S, new = wkv.flatten(0, 1), out.view(-1, *out.shape[2:])
         r_, decay, k_, v_, a_, b_ = (z.flatten(0, 1).to(S.dtype) for z in (r, w.exp(), k, v, a, b))
         # S is read once, for S a and for S_t r = (S diag(w) + (S a) b^T + v k^T) r = S (w r) + (S a) (b r) + v (k r)
         read = torch.bmm(S, torch.stack((a_, decay * r_), dim=-2).mT)
@@ -393,12 +393,12 @@ class RWKV7(nn.Module):
             the state then has M rows. Not together with lens.
 
         Returns:
-          logits (N, L, V), zero at padding, or (K, V) for the K positions of ``logits_mask`` in row-major order
-          (those of padding are finite and mean nothing); the state after each row's own last position.
+          logits (N, L, V), zero at padding, or (K, V) for the K positions of ``logits_mask`` in row-major order;
+          the state after each row's own last position.
 
         Raises:
           ValueError: both or none of input_ids and inputs_embeds; no position; shapes, lens or cu_seqlens that
-            do not fit.
+            do not fit; logits asked for at padding.
         """
         inputs = self._inputs(input_ids, inputs_embeds)
         N, L = inputs.shape[:2]
@@ -516,7 +516,7 @@ class RWKV7(nn.Module):
         The given state stays as it is.
         """
         x = self.blocks[0].ln0(self.emb(token_ids))
-        wkv = torch.empty_like(state.wkv)
+        wkv = torch.empty_like(state.wkv, memory_format=torch.contiguous_format)
         v_first = None
         att_shift, ffn_shift = [], []
         for i, block in enumerate(self.blocks):

@@ -82,8 +82,8 @@ def wkv7(
         rows = len(borders) - 1
     if state is not None and state.shape != (rows, H, V, K):
         raise ValueError(f"wkv7: state has shape {tuple(state.shape)}, expected {(rows, H, V, K)}")
-    if backend not in ("auto", *_BACKENDS):
-        raise ValueError(f"wkv7: unknown backend {backend!r}, choose from {', '.join(['auto', *_BACKENDS])}")
+    if backend not in BACKENDS:
+        raise ValueError(f"wkv7: unknown backend {backend!r}, choose from {', '.join(BACKENDS)}")
     why_not_fla = _why_not_fla(r.device.type, r.dtype)
     if backend == "fla" and why_not_fla:
         raise ValueError(f"wkv7: backend 'fla' cannot serve this call: {why_not_fla}")
@@ -291,6 +291,7 @@ def _fla_rows(inputs: tuple[Tensor, ...], state: Tensor, starts: list[int], lens
 
 
 _BACKENDS: dict[str, Callable] = {"reference": _reference, "chunked": _chunked, "fla": _fla}
+BACKENDS = ("auto", *_BACKENDS)
 
 
 def _to_chunks(x: Tensor, C: int) -> Tensor:

@@ -194,7 +194,10 @@ def test_initial_state():
     assert_same(same, end)
     logits.sum().backward()
     assert model.initial_wkv.grad.abs().sum() > 0
-    assert torch.equal(model.step(ids[:, 0], model.initial_state(2))[0], model.step(ids[:, 0], state.repeat(2))[0])
+    stepped, after = model.step(ids[:, 0], model.initial_state(2))
+    expected, expected_after = model.step(ids[:, 0], state.repeat(2))
+    assert torch.equal(stepped, expected)
+    assert_same(after, expected_after, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"wkv has shape \(2, 2, 2, 16, 16\), this model needs \(2, 1, 2, 16, 16\)"):
         model.add_initial_state(state.repeat(2))
 
