@@ -60,6 +60,8 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def step(self, token_ids: Tensor, state: LanguageModelState) -> tuple[Tensor, LanguageModelState]:
-        """One token per row, (N,) -> logits (N, V) and the new state."""
+    def step(
+        self, token_ids: Tensor, state: LanguageModelState, overwrite: bool = False
+    ) -> tuple[Tensor, LanguageModelState]:
+        """One token per row, (N,) -> logits (N, V) and the new state. With `overwrite` the given state is given up."""
         ...

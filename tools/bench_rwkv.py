@@ -224,10 +224,12 @@ class SpeechLLM:
     def prefill(self, ids: Tensor):
         last = torch.zeros_like(ids, dtype=torch.bool)
         last[:, -1] = True
-        return self.model(ids, logits_mask=last)
+        logits, self.prompt = self.model(ids, logits_mask=last)
+        return logits, self.prompt
 
     def step(self, ids: Tensor, state):
-        return self.model.step(ids, state)
+        # as greedy search does; every repetition starts from the prompt's state
+        return self.model.step(ids, state, overwrite=state is not self.prompt)
 
 
 class RwkvPackage:

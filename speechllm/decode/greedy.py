@@ -41,4 +41,4 @@ def greedy_search(
         if len(unfinished) < len(rows):
             keep = torch.tensor(unfinished, device=rows.device)
             rows, best, state = rows[keep], best[keep], state.select(keep)
-        logits, state = llm.step(best, state)
+        logits, state = llm.step(best, state, overwrite=True)

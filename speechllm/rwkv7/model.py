@@ -510,13 +510,14 @@ class RWKV7(nn.Module):
         return self.ln_out(x), valid, RWKV7State(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
 
     @torch.no_grad()
-    def step(self, token_ids: Tensor, state: RWKV7State) -> tuple[Tensor, RWKV7State]:
+    def step(self, token_ids: Tensor, state: RWKV7State, overwrite: bool = False) -> tuple[Tensor, RWKV7State]:
         """Reads one token a row, for decoding: (N,) -> logits (N, V), the next state; no gradients.
 
-        The given state stays as it is.
+        The given state stays as it is; with ``overwrite`` the next one takes its memory, which saves writing to
+        fresh memory (75 MB for 32 rows of 12 layers x 768) at each step. Then nothing else may hold the given one.
         """
         x = self.blocks[0].ln0(self.emb(token_ids))
-        wkv = torch.empty_like(state.wkv, memory_format=torch.contiguous_format)
+        wkv = state.wkv if overwrite else torch.empty_like(state.wkv, memory_format=torch.contiguous_format)
         v_first = None
         att_shift, ffn_shift = [], []
         for i, block in enumerate(self.blocks):

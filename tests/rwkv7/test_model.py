@@ -63,6 +63,15 @@ def test_prefill_then_step_equals_one_pass(model, given):
         assert_same(middle, end, **NEAR)
 
 
+@torch.no_grad()
+def test_a_state_given_up_is_overwritten_by_the_same_next_one(model):
+    ids, state = torch.tensor([3, 5]), random_state(model, 2)
+    logits, after = model.step(ids, state)
+    again, overwritten = model.step(ids, state, overwrite=True)
+    assert overwritten.wkv is state.wkv and torch.equal(again, logits)
+    assert_same(overwritten, after, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("garbage", [5.0, float("nan")])
 @torch.no_grad()
 def test_each_row_gets_what_it_gets_alone(model, garbage):
