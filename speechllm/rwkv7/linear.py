@@ -1,6 +1,6 @@
 """Matrix products of the language model: oneDNN's in training on the CPU, prepacked weights for inference there.
 
-PyTorch sends float32 products on the CPU to MKL, which is half as fast as oneDNN on AMD processors with AVX-512
+PyTorch sends float32 products on the CPU to MKL, which is slower than oneDNN on AMD processors with AVX-512
 (tools/bench_rwkv.py prints both). The operators behind ``torch.compile``'s CPU code give access to oneDNN; they are
 semi-private, so they are tried once and left alone where they do not work.
 """
@@ -22,16 +22,21 @@ INFERENCE_WEIGHTS = ("float32", "bfloat16", "int8")
 
 
 @lru_cache
+@torch.autocast("cpu", enabled=False)
 def has_onednn() -> bool:
-    """Whether oneDNN's linear operator is there and right; tried on a small product."""
+    """Whether oneDNN's linear operator is there and right; tried on a small product, wherever it is first asked."""
+    x = torch.arange(-6.0, 6.0, dtype=torch.float32, device="cpu").view(3, 4)
+    weight = torch.arange(-9.0, 11.0, dtype=torch.float32, device="cpu").view(5, 4)
     try:
-        x, weight = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(-2, 1, 20).view(5, 4)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
-        right = all(torch.allclose(_onednn(x, w), x @ weight.T, atol=1e-5) for w in (weight, packed))
-        return right and torch.allclose(_onednn(x.T, weight[:3].T), x.T @ weight[:3], atol=1e-5)
-    except (AttributeError, RuntimeError, NotImplementedError) as e:
-        log.info("oneDNN's linear operator is not available (%s): using torch's", str(e).splitlines()[0])
+        products = [_onednn(x, weight), _onednn(x, packed), _onednn(weight.T.contiguous().T, x)]
+    except (AttributeError, RuntimeError) as e:  # this build of PyTorch has no such operator, or it refuses
+        log.info("oneDNN's linear operator is not available (%s): using torch's", e)
         return False
+    right = all(map(torch.equal, products, (x @ weight.T, x @ weight.T, weight @ x.T)))  # small integers: exact
+    if not right:
+        log.warning("oneDNN's linear operator gives wrong results: using torch's")
+    return right
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -127,14 +132,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if needs_hidden:
                     d_hidden[at] = product(d_logits, compute_weight.T)
                 if needs_weight and d_weight is None:
-                    d_weight = product(d_logits.T, x.T)
+                    d_weight = product(d_logits.T, x.T).to(weight.dtype)  # the sum is not in autocast's type
                 elif needs_weight:
                     for part, columns in zip(
                         d_weight.split(_ROWS_AT_ONCE), d_logits.split(_ROWS_AT_ONCE, 1), strict=True
                     ):
                         part.add_(product(columns.T, x.T))
-        if needs_weight:  # no target, no gradient
-            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
+        if needs_weight and d_weight is None:  # there was no target
+            d_weight = torch.zeros_like(weight)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(correct)
         return loss, correct

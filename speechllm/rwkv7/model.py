@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from speechllm.prompt import IGNORE
 from speechllm.rwkv7.linear import Linear, linear_cross_entropy, product
 from speechllm.rwkv7.state import RWKV7State
-from speechllm.rwkv7.wkv import wkv7
+from speechllm.rwkv7.wkv import row_lengths, wkv7
 
 # The log-decay is -exp(-0.5) * sigmoid(.): a channel forgets at most 45% of its content in one position.
 _LARGEST_DECAY = math.exp(-0.5)
@@ -71,7 +71,7 @@ class _Rows:
     """Where the rows of a batch stand among its P positions: one after another, without padding.
 
     Args:
-      lens: of each row.
+      lens: of each row, on the CPU.
       device: of the indices.
 
     Attributes:
@@ -81,7 +81,6 @@ class _Rows:
     """
 
     def __init__(self, lens: Tensor, device: torch.device):
-        lens = lens.cpu()
         self.shape = (len(lens), int(lens[0])) if (lens == lens[0]).all() else None
         self.cu_seqlens = F.pad(lens.cumsum(0), (1, 0))
         rows = (lens > 0).nonzero().squeeze(1)
@@ -199,7 +198,8 @@ class TimeMix(nn.Module):
         if self.layer == 0:
             v_first = v
         else:
-            v = torch.lerp(v, v_first, low_rank(xv, self.v1, self.v2, self.v0).sigmoid())
+            mix = low_rank(xv, self.v1, self.v2, self.v0).sigmoid()
+            v = torch.lerp(v, v_first.to(v.dtype), mix.to(v.dtype))  # under autocast an adapter may give float32
         r, w, k, v, rate, k_k, k_a = (
             x.unflatten(-1, (-1, self.head_size)) for x in (r, w, k, v, rate, self.k_k.view(-1), self.k_a.view(-1))
         )
@@ -463,20 +463,7 @@ class RWKV7(nn.Module):
         """
         N, L = inputs.shape[:2]
         device = self.emb.weight.device
-        row_lens = torch.full((N,), L) if lens is None else lens.cpu()
-        if cu_seqlens is not None:
-            row_lens = cu_seqlens.cpu().diff()
-            if N != 1 or lens is not None or cu_seqlens[0] != 0 or cu_seqlens[-1] != L or (row_lens < 0).any():
-                raise ValueError(
-                    f"RWKV7: cu_seqlens must go from 0 up to L = {L}, for an input of one row and without lens; got "
-                    f"{cu_seqlens[:8].tolist()} for an input of {N} rows"
-                )
-        elif row_lens.shape != (N,):
-            raise ValueError(f"RWKV7: lens has shape {tuple(row_lens.shape)}, expected (N,) = ({N},)")
-        elif row_lens.min() < 0 or row_lens.max() > L:
-            raise ValueError(
-                f"RWKV7: lens go from {int(row_lens.min())} to {int(row_lens.max())}, the input has L = {L}"
-            )
+        row_lens = row_lengths(N, L, lens, cu_seqlens)
         if state is not None and len(state) != len(row_lens):
             raise ValueError(f"RWKV7: the state has {len(state)} rows, the input {len(row_lens)}")
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from speechllm.rwkv7.model import RWKV7, RWKV7Loss
 from speechllm.rwkv7.state import RWKV7State
+from speechllm.rwkv7.wkv import row_lengths
 
 
 def backward_in_segments(
@@ -42,7 +43,10 @@ def backward_in_segments(
         raise ValueError(f"backward_in_segments: a segment of {segment} positions")
     N, L = labels.shape
     inputs = {name: x for name, x in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds)) if x is not None}
-    lens = torch.full((N,), L) if lens is None else lens.cpu()
+    lens = row_lengths(N, L, lens, None)
+    no_autocast = torch.autocast(
+        model.emb.weight.device.type, enabled=False
+    )  # a backward pass has the types of the forward one
     start = state if state is not None else model.initial_state(N)
 
     def run(at: int, state: RWKV7State) -> tuple[RWKV7Loss, RWKV7State]:
@@ -57,7 +61,8 @@ def backward_in_segments(
             # not detached at first: a tuned initial state learns from the first segment
             loss, after = run(at, last)
             if loss.loss.requires_grad:  # where only the initial state trains, that of the first segment alone does
-                (loss.loss * scale).backward()
+                with no_autocast:
+                    (loss.loss * scale).backward()
             losses.append(loss)
             last = after.detach()
     else:
@@ -72,7 +77,8 @@ def backward_in_segments(
             border = RWKV7State(*(x.detach().clone().requires_grad_() for x in vars(border).values()))
             loss, after = run(at, border)
             ends = [loss.loss * scale, *vars(after).values()][: 1 + len(d_after)]
-            torch.autograd.backward(ends, [None, *d_after])
+            with no_autocast:
+                torch.autograd.backward(ends, [None, *d_after])
             d_after = [x.grad for x in vars(border).values()]
         for x, grad in zip(vars(start).values(), d_after, strict=True):
             if x.requires_grad:

@@ -151,22 +151,24 @@ def tune_on_text(
             short = [document for document in batch if len(document) < options.segment]
             long = [document for document in batch if len(document) >= options.segment]
             train_loss = 0.0
-            with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-                if short:
-                    ids, labels, cu_seqlens = inputs_and_labels(short, eos_id)
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
+            if short:
+                ids, labels, cu_seqlens = inputs_and_labels(short, eos_id)
+                with autocast:
                     loss, _ = model.loss(labels, ids, cu_seqlens=cu_seqlens)
-                    (loss.loss / tokens).backward()
-                    train_loss += loss.loss.item() / tokens
-                for document in long:
-                    ids, labels, _ = inputs_and_labels([document], eos_id)
-                    # an initial state learns from later segments only by a gradient that goes through their borders
-                    truncate = model.initial_wkv is None
+                (loss.loss / tokens).backward()
+                train_loss += loss.loss.item() / tokens
+            for document in long:
+                ids, labels, _ = inputs_and_labels([document], eos_id)
+                # an initial state learns from later segments only by a gradient that goes through their borders
+                truncate = model.initial_wkv is None
+                with autocast:
                     loss, _ = backward_in_segments(
                         model, options.segment, labels, ids, scale=1 / tokens, truncate=truncate
                     )
-                    train_loss += loss.loss.item() / tokens
-                if ranks.tuner is not None:
-                    ranks.loss().backward()
+                train_loss += loss.loss.item() / tokens
+            if ranks.tuner is not None:
+                ranks.loss().backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, optim.clip_grad_norm).item()
             if not math.isfinite(grad_norm):
                 raise UserError(f"step {step}: the gradient is not finite; lower the learning rate")

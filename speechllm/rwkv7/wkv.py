@@ -69,17 +69,8 @@ def wkv7(
                            ("v", v, (N, L, H, V))):  # fmt: skip
         if x.shape != shape:
             raise ValueError(f"wkv7: {name} has shape {tuple(x.shape)}, but r has {tuple(r.shape)}")
-    if lens is not None and lens.shape != (N,):
-        raise ValueError(f"wkv7: lens has shape {tuple(lens.shape)}, expected (N,) = ({N},)")
-    rows = N
-    if cu_seqlens is not None:
-        borders = cu_seqlens.tolist()
-        if N != 1 or lens is not None or borders[:1] != [0] or borders[-1] != L or borders != sorted(borders):
-            raise ValueError(
-                f"wkv7: cu_seqlens must go from 0 up to L = {L}, for inputs of one row and without lens; got "
-                f"{borders[:8]} for inputs of {N} rows"
-            )
-        rows = len(borders) - 1
+    lengths = row_lengths(N, L, lens, cu_seqlens).tolist()
+    rows = len(lengths)
     if state is not None and state.shape != (rows, H, V, K):
         raise ValueError(f"wkv7: state has shape {tuple(state.shape)}, expected {(rows, H, V, K)}")
     if backend not in BACKENDS:
@@ -96,13 +87,37 @@ def wkv7(
     inputs = (r, w, k, v, a, b)
     with torch.autocast(r.device.type, enabled=False):
         if cu_seqlens is not None:
-            lengths = [end - start for start, end in zip(borders, borders[1:], strict=False)]
-            out, state = _rows(backend, inputs, state, borders[:-1], lengths)
+            out, state = _rows(backend, inputs, state, cu_seqlens.tolist()[:-1], lengths)
         elif lens is not None:
-            out, state = _rows(backend, inputs, state, list(range(0, N * L, L)), lens.tolist())
+            out, state = _rows(backend, inputs, state, list(range(0, N * L, L)), lengths)
         else:
             out, state = _BACKENDS[backend](*inputs, state)
     return out.to(v.dtype), state
+
+
+def row_lengths(N: int, L: int, lens: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The lengths of the rows of an (N, L) input, on the CPU, however they are given: see ``wkv7``.
+
+    Raises:
+      ValueError: they do not fit the input.
+    """
+    if cu_seqlens is not None:
+        borders = cu_seqlens.cpu()
+        lengths = borders.diff()
+        if N != 1 or lens is not None or borders[0] != 0 or borders[-1] != L or (lengths < 0).any():
+            raise ValueError(
+                f"cu_seqlens must go from 0 up to L = {L}, for an input of one row and without lens; got "
+                f"{borders[:8].tolist()} for an input of {N} rows"
+            )
+        return lengths
+    if lens is None:
+        return torch.full((N,), L)
+    lens = lens.cpu()
+    if lens.shape != (N,):
+        raise ValueError(f"lens has shape {tuple(lens.shape)}, expected (N,) = ({N},)")
+    if lens.min() < 0 or lens.max() > L:
+        raise ValueError(f"lens go from {int(lens.min())} to {int(lens.max())}, the input has L = {L}")
+    return lens
 
 
 @lru_cache
@@ -279,12 +294,12 @@ def _fla(r, w, k, v, a, b, state: Tensor, cu_seqlens: Tensor | None = None) -> t
 def _fla_rows(inputs: tuple[Tensor, ...], state: Tensor, starts: list[int], lens: list[int]) -> tuple[Tensor, Tensor]:
     """``_rows`` by the kernels' own packed form."""
     N, L = inputs[0].shape[:2]
-    rows = torch.tensor([row for row, length in enumerate(lens) if length > 0])
-    lens_there = torch.tensor(lens)[rows]
-    outside = _positions(torch.tensor(starts)[rows].tolist(), lens_there.tolist(), state.device)
+    there = [row for row, length in enumerate(lens) if length > 0]  # the kernels know no empty rows
+    lens = [lens[row] for row in there]
+    outside = _positions([starts[row] for row in there], lens, state.device)
     way = _Way(outside, torch.arange(len(outside), device=state.device), N * L, len(outside))
-    borders = F.pad(lens_there.cumsum(0), (1, 0)).to(state.device)
-    rows = rows.to(state.device)
+    borders = torch.tensor([0, *lens], device=state.device).cumsum(0)
+    rows = torch.tensor(there, device=state.device)
     inputs = (way.go(x.flatten(0, 1)).unsqueeze(0) for x in inputs)
     out, last = _fla(*inputs, state[rows], cu_seqlens=borders)
     return way.return_from(out.squeeze(0)).unflatten(0, (N, L)), state.index_copy(0, rows, last)

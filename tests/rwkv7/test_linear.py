@@ -41,7 +41,22 @@ def test_product_and_its_gradients(shape, onednn, monkeypatch):
 
 def test_onednn_is_there():
     # should this fail with a new release of PyTorch, training on the CPU is slower, but still right
-    assert linear.has_onednn()
+    linear.has_onednn.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):  # wherever it is first asked
+        assert linear.has_onednn()
+
+
+def test_a_build_without_onednn_is_no_error(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("")
+
+    linear.has_onednn.cache_clear()
+    monkeypatch.setattr(linear, "_onednn", refuse)
+    assert not linear.has_onednn()
+    monkeypatch.setattr(linear, "_onednn", lambda x, w: torch.zeros(len(x), 5))
+    linear.has_onednn.cache_clear()
+    assert not linear.has_onednn()
+    linear.has_onednn.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -79,7 +79,7 @@ def files(tmp_path, tokenizer_dir):
 @pytest.mark.parametrize("method", ["miss", "state", "full"])
 def test_the_command_writes_what_loads(files, tmp_path, method, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        main([*files, "--method", method, "--checkpoint-blocks"])
+        main([*files, "--method", method, "--checkpoint-blocks", "--bf16", "--segment", "6"])
     assert exit_info.value.code == 0
     line = capsys.readouterr().out
     assert line.startswith("loss of a token: ") and f"written to {tmp_path / 'out'}" in line

@@ -171,7 +171,9 @@ def test_fla_is_called_as_documented(emulated_fla):
         wkv7(*(x.float() for x in inputs), backend="fla")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and fla-core")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or wkv_module._why_no_fla_package() is not None, reason="needs a GPU and fla-core"
+)
 @pytest.mark.parametrize("decay", DECAYS)
 def test_fla_agrees_with_the_reference(decay):
     inputs = [x.cuda().bfloat16() if i < 6 else x.cuda().float() for i, x in enumerate(make(3, 100, 2, 64, decay))]
@@ -222,7 +224,9 @@ def test_errors_name_the_problem():
         wkv7(r, w, k, v, a, b, state[:, :, 1:])
     with pytest.raises(ValueError, match="lens has shape"):
         wkv7(r, w, k, v, a, b, lens=torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match=r"cu_seqlens must go from 0 up to L = 40.*got \[0, 39\] for inputs of 1 rows"):
+    with pytest.raises(ValueError, match="lens go from 41 to 41, the input has L = 40"):
+        wkv7(r, w, k, v, a, b, lens=torch.tensor([41]))
+    with pytest.raises(ValueError, match=r"cu_seqlens must go from 0 up to L = 40.*got \[0, 39\] for an input of 1"):
         wkv7(r, w, k, v, a, b, cu_seqlens=torch.tensor([0, 39]))
     with pytest.raises(ValueError, match="'fla' cannot serve this call: its kernels run on CUDA, the inputs are on"):
         wkv7(r, w, k, v, a, b, backend="fla")
