@@ -132,6 +132,22 @@ def test_decoding_is_the_forward_pass(base, method):
     assert_close(decoded(model), logits(model))
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("targets", [None, ["blocks.1.att.value"]])
+def test_bfloat16_autocast(base, method, targets):
+    """An adapter may give float32 where its base gives bfloat16, also in one layer and not in the other."""
+    model = tuned(base, method, **({"targets": targets} if targets and method in ADAPTERS else {}))
+    expected = logits(model)
+    inputs, labels = data()
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        (loss, tokens, _), _ = model.loss(labels, input_ids=inputs)
+        got = model(inputs)[0]
+    (loss / tokens).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert (got.float() - expected).norm() <= 0.05 * expected.norm()
+
+
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_dropout_is_for_training_only(base, method, tmp_path):
     model = tuned(base, method, dropout=0.5)
