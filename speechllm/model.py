@@ -3,7 +3,10 @@
     features (N, T, F) -> encoder -> (N, T/4, D_enc), 25 Hz -> projector -> (N, T/8, D_llm), 12.5 Hz
       -> [before_audio | audio | after_audio | label] embeddings -> language model -> loss on label and end of text
 
-An auxiliary CTC head on the encoder (arXiv 1609.06773) helps a model trained from scratch to align.
+An auxiliary CTC head on the encoder (arXiv 1609.06773) helps a model trained from scratch to align. It is trained on
+transcripts only: the encoder sees no prompt, so it cannot know that a translation is wanted.
+
+In a batch the rows with a target language are to be translated, the others to be transcribed.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from speechllm.prompt import PromptConfig, splice
 from speechllm.rwkv7 import RWKV7, RWKV7Config, TuneConfig, load_rwkv7, merged_state_dict, save_adapter, tune
 from speechllm.rwkv7.wkv import BACKENDS
 from speechllm.tokenizer import Tokenizer, load_tokenizer
+
+ENCODER_FRAME_SECONDS = 0.04  # features at 100 Hz, a quarter of them behind the encoder
 
 
 @dataclass
@@ -164,6 +169,11 @@ class SpeechLLM(nn.Module):
     def device(self) -> torch.device:
         return self.projector.out_proj.weight.device
 
+    @property
+    def seconds_per_position(self) -> float:
+        """How much audio one position of the language model stands for."""
+        return ENCODER_FRAME_SECONDS * self.projector.downsample
+
     def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """features (N, T, F), (N,) -> encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.encoder.freeze):
@@ -176,10 +186,13 @@ class SpeechLLM(nn.Module):
         audio_lens: Tensor,
         languages: Sequence[str | None],
         label_ids: Sequence[Sequence[int]] | None = None,
+        target_languages: Sequence[str | None] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Splice audio into the prompt (see `prompt.splice`): inputs_embeds (N, L, D), lens (N,), labels (N, L)."""
         device = audio_embeds.device
-        spliced = splice(self.config.prompt, self.tokenizer, audio_lens.tolist(), languages, label_ids)
+        spliced = splice(
+            self.config.prompt, self.tokenizer, audio_lens.tolist(), languages, label_ids, target_languages
+        )
         token_ids, audio_mask, lens, labels = (t.to(device) for t in spliced)
         valid = torch.arange(audio_embeds.shape[1], device=device)[None, :] < audio_lens[:, None]
         text_embeds = self.llm.embed(token_ids)
@@ -190,30 +203,49 @@ class SpeechLLM(nn.Module):
         """The tokens of a label as it stands behind the prompt, without the end of text."""
         return self.tokenizer.encode(self.config.prompt.before_label + text)
 
+    def label_lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each label has behind the prompt, the end of text not counted."""
+        return [len(self.label_ids(text)) for text in texts]
+
+    def label_identity(self) -> str:
+        """A string that differs between models that make other tokens of some label; for the names of caches."""
+        return f"{self.tokenizer.identity()} {self.config.prompt.before_label!r}"
+
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of label tokens; the inverse of `label_ids`."""
         return self.tokenizer.decode(token_ids).removeprefix(self.config.prompt.before_label)
 
     def forward(
-        self, features: Tensor, feature_lens: Tensor, texts: Sequence[str], languages: Sequence[str | None]
+        self,
+        features: Tensor,
+        feature_lens: Tensor,
+        texts: Sequence[str],
+        languages: Sequence[str | None],
+        target_languages: Sequence[str | None] | None = None,
     ) -> dict[str, Tensor]:
         """Losses of a batch, SUMMED over its label tokens (each label's end of text included).
 
         Args:
           features: (N, T, F) log-mel, right-padded; feature_lens: (N,) frames.
           texts: N labels; languages: N tags for the prompt's `{lang}` slot, or None.
+          target_languages: N tags for `{target_lang}`, None in rows whose label is a transcript; None if all are.
 
         Returns:
           scalars: `loss` = `llm_loss` + ctc_weight * `ctc_loss`, to be divided by `tokens`; `llm_loss`;
-          `ctc_loss` (0 without a head); `tokens` and `correct` (tokens predicted right) of the language model.
+          `ctc_loss` of the transcripts (0 without a head); `tokens` and `correct` (tokens predicted right) of the
+          language model.
         """
+        target_languages = target_languages or [None] * len(texts)
         label_ids = [self.label_ids(text) for text in texts]
         encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens)
-        inputs_embeds, lens, labels = self.prompted(audio_embeds, audio_lens, languages, label_ids)
+        inputs_embeds, lens, labels = self.prompted(audio_embeds, audio_lens, languages, label_ids, target_languages)
         (llm_loss, tokens, correct), _ = self.llm.loss(labels, inputs_embeds=inputs_embeds, lens=lens)
         ctc_loss = llm_loss.new_zeros(())
         if self.ctc_head is not None:
-            ctc_loss = self.ctc_loss(encoder_out, encoder_out_lens, label_ids)
+            losses = self.ctc_losses(encoder_out, encoder_out_lens, label_ids)
+            # Of translations it counts nothing, but it is computed: every parameter gets a gradient in every batch.
+            is_transcript = torch.tensor([target is None for target in target_languages], device=losses.device)
+            ctc_loss = (losses * is_transcript).sum()
         return {
             "loss": llm_loss + self.config.ctc_weight * ctc_loss,
             "llm_loss": llm_loss,
@@ -222,8 +254,8 @@ class SpeechLLM(nn.Module):
             "correct": correct,
         }
 
-    def ctc_loss(self, encoder_out: Tensor, encoder_out_lens: Tensor, label_ids: Sequence[Sequence[int]]) -> Tensor:
-        """Summed CTC loss; a label that has more tokens than its audio has frames counts as 0."""
+    def ctc_losses(self, encoder_out: Tensor, encoder_out_lens: Tensor, label_ids: Sequence[Sequence[int]]) -> Tensor:
+        """CTC losses (N,); that of a label that has more tokens than its audio has frames is 0."""
         log_probs = self.ctc_head(encoder_out).float().log_softmax(-1)
         targets = torch.tensor([t for ids in label_ids for t in ids], dtype=torch.long)
         target_lens = torch.tensor([len(ids) for ids in label_ids])
@@ -233,17 +265,25 @@ class SpeechLLM(nn.Module):
             encoder_out_lens,
             target_lens.to(log_probs.device),
             blank=self.blank_id,
-            reduction="sum",
+            reduction="none",
             zero_infinity=True,
         )
 
     @torch.no_grad()
     def recognise(
-        self, features: Tensor, feature_lens: Tensor, languages: Sequence[str | None]
-    ) -> tuple[list[str], list[str] | None]:
-        """Greedy transcripts of a batch: by the language model and, where the model has a head, by CTC."""
+        self,
+        features: Tensor,
+        feature_lens: Tensor,
+        languages: Sequence[str | None],
+        target_languages: Sequence[str | None] | None = None,
+    ) -> tuple[list[str], list[str | None] | None]:
+        """Greedy search for a batch: by the language model and, where the model has a head, by CTC.
+
+        Rows with a target language are translated; CTC cannot, and has None for them.
+        """
+        target_languages = target_languages or [None] * len(languages)
         encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens)
-        inputs_embeds, lens, _ = self.prompted(audio_embeds, audio_lens, languages)
+        inputs_embeds, lens, _ = self.prompted(audio_embeds, audio_lens, languages, None, target_languages)
         # One token for 80 ms of audio is several times the rate of any speech: a bound, not a guess.
         tokens = greedy_search(self.llm, inputs_embeds, lens, self.tokenizer.eos_id, max_tokens=audio_lens)
         ctc_texts = None
@@ -251,15 +291,20 @@ class SpeechLLM(nn.Module):
             best = self.ctc_head(encoder_out).argmax(-1)
             ctc_texts = [
                 self.text([i for i in torch.unique_consecutive(row[:n]).tolist() if i != self.blank_id])
-                for row, n in zip(best, encoder_out_lens.tolist(), strict=True)
+                if target is None
+                else None
+                for row, n, target in zip(best, encoder_out_lens.tolist(), target_languages, strict=True)
             ]
         return [self.text(ids) for ids in tokens], ctc_texts
 
-    def transcribe(self, audio: Sequence[str | Path], language: str | None = None) -> list[str]:
-        """Transcripts of audio files (any format and rate that lhotse reads), one batch.
+    def transcribe(
+        self, audio: Sequence[str | Path], language: str | None = None, target_language: str | None = None
+    ) -> list[str]:
+        """Transcripts of audio files (any format and rate that lhotse reads), one batch; translations with a target.
 
         Raises:
           DataError: a file cannot be read; the message names it.
+          UserError: the prompt has a slot for a language that is not given.
         """
         from speechllm.data import load_features  # the model itself needs no lhotse
 
@@ -268,7 +313,10 @@ class SpeechLLM(nn.Module):
         self.eval()
         try:
             texts, _ = self.recognise(
-                features.to(self.device), feature_lens.to(self.device), [language] * len(feature_lens)
+                features.to(self.device),
+                feature_lens.to(self.device),
+                [language] * len(feature_lens),
+                [target_language] * len(feature_lens),
             )
         finally:
             self.train(was_training)

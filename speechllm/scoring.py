@@ -12,10 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import kaldialign
 
 from speechllm.files import replaced_file
+from speechllm.text import normalize_text
+
+if TYPE_CHECKING:
+    from speechllm.data import Batch
 
 # What stands in for nothing in alignments; the files show it as icefall's "*", which may also be a word.
 _NOTHING = "\0"
@@ -24,12 +29,36 @@ _SHOWN = "*"
 
 @dataclass(frozen=True)
 class Transcript:
-    """A reference and what was recognised instead. `language` groups the results; None where unknown."""
+    """A reference and what was recognised instead.
+
+    `language` groups the results: `en`, or `en>zh` for a translation; None where unknown.
+    """
 
     id: str
     ref: str
     hyp: str
     language: str | None = None
+
+
+def transcripts(batch: Batch, hyps: Sequence[str | None], text_steps: Sequence[str]) -> list[Transcript]:
+    """The references of a batch and what was recognised, both normalised alike.
+
+    Args:
+        hyps: N texts; the utterances of those that are None are left out.
+        text_steps: the configuration's `data.text` (see `speechllm.text`).
+    """
+    return [
+        Transcript(
+            id,
+            normalize_text(ref, text_steps),
+            normalize_text(hyp, text_steps),
+            language if target is None else f"{language or '-'}>{target}",
+        )
+        for id, ref, hyp, language, target in zip(
+            batch.ids, batch.texts, hyps, batch.languages, batch.target_languages, strict=True
+        )
+        if hyp is not None
+    ]
 
 
 @dataclass(frozen=True)

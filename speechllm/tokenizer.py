@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import codecs
+import hashlib
 import io
 import json
 import re
@@ -91,6 +92,10 @@ class Tokenizer(Protocol):
         stream = self.stream()
         return "".join(map(stream.push, ids)) + stream.finish()
 
+    def identity(self) -> str:
+        """The kind and a hash of the vocabulary: differs between tokenizers that encode some text differently."""
+        ...
+
     def save(self, folder: str | Path) -> None:
         """Write what `load_tokenizer(folder)` needs into `folder`, which is created."""
         ...
@@ -161,6 +166,9 @@ class RWKVTokenizer(Tokenizer):
     def stream(self) -> StreamDecoder:
         return StreamDecoder(self._bytes_of, self._bytes_of)
 
+    def identity(self) -> str:
+        return f"rwkv {hashlib.sha256(Path(self._encoder.vocab_filepath).read_bytes()).hexdigest()}"
+
     def save(self, folder: str | Path) -> None:
         with replaced_file(Path(folder) / KIND_FILE) as tmp:
             tmp.write_text(json.dumps({"kind": "rwkv"}) + "\n", encoding="utf-8")
@@ -225,6 +233,9 @@ class SentencePieceTokenizer(Tokenizer):
     def piece(self, index: int) -> str:
         """The piece with this id as sentencepiece shows it (U+2581 for a space), for logs and reports."""
         return self._sp.id_to_piece(index)
+
+    def identity(self) -> str:
+        return f"sentencepiece {hashlib.sha256(self._model).hexdigest()}"
 
     def save(self, folder: str | Path) -> None:
         with replaced_file(Path(folder) / MODEL_FILE) as tmp:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import soundfile
 import torch
 from torch import nn
 
@@ -45,6 +46,31 @@ def test_loss_is_on_the_label_only(model, batch):
     torch.testing.assert_close(model(features, lens, texts, languages)["llm_loss"], expected)
 
 
+@pytest.fixture
+def mixed_batch(batch):
+    """The first and the last row are transcribed, the one between is translated."""
+    features, lens, texts, languages = batch
+    return features, lens, [texts[0], "one", texts[2]], languages, [None, "en", None]
+
+
+def test_the_loss_of_transcripts_and_translations_is_the_sum_of_its_rows(model, mixed_batch):
+    model.eval()
+    features, lens, *columns = mixed_batch
+    rows = [model(features[i : i + 1, : lens[i]], lens[i : i + 1], *(c[i : i + 1] for c in columns)) for i in range(3)]
+    for name, value in model(*mixed_batch).items():
+        torch.testing.assert_close(value, sum(row[name] for row in rows), rtol=1e-5, atol=1e-4)
+    transcribed = model(*mixed_batch[:-1])
+    assert rows[1]["ctc_loss"] == 0 and transcribed["ctc_loss"] > sum(row["ctc_loss"] for row in rows)
+    assert transcribed["llm_loss"] != sum(row["llm_loss"] for row in rows)
+
+
+def test_every_parameter_gets_a_gradient_from_translations_alone(model, batch):
+    model.train()
+    model(*batch, target_languages=["es", "en", "es"])["loss"].backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    assert not model.ctc_head.weight.grad.any()
+
+
 def test_every_parameter_gets_a_gradient(model, batch):
     model.train()
     model(*batch)["loss"].backward()
@@ -79,20 +105,61 @@ def test_recognise_is_batch_invariant(model, batch):
         assert alone == ([texts[i]], [ctc_texts[i]])
 
 
-def test_a_small_model_learns_its_batch(model, batch):
+def test_recognise_translates_by_the_language_model_alone(model, mixed_batch):
+    model.eval()
+    features, lens, _, languages, targets = mixed_batch
+    for p in model.llm.parameters():  # an untrained model writes the same whatever it reads
+        if p.ndim == 2:
+            nn.init.normal_(p, std=0.5)
+    texts, ctc_texts = model.recognise(features, lens, languages, targets)
+    transcribed, ctc_transcribed = model.recognise(features, lens, languages)
+    assert [i for i in range(3) if texts[i] != transcribed[i]] == [1]
+    assert ctc_texts == [ctc_transcribed[0], None, ctc_transcribed[2]]
+
+
+def test_transcribe_asks_for_what_it_is_told_to(model, tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", 0.1 * torch.randn(16000).numpy(), 16000)
+    asked = []
+
+    def recognise(features, feature_lens, languages, target_languages):
+        asked.append((languages, target_languages))
+        return ["x"] * len(feature_lens), None
+
+    monkeypatch.setattr(model, "recognise", recognise)
+    files = [tmp_path / "a.wav"] * 2
+    assert model.transcribe(files, "en") == model.transcribe(files, "en", "es") == ["x", "x"]
+    assert asked == [(["en", "en"], [None, None]), (["en", "en"], ["es", "es"])]
+
+
+def test_what_the_data_side_asks(model, model_config):
+    texts = ["one two three", "", "tres unheard-of 三"]
+    assert model.label_lengths(texts) == [len(model.label_ids(text)) for text in texts]
+    assert model.label_lengths([]) == []
+    audio_embeds, audio_lens = model.encode(torch.randn(1, 1009, 80), torch.tensor([1009]))[2:]
+    assert audio_lens.item() * model.seconds_per_position == pytest.approx(10, abs=2 * model.seconds_per_position)
+
+    prompt = dataclasses.replace(model_config.prompt, before_label="")
+    other = SpeechLLM.from_config(dataclasses.replace(model_config, prompt=prompt))
+    assert other.label_identity() != model.label_identity() == SpeechLLM.from_config(model_config).label_identity()
+
+
+def test_a_small_model_learns_to_transcribe_and_to_translate(model, batch):
     torch.manual_seed(0)
     features, lens, texts, languages = batch
+    # the last utterance twice, to be transcribed and to be translated
+    features, lens = features[[0, 1, 2, 2]], lens[[0, 1, 2, 2]]
+    texts, languages, targets = [*texts, "dos"], [*languages, "en"], [None, None, None, "es"]
     init_from_data(model.encoder, features, lens)
     optimizer = build_optimizer(model, OptimConfig(lr=5e-3))
     for step in range(100):
         model.encoder.set_batch_count(step)
-        out = model(*batch)
+        out = model(features, lens, texts, languages, targets)
         (out["loss"] / out["tokens"]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    assert model.recognise(features, lens, languages)[0] == texts
+    assert model.recognise(features, lens, languages, targets)[0] == texts
 
 
 def test_frozen_means_frozen(model, model_config, batch, tmp_path):

@@ -5,7 +5,9 @@ import random
 from itertools import pairwise
 
 import pytest
+import torch
 
+from speechllm.data import Batch
 from speechllm.scoring import (
     ErrorReport,
     Transcript,
@@ -14,6 +16,7 @@ from speechllm.scoring import (
     errs_text,
     language_table,
     score,
+    transcripts,
     write_reports,
 )
 
@@ -49,6 +52,28 @@ def test_parts_add_up_and_lengths_hold():
 
 def test_equal_texts_in_other_unicode_form_are_equal():
     assert score([Transcript("x", "z\u00e9ro", "ze\u0301ro")]).errors == 0
+
+
+def test_transcripts_of_a_batch():
+    batch = Batch(
+        texts=["Hello, you", "你好！", "x", "Straße"],
+        languages=["en", "en", None, "de"],
+        target_languages=[None, "zh", "zh", None],
+        ids=["a", "b", "c", "d"],
+        durations=[1.0] * 4,
+        features=torch.zeros(4, 1, 80),
+        feature_lens=torch.ones(4, dtype=torch.long),
+    )
+    found = transcripts(batch, ["hello  You!", "你 好", "", None], ["lowercase", "remove_punctuation", "split_chinese"])
+    assert found == [
+        Transcript("a", "hello you", "hello you", "en"),
+        Transcript("b", "你 好", "你 好", "en>zh"),
+        Transcript("c", "x", "", "->zh"),
+    ]
+    assert score(found).errors == 1
+    assert transcripts(batch, [" Hello,\tyou"] * 4, [])[0] == Transcript("a", "Hello, you", "Hello, you", "en")
+    with pytest.raises(ValueError, match="zip"):
+        transcripts(batch, ["one"], [])
 
 
 def test_a_star_is_a_word():

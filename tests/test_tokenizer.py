@@ -190,6 +190,13 @@ def test_save_and_load(tmp_path, small):
     assert load_tokenizer(tmp_path / "small/tokenizer.model").vocab_size == small.vocab_size
 
 
+def test_identity_is_that_of_the_vocabulary(tmp_path, small):
+    small.save(tmp_path / "same")
+    other = train_sentencepiece(digit_texts(50), tmp_path / "other", 350)
+    assert load_tokenizer(tmp_path / "same").identity() == small.identity() != other.identity()
+    assert RWKVTokenizer().identity() == rwkv().identity() != small.identity()
+
+
 def test_load_errors_say_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder; give 'rwkv'"):
         load_tokenizer("wrkv")
