@@ -6,7 +6,7 @@
 --model is a folder written by tools/average_ckpt.py. Each set under `data.test` is decoded by greedy search and,
 where the model has a CTC head, by CTC as well. EXP_DIR/greedy_search and EXP_DIR/ctc_greedy_search receive, as in
 icefall, recogs-SET-MODEL.txt, errs-SET-MODEL.txt and wer-summary-SET-MODEL.txt, and wer-by-language-SET-MODEL.txt.
-The WER by language is printed.
+The WER by language is printed; translations are in groups such as en>zh, and CTC has none of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from speechllm.errors import UserError
 from speechllm.log import setup_logging
 from speechllm.model import SpeechLLM
 from speechllm.rwkv7.linear import INFERENCE_WEIGHTS, pack_for_inference
-from speechllm.scoring import ErrorReport, Transcript, score, write_reports
+from speechllm.scoring import ErrorReport, Transcript, score, transcripts, write_reports
 
 logger = logging.getLogger(__name__)
 
@@ -68,31 +68,33 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str) -> 
         audio_seconds, start = 0.0, time.perf_counter()
         for batch in tqdm(build_eval_loader(config.data, sources), desc=name, unit="batch", disable=None):
             batch = batch.to(device)
-            texts, ctc_texts = model.recognise(batch.features, batch.feature_lens, batch.languages)
-            results["greedy_search"] += map(Transcript, batch.ids, batch.texts, texts, batch.languages)
-            if ctc_texts is not None:
-                results["ctc_greedy_search"] += map(Transcript, batch.ids, batch.texts, ctc_texts, batch.languages)
+            texts, ctc_texts = model.recognise(
+                batch.features, batch.feature_lens, batch.languages, batch.target_languages
+            )
+            for search, hyps in (("greedy_search", texts), ("ctc_greedy_search", ctc_texts)):
+                if hyps is not None and (found := transcripts(batch, hyps, config.data.text)):
+                    results[search] += found
             audio_seconds += batch.audio_seconds
         elapsed = time.perf_counter() - start
         logger.info(
             "%s: %d utterances, %.0f s of audio in %.1f s (real-time factor %.4f)",
             name, len(results["greedy_search"]), audio_seconds, elapsed, elapsed / max(audio_seconds, 1e-9),
         )  # fmt: skip
-        for search, transcripts in results.items():
-            report = write_reports(exp_dir / search, name, model_dir.name, transcripts, setting=search)
-            for language in sorted({t.language for t in transcripts if t.language}):
-                table[name, language][search] = score(t for t in transcripts if t.language == language)
+        for search, found in results.items():
+            report = write_reports(exp_dir / search, name, model_dir.name, found, setting=search)
+            for language in sorted({t.language for t in found if t.language}):
+                table[name, language][search] = score(t for t in found if t.language == language)
             table[name, "all"][search] = report
             logger.info("%s, %s: WER %s", name, search, report)
     print_table(table)
 
 
 def print_table(table: dict[tuple[str, str], dict[str, ErrorReport]]) -> None:
-    """WER in percent by test set and language, a column for each search."""
-    searches = list(next(iter(table.values())))
+    """WER in percent by test set and language, a column for each search; `-` where it has no results."""
+    searches = list(dict.fromkeys(search for reports in table.values() for search in reports))
     print(f"\n{'test set':<12}{'language':<10}{'words':>6}" + "".join(f"{s + ' WER %':>26}" for s in searches))
     for (name, language), reports in table.items():
-        cells = "".join(f"{100 * reports[s].rate:>26.2f}" for s in searches)
+        cells = "".join(f"{100 * reports[s].rate:>26.2f}" if s in reports else f"{'-':>26}" for s in searches)
         print(f"{name:<12}{language:<10}{reports[searches[0]].ref_len:>6}{cells}")
 
 

@@ -19,7 +19,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -55,7 +55,7 @@ from speechllm.log import setup_logging
 from speechllm.model import ModelConfig, SpeechLLM
 from speechllm.optim import OptimConfig, build_optimizer, build_scheduler
 from speechllm.rwkv7 import RankAllocation
-from speechllm.scoring import Transcript, score
+from speechllm.scoring import score, transcripts
 
 logger = logging.getLogger(__name__)
 
@@ -167,13 +167,13 @@ def train(config: Config, exp_dir: Path) -> None:
     logger.info("device: %s, processes: %d", accelerator.device, world_size)
 
     # ---- data and model -------------------------------------------------------------------------------------
-    train_loader = build_train_loader(config.data, seed=config.train.seed, rank=rank, world_size=world_size)
-    valid_loader = build_eval_loader(config.data, config.data.valid, rank=rank, world_size=world_size)
     model = SpeechLLM.from_config(config.model)
     logger.info("parameters: %s", describe_parameters(model))
+    train_loader = build_train_loader(config.data, config.train.seed, rank, world_size, labels=model)
+    valid_loader = build_eval_loader(config.data, config.data.valid, rank, world_size)
     checkpoint_path = newest_checkpoint(exp_dir)
     if checkpoint_path is None and config.model.encoder.path is None:
-        first = next(iter(build_train_loader(config.data, seed=config.train.seed)))
+        first = next(iter(train_loader)).to("cpu")
         init_from_data(model.encoder, first.features, first.feature_lens)
     frozen_bases = {}
     if config.model.encoder.freeze:
@@ -269,7 +269,9 @@ def train(config: Config, exp_dir: Path) -> None:
                 for i, batch in enumerate(batches):
                     batch = batch.to(accelerator.device)
                     with accelerator.no_sync(model) if i + 1 < len(batches) else nullcontext():
-                        out = model(batch.features, batch.feature_lens, batch.texts, batch.languages)
+                        out = model(
+                            batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages
+                        )
                         loss = out["loss"] if step >= config.train.ctc_only_steps else out["loss"] - out["llm_loss"]
                         # DDP averages gradients over the processes; the sum is wanted.
                         accelerator.backward(loss * (world_size / tokens) + ranks.loss() / len(batches))
@@ -320,7 +322,7 @@ def train(config: Config, exp_dir: Path) -> None:
                     throughput.restart()
                 names = []
                 if step % config.train.valid_every_n == 0 or step == config.train.num_steps:
-                    scalars = validate(accelerator, model, valid_loader)
+                    scalars = validate(accelerator, model, valid_loader, config.data.text)
                     values = ", ".join(f"{name}: {value:.4g}" for name, value in scalars.items())
                     logger.info("Epoch %d, step %d, validation: %s", epoch, step, values)
                     write_scalars(writer, {f"valid/{k}": v for k, v in scalars.items()}, step)
@@ -345,7 +347,9 @@ def train(config: Config, exp_dir: Path) -> None:
     accelerator.end_training()
 
 
-def validate(accelerator: Accelerator, model: torch.nn.Module, loader: Iterable[Batch]) -> dict[str, float]:
+def validate(
+    accelerator: Accelerator, model: torch.nn.Module, loader: Iterable[Batch], text_steps: Sequence[str]
+) -> dict[str, float]:
     """Loss and WER (percent) of the validation set; each process has its share of the batches."""
     bare = accelerator.unwrap_model(model)
     model.eval()
@@ -353,11 +357,14 @@ def validate(accelerator: Accelerator, model: torch.nn.Module, loader: Iterable[
     for batch in loader:
         batch = batch.to(accelerator.device)
         with torch.no_grad(), accelerator.autocast():
-            out = bare(batch.features, batch.feature_lens, batch.texts, batch.languages)
-            texts, ctc_texts = bare.recognise(batch.features, batch.feature_lens, batch.languages)
+            out = bare(batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages)
+            texts, ctc_texts = bare.recognise(
+                batch.features, batch.feature_lens, batch.languages, batch.target_languages
+            )
         averages.add(Averages(stats(out)))
-        results += map(Transcript, batch.ids, batch.texts, texts)
-        ctc_results += map(Transcript, batch.ids, batch.texts, ctc_texts or [])
+        results += transcripts(batch, texts, text_steps)
+        if ctc_texts is not None:
+            ctc_results += transcripts(batch, ctc_texts, text_steps)
     model.train()
     averages = Averages(accelerator.reduce(averages.values.float().to(accelerator.device)).double().cpu())
     scalars = {**averages.items(), "wer": 100 * score(gather_object(results)).rate}

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from speechllm.data import SourceConfig
+
+MANIFEST_HELP = "NeMo JSON lines, lhotse cuts, or a directory in Kaldi's or lhotse's Shar form"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -12,7 +20,11 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     add_transcribe(commands)
     add_tune(commands)
-    args = parser.parse_args(argv)
+    add_data(commands)
+    argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(argv, argparse.Namespace(overrides=overrides))
+    if overrides and not getattr(args, "config", None):
+        parser.error(f"unknown option {overrides[0]}; settings of the form --section.key need --config")
 
     # Here, not above, as all other imports of the library: `speechllm --help` answers at once.
     from speechllm.errors import UserError
@@ -24,11 +36,28 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
 
 
+def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Take `--section.key value` and `--section.key=value` out of the arguments: no other option has a dot.
+
+    argparse would take the values for positional arguments.
+    """
+    rest, overrides = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if name.startswith("--") and "." in name:
+            overrides += [argument] if equals else [argument, *itertools.islice(arguments, 1)]
+        else:
+            rest.append(argument)
+    return rest, overrides
+
+
 def add_transcribe(commands: argparse._SubParsersAction) -> None:
     transcribe = commands.add_parser("transcribe", help="audio files to text")
     transcribe.add_argument("files", nargs="+", type=Path, metavar="FILE", help="audio, any format and sampling rate")
     transcribe.add_argument("--model", required=True, type=Path, help="folder of a trained model")
     transcribe.add_argument("--language", help="language tag for the prompt, e.g. en")
+    transcribe.add_argument("--target-language", help="translate into this language, e.g. de")
     transcribe.add_argument(
         "--llm-weights",
         choices=("float32", "bfloat16", "int8"),
@@ -49,7 +78,8 @@ def run_transcribe(args: argparse.Namespace) -> int:
     status = 0
     for file in args.files:
         try:
-            print(f"{file}\t{model.transcribe([file], language=args.language)[0]}", flush=True)
+            texts = model.transcribe([file], language=args.language, target_language=args.target_language)
+            print(f"{file}\t{texts[0]}", flush=True)
         except UserError as e:
             print(f"error: {e}", file=sys.stderr)
             status = 1
@@ -141,6 +171,179 @@ def run_tune(args: argparse.Namespace) -> int:
 
     before, after = tune_on_text(model, documents, valid_documents, options, tokenizer.eos_id, save)
     print(f"loss of a token: {before:.4f} -> {after:.4f}; written to {args.output}")
+    return 0
+
+
+def add_data(commands: argparse._SubParsersAction) -> None:
+    data = commands.add_parser("data", help="check, convert and preview manifests")
+    actions = data.add_subparsers(dest="action", required=True)
+
+    check = actions.add_parser(
+        "check",
+        help="what manifests hold, and what is wrong with them",
+        description="Report lines, hours, durations, languages, characters and tokens per second of audio, and all "
+        "problems with file and line number. The exit status is 1 when something is wrong.",
+    )
+    check.add_argument("manifests", nargs="*", metavar="MANIFEST", help=MANIFEST_HELP)
+    check.add_argument("--config", type=Path, help="check all that this configuration trains, validates and tests on")
+    add_source_options(check)
+    check.add_argument("--tokenizer", help="count its tokens: rwkv, a sentencepiece model, or a folder with one")
+    check.add_argument(
+        "--audio",
+        choices=("none", "header", "full"),
+        default="header",
+        help="how much is read of each audio file: full finds what is cut short or not a number (default: %(default)s)",
+    )
+    check.add_argument("--min-seconds", type=float, default=0.0, help="shorter utterances are a problem")
+    check.add_argument("--max-seconds", type=float, default=float("inf"), help="longer utterances are a problem")
+    check.add_argument(
+        "--jobs", type=positive, default=os.cpu_count() or 1, help="threads that read audio (default: cores)"
+    )
+    check.add_argument("--json", type=Path, metavar="FILE", help="write the report with all problems to FILE as well")
+    check.set_defaults(run=run_data_check)
+
+    convert = actions.add_parser(
+        "convert",
+        help="a manifest of any kind to lhotse cuts or Shar",
+        description="Write a manifest of any kind as lhotse cuts (a file; the audio stays where it is) or as a lhotse "
+        "Shar directory (with the audio, in shards to be read in order). Utterances that cannot be used are reported "
+        "and left out; the exit status is 1 then.",
+    )
+    convert.add_argument("manifest", metavar="MANIFEST", help=MANIFEST_HELP)
+    convert.add_argument("output", type=Path, metavar="OUTPUT", help="a new .jsonl or .jsonl.gz file, or directory")
+    add_source_options(convert)
+    convert.add_argument("--to", choices=("cuts", "shar"), default="cuts", help="(default: %(default)s)")
+    convert.add_argument(
+        "--shard-size", type=positive, default=1000, help="utterances in a shard (default: %(default)s)"
+    )
+    convert.add_argument(
+        "--audio-format",
+        choices=("wav", "flac", "original"),
+        default="flac",
+        help="of a Shar directory, in 16 bits; original keeps each file's, encoded again (default: %(default)s)",
+    )
+    convert.add_argument("--features", action="store_true", help="store features too, for features_on: precomputed")
+    convert.set_defaults(run=run_data_convert)
+
+    preview = actions.add_parser(
+        "preview",
+        help="hear and see what augmentation does",
+        description="Write some utterances as wav files before and after augmentation, and pictures of their features. "
+        "The augmentation is that of --config, changed by --data.augment.KEY VALUE; without one it is speed "
+        "(0.9, 1, 1.1), volume and SpecAugment.",
+    )
+    preview.add_argument("manifests", nargs="*", metavar="MANIFEST", help=f"{MANIFEST_HELP} (default: of --config)")
+    preview.add_argument("--config", type=Path, help="the configuration of an experiment")
+    add_source_options(preview)
+    preview.add_argument("--n", type=positive, default=8, help="utterances, drawn at random (default: %(default)s)")
+    preview.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the files")
+    preview.add_argument("--seed", type=int, help="of choice and augmentation (default: train.seed of --config, or 42)")
+    preview.set_defaults(run=run_data_preview)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kind",
+        choices=("auto", "nemo", "lhotse", "shar", "kaldi"),
+        default="auto",
+        help="of the manifests on the command line (default: looked up)",
+    )
+    parser.add_argument("--tar-path", help="the tar shards of a NeMo manifest, such as audio_{0..127}.tar")
+    parser.add_argument("--lang", help="language of lines that do not say theirs")
+
+
+def command_line_sources(args: argparse.Namespace, manifests: list[str]) -> list[SourceConfig]:
+    from speechllm.data import SourceConfig
+    from speechllm.errors import UserError
+
+    try:
+        return [SourceConfig(path, kind=args.kind, tar_path=args.tar_path, lang=args.lang) for path in manifests]
+    except ValueError as e:
+        raise UserError(str(e)) from e
+
+
+def run_data_check(args: argparse.Namespace) -> int:
+    from speechllm.data.check import CheckOptions, ExperimentData, check_manifests
+    from speechllm.errors import UserError
+    from speechllm.tokenizer import load_tokenizer
+
+    if bool(args.manifests) == bool(args.config):
+        raise UserError("data check: give manifests, or a configuration with --config")
+    sources, text_steps = command_line_sources(args, args.manifests), []
+    if args.config:
+        experiment = ExperimentData.load(args.config, args.overrides)
+        sources, text_steps = experiment.sources(), experiment.data.text
+    options = CheckOptions(
+        audio=args.audio,
+        tokenizer=load_tokenizer(args.tokenizer) if args.tokenizer else None,
+        text_steps=text_steps,
+        min_seconds=args.min_seconds,
+        max_seconds=args.max_seconds,
+        jobs=args.jobs,
+    )
+    report = check_manifests(sources, options, keep_all=args.json is not None)
+    print(report)
+    if args.json:
+        report.save(args.json)
+    return 1 if report.problem_counts else 0
+
+
+def run_data_convert(args: argparse.Namespace) -> int:
+    from speechllm.data.convert import convert_to_cuts, convert_to_shar
+    from speechllm.log import setup_logging
+
+    setup_logging()
+    (source,) = command_line_sources(args, [args.manifest])
+    if args.to == "cuts":
+        result = convert_to_cuts(source, args.output, features=args.features)
+    else:
+        result = convert_to_shar(
+            source,
+            args.output,
+            shard_size=args.shard_size,
+            audio_format=args.audio_format,
+            features=args.features,
+        )
+    print(f"{args.output}: {result.utterances} utterances, {result.seconds / 3600:.3f} hours")
+    for reason, count in result.left_out.most_common():
+        print(f"left out: {count} {reason}", file=sys.stderr)
+    return 1 if result.left_out else 0
+
+
+def run_data_preview(args: argparse.Namespace) -> int:
+    from speechllm.data.check import ExperimentData
+    from speechllm.data.preview import DEFAULT_AUGMENT, write_previews
+    from speechllm.errors import UserError
+    from speechllm.log import setup_logging
+
+    setup_logging()
+    sources, augment, text_steps, seed = command_line_sources(args, args.manifests), DEFAULT_AUGMENT, [], 42
+    if args.config:
+        experiment = ExperimentData.load(args.config, args.overrides)
+        sources = sources or experiment.data.train
+        augment, text_steps, seed = experiment.data.augment, experiment.data.text, experiment.train.get("seed", seed)
+    if not sources:
+        raise UserError("data preview: give manifests, or a configuration with train sources with --config")
+    written = 0
+    for preview in write_previews(
+        sources,
+        args.output,
+        count=args.n,
+        seed=seed if args.seed is None else args.seed,
+        augment=augment,
+        text_steps=text_steps,
+    ):
+        print(preview)
+        written += 1
+    if not written:
+        raise UserError("data preview: none of the utterances that were drawn can be used")
     return 0
 
 

@@ -11,6 +11,14 @@ from speechllm.tokenizer import train_sentencepiece
 SENTENCES = [" one two three", " three two", " uno dos tres", " tres uno", " two"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def index_dir(tmp_path_factory):
+    """Indexes of the tests' manifests do not end up in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")

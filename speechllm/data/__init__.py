@@ -1,25 +1,50 @@
 """Manifests to batches of features: reading, mixing, augmentation, bucketing, resume; built on lhotse."""
 
-from speechllm.data.augment import AugmentConfig, SpecAugmentConfig
-from speechllm.data.dataset import Batch, load_features
+from speechllm.data.audio import UtteranceError, load_samples
+from speechllm.data.augment import (
+    AugmentConfig,
+    Augmenter,
+    BabbleConfig,
+    CodecConfig,
+    NoiseConfig,
+    ReverbConfig,
+    SpecAugmentConfig,
+    SpeedConfig,
+    TelephoneConfig,
+    VolumeConfig,
+)
+from speechllm.data.dataset import Batch, WaveformBatch, load_features
 from speechllm.data.features import NUM_MEL_BINS, SAMPLE_RATE, fbank
 from speechllm.data.loader import DataConfig, SpeechLoader, build_eval_loader, build_train_loader
-from speechllm.data.manifest import DataError, ManifestError, SourceConfig, read_manifest
+from speechllm.data.manifest import DataError, Entry, ManifestError, SourceConfig, describe_cut, read_manifest
 
 __all__ = [
     "NUM_MEL_BINS",
     "SAMPLE_RATE",
     "AugmentConfig",
+    "Augmenter",
+    "BabbleConfig",
     "Batch",
+    "CodecConfig",
     "DataConfig",
     "DataError",
+    "Entry",
     "ManifestError",
+    "NoiseConfig",
+    "ReverbConfig",
     "SourceConfig",
     "SpecAugmentConfig",
     "SpeechLoader",
+    "SpeedConfig",
+    "TelephoneConfig",
+    "UtteranceError",
+    "VolumeConfig",
+    "WaveformBatch",
     "build_eval_loader",
     "build_train_loader",
+    "describe_cut",
     "fbank",
     "load_features",
+    "load_samples",
     "read_manifest",
 ]

@@ -1,25 +1,138 @@
-"""Augmentation of training utterances: speed, volume, additive noise, SpecAugment; each is off unless
-configured.
+"""Augmentation of training utterances: its configuration, one section for each kind, and what applies it.
 
-Every random choice comes from a generator that is handed in, so that an utterance is the same in whichever
-process and order it is made. Speed perturbation follows Ko et al. (Interspeech 2015), SpecAugment Park et al.
-(arXiv 1904.08779) with the adaptive time masks of Park et al. (arXiv 1912.05533) as in lhotse.
+Every random choice comes from a generator that is handed in, so that an utterance is the same in whichever process and
+order it is made. Samples may leave [-1, 1]: they are floats, and nothing clips them.
 """
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
-from lhotse.audio.mixer import AudioMixer
 from lhotse.cut import Cut
 from torch import Tensor
 
-from speechllm.data.audio import UtteranceError, load_samples
-from speechllm.data.features import SAMPLE_RATE
-from speechllm.data.manifest import DataError, SourceConfig, read_manifest
+from speechllm.data.codec import CODECS, check_codec, telephone_band, transcode
+from speechllm.data.manifest import DataError, SourceConfig
+from speechllm.data.noise import SoundBank, babble, mean_power, noise_at_snr
+from speechllm.data.reverb import reverberate, simulate_rir
+from speechllm.data.specaugment import spec_augment
+
+
+@dataclass
+class SpeedConfig:
+    """Played faster by one of `factors` with `probability`, pitch and all (Ko et al., Interspeech 2015)."""
+
+    factors: list[float] = field(default_factory=lambda: [0.9, 1.0, 1.1])
+    probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_probability(self.probability)
+        if not self.factors or not all(0.5 <= factor <= 2.0 for factor in self.factors):
+            raise ValueError(f"factors: need some, between 0.5 and 2.0, found {self.factors}")
+
+
+@dataclass
+class ReverbConfig:
+    """Reverberation with `probability`, by the impulse responses that the manifests `sources` hold (of several channels
+    the first, unless the source says which), or without any in simulated rooms.
+
+    Simulated: the speaker is `distance_low` to `distance_high` metres away, in rooms of `volume_low` to `volume_high`
+    cubic metres whose reverberation decays by 60 dB in `t60_low` to `t60_high` seconds.
+    """
+
+    probability: float = 0.3
+    sources: list[SourceConfig] = field(default_factory=list)
+    t60_low: float = 0.1
+    t60_high: float = 0.8
+    distance_low: float = 0.3
+    distance_high: float = 3.0
+    volume_low: float = 30.0
+    volume_high: float = 500.0
+
+    def __post_init__(self) -> None:
+        _check_probability(self.probability)
+        _check_weights(self.sources)
+        for name in ("t60", "distance", "volume"):
+            _check_range(self, name, above=0.0)
+        if self.t60_high > 10:
+            raise ValueError(f"t60_high: {self.t60_high} seconds; no room echoes longer than 10")
+
+
+@dataclass
+class NoiseConfig:
+    """A piece of noise from the manifests `sources`, added with `probability` at a signal-to-noise ratio between
+    `snr_low` and `snr_high` dB."""
+
+    sources: list[SourceConfig]
+    probability: float = 0.5
+    snr_low: float = 10.0
+    snr_high: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources: noise needs manifests; tools/prepare_noise.py makes one of a folder")
+        _check_probability(self.probability)
+        _check_weights(self.sources)
+        _check_range(self, "snr")
+
+
+@dataclass
+class BabbleConfig:
+    """`voices_low` to `voices_high` other utterances of the training data at once, added with `probability` at a
+    signal-to-noise ratio between `snr_low` and `snr_high` dB."""
+
+    probability: float = 0.2
+    voices_low: int = 3
+    voices_high: int = 7
+    snr_low: float = 13.0
+    snr_high: float = 20.0
+
+    def __post_init__(self) -> None:
+        _check_probability(self.probability)
+        _check_range(self, "voices", above=0)
+        _check_range(self, "snr")
+
+
+@dataclass
+class TelephoneConfig:
+    """The band of telephones alone, 300 to 3400 Hz, with `probability`."""
+
+    probability: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check_probability(self.probability)
+
+
+@dataclass
+class CodecConfig:
+    """Encoded and decoded with one of `codecs` (mulaw, alaw, gsm, at 8 kHz; mp3, vorbis) with `probability`."""
+
+    probability: float = 0.2
+    codecs: list[str] = field(default_factory=lambda: list(CODECS))
+
+    def __post_init__(self) -> None:
+        _check_probability(self.probability)
+        if not self.codecs:
+            raise ValueError(f"codecs: need some of {', '.join(CODECS)}")
+        for codec in self.codecs:
+            check_codec(codec)
+
+
+@dataclass
+class VolumeConfig:
+    """A gain between `low` and `high` with `probability`. Samples may leave [-1, 1]; they are not clipped."""
+
+    probability: float = 0.5
+    low: float = 0.125
+    high: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_probability(self.probability)
+        if not 0 < self.low <= self.high < math.inf:
+            raise ValueError(f"low {self.low} and high {self.high}: need 0 < low <= high")
 
 
 @dataclass
@@ -40,121 +153,97 @@ class SpecAugmentConfig:
     time_warp_frames: int = 0
 
     def __post_init__(self) -> None:
-        _check_probability("spec_augment.probability", self.probability)
-        _check_probability("spec_augment.max_time_fraction", self.max_time_fraction)
+        _check_probability(self.probability)
+        _check_probability(self.max_time_fraction, "max_time_fraction")
         for name in ("freq_masks", "freq_mask_bins", "time_masks", "time_mask_frames", "time_warp_frames"):
             if getattr(self, name) < 0:
-                raise ValueError(f"spec_augment.{name}: {getattr(self, name)} is negative")
+                raise ValueError(f"{name}: {getattr(self, name)} is negative")
 
 
 @dataclass
 class AugmentConfig:
-    """What is done to training utterances.
+    """What is done to training utterances, in this order; a section that is absent (or null) is not done, an empty one
+    (`{}`) with its defaults."""
 
-    `speed`: factors, one is drawn per utterance, such as [0.9, 1.0, 1.1]; empty for none.
-    `volume_probability`: of a gain between `volume_low` and `volume_high`. `noise`: manifests of noise;
-    `noise_probability`: of adding a piece of it at a signal-to-noise ratio between `noise_snr_low` and
-    `noise_snr_high` dB.
-    """
-
-    speed: list[float] = field(default_factory=list)
-    volume_probability: float = 0.0
-    volume_low: float = 0.125
-    volume_high: float = 2.0
-    noise: list[SourceConfig] = field(default_factory=list)
-    noise_probability: float = 0.5
-    noise_snr_low: float = 10.0
-    noise_snr_high: float = 20.0
+    speed: SpeedConfig | None = None
+    reverb: ReverbConfig | None = None
+    noise: NoiseConfig | None = None
+    babble: BabbleConfig | None = None
+    telephone: TelephoneConfig | None = None
+    codec: CodecConfig | None = None
+    volume: VolumeConfig | None = None
     spec_augment: SpecAugmentConfig | None = None
 
-    def __post_init__(self) -> None:
-        _check_probability("volume_probability", self.volume_probability)
-        _check_probability("noise_probability", self.noise_probability)
-        if not all(0.5 <= factor <= 2.0 for factor in self.speed):
-            raise ValueError(f"speed: factors must be between 0.5 and 2.0, found {self.speed}")
-        if not 0 < self.volume_low <= self.volume_high:
-            raise ValueError(f"volume_low {self.volume_low} and volume_high {self.volume_high}: need 0 < low <= high")
-        if self.noise_snr_low > self.noise_snr_high:
-            raise ValueError(f"noise_snr_low {self.noise_snr_low} is above noise_snr_high {self.noise_snr_high}")
+    @property
+    def changes_waveform(self) -> bool:
+        """Whether anything but SpecAugment is on."""
+        sections = (self.speed, self.reverb, self.noise, self.babble, self.telephone, self.codec, self.volume)
+        return any(_on(section) for section in sections)
 
-
-def _check_probability(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: {value} is not between 0 and 1")
-
-
-class NoiseBank:
-    """Pieces of noise from manifests, kept in memory once read (up to `cache_seconds`, per process).
-
-    Raises:
-        ManifestError: a manifest is missing or wrong.
-        DataError: the manifests have no noise.
-    """
-
-    def __init__(self, sources: list[SourceConfig], cache_seconds: float = 1800.0) -> None:
-        self._cuts: list[Cut] = []
-        weights: list[float] = []
-        for source in sources:
-            cuts = list(read_manifest(source.path))
-            self._cuts += cuts
-            weights += [source.weight / max(1, len(cuts))] * len(cuts)
-        if not self._cuts:
-            raise DataError(f"noise: no noise in {', '.join(source.path for source in sources)}")
-        self._cumulative = np.cumsum(weights) / np.sum(weights)
-        self._room = int(cache_seconds * SAMPLE_RATE)
-        self._cache: dict[int, np.ndarray | None] = {}
-
-    def draw(self, num_samples: int, rng: np.random.Generator) -> np.ndarray | None:
-        """(num_samples,) of a random noise from a random place, repeated where it is short; None if it is
-        unreadable."""
-        index = min(int(np.searchsorted(self._cumulative, rng.random(), side="right")), len(self._cuts) - 1)
-        start = rng.random()
-        noise = self._read(index)
-        if noise is None:
-            return None
-        if len(noise) > num_samples:
-            first = int(start * (len(noise) - num_samples))
-            return noise[first : first + num_samples]
-        return np.resize(np.roll(noise, -int(start * len(noise))), num_samples)
-
-    def _read(self, index: int) -> np.ndarray | None:
-        if index in self._cache:
-            return self._cache[index]
-        try:
-            noise = load_samples(self._cuts[index])
-        except UtteranceError as error:
-            logging.warning("noise %s is left out: %s", self._cuts[index].id, error)
-            noise = None
-        size = 0 if noise is None else len(noise)
-        if size <= self._room:
-            self._room -= size
-            self._cache[index] = noise
-        return noise
+    @property
+    def fastest(self) -> float:
+        """The highest factor of speed, which makes an utterance so many times shorter; 1 if all are slower."""
+        return max([1.0, *self.speed.factors]) if _on(self.speed) else 1.0
 
 
 class Augmenter:
-    """Applies an `AugmentConfig`, one utterance at a time."""
+    """Applies an `AugmentConfig`.
 
-    def __init__(self, config: AugmentConfig) -> None:
+    Args:
+        config: what to do.
+        corpus: utterances whose voices make babble.
+
+    Raises:
+        ManifestError: a manifest of noise or of impulse responses is missing or wrong.
+        DataError: one of them is empty; there is babble to make and no corpus.
+    """
+
+    def __init__(self, config: AugmentConfig, corpus: Sequence[Cut] = ()) -> None:
         self.config = config
-        self._noise = NoiseBank(config.noise) if config.noise and config.noise_probability > 0 else None
+        self._noise = SoundBank.from_sources(config.noise.sources, "noise") if _on(config.noise) else None
+        self._rirs = None
+        if _on(config.reverb) and config.reverb.sources:
+            # An average of channels, as for speech, would hear the direct sound once per microphone.
+            sources = [replace(s, channel=0 if s.channel is None else s.channel) for s in config.reverb.sources]
+            self._rirs = SoundBank.from_sources(sources, "impulse response")
+        self._voices = None
+        if _on(config.babble):
+            if not corpus:
+                raise DataError("augment.babble: there are no training utterances to take voices from")
+            self._voices = SoundBank(corpus)
 
     def speed(self, rng: np.random.Generator) -> float:
-        """A random speed factor, 1.0 for none."""
-        return float(rng.choice(self.config.speed)) if self.config.speed else 1.0
+        """A random speed factor for `load_samples`, 1.0 for none."""
+        config = self.config.speed
+        if config is None or config.probability < 1 and rng.random() >= config.probability:
+            return 1.0
+        return float(rng.choice(config.factors))
 
     def samples(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(num_samples,) with noise and another volume."""
-        config = self.config
-        if self._noise is not None and rng.random() < config.noise_probability:
-            snr = rng.uniform(config.noise_snr_low, config.noise_snr_high)
-            noise = self._noise.draw(len(samples), rng)
+        """(num_samples,) float32 at 16 kHz -> (num_samples,): as heard in a room, with noise and babble, over the
+        telephone, through a codec, at another volume. The signal-to-noise ratios are those to the speech in its
+        room."""
+        config, size = self.config, len(samples)
+        if _happens(config.reverb, rng):
+            rir = _simulate(config.reverb, rng) if self._rirs is None else self._rirs.draw_whole(rng)
+            if rir is not None:
+                samples = reverberate(samples, rir)
+        speech_power = mean_power(samples)
+        if _happens(config.noise, rng):
+            snr = rng.uniform(config.noise.snr_low, config.noise.snr_high)
+            noise = self._noise.draw(size, rng)
             if noise is not None:
-                mixer = AudioMixer(samples[None], SAMPLE_RATE)
-                mixer.add_to_mix(noise[None], snr=snr)
-                samples = mixer.mixed_mono_audio[0]
-        if config.volume_probability > 0 and rng.random() < config.volume_probability:
-            samples = samples * np.float32(rng.uniform(config.volume_low, config.volume_high))
+                samples = samples + noise_at_snr(noise, speech_power, snr)
+        if _happens(config.babble, rng):
+            snr = rng.uniform(config.babble.snr_low, config.babble.snr_high)
+            count = int(rng.integers(config.babble.voices_low, config.babble.voices_high + 1))
+            samples = samples + noise_at_snr(babble(self._voices, count, size, rng), speech_power, snr)
+        if _happens(config.telephone, rng):
+            samples = telephone_band(samples)
+        if _happens(config.codec, rng):
+            samples = transcode(samples, str(rng.choice(config.codec.codecs)), rng)
+        if _happens(config.volume, rng):
+            samples = samples * np.float32(rng.uniform(config.volume.low, config.volume.high))
         return samples
 
     def features(self, features: Tensor, rng: np.random.Generator) -> Tensor:
@@ -163,44 +252,33 @@ class Augmenter:
         return features if config is None else spec_augment(features, config, rng)
 
 
-def spec_augment(features: Tensor, config: SpecAugmentConfig, rng: np.random.Generator) -> Tensor:
-    """SpecAugment of one utterance: (T, F) -> (T, F); an utterance too short for a mask gets none."""
-    if rng.random() >= config.probability:
-        return features
-    features = time_warp(features, config.time_warp_frames, rng)
-    frames, bins = features.shape
-    mean = features.mean()
-    features = features.clone()
-    for _ in range(config.freq_masks):
-        width = int(rng.integers(min(config.freq_mask_bins, bins) + 1))
-        start = int(rng.integers(bins - width + 1))
-        features[:, start : start + width] = mean
-    # as many masks as it takes to cover the fraction with full-width ones, so that short utterances get few
-    budget = int(config.max_time_fraction * frames)
-    if config.time_masks > 0 and config.time_mask_frames > 0 and budget > 0:
-        count = min(config.time_masks, -(-budget // config.time_mask_frames))
-        widest = min(config.time_mask_frames, budget // count)
-        for _ in range(count):
-            width = int(rng.integers(widest + 1))
-            start = int(rng.integers(frames - width + 1))
-            features[start : start + width] = mean
-    return features
+def _simulate(config: ReverbConfig, rng: np.random.Generator) -> np.ndarray:
+    t60 = rng.uniform(config.t60_low, config.t60_high)
+    distance = rng.uniform(config.distance_low, config.distance_high)
+    return simulate_rir(t60, distance, rng.uniform(config.volume_low, config.volume_high), rng)
 
 
-def time_warp(features: Tensor, max_shift: int, rng: np.random.Generator) -> Tensor:
-    """Stretch one side of a random frame and squeeze the other: (T, F) -> (T, F)."""
-    frames = len(features)
-    if max_shift == 0 or frames <= 2 * max_shift + 1:
-        return features
-    center = int(rng.integers(max_shift + 1, frames - max_shift))
-    target = int(rng.integers(center - max_shift, center + max_shift + 1))
-    if target == center:
-        return features
-    sides = [(features[:center], target), (features[center:], frames - target)]
-    warped = [
-        torch.nn.functional.interpolate(
-            side[None, None], size=(length, features.shape[1]), mode="bicubic", align_corners=False
-        )
-        for side, length in sides
-    ]
-    return torch.cat(warped, dim=2)[0, 0]
+def _on(section: object) -> bool:
+    return section is not None and section.probability > 0
+
+
+def _happens(section: object, rng: np.random.Generator) -> bool:
+    """Draws from `rng` where the section is on."""
+    return _on(section) and rng.random() < section.probability
+
+
+def _check_probability(value: float, name: str = "probability") -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: {value} is not between 0 and 1")
+
+
+def _check_range(section: object, name: str, above: float = -math.inf) -> None:
+    low, high = getattr(section, f"{name}_low"), getattr(section, f"{name}_high")
+    if not above < low <= high < math.inf:
+        limit = f"{above:g} < " if above > -math.inf else ""
+        raise ValueError(f"{name}_low {low} and {name}_high {high}: need {limit}low <= high")
+
+
+def _check_weights(sources: Sequence[SourceConfig]) -> None:
+    if len({source.weight is None for source in sources}) > 1:
+        raise ValueError("sources: give a weight to all of them or to none")

@@ -1,4 +1,4 @@
-"""Lists of cuts to batches of features. Runs in the data loader's worker processes."""
+"""Cuts to batches of features. Runs in the data loader's worker processes."""
 
 from __future__ import annotations
 
@@ -15,29 +15,46 @@ from lhotse.audio.utils import AudioLoadingError
 from lhotse.cut import Cut
 from torch import Tensor
 
-from speechllm.data.audio import UtteranceError, load_samples
+from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
 from speechllm.data.augment import Augmenter
-from speechllm.data.features import SAMPLE_RATE, fbank
-from speechllm.data.manifest import DataError
+from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, fbank, fbank_padded
+from speechllm.data.index import Corpus
+from speechllm.data.manifest import DataError, describe_cut
+from speechllm.text import normalize_text
+
+FEATURES_ON = ("worker", "device", "precomputed")
 
 
 @dataclass
-class Batch:
-    """What the model sees of N utterances.
+class _Batch:
+    """What is known of N utterances besides their audio: the `texts` to write, `languages` (None where unknown),
+    `target_languages` (None where nothing is translated), `ids`, and `durations` (seconds, after speed
+    perturbation)."""
 
-    `features` (N, T, 80) float32, zero beyond `feature_lens` (N,) int64; `texts`, `languages` (None where
-    unknown), `ids` and `durations` (seconds, after speed perturbation) have N entries each.
-    """
-
-    features: Tensor
-    feature_lens: Tensor
     texts: list[str]
     languages: list[str | None]
+    target_languages: list[str | None]
     ids: list[str]
     durations: list[float]
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def audio_seconds(self) -> float:
+        """Seconds of audio in the batch, without padding."""
+        return sum(self.durations)
+
+
+@dataclass
+class Batch(_Batch):
+    """What the model sees of N utterances.
+
+    `features` (N, T, 80) float32, zero beyond `feature_lens` (N,) int64. For the other fields see `_Batch`.
+    """
+
+    features: Tensor
+    feature_lens: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`."""
@@ -52,14 +69,38 @@ class Batch:
         return replace(self, features=self.features.pin_memory(), feature_lens=self.feature_lens.pin_memory())
 
     @property
-    def audio_seconds(self) -> float:
-        """Seconds of audio in the batch, without padding."""
-        return sum(self.durations)
-
-    @property
     def padding_share(self) -> float:
         """The share of the frames in `features` that is padding, in [0, 1)."""
         return 1.0 - sum(self.feature_lens.tolist()) / (self.features.shape[0] * self.features.shape[1])
+
+
+@dataclass
+class WaveformBatch(_Batch):
+    """A batch whose features are still to be computed, on the device that it is moved to.
+
+    `samples` (N, S) float32, 16 kHz, zero beyond `sample_lens` (N,) int64. `augmenter` and `generators`: what
+    SpecAugment of each utterance takes.
+    """
+
+    samples: Tensor
+    sample_lens: Tensor
+    augmenter: Augmenter | None
+    generators: list[np.random.Generator]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with features, on `device`."""
+        lens = self.sample_lens.to(device, non_blocking=True)
+        features, feature_lens = fbank_padded(self.samples.to(device, non_blocking=True), lens)
+        if self.augmenter is not None:
+            for row, frames, rng in zip(features, feature_lens.tolist(), self.generators, strict=True):
+                row[:frames] = self.augmenter.features(row[:frames], rng)
+        return Batch(
+            self.texts, self.languages, self.target_languages, self.ids, self.durations, features, feature_lens
+        )
+
+    def pin_memory(self) -> WaveformBatch:
+        """The batch in page-locked memory, from which a GPU can copy while it computes."""
+        return replace(self, samples=self.samples.pin_memory(), sample_lens=self.sample_lens.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -73,10 +114,12 @@ class Skipped:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The cuts of one batch; `epoch` is part of what seeds their augmentation."""
+    """One batch: `utterances` are cuts, or their numbers in a `Corpus`; `passes` how often each has come before in this
+    `epoch`."""
 
     epoch: int
-    cuts: list[Cut]
+    utterances: list[Cut] | list[int]
+    passes: list[int]
 
 
 @contextmanager
@@ -91,53 +134,102 @@ def _one_thread() -> Iterator[None]:
 
 
 class SpeechDataset(torch.utils.data.Dataset):
-    """Maps a `BatchPlan` to a `Batch` and the utterances that had to be left out of it.
+    """Maps a `BatchPlan` to a batch and the utterances that had to be left out of it.
 
     Args:
+        corpus: where plans have numbers; None where they have cuts.
+        text_steps: normalisation of the targets (`speechllm.text`).
         augmenter: for training; None leaves the audio as it is.
-        seed: the augmentation of an utterance depends on this, the epoch and its id, on nothing else.
+        seed: the augmentation of an utterance depends on this, the epoch, its passes and its id, on nothing else.
+        features_on: `worker` computes features here, `device` leaves that to `WaveformBatch.to`, `precomputed` reads
+            those of the manifest.
         allow_empty_text: for test sets, where an empty reference is a statement; in training it is an error.
     """
 
-    def __init__(self, augmenter: Augmenter | None, seed: int, allow_empty_text: bool) -> None:
+    def __init__(
+        self,
+        corpus: Corpus | None,
+        *,
+        text_steps: Sequence[str],
+        augmenter: Augmenter | None,
+        seed: int,
+        features_on: str,
+        allow_empty_text: bool,
+    ) -> None:
+        self._corpus = corpus
+        self._text_steps = text_steps
         self._augmenter = augmenter
         self._seed = seed
+        self._features_on = features_on
         self._allow_empty_text = allow_empty_text
 
-    def __getitem__(self, plan: BatchPlan) -> tuple[Batch | None, list[Skipped]]:
+    def __getitem__(self, plan: BatchPlan) -> tuple[Batch | WaveformBatch | None, list[Skipped]]:
         good, skipped = [], []
         with _one_thread():
-            for cut in plan.cuts:
+            for item, times in zip(plan.utterances, plan.passes, strict=True):
+                name = item.id if isinstance(item, Cut) else f"number {item}"
                 try:
-                    good.append(self._utterance(cut, plan.epoch))
+                    cut = item if self._corpus is None else self._corpus[item]
+                    name = cut.id
+                    good.append(self._utterance(cut, plan.epoch, times))
                 except UtteranceError as error:
-                    skipped.append(Skipped(cut.id, error.reason, str(error)))
-        return (collate(good) if good else None), skipped
+                    skipped.append(Skipped(name, error.reason, str(error)))
+            batch = self._collate(good) if good else None
+        return batch, skipped
 
-    def _utterance(self, cut: Cut, epoch: int) -> Utterance:
-        text = cut_text(cut)
+    def _utterance(self, cut: Cut, epoch: int, times: int) -> Utterance:
+        entry = describe_cut(cut)
+        text = normalize_text(entry.target, self._text_steps)
         if not text and not self._allow_empty_text:
-            raise UtteranceError("empty text", "the manifest has no transcript")
-        if self._augmenter is None:
-            samples = load_samples(cut)
-            features = fbank(samples)
+            raise UtteranceError(
+                "empty text", f"the manifest has no {'translation' if entry.task == 'ast' else 'text'}"
+            )
+        rng = augmentation_rng(self._seed, epoch, times, cut.id)
+        samples, features = None, None
+        if self._features_on == "precomputed":
+            features = load_precomputed(cut)
+            duration = len(features) * FRAME_SHIFT
         else:
-            rng = np.random.default_rng([self._seed, epoch, zlib.crc32(cut.id.encode())])
-            samples = load_samples(cut, speed=self._augmenter.speed(rng))
-            samples = self._augmenter.samples(samples, rng)
-            features = self._augmenter.features(fbank(samples), rng)
-        return Utterance(cut.id, features, text, cut_language(cut), len(samples) / SAMPLE_RATE)
+            samples = self._samples(cut, rng)
+            duration = len(samples) / SAMPLE_RATE
+            if self._features_on == "worker":
+                features = fbank(samples)
+        if features is not None and self._augmenter is not None:
+            features = self._augmenter.features(features, rng)
+        target_language = entry.target_lang if entry.task == "ast" else None
+        return Utterance(cut.id, samples, features, text, entry.lang, target_language, duration, rng)
+
+    def _samples(self, cut: Cut, rng: np.random.Generator) -> np.ndarray:
+        if self._augmenter is None:
+            return load_samples(cut)
+        samples = load_samples(cut, speed=self._augmenter.speed(rng))
+        return self._augmenter.samples(samples, rng)
+
+    def _collate(self, utterances: list[Utterance]) -> Batch | WaveformBatch:
+        if self._features_on != "device":
+            return collate(utterances)
+        samples, lens = _padded([torch.from_numpy(u.samples) for u in utterances])
+        return WaveformBatch(*_fields(utterances), samples, lens, self._augmenter, [u.rng for u in utterances])
+
+
+def augmentation_rng(seed: int, epoch: int, times: int, id: str) -> np.random.Generator:
+    """The random numbers that augment one utterance, the same in whichever process and order it is made."""
+    return np.random.default_rng([seed, epoch, times, zlib.crc32(id.encode())])
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One utterance before padding; `features` (T, 80), `duration` in seconds."""
+    """One utterance before padding: `samples` (S,) or `features` (T, 80), `duration` in seconds, and the generator from
+    which SpecAugment draws."""
 
     id: str
-    features: Tensor
+    samples: np.ndarray | None
+    features: Tensor | None
     text: str
     language: str | None
+    target_language: str | None
     duration: float
+    rng: np.random.Generator | None = None
 
 
 def load_features(paths: Sequence[str | Path]) -> tuple[Tensor, Tensor]:
@@ -146,39 +238,35 @@ def load_features(paths: Sequence[str | Path]) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: names the file that is missing or cannot be used.
     """
-    utterances = []
+    features = []
     for path in paths:
         if not Path(path).is_file():
             raise DataError(f"{path}: no such file")
         try:
-            samples = load_samples(Recording.from_file(path).to_cut())
+            features.append(fbank(load_samples(Recording.from_file(path).to_cut())))
         except UtteranceError as error:
             raise DataError(f"{path}: {error}") from error
         except (OSError, AssertionError, AudioLoadingError) as error:
             raise DataError(f"{path}: cannot be read as audio") from error
-        utterances.append(Utterance(str(path), fbank(samples), "", None, len(samples) / SAMPLE_RATE))
-    batch = collate(utterances)
-    return batch.features, batch.feature_lens
-
-
-def cut_text(cut: Cut) -> str:
-    """The transcript of a cut: its supervisions' texts in order."""
-    return " ".join(s.text.strip() for s in cut.supervisions if s.text and s.text.strip())
-
-
-def cut_language(cut: Cut) -> str | None:
-    """The language of a cut's first supervision that has one."""
-    return next((s.language for s in cut.supervisions if s.language), None)
+    return _padded(features)
 
 
 def collate(utterances: Iterable[Utterance]) -> Batch:
     """Pad utterances with zeros on the right to one batch."""
     utterances = list(utterances)
-    return Batch(
-        features=torch.nn.utils.rnn.pad_sequence([u.features for u in utterances], batch_first=True),
-        feature_lens=torch.tensor([len(u.features) for u in utterances], dtype=torch.int64),
-        texts=[u.text for u in utterances],
-        languages=[u.language for u in utterances],
-        ids=[u.id for u in utterances],
-        durations=[u.duration for u in utterances],
+    return Batch(*_fields(utterances), *_padded([u.features for u in utterances]))
+
+
+def _fields(utterances: list[Utterance]) -> tuple[list, ...]:
+    return (
+        [u.text for u in utterances],
+        [u.language for u in utterances],
+        [u.target_language for u in utterances],
+        [u.id for u in utterances],
+        [u.duration for u in utterances],
     )
+
+
+def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    lens = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lens

@@ -14,43 +14,70 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from lhotse.cut import Cut
 from torch.utils.data import DataLoader
 
 from speechllm.data.augment import AugmentConfig, Augmenter
-from speechllm.data.dataset import Batch, BatchPlan, Skipped, SpeechDataset
-from speechllm.data.manifest import DataError, ManifestError, SourceConfig, read_manifest
-from speechllm.data.sampling import curriculum_limit, evaluation_batches, training_batches
+from speechllm.data.dataset import FEATURES_ON, Batch, BatchPlan, Skipped, SpeechDataset, WaveformBatch
+from speechllm.data.index import Corpus, Labels, open_index
+from speechllm.data.manifest import DataError, SourceConfig
+from speechllm.data.plan import Plan, draw, evaluation_plan, training_plan
+from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits, curriculum_limit
+from speechllm.data.streams import mix, stream_batches
+from speechllm.text import check_steps
+
+# From so many utterances of the corpus the voices of babble are taken.
+_VOICES = 300
 
 
 @dataclass
 class DataConfig:
     """The data section of a configuration.
 
-    Sources: `train`, `valid`, and `test` by name of test set. Batches: at most `max_duration` seconds of
-    audio and `max_cuts` utterances (null: any number), from one of `num_buckets` buckets of like durations,
-    with `buffer_size` utterances held in memory for shuffling. Only training utterances between `min_seconds`
-    and `max_seconds` are used.
+    Sources: `train`, `valid`, and `test` by name of test set. An epoch has every training utterance once, or
+    `epoch_cuts` of them; where the sources have weights, they are drawn in that proportion and come again where needed.
+    `text`: steps of normalisation (`speechllm.text`) that the targets go through.
+
+    Used in training are utterances between `min_seconds` and `max_seconds`, with at most `max_chars_per_second`,
+    `max_tokens_per_second`, `max_tokens_per_frame` (40 ms of the encoder's output; CTC needs at most 1) in their label.
+
+    Batches: rows padded to the longest have at most `max_duration` seconds, where a row as long as
+    `quadratic_duration` counts twice; at most `max_cuts` rows; at most `max_positions` positions of the language model
+    (audio, label, end of text; longer utterances are left out). They come from `num_buckets` buckets of like durations.
+
+    `features_on`: `worker` computes them in the worker processes, `device` on the model's device from waveforms,
+    `precomputed` reads those in the manifest. `index_dir`: where the indexes of manifests are kept; null for
+    ~/.cache/speechllm. `buffer_size`: utterances held for shuffling, for streams only.
 
     Curriculum: with `curriculum_seconds`, the first `curriculum_hold_epochs` epochs have utterances up to so
     long; over the `curriculum_epochs` epochs that follow the limit grows evenly to `max_seconds`.
 
-    A training epoch in which more than `max_bad_share` of the utterances are unusable stops the run.
+    More than `max_bad_share` of unusable utterances or manifest lines stop the run.
     """
 
     train: list[SourceConfig] = field(default_factory=list)
     valid: list[SourceConfig] = field(default_factory=list)
     test: dict[str, list[SourceConfig]] = field(default_factory=dict)
+    epoch_cuts: int | None = None
+    text: list[str] = field(default_factory=list)
+    min_seconds: float = 0.1
+    max_seconds: float = 30.0
+    max_chars_per_second: float | None = None
+    max_tokens_per_second: float | None = None
+    max_tokens_per_frame: float | None = None
     max_duration: float = 200.0
+    quadratic_duration: float | None = None
     max_cuts: int | None = None
+    max_positions: int | None = None
     num_buckets: int = 20
     buffer_size: int = 20000
     num_workers: int = 2
-    min_seconds: float = 0.1
-    max_seconds: float = 30.0
+    features_on: str = "worker"
+    index_dir: str | None = None
     curriculum_seconds: float | None = None
     curriculum_hold_epochs: int = 1
     curriculum_epochs: int = 0
@@ -61,8 +88,12 @@ class DataConfig:
         for name in ("max_duration", "num_buckets", "buffer_size", "max_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is not more than 0")
-        if self.max_cuts is not None and self.max_cuts < 1:
-            raise ValueError(f"max_cuts: {self.max_cuts} is not at least 1")
+        for name in (
+            "epoch_cuts", "max_chars_per_second", "max_tokens_per_second", "max_tokens_per_frame", "quadratic_duration",
+            "max_cuts", "max_positions",
+        ):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is not more than 0; null is no limit")
         if self.num_workers < 0:
             raise ValueError(f"num_workers: {self.num_workers} is negative")
         if not 0 <= self.min_seconds < self.max_seconds:
@@ -76,20 +107,44 @@ class DataConfig:
                 raise ValueError("curriculum_seconds needs curriculum_epochs of at least 1")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share: {self.max_bad_share} is not between 0 and 1")
+        check_steps(self.text)
+        if self.features_on not in FEATURES_ON:
+            raise ValueError(f"features_on: {self.features_on!r} is none of {', '.join(FEATURES_ON)}")
+        if self.features_on == "precomputed" and self.augment.changes_waveform:
+            raise ValueError("features_on: precomputed features can only have augment.spec_augment")
+        for name, values in (("weight", [s.weight is None for s in self.train]), ("stream", self._streams)):
+            if len(set(values)) > 1:
+                raise ValueError(f"train: give {name} to all sources or to none")
+        if any(self._streams) and self.train[0].weight is not None and self.epoch_cuts is None:
+            raise ValueError("epoch_cuts: streams with weights have no end; say how many utterances make an epoch")
+        for name, sources in (("valid", self.valid), *self.test.items()):
+            if any(source.stream for source in sources):
+                raise ValueError(f"{name}: a set to evaluate cannot be a stream; take stream: true out")
 
+    @property
+    def _streams(self) -> list[bool]:
+        return [source.stream for source in self.train]
 
-class _Plans:
-    """The batches of an epoch as the DataLoader's sampler, from the `start`-th on; runs in the main
-    process."""
+    @property
+    def batch_limits(self) -> BatchLimits:
+        return BatchLimits(self.max_duration, self.max_cuts, self.quadratic_duration, self.max_positions)
 
-    def __init__(self, batches: Iterator[list[Cut]], epoch: int, start: int) -> None:
-        self._batches = batches
-        self._epoch = epoch
-        self._start = start
-
-    def __iter__(self) -> Iterator[BatchPlan]:
-        for cuts in islice(self._batches, self._start, None):
-            yield BatchPlan(self._epoch, cuts)
+    def utterance_limits(self, epoch: int, labels: Labels | None) -> UtteranceLimits:
+        """What is trained on in `epoch`."""
+        longest = self.max_seconds
+        if self.curriculum_seconds is not None:
+            growing = epoch - self.curriculum_hold_epochs
+            longest = curriculum_limit(growing, self.curriculum_seconds, self.curriculum_epochs, longest)
+        return UtteranceLimits(
+            self.min_seconds,
+            longest,
+            self.max_chars_per_second,
+            self.max_tokens_per_second,
+            self.max_tokens_per_frame,
+            self.max_positions,
+            seconds_per_position=labels.seconds_per_position if labels is not None else 0.0,
+            fastest=self.augment.fastest,
+        )
 
 
 def _as_is(item: Any) -> Any:
@@ -104,6 +159,8 @@ class SpeechLoader:
     nothing remains is passed over. `skipped` counts them by reason, `seen` counts all utterances; both since
     the start of the epoch.
 
+    `batches_of_epoch(epoch, start)` are the batches from the `start`-th on.
+
     `state_dict` says which epoch it is and how many batches the caller has been given, whatever the workers
     have prepared ahead. After `load_state_dict`, the next iteration gives exactly the remaining batches, bit
     for bit, with any number of workers.
@@ -115,7 +172,7 @@ class SpeechLoader:
     def __init__(
         self,
         dataset: SpeechDataset,
-        batches_of_epoch: Callable[[int], Iterator[list[Cut]]],
+        batches_of_epoch: Callable[[int, int], Iterator[BatchPlan]],
         *,
         num_workers: int,
         max_bad_share: float,
@@ -177,7 +234,7 @@ class SpeechLoader:
         self._finished = state["finished"]
         self._resumed = True
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | WaveformBatch]:
         if not self._resumed:
             self._reset()
         self._resumed = False
@@ -185,7 +242,7 @@ class SpeechLoader:
             return
         loader = DataLoader(
             self._dataset,
-            sampler=_Plans(self._batches_of_epoch(self.epoch), self.epoch, self.batches),
+            sampler=self._batches_of_epoch(self.epoch, self.batches),
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_as_is,
@@ -207,7 +264,7 @@ class SpeechLoader:
         self.seen = 0
         self.skipped = Counter()
 
-    def _count(self, batch: Batch | None, skipped: list[Skipped]) -> None:
+    def _count(self, batch: Batch | WaveformBatch | None, skipped: list[Skipped]) -> None:
         self.seen += len(skipped) + (0 if batch is None else len(batch))
         for utterance in skipped:
             self.skipped[utterance.reason] += 1
@@ -228,43 +285,49 @@ class SpeechLoader:
             )
 
 
-def build_train_loader(config: DataConfig, seed: int, rank: int = 0, world_size: int = 1) -> SpeechLoader:
-    """The training data: each utterance of `config.train` once an epoch, mixed, bucketed and augmented.
+def build_train_loader(
+    config: DataConfig, seed: int, rank: int = 0, world_size: int = 1, labels: Labels | None = None
+) -> SpeechLoader:
+    """The training data: mixed, bucketed and augmented.
+
+    Args:
+        labels: the model, where the configuration limits tokens or positions.
 
     Raises:
-        DataError: no training sources, or no noise in the noise manifests.
-        ManifestError: a manifest is missing.
+        DataError: no training sources, none of their utterances within the limits, or no noise in the noise manifests.
+        ManifestError: a manifest is missing or useless.
     """
-    _check_sources("train", config.train)
-
-    def batches_of_epoch(epoch: int) -> Iterator[list[Cut]]:
-        longest = config.max_seconds
-        if config.curriculum_seconds is not None:
-            growing = epoch - config.curriculum_hold_epochs
-            longest = curriculum_limit(growing, config.curriculum_seconds, config.curriculum_epochs, longest)
-        return training_batches(
-            config.train,
-            max_duration=config.max_duration,
-            max_cuts=config.max_cuts,
-            num_buckets=config.num_buckets,
-            buffer_size=config.buffer_size,
-            min_seconds=config.min_seconds,
-            max_seconds=longest,
-            seed=seed,
-            epoch=epoch,
-            rank=rank,
-            world_size=world_size,
-        )
-
-    settings = asdict(config)
-    for name in ("valid", "test", "num_workers", "max_bad_share"):
-        del settings[name]
+    if not config.train:
+        raise DataError("data: no train sources are configured")
+    if not config.utterance_limits(1, labels).needs_tokens:
+        labels = None
+    elif labels is None:
+        raise DataError("data: limits on tokens or positions need the model that has the tokenizer")
+    identity = {"seed": seed, "world_size": world_size, "labels": labels and labels.label_identity(), **asdict(config)}
+    for name in ("valid", "test", "num_workers", "max_bad_share", "index_dir"):
+        del identity[name]
+    if config.train[0].stream:
+        corpus, batches_of_epoch = None, _streamed(config, seed, rank, world_size, labels)
+        voices = list(islice(mix(config.train, seed), _VOICES)) if config.augment.babble else []
+    else:
+        corpus = _corpus(config, config.train, labels)
+        identity["manifests"] = [index.fingerprint for index in corpus.indexes]
+        batches_of_epoch = _planned(config, corpus, seed, rank, world_size, labels)
+        chosen = np.random.default_rng([seed, 2]).permutation(len(corpus))[:_VOICES] if config.augment.babble else []
+        voices = [corpus[int(number)] for number in chosen]
     return SpeechLoader(
-        SpeechDataset(Augmenter(config.augment), seed, allow_empty_text=False),
+        SpeechDataset(
+            corpus,
+            text_steps=config.text,
+            augmenter=Augmenter(config.augment, voices),
+            seed=seed,
+            features_on=config.features_on,
+            allow_empty_text=False,
+        ),
         batches_of_epoch,
         num_workers=config.num_workers,
         max_bad_share=config.max_bad_share,
-        identity={"seed": seed, "world_size": world_size, **settings},
+        identity=identity,
     )
 
 
@@ -275,33 +338,118 @@ def build_eval_loader(
 
     Raises:
         DataError: no sources.
-        ManifestError: a manifest is missing.
+        ManifestError: a manifest is missing or useless.
     """
-    _check_sources("evaluation", sources)
-
-    def batches_of_epoch(epoch: int) -> Iterator[list[Cut]]:
-        return evaluation_batches(
-            sources,
-            max_duration=config.max_duration,
-            max_cuts=config.max_cuts,
-            rank=rank,
-            world_size=world_size,
-        )
-
+    if not sources:
+        raise DataError("data: no evaluation sources are configured")
+    corpus = _corpus(config, sources, None)
+    limits = BatchLimits(config.max_duration, config.max_cuts)
+    plan = evaluation_plan(np.concatenate([index.durations for index in corpus.indexes]), limits)
     return SpeechLoader(
-        SpeechDataset(None, seed=0, allow_empty_text=True),
-        batches_of_epoch,
+        SpeechDataset(
+            corpus,
+            text_steps=config.text,
+            augmenter=None,
+            seed=0,
+            features_on=config.features_on,
+            allow_empty_text=True,
+        ),
+        lambda epoch, start: _batches(plan, epoch, start, rank, world_size),
         num_workers=config.num_workers,
         max_bad_share=config.max_bad_share,
-        identity={"sources": [asdict(source) for source in sources], "world_size": world_size},
+        identity={"manifests": [index.fingerprint for index in corpus.indexes], "world_size": world_size},
     )
 
 
-def _check_sources(what: str, sources: list[SourceConfig]) -> None:
-    if not sources:
-        raise DataError(f"data: no {what} sources are configured")
-    for source in sources:
-        try:
-            next(iter(read_manifest(source.path, source.lang)))
-        except StopIteration:
-            raise ManifestError(f"{source.path}: the manifest is empty") from None
+def _corpus(config: DataConfig, sources: list[SourceConfig], labels: Labels | None) -> Corpus:
+    folder = Path(config.index_dir) if config.index_dir else None
+    corpus = Corpus([open_index(source, config.text, labels, folder) for source in sources])
+    for index in corpus.indexes:
+        bad, lines = index.bad_lines.count, index.bad_lines.count + len(index)
+        logging.info("%s: %d utterances, %.2f h", index.source.path, len(index), index.hours)
+        if bad > config.max_bad_share * lines:
+            raise DataError(
+                f"{index.source.path}: {bad} of {lines} lines cannot be used, such as {index.bad_lines.messages[0]}; "
+                f"more than {config.max_bad_share:.0%} is taken for a mistake"
+            )
+    return corpus
+
+
+def _planned(
+    config: DataConfig, corpus: Corpus, seed: int, rank: int, world_size: int, labels: Labels | None
+) -> Callable[[int, int], Iterator[BatchPlan]]:
+    indexes = corpus.indexes
+    tokens = np.concatenate([index.tokens for index in indexes]) if labels is not None else None
+    durations, characters = (np.concatenate([getattr(i, n) for i in indexes]) for n in ("durations", "characters"))
+    lengths = Lengths(durations, characters, tokens)
+    weighted = config.train[0].weight is not None
+
+    def batches_of_epoch(epoch: int, start: int) -> Iterator[BatchPlan]:
+        admitted, left_out = config.utterance_limits(epoch, labels).admit(lengths)
+        for reason, count in left_out.items():
+            logging.info("epoch %d: left out %d utterances: %s", epoch, count, reason)
+        drawable, weights = [], []
+        for source, first, end in zip(config.train, corpus.starts, corpus.starts[1:], strict=False):
+            group = first + np.flatnonzero(admitted[first:end])
+            if len(group):
+                drawable.append(group)
+                weights.append(source.weight)
+            else:
+                logging.warning("epoch %d: no utterance of %s is within the limits", epoch, source.path)
+        if not drawable:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+            raise DataError(f"no training utterance is within the limits: {reasons}")
+        numbers, passes = draw(drawable, weights if weighted else None, config.epoch_cuts, seed, epoch)
+        if weighted:
+            counts, _ = np.histogram(numbers, corpus.starts)
+            for index, count in zip(indexes, counts.tolist(), strict=True):
+                times = count / len(index)
+                logging.info("epoch %d: %d times %s, each %.2f times", epoch, count, index.source.path, times)
+        plan = training_plan(
+            numbers,
+            passes,
+            lengths[numbers],
+            config.batch_limits,
+            seconds_per_position=labels.seconds_per_position if labels is not None else 0.0,
+            num_buckets=config.num_buckets,
+            world_size=world_size,
+            seed=seed,
+            epoch=epoch,
+        )
+        logging.info(
+            "epoch %d: %d utterances, %.2f h, in %d batches of %.1f s; %.1f %% of them padding",
+            epoch, len(plan.numbers), plan.seconds / 3600, len(plan), plan.seconds / max(1, len(plan)),
+            100 * plan.padding_share,
+        )  # fmt: skip
+        return _batches(plan, epoch, start, rank, world_size)
+
+    return batches_of_epoch
+
+
+def _streamed(
+    config: DataConfig, seed: int, rank: int, world_size: int, labels: Labels | None
+) -> Callable[[int, int], Iterator[BatchPlan]]:
+    def batches_of_epoch(epoch: int, start: int) -> Iterator[BatchPlan]:
+        batches = stream_batches(
+            config.train,
+            config.utterance_limits(epoch, labels),
+            config.batch_limits,
+            text_steps=config.text,
+            labels=labels,
+            epoch_cuts=config.epoch_cuts,
+            num_buckets=config.num_buckets,
+            buffer_size=config.buffer_size,
+            seed=seed,
+            epoch=epoch,
+            rank=rank,
+            world_size=world_size,
+        )
+        for cuts in islice(batches, start, None):
+            yield BatchPlan(epoch, cuts, [0] * len(cuts))
+
+    return batches_of_epoch
+
+
+def _batches(plan: Plan, epoch: int, start: int, rank: int, world_size: int) -> Iterator[BatchPlan]:
+    for i in range(rank + start * world_size, len(plan), world_size):
+        yield BatchPlan(epoch, *plan.batch(i))

@@ -1,33 +1,17 @@
-"""Which cuts make up the batches of an epoch: mixing, filters, curriculum, buckets. Decided from metadata
-alone."""
+"""Which utterances train and how many make a batch: limits on single utterances and on batches.
+
+The same limits hold for planned epochs (`plan.py`) and for streams (`streams.py`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import islice
+from collections import Counter
+from dataclasses import dataclass
 
-from lhotse import CutSet
-from lhotse.cut import Cut
-from lhotse.dataset import DynamicBucketingSampler
-from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
-from lhotse.lazy import Dillable
+import numpy as np
 
-from speechllm.data.manifest import DataError, SourceConfig, read_manifest
-
-# Enough cuts to know the distribution of durations, few enough to read them before each epoch.
-_CUTS_TO_ESTIMATE_BUCKETS = 10000
-
-
-class DurationFilter(Dillable):
-    """Whether a cut's duration lies within bounds (seconds)."""
-
-    def __init__(self, low: float, high: float) -> None:
-        self.low = low
-        self.high = high
-
-    def __call__(self, cut: Cut) -> bool:
-        return self.low <= cut.duration <= self.high
+ENCODER_FRAME = 0.04  # seconds
 
 
 def curriculum_limit(growing: int, start: float, epochs: int, longest: float) -> float:
@@ -36,77 +20,88 @@ def curriculum_limit(growing: int, start: float, epochs: int, longest: float) ->
     return min(start + (longest - start) * min(max(growing, 0) / epochs, 1.0), longest)
 
 
-def mix_sources(sources: list[SourceConfig], seed: int) -> CutSet:
-    """Every cut of every source once, lazily, drawn from the sources in proportion to their weights."""
-    cuts = [read_manifest(source.path, source.lang) for source in sources]
-    if len(cuts) == 1:
-        return cuts[0]
-    return CutSet.mux(*cuts, weights=[source.weight for source in sources], seed=seed)
+@dataclass(frozen=True)
+class Lengths:
+    """(n,) arrays of n utterances: seconds, characters and tokens of the label; `tokens` may be None."""
+
+    seconds: np.ndarray
+    characters: np.ndarray
+    tokens: np.ndarray | None
+
+    def __getitem__(self, chosen: np.ndarray | slice) -> Lengths:
+        tokens = None if self.tokens is None else self.tokens[chosen]
+        return Lengths(self.seconds[chosen], self.characters[chosen], tokens)
+
+    def positions(self, seconds_per_position: float) -> np.ndarray:
+        """What the language model reads of each, the prompt's text aside: audio, label and end of text."""
+        return np.ceil(self.seconds / seconds_per_position).astype(np.int64) + self.tokens + 1
 
 
-def training_batches(
-    sources: list[SourceConfig],
-    *,
-    max_duration: float,
-    max_cuts: int | None,
-    num_buckets: int,
-    buffer_size: int,
-    min_seconds: float,
-    max_seconds: float,
-    seed: int,
-    epoch: int,
-    rank: int,
-    world_size: int,
-) -> Iterator[list[Cut]]:
-    """The batches of one rank in one epoch, by lhotse's DynamicBucketingSampler.
+@dataclass(frozen=True)
+class UtteranceLimits:
+    """What is not trained on; None for no limit. `fastest`: the highest factor of speed perturbation, which leaves a
+    label so much less audio."""
 
-    All ranks walk through the same sequence and take every `world_size`-th batch, from the same bucket, so
-    they have equally many batches of about the same size.
+    min_seconds: float
+    max_seconds: float
+    max_chars_per_second: float | None = None
+    max_tokens_per_second: float | None = None
+    max_tokens_per_frame: float | None = None
+    max_positions: int | None = None
+    seconds_per_position: float = 0.0
+    fastest: float = 1.0
 
-    Raises:
-        DataError: no cut lies between `min_seconds` and `max_seconds`.
-        ManifestError: a line of a manifest is wrong.
+    @property
+    def needs_tokens(self) -> bool:
+        return any((self.max_tokens_per_second, self.max_tokens_per_frame, self.max_positions))
+
+    def admit(self, lengths: Lengths) -> tuple[np.ndarray, Counter[str]]:
+        """(n,) bool: which utterances are within the limits, and how many are not, by the reason."""
+        admitted = np.ones(len(lengths.seconds), dtype=bool)
+        left_out: Counter[str] = Counter()
+        for reason, bad in self._violations(lengths):
+            if count := int(np.count_nonzero(admitted & bad)):
+                left_out[reason] = count
+                admitted &= ~bad
+        return admitted, left_out
+
+    def _violations(self, lengths: Lengths):
+        seconds = np.asarray(lengths.seconds)
+        yield f"shorter than {self.min_seconds:g} s", seconds < np.float32(self.min_seconds)
+        yield f"longer than {self.max_seconds:g} s", seconds > np.float32(self.max_seconds)
+        if limit := self.max_chars_per_second:
+            yield f"more than {limit:g} characters per second", lengths.characters > limit * seconds
+        if limit := self.max_tokens_per_second:
+            yield f"more than {limit:g} tokens per second", lengths.tokens > limit * seconds
+        if limit := self.max_tokens_per_frame:
+            frames = seconds / (self.fastest * ENCODER_FRAME)
+            yield f"more than {limit:g} tokens per encoder frame", lengths.tokens > limit * frames
+        if limit := self.max_positions:
+            positions = lengths.positions(self.seconds_per_position)
+            yield f"more than {limit} positions of the language model", positions > limit
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """How large a batch of padded rows may be; None for no limit.
+
+    `max_duration` seconds, where a row that is `quadratic_duration` long counts twice (d + d^2 / quadratic_duration, as
+    in lhotse); `max_cuts` rows; `max_positions` positions of the language model.
     """
-    # well apart for all seeds and epochs, the same on all ranks
-    epoch_seed = seed * 1_000_003 + epoch
-    cuts = mix_sources(sources, epoch_seed).filter(DurationFilter(min_seconds, max_seconds))
-    sample = list(islice(cuts, _CUTS_TO_ESTIMATE_BUCKETS))
-    if not sample:
-        raise DataError(
-            f"no utterance between {min_seconds:g} s and {max_seconds:g} s in "
-            f"{', '.join(source.path for source in sources)}"
+
+    max_duration: float
+    max_cuts: int | None = None
+    quadratic_duration: float | None = None
+    max_positions: int | None = None
+
+    def cost(self, seconds):
+        """What rows of so many seconds count against `max_duration`."""
+        return seconds + seconds**2 / self.quadratic_duration if self.quadratic_duration else seconds
+
+    def exceeded(self, rows: int, longest_cost: float, most_positions: int) -> bool:
+        """Whether a batch is too large; a single row never is."""
+        return rows > 1 and (
+            rows * longest_cost > self.max_duration
+            or rows > (self.max_cuts or math.inf)
+            or rows * most_positions > (self.max_positions or math.inf)
         )
-    buckets = min(num_buckets, len(sample))
-    sampler = DynamicBucketingSampler(
-        cuts,
-        max_duration=max_duration,
-        max_cuts=max_cuts,
-        shuffle=True,
-        duration_bins=estimate_duration_buckets(sample, buckets) if buckets > 1 else [],
-        buffer_size=buffer_size,
-        rank=rank,
-        world_size=world_size,
-        seed=epoch_seed,
-    )
-    for batch in sampler:
-        yield list(batch)
-
-
-def evaluation_batches(
-    sources: list[SourceConfig], *, max_duration: float, max_cuts: int | None, rank: int, world_size: int
-) -> Iterator[list[Cut]]:
-    """Every cut of every source once, shortest first, in batches of at most `max_duration` seconds with
-    padding.
-
-    A longer cut comes alone. Ranks take turns; they may differ by one batch.
-    """
-    cuts = [cut for source in sources for cut in read_manifest(source.path, source.lang)]
-    # the sort is stable: cuts of equal duration keep the order of the manifests
-    cuts.sort(key=lambda cut: cut.duration)
-    batches: list[list[Cut]] = []
-    for cut in cuts:
-        full = not batches or len(batches[-1]) >= (max_cuts or math.inf)
-        if full or (len(batches[-1]) + 1) * cut.duration > max_duration:
-            batches.append([])
-        batches[-1].append(cut)
-    yield from batches[rank::world_size]

@@ -1,39 +1,49 @@
 """Loaders: what is in a batch, that nothing is lost or doubled, resume, ranks, curriculum."""
 
 import copy
+import logging
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from lhotse import CutSet, Fbank, FbankConfig, Recording
+from lhotse import CutSet, Fbank, FbankConfig, NumpyFilesWriter, Recording, SupervisionSegment
 
 from speechllm.data import (
     AugmentConfig,
+    BabbleConfig,
+    Batch,
     DataConfig,
+    DataError,
     ManifestError,
+    NoiseConfig,
     SourceConfig,
     SpecAugmentConfig,
+    SpeedConfig,
+    VolumeConfig,
+    WaveformBatch,
     build_eval_loader,
     build_train_loader,
     fbank,
 )
-from speechllm.data.features import num_frames
-from speechllm.data.sampling import curriculum_limit, mix_sources
+from speechllm.data.features import fbank_extractor, num_frames
+from speechllm.data.sampling import curriculum_limit
 
 from .conftest import write_manifest, write_tone
+from .test_index import LetterLabels
 
 
 def config(corpus, num_workers: int = 0, augmented: bool = True, **changes) -> DataConfig:
     augment = AugmentConfig(
-        speed=[0.9, 1.0, 1.1],
-        volume_probability=0.5,
-        noise=[SourceConfig(str(corpus / "noise.jsonl"))],
+        speed=SpeedConfig([0.9, 1.0, 1.1]),
+        volume=VolumeConfig(),
+        noise=NoiseConfig([SourceConfig(str(corpus / "noise.jsonl"))]),
         spec_augment=SpecAugmentConfig(time_mask_frames=10, time_warp_frames=8),
     )
     return DataConfig(
-        train=[SourceConfig(str(corpus / "a.jsonl"), 3.0), SourceConfig(str(corpus / "b.jsonl"), lang="es")],
+        train=[SourceConfig(str(corpus / "a.jsonl")), SourceConfig(str(corpus / "b.jsonl"), lang="es")],
         max_duration=6.0,
         num_buckets=4,
         num_workers=num_workers,
@@ -148,11 +158,125 @@ def test_eval_is_sorted_whole_and_stable(corpus):
     assert sum(len(batch) for batch in loader) == 80
 
 
-def test_mixing_follows_the_weights(corpus):
-    sources = config(corpus).train
-    head = [cut.id[0] for cut in list(mix_sources(sources, seed=7))[:60]]
-    assert 0.6 < head.count("a") / 60 < 0.9  # weights 3 to 1
-    assert [c.id for c in mix_sources(sources, 7)] != [c.id for c in mix_sources(sources, 8)]
+def test_weights_draw_in_proportion(corpus, caplog):
+    caplog.set_level(logging.INFO)
+    settings = config(corpus, augmented=False)
+    for source, weight in zip(settings.train, (1.0, 3.0), strict=True):
+        source.weight = weight
+    loader = build_train_loader(settings, seed=7)
+    ids = [id for batch in loader for id in batch.ids]
+    assert len(ids) == 80 and sum(id.startswith("b") for id in ids) == 60
+    assert "60 times" in caplog.text and "b.jsonl, each 3.00 times" in caplog.text
+    with pytest.raises(ValueError, match="weight to all sources or to none"):
+        replace(settings, train=[SourceConfig("a", weight=1.0), SourceConfig("b")])
+
+
+def test_repeated_utterances_are_augmented_anew(corpus):
+    settings = replace(config(corpus), train=[SourceConfig(str(corpus / "b.jsonl"))], epoch_cuts=40)
+    rows = {}
+    for batch in build_train_loader(settings, seed=1):
+        for row, (id, length) in enumerate(zip(batch.ids, batch.feature_lens.tolist(), strict=True)):
+            rows.setdefault(id, []).append(batch.features[row, :length])
+    assert [len(copies) for copies in rows.values()] == [2] * 20
+    assert sum(len(a) != len(b) or not torch.equal(a, b) for a, b in rows.values()) > 15
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_features_on_the_device_are_those_of_the_worker(corpus, num_workers):
+    in_worker = list(build_train_loader(config(corpus), seed=1))
+    on_device = build_train_loader(replace(config(corpus), features_on="device", num_workers=num_workers), seed=1)
+    for expected, batch in zip(in_worker, on_device, strict=True):
+        assert isinstance(batch, WaveformBatch) and len(batch) == len(expected)
+        got = batch.to("cpu")
+        assert isinstance(got, Batch)
+        torch.testing.assert_close(got.features, expected.features, rtol=0, atol=1e-3)
+        assert torch.equal(got.feature_lens, expected.feature_lens)
+        assert (got.ids, got.texts, got.durations) == (expected.ids, expected.texts, expected.durations)
+
+
+def test_precomputed_features_are_those_of_the_worker(corpus, tmp_path):
+    plain = DataConfig(train=[SourceConfig(str(corpus / "a.jsonl"))], max_duration=6.0, num_workers=0)
+    cuts = [Recording.from_file(path).to_cut() for path in sorted((corpus / "a").glob("*.wav"))]
+    for cut in cuts:
+        cut.id = f"a/{cut.id}"
+        cut.supervisions = [SupervisionSegment(cut.id, cut.recording_id, 0.0, cut.duration, text="x")]
+    with NumpyFilesWriter(tmp_path / "features") as storage:
+        CutSet.from_cuts(cut.compute_and_store_features(fbank_extractor(), storage) for cut in cuts).to_file(
+            tmp_path / "cuts.jsonl"
+        )
+    stored = replace(plain, train=[SourceConfig(str(tmp_path / "cuts.jsonl"))], features_on="precomputed")
+    expected = {
+        id: (row[:n], d)
+        for b in build_train_loader(plain, seed=1)
+        for id, row, n, d in zip(b.ids, b.features, b.feature_lens, b.durations, strict=True)
+    }
+    count = 0
+    for batch in build_train_loader(stored, seed=1):
+        for id, row, length in zip(batch.ids, batch.features, batch.feature_lens, strict=True):
+            torch.testing.assert_close(row[:length], expected[id][0], rtol=0, atol=1e-3)
+            count += 1
+    assert count == 60
+    with pytest.raises(ValueError, match="can only have augment.spec_augment"):
+        replace(stored, augment=AugmentConfig(volume=VolumeConfig()))
+
+
+def test_text_is_normalised_and_tasks_have_their_targets(tmp_path):
+    write_tone(tmp_path / "x.wav", 1.0, seed=1)
+    lines = [
+        {"text": "Hello, World"},
+        {"text": "Hello", "ast_text": "Hallo,\u3000Welt", "target_lang": "de", "task": "ast"},
+        {"text": "again", "ast_text": "nochmals", "target_lang": "de"},
+    ]
+    lines = [{"audio_filepath": "x.wav", "duration": 1.0, "lang": "en", "id": str(i)} | x for i, x in enumerate(lines)]
+    path = str(write_manifest(tmp_path / "m.jsonl", lines))
+    sources = [SourceConfig(path), SourceConfig(path, task="ast", target_lang="de")]
+    settings = DataConfig(train=sources, num_workers=0, text=["lowercase", "remove_punctuation"])
+    seen = [
+        row
+        for batch in build_train_loader(settings, seed=1)
+        for row in zip(batch.ids, batch.texts, batch.languages, batch.target_languages, strict=True)
+    ]
+    assert sorted(seen) == sorted(
+        [
+            ("0", "hello world", "en", None),
+            ("1", "hallo welt", "en", "de"),
+            ("1", "hallo welt", "en", "de"),
+            ("2", "again", "en", None),
+            ("2", "nochmals", "en", "de"),
+        ],
+        key=lambda row: (row[0], row[1]),
+    )
+    with pytest.raises(ValueError, match="lowercas"):
+        DataConfig(text=["lowercas"])
+
+
+def test_what_the_language_model_sees_is_limited(corpus):
+    settings = config(corpus, augmented=False, max_positions=120, max_cuts=None)
+    settings = replace(settings, max_duration=1000.0)
+    for batch in build_train_loader(settings, seed=1, labels=LetterLabels()):
+        positions = [math.ceil(d / 0.08) + len(t) + 1 for d, t in zip(batch.durations, batch.texts, strict=True)]
+        assert len(batch) * max(positions) <= 120
+    with pytest.raises(DataError, match="tokenizer"):
+        build_train_loader(settings, seed=1)
+
+
+def test_babble_takes_voices_of_the_corpus(corpus):
+    settings = replace(config(corpus), augment=AugmentConfig(babble=BabbleConfig(probability=1.0)))
+    first = list(build_train_loader(settings, seed=1))
+    assert sum(len(batch) for batch in first) == 80
+    assert all(same(a, b) for a, b in zip(first, build_train_loader(settings, seed=1), strict=True))
+
+
+def test_bad_lines_are_left_out_until_they_are_most(corpus, tmp_path, caplog):
+    good = (corpus / "a.jsonl").read_bytes().replace(b'"a/', b'"' + str(corpus).encode() + b"/a/").splitlines()
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b"\n".join([*good[:2], b'{"audio_filepath": ', b'{"text": "\xff"}', *good[2:]]))
+    loader = build_train_loader(replace(config(corpus), train=[SourceConfig(str(path))]), seed=1)
+    assert sum(len(batch) for batch in loader) == 60
+    assert "m.jsonl:3: invalid JSON" in caplog.text and "m.jsonl:4: not UTF-8" in caplog.text
+    path.write_bytes(b"\n".join([*good[:2], *[b"nonsense"] * 3]))
+    with pytest.raises(DataError, match="3 of 5 lines cannot be used, such as .*m.jsonl:3"):
+        build_train_loader(replace(config(corpus), train=[SourceConfig(str(path))]), seed=1)
 
 
 def test_curriculum(corpus):
@@ -170,7 +294,7 @@ def test_curriculum(corpus):
 
 def test_max_cuts_and_limits_leave_a_message(corpus):
     assert max(len(b) for b in build_train_loader(config(corpus, max_cuts=2), seed=1)) == 2
-    with pytest.raises(ValueError, match="no utterance between 20 s and 30 s"):
+    with pytest.raises(ValueError, match="within the limits: 80 shorter than 20 s"):
         list(build_train_loader(config(corpus, min_seconds=20.0), seed=1))
     for changes in (
         {"max_duration": 0.0},
@@ -196,7 +320,7 @@ def test_other_rates_channels_and_segments(tmp_path):
         {"audio_filepath": "long.wav", "duration": 1.0, "offset": 3.5, "text": "c"},
     ]
     source = SourceConfig(str(write_manifest(tmp_path / "m.jsonl", lines)))
-    augment = AugmentConfig(speed=[1.25])
+    augment = AugmentConfig(speed=SpeedConfig([1.25]))
     for loader, frames in (
         (build_eval_loader(DataConfig(num_workers=0), [source]), 100),
         (build_train_loader(DataConfig(train=[source], num_workers=0, augment=augment), seed=1), 80),

@@ -63,8 +63,8 @@ def experiment(tmp_path_factory, tokenizer_dir) -> Path:
             "num_buckets": 2,
             "num_workers": 1,
             "augment": {
-                "speed": [0.9, 1.0, 1.1],
-                "volume_probability": 0.5,
+                "speed": {"factors": [0.9, 1.0, 1.1]},
+                "volume": {"probability": 0.5},
                 "spec_augment": {"freq_mask_bins": 10},
             },
         },

@@ -1,5 +1,6 @@
 """The training and decoding scripts, run as a user runs them."""
 
+import json
 import os
 import random
 import signal
@@ -95,16 +96,30 @@ def test_average_and_decode(experiment, finished):
     mean = sum(s["projector.out_proj.weight"].double() for s in states) / 3
     torch.testing.assert_close(model.projector.out_proj.weight.detach().double(), mean, rtol=0, atol=1e-7)
 
+    manifest = experiment.parent / "valid" / "manifest.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    translated = manifest.with_name("translated.jsonl")
+    translated.write_text("".join(json.dumps(line | {"ast_text": f"Dos {i}!"}) + "\n" for i, line in enumerate(lines)))
     result = run(
         sys.executable, "recipes/decode.py", "--config", str(experiment), "--exp-dir", str(finished),
-        "--model", str(folder),
+        "--model", str(folder), "--data.text", "[lowercase, remove_punctuation]",
+        "--data.test.translated", json.dumps([{"path": str(translated), "task": "ast", "target_lang": "es"}]),
     )  # fmt: skip
-    assert "greedy_search WER %" in result.stdout and "ctc_greedy_search WER %" in result.stdout
-    for method in ("greedy_search", "ctc_greedy_search"):
-        names = sorted(p.name for p in (finished / method).iterdir())
-        assert names == [
-            f"{kind}-tones-iter-12-avg-3.txt" for kind in ("errs", "recogs", "wer-by-language", "wer-summary")
-        ]
+    head, *rows = (line.split() for line in result.stdout.strip().splitlines())
+    assert head[-6:] == ["greedy_search", "WER", "%", "ctc_greedy_search", "WER", "%"]
+    assert [row[:2] for row in rows] == [
+        ["tones", "en"],
+        ["tones", "all"],
+        ["translated", "en>es"],
+        ["translated", "all"],
+    ]
+    assert [row[-1] for row in rows[2:]] == ["-", "-"]
+    kinds = ("errs", "recogs", "wer-by-language", "wer-summary")
+    for method, test_sets in (("greedy_search", ["tones", "translated"]), ("ctc_greedy_search", ["tones"])):
+        names = {p.name for p in (finished / method).iterdir()}
+        assert names == {f"{kind}-{test_set}-iter-12-avg-3.txt" for kind in kinds for test_set in test_sets}
+    recogs = (finished / "greedy_search" / "recogs-translated-iter-12-avg-3.txt").read_text().splitlines()
+    assert {line.split("\t")[1] for line in recogs[::2]} == {f"ref=['dos', '{i}']" for i in range(len(lines))}
 
 
 def test_a_quantised_language_model_is_tuned_by_two_processes(experiment, tmp_path):

@@ -1,0 +1,532 @@
+"""What manifests hold, and what is wrong with them: `speechllm data check`."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import zlib
+from array import array
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import soundfile
+from lhotse import AudioSource, Recording, fastcopy
+from lhotse.audio.backend import info as audio_info
+from lhotse.cut import Cut, MixedCut, MonoCut, MultiCut
+from lhotse.cut.data import DataCut
+from tqdm import tqdm
+
+from speechllm.config import load_config
+from speechllm.data.audio import DURATION_TOLERANCE, UtteranceError, load_precomputed, load_samples
+from speechllm.data.loader import DataConfig
+from speechllm.data.manifest import (
+    HEADER_UNREAD,
+    IS_SEGMENT,
+    LINE_ERRORS,
+    Entry,
+    ManifestError,
+    SourceConfig,
+    describe,
+    explain,
+    iter_objects,
+    to_cut,
+)
+from speechllm.data.tar import with_tar_data
+from speechllm.files import replaced_file
+from speechllm.text import normalize_text
+from speechllm.tokenizer import Tokenizer
+
+PROBLEMS_SHOWN = 20
+EXTREMES_SHOWN = 3
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+HISTOGRAM_BARS = 20
+# Utterances of one task of a thread, and tasks waiting per thread: enough to keep them busy, little to remember.
+_CHUNK = 16
+_WAITING = 8
+
+AudioCheck = Literal["none", "header", "full"]
+
+
+@dataclass
+class ExperimentData:
+    """What the data commands need of an experiment's configuration; the other sections are left as they are."""
+
+    data: DataConfig
+    model: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> ExperimentData:
+        """From a YAML file and `--section.key value` pairs, see `speechllm.config.load_config`."""
+        return load_config(cls, path, overrides)
+
+    def sources(self) -> list[SourceConfig]:
+        """All that is trained, validated and tested on, each once."""
+        sources: list[SourceConfig] = []
+        for part in (self.data.train, self.data.valid, *self.data.test.values()):
+            sources += [source for source in part if source not in sources]
+        return sources
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """`audio`: none reads the manifests only, header opens each audio file, full decodes it. `tokenizer`: to count
+    tokens per second of audio, of the text after `text_steps` (see `speechllm.text`). Utterances outside
+    `min_seconds` to `max_seconds` are problems. `jobs`: threads that read audio."""
+
+    audio: AudioCheck = "header"
+    tokenizer: Tokenizer | None = None
+    text_steps: Sequence[str] = ()
+    min_seconds: float = 0.0
+    max_seconds: float = math.inf
+    jobs: int = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`kind`: a few words to count by; `location`: FILE:LINE, or the file as a whole."""
+
+    kind: str
+    location: str
+    details: str
+
+
+class Distribution:
+    """Numbers of many utterances, four bytes each, and where the few smallest and largest of them stand."""
+
+    def __init__(self) -> None:
+        self.values = array("f")
+        self.lowest: list[tuple[float, str]] = []
+        self.highest: list[tuple[float, str]] = []
+
+    def add(self, value: float, location: str) -> None:
+        self.values.append(value)
+        if len(self.lowest) < EXTREMES_SHOWN or value < self.lowest[-1][0]:
+            insort(self.lowest, (value, location))
+            del self.lowest[EXTREMES_SHOWN:]
+        if len(self.highest) < EXTREMES_SHOWN or value > self.highest[0][0]:
+            insort(self.highest, (value, location))
+            del self.highest[:-EXTREMES_SHOWN]
+
+    def percentiles(self) -> dict[int, float]:
+        """Value by percentile; none of no numbers."""
+        if not self.values:
+            return {}
+        values = np.percentile(np.frombuffer(self.values, dtype=np.float32), PERCENTILES)
+        return dict(zip(PERCENTILES, values.tolist(), strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "percentiles": self.percentiles(),
+            "lowest": [{"value": value, "location": location} for value, location in self.lowest],
+            "highest": [{"value": value, "location": location} for value, location in reversed(self.highest)],
+        }
+
+
+@dataclass
+class SourceSummary:
+    """One manifest: its lines, those that can be understood, and the seconds that they say they have."""
+
+    path: str
+    lines: int = 0
+    utterances: int = 0
+    seconds: float = 0.0
+    problems: int = 0
+
+
+class CheckReport:
+    """What `check_manifests` found.
+
+    Args:
+        keep_all: remember every problem, not only the first `PROBLEMS_SHOWN` of a kind.
+    """
+
+    def __init__(self, keep_all: bool = False) -> None:
+        self.sources: list[SourceSummary] = []
+        self.durations = Distribution()
+        self.characters_per_second = Distribution()
+        self.tokens_per_second = Distribution()
+        self.characters = 0
+        self.tokens = 0
+        self.languages: Counter[str] = Counter()
+        self.language_seconds: Counter[str] = Counter()
+        self.tasks: Counter[str] = Counter()
+        self.problem_counts: Counter[str] = Counter()
+        self.problems: dict[str, list[Problem]] = {}
+        self._keep_all = keep_all
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of audio, by the manifests."""
+        return sum(source.seconds for source in self.sources)
+
+    def add_problem(self, problem: Problem) -> None:
+        """Counted, and remembered if there is room; of the manifest that is being read."""
+        self.problem_counts[problem.kind] += 1
+        self.sources[-1].problems += 1
+        remembered = self.problems.setdefault(problem.kind, [])
+        if self._keep_all or len(remembered) < PROBLEMS_SHOWN:
+            remembered.append(problem)
+
+    def add_entry(self, entry: Entry, location: str, options: CheckOptions) -> None:
+        """Count an utterance, and its problems that can be seen without its audio."""
+        summary, text = self.sources[-1], normalize_text(entry.target, options.text_steps)
+        summary.utterances += 1
+        summary.seconds += entry.duration
+        language = entry.lang or "unknown"
+        if entry.task == "ast":
+            language += f">{entry.target_lang or 'unknown'}"
+        self.languages[language] += 1
+        self.language_seconds[language] += entry.duration
+        self.tasks[entry.task] += 1
+        self.durations.add(entry.duration, location)
+        self.characters += len(text)
+        self.characters_per_second.add(len(text) / entry.duration, location)
+        if options.tokenizer is not None:
+            tokens = len(options.tokenizer.encode(text))
+            self.tokens += tokens
+            self.tokens_per_second.add(tokens / entry.duration, location)
+        if not text:
+            self.add_problem(Problem("empty text", location, f"id {entry.id!r} has nothing to write"))
+        if not options.min_seconds <= entry.duration <= options.max_seconds:
+            limits = f"{options.min_seconds:g} s to {options.max_seconds:g} s"
+            details = f"{entry.duration:g} s is not in {limits}"
+            self.add_problem(Problem("duration out of range", location, details))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        seconds = max(self.seconds, 1e-9)
+        report = {
+            "manifests": [vars(source) for source in self.sources],
+            "seconds": self.seconds,
+            "languages": {
+                name: {"utterances": count, "seconds": self.language_seconds[name]}
+                for name, count in self.languages.most_common()
+            },
+            "tasks": dict(self.tasks),
+            "duration": self.durations.to_dict() | {"histogram": _histogram(self.durations)},
+            "characters_per_second": {"mean": self.characters / seconds} | self.characters_per_second.to_dict(),
+            "problem_counts": dict(self.problem_counts),
+            "problems": [vars(problem) for problems in self.problems.values() for problem in problems],
+        }
+        if self.tokens_per_second.values:
+            report["tokens_per_second"] = {"mean": self.tokens / seconds} | self.tokens_per_second.to_dict()
+        return report
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON."""
+        with replaced_file(path) as tmp:
+            tmp.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        lines = [f"{'lines':>10} {'utterances':>10} {'hours':>10} {'problems':>9}  manifest"]
+        total = SourceSummary("all")
+        for source in self.sources:
+            lines.append(_summary_line(source))
+            for name in ("lines", "utterances", "seconds", "problems"):
+                setattr(total, name, getattr(total, name) + getattr(source, name))
+        if len(self.sources) > 1:
+            lines.append(_summary_line(total))
+        if total.utterances:
+            lines += ["", f"{'utterances':>10} {'hours':>10}  language"]
+            for name, count in self.languages.most_common():
+                lines.append(f"{count:>10} {self.language_seconds[name] / 3600:>10.3f}  {name}")
+            lines += ["", "tasks: " + ", ".join(f"{name} {count}" for name, count in self.tasks.most_common())]
+            lines += ["", "duration in seconds: " + _percentiles(self.durations), *_extremes(self.durations)]
+            lines += _bars(_histogram(self.durations))
+            for name, distribution, units in (
+                ("characters", self.characters_per_second, self.characters),
+                ("tokens", self.tokens_per_second, self.tokens),
+            ):
+                if distribution.values:
+                    lines += ["", f"{name} per second of audio: mean {units / total.seconds:.2f}, "]
+                    lines[-1] += _percentiles(distribution)
+                    lines += _extremes(distribution)
+        lines += ["", f"problems: {total.problems}"]
+        for kind, count in self.problem_counts.most_common():
+            lines.append(f"  {kind}: {count}")
+            lines += [f"    {p.location}: {p.details}" for p in self.problems[kind][:PROBLEMS_SHOWN]]
+            if count > PROBLEMS_SHOWN:
+                lines.append(f"    and {count - PROBLEMS_SHOWN} more")
+        return "\n".join(lines)
+
+
+def check_manifests(sources: Sequence[SourceConfig], options: CheckOptions, keep_all: bool = False) -> CheckReport:
+    """Read all lines of the manifests, and as much of the audio as `options.audio` says.
+
+    Memory: about 20 bytes a line. An id that occurs twice in a manifest is a problem, unless task or target language
+    tell the two apart.
+
+    Args:
+        keep_all: the report holds all problems instead of the first of each kind.
+    """
+    report = CheckReport(keep_all)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for source in sources:
+            report.sources.append(SourceSummary(source.path))
+            try:
+                _check_source(source, options, report, pool)
+            except (ManifestError, OSError, EOFError, zlib.error) as error:  # the last two: gzip of a damaged file
+                report.add_problem(Problem("unreadable manifest", source.path, _without(source.path, error)))
+    return report
+
+
+def _check_source(source: SourceConfig, options: CheckOptions, report: CheckReport, pool: ThreadPoolExecutor) -> None:
+    keys = array("q")
+
+    def audio_tasks() -> Iterator[tuple[str, dict]]:
+        for location, obj in tqdm(iter_objects(source), desc=source.path, unit=" lines", disable=None):
+            report.sources[-1].lines += 1
+            try:
+                if isinstance(obj, ManifestError):
+                    raise obj
+                entry = describe(obj, source)
+            except LINE_ERRORS as error:
+                report.add_problem(Problem("bad line", location, _without(location, error)))
+                continue
+            keys.append(_key(entry))
+            report.add_entry(entry, location, options)
+            yield location, obj
+
+    if options.audio == "none":
+        deque(audio_tasks(), maxlen=0)
+    else:
+
+        def audio_problems(task: list[tuple[str, dict]]) -> list[Problem]:
+            return [problem for item in task if (problem := _audio_problem(*item, source, options.audio)) is not None]
+
+        waiting = _WAITING * options.jobs
+        for problems in _map_ahead(pool, audio_problems, _chunks(audio_tasks(), _CHUNK), waiting):
+            for problem in problems:
+                report.add_problem(problem)
+    for problem in _duplicates(source, keys):
+        report.add_problem(problem)
+
+
+def _audio_problem(location: str, obj: dict, source: SourceConfig, audio: AudioCheck) -> Problem | None:
+    try:
+        cut = to_cut(obj, source)
+        read_header(cut)
+        if audio == "full":
+            (load_samples if cut.has_recording else load_precomputed)(cut)
+    except UtteranceError as error:
+        return Problem(error.reason, location, str(error).removeprefix(f"{error.reason}: "))
+    except LINE_ERRORS as error:
+        return Problem("bad line", location, explain(error))
+    return None
+
+
+def read_header(cut: Cut) -> Cut:
+    """The cut with its recording as the audio file's header has it; the samples are not read.
+
+    Where the audio is made by a command, that is run; audio in tar files is in memory afterwards. A cut that only has
+    features stays what it is.
+
+    Raises:
+        UtteranceError: the file is missing or unreadable, or shorter or longer than the manifest says.
+    """
+    try:
+        cut = with_tar_data(cut)
+    except OSError as error:
+        raise UtteranceError("unreadable audio", str(error)) from error
+    simple = _simple_cuts(cut)
+    if not any(part.has_recording or part.has_features for part in simple):
+        raise UtteranceError("no audio", f"cut {cut.id} has no recording")
+    if isinstance(cut, DataCut) and (cut.custom or {}).get(HEADER_UNREAD):
+        return _with_header(cut)
+    for part in simple:
+        # the duration of a recording that has transforms, such as a change of speed, is not that of its file
+        if part.has_recording and not part.recording.transforms:
+            _check_durations(part)
+    return cut
+
+
+def recordings(cut: Cut) -> list[Recording]:
+    """Those that a cut consists of: one, several of a `MixedCut`, or none."""
+    return [part.recording for part in _simple_cuts(cut) if part.has_recording]
+
+
+def _simple_cuts(cut: Cut) -> list[DataCut]:
+    cuts = [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]
+    return [part for part in cuts if isinstance(part, DataCut)]  # the others are padding
+
+
+def _with_header(cut: DataCut) -> DataCut:
+    (source,) = cut.recording.sources
+    header = _header(source, cut)
+    is_segment = cut.custom[IS_SEGMENT]
+    if is_segment:
+        fits = cut.start < header.seconds and cut.end <= header.seconds + DURATION_TOLERANCE
+    else:
+        fits = math.isclose(cut.duration, header.seconds, abs_tol=DURATION_TOLERANCE)
+    if not fits:
+        raise _wrong_duration(header, cut)
+    channels = list(range(header.channels))
+    recording = Recording(
+        id=cut.recording.id,
+        sources=[fastcopy(source, channels=channels)],
+        sampling_rate=header.sampling_rate,
+        num_samples=header.num_samples,
+        duration=header.seconds,
+    )
+    duration = min(cut.duration, header.seconds - cut.start) if is_segment else header.seconds
+    channel = 0 if len(channels) == 1 else channels
+    supervisions = [fastcopy(s, duration=duration, channel=channel) for s in cut.supervisions]
+    custom = {name: value for name, value in cut.custom.items() if name not in (HEADER_UNREAD, IS_SEGMENT)}
+    kind = MonoCut if len(channels) == 1 else MultiCut
+    return kind(cut.id, cut.start, duration, channel, supervisions, recording=recording, custom=custom)
+
+
+def _check_durations(cut: DataCut) -> None:
+    for source in cut.recording.sources:
+        if source.type == "command":
+            continue  # to run it is to decode all of it
+        header = _header(source, cut)
+        same = math.isclose(cut.recording.duration, header.seconds, abs_tol=DURATION_TOLERANCE)
+        if not same or cut.end > header.seconds + DURATION_TOLERANCE:
+            raise _wrong_duration(header, cut)
+
+
+@dataclass(frozen=True)
+class _Header:
+    name: str
+    num_samples: int
+    sampling_rate: int
+    channels: int
+
+    @property
+    def seconds(self) -> float:
+        return self.num_samples / self.sampling_rate
+
+
+def _header(source: AudioSource, cut: Cut) -> _Header:
+    data, name = source.source, f"cut {cut.id}"
+    if source.type == "file":
+        name = data
+        if not Path(data).is_file():
+            raise UtteranceError("missing file", data)
+    elif source.type == "command":
+        try:
+            data = subprocess.run(data, shell=True, check=True, stdout=subprocess.PIPE).stdout
+        except subprocess.CalledProcessError as error:
+            raise UtteranceError("unreadable audio", str(error)) from error
+    elif source.type != "memory":
+        raise UtteranceError("no audio", f"{name}: audio of the kind {source.type!r} is not looked up")
+
+    def stream() -> str | io.BytesIO:
+        return io.BytesIO(data) if isinstance(data, bytes) else data
+
+    try:
+        with soundfile.SoundFile(stream()) as file:
+            header = _Header(name, file.frames, file.samplerate, file.channels)
+    except soundfile.LibsndfileError as error:
+        try:
+            info = audio_info(stream())
+        except Exception:  # each of lhotse's other backends raises what it likes; soundfile's words are the clearest
+            raise UtteranceError("unreadable audio", f"{name}: {error.error_string}") from error
+        header = _Header(name, info.frames, info.samplerate, info.channels)
+    if header.num_samples == 0:
+        raise UtteranceError("wrong duration", f"{name} has no samples")
+    return header
+
+
+def _wrong_duration(header: _Header, cut: Cut) -> UtteranceError:
+    of_file = "" if (cut.custom or {}).get(IS_SEGMENT) else f" of {cut.recording.duration:.3f} s"
+    return UtteranceError(
+        "wrong duration",
+        f"the manifest says {cut.start:.3f} s to {cut.end:.3f} s{of_file}, {header.name} has {header.seconds:.3f} s",
+    )
+
+
+def _key(entry: Entry) -> int:
+    return hash((entry.id, entry.task, entry.target_lang))
+
+
+def _duplicates(source: SourceConfig, keys: array) -> Iterator[Problem]:
+    """Reads the manifest once more if a key occurs twice, for where it does."""
+    found, counts = np.unique(np.frombuffer(keys, dtype=np.int64), return_counts=True)
+    repeated = set(found[counts > 1].tolist())
+    first: dict[tuple, str] = {}
+    for location, obj in iter_objects(source) if repeated else ():
+        try:
+            if isinstance(obj, ManifestError):
+                continue
+            entry = describe(obj, source)
+        except LINE_ERRORS:
+            continue  # reported by the first reading
+        if _key(entry) in repeated:
+            identity = (entry.id, entry.task, entry.target_lang)
+            earlier = first.setdefault(identity, location)
+            if earlier != location:
+                yield Problem("duplicate id", location, f"id {entry.id!r} is also that of {earlier}")
+
+
+def _chunks(items: Iterable, size: int) -> Iterator[list]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _map_ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, waiting: int) -> Iterator:
+    """Results of `function` in order, at most `waiting` calls ahead: `pool.map` would read all items first."""
+    futures: deque = deque()
+    for item in items:
+        futures.append(pool.submit(function, item))
+        if len(futures) > waiting:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
+
+
+def _without(location: str, error: Exception) -> str:
+    return explain(error).removeprefix(f"{location}: ")
+
+
+def _histogram(distribution: Distribution) -> list[dict[str, float]]:
+    """Utterances by duration, in steps of 1, 2 or 5 times a power of ten; the last bar takes the long tail."""
+    if not distribution.values:
+        return []
+    values = np.frombuffer(distribution.values, dtype=np.float32)
+    widest = float(np.percentile(values, 99.5)) / (HISTOGRAM_BARS - 1)
+    decade = 10.0 ** math.floor(math.log10(widest))
+    width = next(step * decade for step in (1, 2, 5, 10) if step * decade >= widest)
+    bars = np.bincount(np.minimum(values / width, HISTOGRAM_BARS - 1).astype(int))
+    first = int(np.flatnonzero(bars)[0])
+    return [{"from": i * width, "utterances": int(bars[i])} for i in range(first, len(bars))]
+
+
+def _bars(histogram: list[dict[str, float]]) -> list[str]:
+    most = max(bar["utterances"] for bar in histogram)
+    lines = []
+    for bar in histogram:
+        strokes = "#" * math.ceil(bar["utterances"] / most * 50)
+        lines.append(f"  from {bar['from']:>8.3g} s {bar['utterances']:>10} {strokes}".rstrip())
+    return lines
+
+
+def _percentiles(distribution: Distribution) -> str:
+    percentiles = distribution.percentiles().items()
+    return ", ".join(f"{'median' if p == 50 else f'{p} %'} {value:.2f}" for p, value in percentiles)
+
+
+def _extremes(distribution: Distribution) -> list[str]:
+    """Where the least and the greatest stand."""
+    return [
+        f"  {name}: " + ", ".join(f"{value:.2f} ({location})" for value, location in values)
+        for name, values in (("lowest", distribution.lowest), ("highest", distribution.highest[::-1]))
+    ]
+
+
+def _summary_line(source: SourceSummary) -> str:
+    hours = source.seconds / 3600
+    return f"{source.lines:>10} {source.utterances:>10} {hours:>10.3f} {source.problems:>9}  {source.path}"

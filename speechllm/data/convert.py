@@ -1,0 +1,230 @@
+"""Manifests of any kind to lhotse cuts or a lhotse Shar directory: `speechllm data convert`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from lhotse import AudioSource, Features, NumpyFilesWriter, Recording, fastcopy
+from lhotse.cut import Cut, MonoCut, MultiCut
+from lhotse.cut.data import DataCut
+from lhotse.shar.utils import to_shar_placeholder
+from lhotse.shar.writers import ArrayTarWriter, AudioTarWriter, JsonlShardWriter
+from tqdm import tqdm
+
+from speechllm.data.audio import UtteranceError, load_samples
+from speechllm.data.check import read_header, recordings
+from speechllm.data.features import FRAME_SHIFT, NUM_MEL_BINS, SAMPLE_RATE, fbank
+from speechllm.data.manifest import (
+    LINE_ERRORS,
+    ManifestError,
+    SourceConfig,
+    explain,
+    iter_objects,
+    to_cut,
+)
+from speechllm.data.tar import TAR
+from speechllm.errors import UserError
+from speechllm.files import replaced_file, replaced_folder
+
+AudioFormat = Literal["wav", "flac", "original"]
+
+
+@dataclass
+class Conversion:
+    """What was written, and how many utterances were left out, by reason; each of them was logged."""
+
+    utterances: int = 0
+    seconds: float = 0.0
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def convert_to_cuts(source: SourceConfig, output: Path, features: bool = False) -> Conversion:
+    """Write lhotse cuts with recordings as the headers of the audio files have them; the audio stays where it is.
+
+    Args:
+        output: `.jsonl` or `.jsonl.gz`, a file that does not exist yet.
+        features: also compute `fbank` features, stored in the folder `output` without its suffix, and `.features`.
+
+    Raises:
+        ManifestError: there is no such manifest.
+        UserError: the output exists, or has another suffix; the audio is in tar files; nothing can be used.
+    """
+    stem = output.name.removesuffix(".gz").removesuffix(".jsonl")
+    if stem == output.name.removesuffix(".gz"):
+        raise UserError(f"{output}: the name of a file of cuts must end in .jsonl or .jsonl.gz")
+    storage = output.absolute().with_name(f"{stem}.features")
+    _check_new(output)
+    if features:
+        _check_new(storage)
+
+    with ExitStack() as stack:
+        tmp = stack.enter_context(replaced_file(output))
+        writer = NumpyFilesWriter(stack.enter_context(replaced_folder(storage))) if features else None
+        opener = gzip.open if output.suffix == ".gz" else open
+        file = stack.enter_context(opener(tmp, "wb"))
+
+        def write(cut: Cut) -> Cut:
+            if TAR in (cut.custom or {}):
+                raise UserError(
+                    f"{source.path}: its audio is in tar files, which lhotse cuts cannot point into; use --to shar"
+                )
+            cut = read_header(cut)
+            for recording in recordings(cut):
+                for part in recording.sources:
+                    if part.type == "file":
+                        part.source = os.path.abspath(part.source)
+            if writer is not None:
+                cut = _with_stored_features(cut, writer, storage)
+            file.write(json.dumps(cut.to_dict(), ensure_ascii=False).encode() + b"\n")
+            return cut
+
+        return _convert(source, write)
+
+
+def convert_to_shar(
+    source: SourceConfig,
+    output: Path,
+    *,
+    shard_size: int = 1000,
+    audio_format: AudioFormat = "flac",
+    features: bool = False,
+) -> Conversion:
+    """Write a Shar directory: cuts, their audio, and `fbank` features if `features`, in shards to be read in order.
+
+    Only the part of a recording that a cut has is stored, with its sampling rate and channels, in 16 bits: exact for
+    16-bit audio.
+
+    Args:
+        output: a folder that does not exist yet.
+        audio_format: original keeps each file's own format; the audio is decoded and encoded again.
+
+    Raises:
+        ManifestError: there is no such manifest.
+        UserError: the output exists; nothing can be used.
+    """
+    _check_new(output)
+    with replaced_folder(output) as folder, ExitStack() as stack:
+        cut_writer = stack.enter_context(JsonlShardWriter(f"{folder}/cuts.%06d.jsonl.gz", shard_size))
+        audio_writer = stack.enter_context(AudioTarWriter(f"{folder}/recording.%06d.tar", shard_size, audio_format))
+        if features:
+            feature_writer = stack.enter_context(ArrayTarWriter(f"{folder}/features.%06d.tar", shard_size, "numpy"))
+
+        def write(cut: Cut) -> Cut:
+            if str(Path(f"{cut.id}.tar").with_suffix("")) != cut.id:
+                raise UtteranceError("unfit id", "in Shar it is a path in tar files: no '//', './' or '/' last")
+            # All that can fail comes first: an utterance must not be in one file of a shard and missing in another.
+            cut = read_header(cut)
+            matrix = fbank(load_samples(cut)).numpy()
+            stored, audio = _shar_cut(cut)
+            file_format = _format_of(cut) if audio_format == "original" else audio_format
+            try:
+                audio_writer.write(cut.id, audio, stored.sampling_rate, stored.recording, file_format)
+            except (ValueError, RuntimeError) as error:
+                raise UtteranceError("audio cannot be written", f"as {file_format}: {error}") from error
+            if features:
+                stored.features = to_shar_placeholder(_describe_features(stored, matrix, "", ""))
+                feature_writer.write(cut.id, matrix, stored.features)
+            cut_writer.write(stored)
+            return stored
+
+        return _convert(source, write)
+
+
+def _convert(source: SourceConfig, write: Callable[[Cut], Cut]) -> Conversion:
+    result = Conversion()
+
+    def leave_out(location: str, error: UtteranceError) -> None:
+        result.left_out[error.reason] += 1
+        logging.warning("left out %s: %s", location, error)
+
+    for location, obj in tqdm(iter_objects(source), desc=source.path, unit=" lines", disable=None):
+        try:
+            if isinstance(obj, ManifestError):
+                raise obj
+            cut = to_cut(obj, source)
+        except LINE_ERRORS as error:
+            details = explain(error).removeprefix(f"{location}: ")
+            leave_out(location, UtteranceError("bad manifest line", details))
+            continue
+        try:
+            written = write(cut)
+        except UtteranceError as error:
+            leave_out(location, error)
+            continue
+        result.utterances += 1
+        result.seconds += written.duration
+    if not result.utterances:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in result.left_out.most_common())
+        raise UserError(f"{source.path}: no utterance can be used: {reasons or 'the manifest is empty'}")
+    return result
+
+
+def _with_stored_features(cut: Cut, writer: NumpyFilesWriter, folder: Path) -> Cut:
+    if not isinstance(cut, DataCut):
+        raise UtteranceError("no place for features", f"a {type(cut).__name__} has none of its own; use --to shar")
+    matrix = fbank(load_samples(cut)).numpy()
+    # ids may have slashes, and the writer takes the first characters of the key for folders of even size
+    key = writer.write(f"{zlib.crc32(cut.id.encode()):08x}-{cut.id.rsplit('/', 1)[-1]}", matrix)
+    return fastcopy(cut, features=_describe_features(cut, matrix, str(folder), key))
+
+
+def _describe_features(cut: Cut, matrix: np.ndarray, path: str, key: str) -> Features:
+    return Features(
+        type="fbank",
+        num_frames=len(matrix),
+        num_features=NUM_MEL_BINS,
+        frame_shift=FRAME_SHIFT,
+        # that of the features: from the recording's, lhotse would get another number of frames than there are
+        sampling_rate=SAMPLE_RATE,
+        start=cut.start,
+        duration=cut.duration,
+        storage_type=NumpyFilesWriter.name,
+        storage_path=path,
+        storage_key=key,
+        recording_id=cut.recording.id,
+        channels=cut.channel,
+    )
+
+
+def _shar_cut(cut: Cut) -> tuple[Cut, np.ndarray]:
+    """The cut with a recording of its own that is as long as itself, and its audio, (channels, num_samples) int16."""
+    audio = cut.load_audio()
+    # by hand, for soundfile writes 32767/32768 of what it has read
+    audio = np.clip(np.rint(audio * 32768), -32768, 32767).astype(np.int16)
+    channels, num_samples = audio.shape
+    duration = num_samples / cut.sampling_rate
+    recording = Recording(
+        id=cut.id,
+        sources=[AudioSource(type="shar", channels=list(range(channels)), source="")],
+        sampling_rate=cut.sampling_rate,
+        num_samples=num_samples,
+        duration=duration,
+    )
+    channel = 0 if channels == 1 else list(range(channels))
+    supervisions = [fastcopy(s, recording_id=cut.id, channel=channel) for s in cut.supervisions]
+    custom = cut.custom if isinstance(cut, DataCut) else None
+    kind = MonoCut if channels == 1 else MultiCut
+    return kind(cut.id, 0.0, duration, channel, supervisions, recording=recording, custom=custom), audio
+
+
+def _format_of(cut: Cut) -> str:
+    formats = {part.format for recording in recordings(cut) for part in recording.sources}
+    if len(formats) != 1:
+        raise UtteranceError("audio cannot be written", f"its parts have several formats: {', '.join(sorted(formats))}")
+    return formats.pop()
+
+
+def _check_new(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists already: remove it, or choose another name")

@@ -1,0 +1,264 @@
+"""An index of a manifest: where each line is, how long its audio and its label are.
+
+The plan of an epoch's batches (`plan.py`) is made from these few numbers, and a worker reads a line when its turn has
+come, at its byte offset. So a run starts, and resumes in the middle of an epoch, in seconds at millions of lines. The
+index is made once and kept on disk; it is made anew when the manifest, the text normalisation or the tokenizer change.
+What cannot be read by byte offset (compressed lines, Kaldi and Shar directories, tar shards) is written out as plain
+lines beside the index; audio stays where it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from lhotse.cut import Cut
+from tqdm import tqdm
+
+from speechllm.data.audio import UtteranceError
+from speechllm.data.manifest import (
+    LINE_ERRORS,
+    DataError,
+    Entry,
+    ManifestError,
+    SourceConfig,
+    describe,
+    explain,
+    is_plain,
+    iter_objects,
+    manifest_files,
+    parse_line,
+    to_cut,
+)
+from speechllm.files import replaced_folder
+from speechllm.text import normalize_text
+
+# Part of the name of every index: those of another layout are not found.
+_LAYOUT = 1
+_MAX_MESSAGES = 1000
+_LABELS_AT_ONCE = 10000
+
+
+class Labels(Protocol):
+    """What the data side asks of the model about labels; `SpeechLLM` has it."""
+
+    seconds_per_position: float
+
+    def label_lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each label, end of text aside."""
+
+    def label_identity(self) -> str:
+        """Differs where the tokens of a text would."""
+
+
+@dataclass(frozen=True)
+class BadLines:
+    """Lines that cannot be used: how many, and what is wrong with the first of them, with file and line."""
+
+    count: int
+    messages: list[str]
+
+
+class Index:
+    """The usable lines of one source, numbered from 0; the arrays are mapped from disk, not read.
+
+    `durations` (n,) float32 seconds, `characters` (n,) int32 of the normalised target without spaces, `tokens` (n,)
+    int32 or None; `bad_lines`.
+    """
+
+    def __init__(self, folder: Path, source: SourceConfig) -> None:
+        self.source = source
+        self._folder = folder
+        content = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        self.bad_lines = BadLines(**content["bad_lines"])
+        self.hours = content["hours"]
+        self._lines = folder / "lines.jsonl"
+        if not self._lines.is_file():
+            self._lines = Path(source.path)
+        self._offsets, self._sizes, self.durations, self.characters = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("offsets", "sizes", "durations", "characters")
+        )
+        self.tokens = None
+        if (folder / "tokens.npy").is_file():
+            self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+
+    def __reduce__(self) -> tuple:
+        return Index, (self._folder, self.source)
+
+    def __len__(self) -> int:
+        return len(self.durations)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the number, order or durations of the lines."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.durations))
+        digest.update(np.ascontiguousarray(self.characters))
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def _file(self) -> int:
+        return os.open(self._lines, os.O_RDONLY)
+
+    def cut(self, number: int) -> Cut:
+        """The cut of the `number`-th line.
+
+        Raises:
+            UtteranceError: the line has changed since, or cannot be made a cut.
+        """
+        offset = int(self._offsets[number])
+        # without a file position: processes that share the descriptor do not disturb each other
+        line = os.pread(self._file, int(self._sizes[number]), offset)
+        try:
+            return to_cut(parse_line(line), self.source)
+        except LINE_ERRORS as error:
+            details = f"{self._lines} at byte {offset}: {explain(error)}"
+            raise UtteranceError("bad manifest line", details) from error
+
+
+class Corpus:
+    """Several indexes, numbered through."""
+
+    def __init__(self, indexes: Sequence[Index]) -> None:
+        self.indexes = list(indexes)
+        self.starts = np.cumsum([0] + [len(index) for index in indexes])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, number: int) -> Cut:
+        which = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return self.indexes[which].cut(number - int(self.starts[which]))
+
+
+def default_index_dir() -> Path:
+    """`$XDG_CACHE_HOME/speechllm` or `~/.cache/speechllm`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speechllm"
+
+
+def open_index(
+    source: SourceConfig, text_steps: Sequence[str] = (), labels: Labels | None = None, folder: Path | None = None
+) -> Index:
+    """The index of `source`, made where there is none yet.
+
+    Args:
+        text_steps: normalisation of the targets (`speechllm.text`).
+        labels: counts tokens; without it `Index.tokens` is None.
+        folder: where indexes are kept; None for `default_index_dir()`.
+
+    Raises:
+        ManifestError: no such manifest, or none of its lines can be used.
+        DataError: the folder cannot be written.
+    """
+    folder = folder or default_index_dir()
+    files = [(str(path.resolve()), *_size_and_time(path)) for path in manifest_files(source)]
+    settings = asdict(source) | {"weight": None, "stream": False}
+    identity = [_LAYOUT, files, settings, list(text_steps), labels.label_identity() if labels else None]
+    name = f"{Path(source.path).name[:60]}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / f"{name}.lock"):
+            if not (folder / name).is_dir():
+                _build(folder / name, source, text_steps, labels)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: the index of {source.path} cannot be written ({error}); set data.index_dir"
+        ) from error
+    index = Index(folder / name, source)
+    for message in index.bad_lines.messages:
+        logging.warning("bad manifest line: %s", message)
+    if not len(index):
+        first = index.bad_lines.messages[:1] or [f"{source.path}: the manifest is empty"]
+        raise ManifestError(f"{first[0]} ({index.bad_lines.count} bad lines, no good one)")
+    return index
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time: the others wait, and then find the index made."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels: Labels | None) -> None:
+    offsets, sizes, durations, characters, tokens = array("q"), array("i"), array("f"), array("i"), array("i")
+    targets: list[str] = []
+    bad_count, messages = 0, []
+
+    def count_tokens() -> None:
+        if labels is not None:
+            tokens.extend(labels.label_lengths(targets))
+        targets.clear()
+
+    with replaced_folder(folder) as tmp:
+        progress = tqdm(desc=f"indexing {Path(source.path).name}", unit=" lines", disable=None, mininterval=1)
+        with contextlib.closing(progress):
+            for offset, size, entry in _placed_entries(source, tmp / "lines.jsonl"):
+                progress.update()
+                if isinstance(entry, ManifestError):
+                    bad_count += 1
+                    messages += [str(entry)] if len(messages) < _MAX_MESSAGES else []
+                    continue
+                target = normalize_text(entry.target, text_steps)
+                offsets.append(offset)
+                sizes.append(size)
+                durations.append(entry.duration)
+                characters.append(len(target) - target.count(" "))
+                targets.append(target)
+                if len(targets) == _LABELS_AT_ONCE:
+                    count_tokens()
+            count_tokens()
+        arrays = {"offsets": offsets, "sizes": sizes, "durations": durations, "characters": characters}
+        if labels is not None:
+            arrays["tokens"] = tokens
+        for name, values in arrays.items():
+            np.save(tmp / f"{name}.npy", np.frombuffer(values, dtype=values.typecode) if values else np.array(values))
+        content = {
+            "manifest": str(Path(source.path).absolute()),
+            "hours": float(np.sum(durations, dtype=np.float64)) / 3600,
+            "bad_lines": {"count": bad_count, "messages": messages},
+        }
+        (tmp / "index.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def _placed_entries(source: SourceConfig, unpacked: Path) -> Iterator[tuple[int, int, Entry | ManifestError]]:
+    """(byte offset, size, entry) of every line, where it can be read by offset: the manifest, or `unpacked`."""
+    if is_plain(source):
+        offset = 0
+        with open(source.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield offset, len(line), _understood(f"{source.path}:{number}", line, source)
+                offset += len(line)
+        return
+    with open(unpacked, "wb") as file:
+        for where, found in iter_objects(source):
+            if isinstance(found, ManifestError):
+                yield 0, 0, found
+                continue
+            line = json.dumps(found, ensure_ascii=False).encode() + b"\n"
+            yield file.tell(), len(line), _understood(where, found, source)
+            file.write(line)
+
+
+def _understood(where: str, line: bytes | dict, source: SourceConfig) -> Entry | ManifestError:
+    try:
+        return describe(parse_line(line) if isinstance(line, bytes) else line, source)
+    except LINE_ERRORS as error:
+        return ManifestError(f"{where}: {explain(error)}")

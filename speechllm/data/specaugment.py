@@ -1,0 +1,56 @@
+"""SpecAugment of Park et al. (arXiv 1904.08779), with the adaptive time masks of Park et al. (arXiv 1912.05533) as in
+lhotse."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from speechllm.data.augment import SpecAugmentConfig
+
+
+def spec_augment(features: Tensor, config: SpecAugmentConfig, rng: np.random.Generator) -> Tensor:
+    """SpecAugment of one utterance: (T, F) -> (T, F); an utterance too short for a mask gets none."""
+    if rng.random() >= config.probability:
+        return features
+    features = time_warp(features, config.time_warp_frames, rng)
+    frames, bins = features.shape
+    mean = features.mean()
+    features = features.clone()
+    for _ in range(config.freq_masks):
+        width = int(rng.integers(min(config.freq_mask_bins, bins) + 1))
+        start = int(rng.integers(bins - width + 1))
+        features[:, start : start + width] = mean
+    # as many masks as it takes to cover the fraction with full-width ones, so that short utterances get few
+    budget = int(config.max_time_fraction * frames)
+    if config.time_masks > 0 and config.time_mask_frames > 0 and budget > 0:
+        count = min(config.time_masks, -(-budget // config.time_mask_frames))
+        widest = min(config.time_mask_frames, budget // count)
+        for _ in range(count):
+            width = int(rng.integers(widest + 1))
+            start = int(rng.integers(frames - width + 1))
+            features[start : start + width] = mean
+    return features
+
+
+def time_warp(features: Tensor, max_shift: int, rng: np.random.Generator) -> Tensor:
+    """Stretch one side of a random frame and squeeze the other: (T, F) -> (T, F)."""
+    frames = len(features)
+    if max_shift == 0 or frames <= 2 * max_shift + 1:
+        return features
+    center = int(rng.integers(max_shift + 1, frames - max_shift))
+    target = int(rng.integers(center - max_shift, center + max_shift + 1))
+    if target == center:
+        return features
+    sides = [(features[:center], target), (features[center:], frames - target)]
+    warped = [
+        torch.nn.functional.interpolate(
+            side[None, None], size=(length, features.shape[1]), mode="bicubic", align_corners=False
+        )
+        for side, length in sides
+    ]
+    return torch.cat(warped, dim=2)[0, 0]

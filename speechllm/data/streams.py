@@ -1,0 +1,178 @@
+"""The batches of an epoch from streams: data that is read in order, shard by shard, such as remote tar files.
+
+Here lhotse does the work: CutSet.mux mixes, DynamicBucketingSampler makes batches from a buffer. A stream cannot be
+planned ahead: to resume in the middle of an epoch it is read again up to that place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.dataset import DynamicBucketingSampler
+from lhotse.dataset.sampling.base import SamplingConstraint
+from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
+from lhotse.lazy import Dillable
+
+from speechllm.data.index import Labels
+from speechllm.data.manifest import DataError, SourceConfig, describe_cut, stream_cuts
+from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits
+from speechllm.text import normalize_text
+
+# Enough cuts to know the distribution of durations, few enough to read them before each epoch.
+_CUTS_TO_ESTIMATE_BUCKETS = 1000
+
+
+class Passes(Dillable):
+    """One source as a stream: a single pass that says when it has run dry, or (`endless`) pass after pass."""
+
+    def __init__(self, source: SourceConfig, seed: int, endless: bool, goes_on: bool) -> None:
+        self._source = source
+        self._seed = seed
+        self._endless = endless
+        self._goes_on = goes_on
+
+    def __iter__(self) -> Iterator[Cut]:
+        number = 0
+        while True:
+            count = 0
+            for cut in stream_cuts(self._source, seed=self._seed, epoch=number):
+                count += 1
+                yield cut
+            if count == 0:
+                raise DataError(f"{self._source.path}: the stream has no utterance")
+            if not self._endless:
+                if self._goes_on:
+                    logging.info("%s has run dry after %d utterances; the others go on", self._source.path, count)
+                return
+            number += 1
+
+
+def mix(sources: Sequence[SourceConfig], seed: int) -> CutSet:
+    """The cuts of the sources as one stream: each once, or with weights repeated without end in their proportion."""
+    endless = sources[0].weight is not None
+    streams = [
+        CutSet(Passes(source, seed=seed * 1_000_003 + i, endless=endless, goes_on=len(sources) > 1))
+        for i, source in enumerate(sources)
+    ]
+    if len(streams) == 1:
+        return streams[0]
+    weights = [source.weight for source in sources] if endless else None
+    return CutSet.mux(*streams, weights=weights, seed=seed)
+
+
+class Admitted(Dillable):
+    """The cuts that are within the limits, and no more than `at_most`. Counts the others by reason in `left_out`, and
+    measures what the batches are made by: `custom["positions"]`."""
+
+    def __init__(
+        self,
+        cuts: CutSet,
+        limits: UtteranceLimits,
+        text_steps: Sequence[str],
+        labels: Labels | None,
+        at_most: int | None,
+    ) -> None:
+        self._cuts = cuts
+        self._limits = limits
+        self._text_steps = text_steps
+        self._labels = labels
+        self._at_most = at_most
+        self.left_out: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Cut]:
+        self.left_out.clear()
+        return islice(self._admitted(), self._at_most)
+
+    def _admitted(self) -> Iterator[Cut]:
+        for cut in self._cuts:
+            target = normalize_text(describe_cut(cut).target, self._text_steps)
+            tokens = None if self._labels is None else np.array(self._labels.label_lengths([target]))
+            lengths = Lengths(np.array([cut.duration], np.float32), np.array([len(target.replace(" ", ""))]), tokens)
+            admitted, left_out = self._limits.admit(lengths)
+            self.left_out += left_out
+            if admitted[0]:
+                if self._limits.max_positions:
+                    cut.positions = int(lengths.positions(self._limits.seconds_per_position)[0])
+                yield cut
+
+
+@dataclass
+class PaddedSize(SamplingConstraint):
+    """`BatchLimits` for lhotse's samplers."""
+
+    limits: BatchLimits
+    rows: int = 0
+    longest: float = 0.0
+    most: int = 0
+
+    def add(self, example: Cut) -> None:
+        self.rows += 1
+        self.longest = max(self.longest, self.limits.cost(example.duration))
+        if self.limits.max_positions:
+            self.most = max(self.most, example.positions)
+
+    def exceeded(self) -> bool:
+        return self.limits.exceeded(self.rows, self.longest, self.most)
+
+    def close_to_exceeding(self) -> bool:
+        return self.limits.exceeded(self.rows + 1, self.longest, self.most)
+
+    def reset(self) -> None:
+        self.rows, self.longest, self.most = 0, 0.0, 0
+
+    def measure_length(self, example: Cut) -> float:
+        return example.duration
+
+
+def stream_batches(
+    sources: Sequence[SourceConfig],
+    utterance_limits: UtteranceLimits,
+    batch_limits: BatchLimits,
+    *,
+    text_steps: Sequence[str],
+    labels: Labels | None,
+    epoch_cuts: int | None,
+    num_buckets: int,
+    buffer_size: int,
+    seed: int,
+    epoch: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[list[Cut]]:
+    """The batches of one rank in one epoch.
+
+    All ranks read the same sequence and take every `world_size`-th batch, from the same bucket, so they have equally
+    many batches of about the same size.
+
+    Raises:
+        DataError: no utterance is within the limits.
+    """
+    # well apart for all seeds and epochs, the same on all ranks
+    epoch_seed = seed * 1_000_003 + epoch
+    admitted = Admitted(mix(sources, epoch_seed), utterance_limits, text_steps, labels, epoch_cuts)
+    sample = list(islice(admitted, _CUTS_TO_ESTIMATE_BUCKETS))
+    if not sample:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in admitted.left_out.items())
+        raise DataError(f"no utterance of {', '.join(s.path for s in sources)} is within the limits ({reasons})")
+    buckets = min(num_buckets, len(sample))
+    sampler = DynamicBucketingSampler(
+        CutSet(admitted),
+        constraint=PaddedSize(batch_limits),
+        shuffle=True,
+        duration_bins=estimate_duration_buckets(sample, buckets) if buckets > 1 else [],
+        buffer_size=buffer_size,
+        rank=rank,
+        world_size=world_size,
+        seed=epoch_seed,
+    )
+    for batch in sampler:
+        yield list(batch)
+    for reason, count in admitted.left_out.items():
+        logging.info("epoch %d: left out %d utterances: %s", epoch, count, reason)

@@ -1,0 +1,174 @@
+"""`speechllm data check`: what it counts, what it finds, where, and with which exit status."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from lhotse import CutSet, Recording
+
+from speechllm.cli import main
+from speechllm.data import SourceConfig
+from speechllm.data.check import PROBLEMS_SHOWN, CheckOptions, check_manifests
+from speechllm.tokenizer import load_tokenizer
+
+from .conftest import write_manifest, write_tone
+
+
+def status(*arguments) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(["data", "check", *map(str, arguments)])
+    return caught.value.code
+
+
+def found(report) -> set[tuple[str, str]]:
+    """(kind, FILE:LINE without the folder) of every problem."""
+    return {(p.kind, p.location.rsplit("/", 1)[-1]) for problems in report.problems.values() for p in problems}
+
+
+@pytest.mark.parametrize("audio", ["none", "header", "full"])
+def test_a_good_corpus_is_counted_and_has_no_problem(corpus, audio, tokenizer_dir):
+    paths = [corpus / "a.jsonl", corpus / "b.jsonl"]
+    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    seconds = [line["duration"] for line in lines]
+    tokenizer = load_tokenizer(tokenizer_dir)
+    options = CheckOptions(audio=audio, tokenizer=tokenizer, jobs=2)
+    report = check_manifests([SourceConfig(str(path)) for path in paths], options)
+    assert not report.problem_counts
+    assert [(s.lines, s.utterances) for s in report.sources] == [(60, 60), (20, 20)]
+    assert report.seconds == pytest.approx(sum(seconds))
+    assert report.languages == {"en": 60, "unknown": 20}
+    assert report.tasks == {"asr": 80}
+    rates = [len(tokenizer.encode(line["text"])) / line["duration"] for line in lines]
+    for distribution, expected in ((report.durations, seconds), (report.tokens_per_second, rates)):
+        assert list(distribution.values) == pytest.approx(expected, rel=1e-6)
+        assert distribution.percentiles()[99] == pytest.approx(np.percentile(expected, 99), rel=1e-6)
+        for (value, location), i in ((distribution.lowest[0], np.argmin), (distribution.highest[-1], np.argmax)):
+            assert value == expected[i(expected)]
+            manifest, line = (corpus / "a.jsonl", i(expected) + 1) if i(expected) < 60 else (paths[1], i(expected) - 59)
+            assert location == f"{manifest}:{line}"
+    result = report.to_dict()
+    assert sum(bar["utterances"] for bar in result["duration"]["histogram"]) == 80
+    tokens = sum(len(tokenizer.encode(line["text"])) for line in lines)
+    assert result["tokens_per_second"]["mean"] == pytest.approx(tokens / sum(seconds))
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A manifest with a good first line, and one line with each problem; (kind, FILE:LINE) of those that show without
+    the audio, with its header, and only in the samples."""
+    for name, seconds in (("good", 1.0), ("longer", 2.0), ("shorter", 0.5), ("cut", 1.0)):
+        write_tone(tmp_path / f"{name}.wav", seconds, seed=1)
+    flac = tmp_path / "cut.flac"
+    soundfile.write(flac, *soundfile.read(tmp_path / "cut.wav"))
+    flac.write_bytes(flac.read_bytes()[:9000])  # its header still says 1 s
+    (tmp_path / "words.wav").write_text("I am not audio\n" * 100)
+    soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
+
+    def line(path: str, **fields) -> bytes:
+        return json.dumps({"audio_filepath": path, "duration": 1.0, "text": "x"} | fields).encode()
+
+    rows = [
+        (line("good.wav"), None, None),
+        (line("good.wav", id="2")[:-1], "bad line", "none"),
+        (b'{"audio_filepath": "\xff.wav"}', "bad line", "none"),
+        (line("good.wav", id="4", duration=-1), "bad line", "none"),
+        (line("good.wav"), "duplicate id", "none"),
+        (line("good.wav", id="6", text=" "), "empty text", "none"),
+        (line("good.wav", id="7", duration=0.05, offset=0.1), "duration out of range", "none"),
+        (line("missing.wav"), "missing file", "header"),
+        (line("words.wav"), "unreadable audio", "header"),
+        (line("longer.wav"), "wrong duration", "header"),
+        (line("shorter.wav"), "wrong duration", "header"),
+        (line("good.wav", id="12", offset=5.0), "wrong duration", "header"),
+        (line("cut.flac", id="13"), "unreadable audio", "full"),
+        (line("nan.wav"), "non-finite samples", "full"),
+        (line("good.wav", id="1/ast", task="ast", ast_text="y", target_lang="de"), None, None),
+    ]
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b"\n".join(row[0] for row in rows))
+    problems = {
+        audio: {(kind, f"m.jsonl:{i}") for i, (_, kind, seen) in enumerate(rows, 1) if seen == audio}
+        for audio in ("none", "header", "full")
+    }
+    problems["header"] |= problems["none"]
+    problems["full"] |= problems["header"]
+    return path, problems
+
+
+@pytest.mark.parametrize("audio", ["none", "header", "full"])
+def test_every_problem_is_found_with_file_and_line(broken, audio):
+    path, problems = broken
+    report = check_manifests([SourceConfig(str(path))], CheckOptions(audio=audio, min_seconds=0.1, jobs=3))
+    assert found(report) == problems[audio]
+    assert sum(report.problem_counts.values()) == report.sources[0].problems == len(problems[audio])
+    assert (report.sources[0].lines, report.sources[0].utterances) == (15, 12)
+    text = str(report)
+    assert all(f"{path.parent}/{location}: " in text for _, location in problems[audio])
+    assert f"is also that of {path}:1" in text
+
+
+def test_all_kinds_of_cuts_are_checked_against_the_headers(corpus, tmp_path):
+    good = [Recording.from_file(path).to_cut() for path in sorted((corpus / "b").glob("*.wav"))[:4]]
+    write_tone(tmp_path / "changed.wav", 1.0, seed=1)
+    changed = Recording.from_file(tmp_path / "changed.wav").to_cut()
+    write_tone(tmp_path / "changed.wav", 2.0, seed=1)
+    gone = Recording.from_file(corpus / "b/4.wav").to_cut()
+    gone.recording.sources[0].source = str(tmp_path / "gone.wav")
+    cuts = [good[0].append(good[1]), good[2], changed, good[3].append(gone)]
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    report = check_manifests([SourceConfig(str(tmp_path / "cuts.jsonl.gz"))], CheckOptions())
+    assert found(report) == {
+        *(("empty text", f"cuts.jsonl.gz:{i}") for i in range(1, 5)),
+        ("wrong duration", "cuts.jsonl.gz:3"),
+        ("missing file", "cuts.jsonl.gz:4"),
+    }
+
+
+def test_long_lists_are_cut_short_in_the_text_and_whole_in_json(tmp_path, capsys):
+    count = PROBLEMS_SHOWN + 15
+    lines = [{"audio_filepath": f"{i}.wav", "duration": 1.0, "text": "x"} for i in range(count)]
+    path = write_manifest(tmp_path / "m.jsonl", lines)
+    assert status(path, "--json", tmp_path / "report.json") == 1
+    output = capsys.readouterr().out
+    assert f"missing file: {count}" in output and "and 15 more" in output
+    assert output.count(f"{path}:") == PROBLEMS_SHOWN + 12  # and the extremes of durations and characters
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [p["location"] for p in report["problems"]] == [f"{path}:{i}" for i in range(1, count + 1)]
+    assert status(path, "--audio", "none") == 0
+
+
+def test_a_missing_manifest_is_a_problem_and_the_others_are_read(corpus, tmp_path, capsys):
+    assert status(tmp_path / "none.jsonl", corpus / "b.jsonl") == 1
+    output = capsys.readouterr().out
+    assert "unreadable manifest: 1" in output
+    assert f"{corpus / 'b.jsonl'}" in output
+
+
+def test_a_manifest_that_is_cut_short_is_a_problem(tmp_path):
+    lines = [json.dumps({"audio_filepath": f"{i}.wav", "duration": 1.0, "text": str(i)}) for i in range(5000)]
+    packed = gzip.compress("\n".join(lines).encode())
+    (tmp_path / "m.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    report = check_manifests([SourceConfig(str(tmp_path / "m.jsonl.gz"))], CheckOptions(audio="none"))
+    assert report.problem_counts == {"unreadable manifest": 1}
+    assert 0 < report.sources[0].utterances < 5000
+
+
+def test_a_configuration_is_checked_whole(corpus, tmp_path, capsys):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        f"model: {{tokenizer: none}}\n"
+        f"data:\n"
+        f"  train: [{{path: {corpus}/a.jsonl}}]\n"
+        f"  valid: [{{path: {corpus}/b.jsonl}}]\n"
+        f"  test: {{again: [{{path: {corpus}/b.jsonl}}]}}\n"
+    )
+    assert status("--config", path) == 0
+    assert capsys.readouterr().out.count("b.jsonl\n") == 1
+    assert status("--config", path, "--data.train", f"[{{path: {tmp_path}/none.jsonl}}]") == 1
+    assert "none.jsonl" in capsys.readouterr().out
+    assert status("--config", path, "--data.trian=[]") == 1
+    assert "did you mean data.train?" in capsys.readouterr().err
+    assert status() == 1
+    assert status("--data.train", "[]", corpus / "a.jsonl") == 2

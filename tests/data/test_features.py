@@ -1,0 +1,104 @@
+"""Features in the worker, on a device in batch, and precomputed: all the same."""
+
+import numpy as np
+import pytest
+import torch
+from lhotse import MonoCut, NumpyFilesWriter, Recording
+from lhotse.utils import fastcopy
+
+from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
+from speechllm.data.features import fbank, fbank_extractor, fbank_padded, num_frames
+
+from .conftest import write_tone
+
+
+def padded(utterances, garbage=0.0):
+    lens = torch.tensor([len(samples) for samples in utterances])
+    samples = torch.full((len(utterances), int(lens.max())), garbage)
+    for row, utterance in zip(samples, utterances, strict=True):
+        row[: len(utterance)] = utterance
+    return samples, lens
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1e4, float("nan")])
+def test_a_batch_has_the_features_of_each_utterance_alone(garbage):
+    generator = torch.Generator().manual_seed(1)
+    # every remainder of a frame shift, from the shortest utterance on
+    utterances = [0.1 * torch.randn(400 + 7 * i, generator=generator) for i in range(170)]
+    features, feature_lens = fbank_padded(*padded(utterances, garbage))
+    assert features.shape == (170, num_frames(len(utterances[-1])), 80) and features.dtype == torch.float32
+    assert feature_lens.dtype == torch.int64
+    for row, length, utterance in zip(features, feature_lens.tolist(), utterances, strict=True):
+        alone = fbank(utterance)
+        assert length == len(alone) == num_frames(len(utterance))
+        torch.testing.assert_close(row[:length], alone, rtol=0, atol=1e-5)
+        assert (row[length:] == 0).all()
+
+
+def test_rows_may_all_be_shorter_than_the_batch():
+    utterance = 0.1 * torch.randn(5000, generator=torch.Generator().manual_seed(1))
+    samples = torch.cat([utterance, torch.ones(3000)])[None]
+    features, feature_lens = fbank_padded(samples, torch.tensor([5000]))
+    assert features.shape == (1, 50, 80) and feature_lens.tolist() == [31]
+    torch.testing.assert_close(features[0, :31], fbank(utterance), rtol=0, atol=1e-5)
+
+
+def test_autocast_does_not_reach_the_features():
+    samples, lens = padded([0.1 * torch.randn(8000, generator=torch.Generator().manual_seed(1))])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features, _ = fbank_padded(samples, lens)
+    assert torch.equal(features, fbank_padded(samples, lens)[0])
+
+
+@pytest.fixture
+def cut(tmp_path):
+    write_tone(tmp_path / "a.wav", 1.237, seed=1)
+    return Recording.from_file(tmp_path / "a.wav").to_cut()
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_precomputed_features_are_those_of_the_worker(cut, tmp_path, in_memory):
+    cut = cut.compute_and_store_features(fbank_extractor(), NumpyFilesWriter(tmp_path / "fbank"))
+    if in_memory:
+        cut = cut.move_to_memory(load_audio=False)
+    features = load_precomputed(cut)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, fbank(load_samples(cut)), rtol=0, atol=1e-5)
+    part = load_precomputed(cut.truncate(offset=0.4, duration=0.5))
+    assert torch.equal(part, features[40:90])
+
+
+def with_features(cut: MonoCut, array: np.ndarray, tmp_path, **changes) -> MonoCut:
+    """The cut with `array` in the place of its features."""
+    cut = cut.compute_and_store_features(fbank_extractor(), NumpyFilesWriter(tmp_path / "fbank"))
+    (path,) = (tmp_path / "fbank").rglob("*.npy")
+    np.save(path, array)
+    return fastcopy(cut, features=fastcopy(cut.features, **changes))
+
+
+@pytest.mark.parametrize(
+    ("array", "changes", "reason"),
+    [
+        (np.zeros((124, 40), np.float32), {"num_features": 40}, "wrong features: .*40"),
+        (np.zeros((124, 40), np.float32), {}, "wrong features: .*40"),
+        (np.zeros((62, 80), np.float32), {"frame_shift": 0.02, "num_frames": 62}, "wrong features: .*every 0.02 s"),
+        (np.zeros((80, 80), np.float32), {}, "wrong features: .*80 frames for 1.237 s"),
+        (np.full((124, 80), np.nan, np.float32), {}, "wrong features: .*9920 not finite"),
+    ],
+)
+def test_wrong_features_are_named(cut, tmp_path, array, changes, reason):
+    with pytest.raises(UtteranceError, match=reason):
+        load_precomputed(with_features(cut, array, tmp_path, **changes))
+
+
+def test_absent_and_unreadable_features(cut, tmp_path):
+    with pytest.raises(UtteranceError, match="wrong features: cut .* has none"):
+        load_precomputed(cut)
+    broken = with_features(cut, np.zeros((124, 80)), tmp_path)
+    (path,) = (tmp_path / "fbank").rglob("*.npy")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UtteranceError, match="unreadable features"):
+        load_precomputed(broken)
+    path.unlink()
+    with pytest.raises(UtteranceError, match="unreadable features"):
+        load_precomputed(broken)

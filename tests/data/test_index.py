@@ -1,0 +1,144 @@
+"""Indexes: they say what the manifest says, are made once, and follow changes."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from speechllm.data import index as index_module
+from speechllm.data.audio import UtteranceError
+from speechllm.data.index import Corpus, open_index
+from speechllm.data.manifest import ManifestError, SourceConfig, describe_cut, read_manifest
+
+from .conftest import write_manifest
+
+
+class LetterLabels:
+    """A token for every letter."""
+
+    seconds_per_position = 0.08
+
+    def label_lengths(self, texts):
+        return [len(text) for text in texts]
+
+    def label_identity(self):
+        return "letters"
+
+
+def lines(n: int = 50) -> list[dict]:
+    return [
+        {"audio_filepath": f"{i}.wav", "duration": 1 + i / 8, "text": f" Wórd {'x' * i}", "lang": "en"}
+        for i in range(n)
+    ]
+
+
+@pytest.fixture
+def source(tmp_path) -> SourceConfig:
+    return SourceConfig(str(write_manifest(tmp_path / "m.jsonl", lines())))
+
+
+def test_the_index_is_what_the_lines_say(source, tmp_path):
+    index = open_index(source, ["lowercase"], LetterLabels(), tmp_path / "index")
+    assert len(index) == 50 and index.bad_lines.count == 0
+    assert index.durations.tolist() == [1 + i / 8 for i in range(50)]
+    assert index.characters.tolist() == [4 + i for i in range(50)]
+    assert index.tokens.tolist() == [4] + [5 + i for i in range(1, 50)]
+    assert index.hours == pytest.approx(sum(line["duration"] for line in lines()) / 3600)
+    expected = list(read_manifest(source))
+    for i in (7, 0, 49):
+        assert describe_cut(index.cut(i)) == describe_cut(expected[i])
+        assert index.cut(i).recording.sources[0].source == expected[i].recording.sources[0].source
+    assert open_index(source, folder=tmp_path / "index").tokens is None
+
+
+@pytest.mark.parametrize("packed", ["m.jsonl.gz", "cuts.jsonl.gz"])
+def test_what_cannot_be_read_by_offset_is_unpacked(packed, corpus, tmp_path):
+    if packed == "cuts.jsonl.gz":
+        read_manifest(corpus / "a.jsonl").to_eager().to_file(tmp_path / packed)
+    else:
+        with gzip.open(tmp_path / packed, "wt", encoding="utf-8") as file:
+            for line in (corpus / "a.jsonl").read_text().splitlines():
+                entry = json.loads(line)
+                entry["audio_filepath"] = str(corpus / entry["audio_filepath"])
+                file.write(json.dumps(entry) + "\n")
+    source = SourceConfig(str(tmp_path / packed))
+    index = open_index(source, folder=tmp_path / "index")
+    assert [index.cut(i).id.split("/")[-1] for i in range(len(index))] == [
+        cut.id.split("/")[-1] for cut in read_manifest(corpus / "a.jsonl")
+    ]
+
+
+def test_made_once_and_again_when_something_changes(source, tmp_path, monkeypatch):
+    folder = tmp_path / "index"
+    built = []
+    build = index_module._build
+    monkeypatch.setattr(index_module, "_build", lambda *args: (built.append(1), build(*args)))
+    first = open_index(source, folder=folder).fingerprint
+    open_index(source, folder=folder)
+    open_index(SourceConfig(source.path, weight=3.0), folder=folder)
+    assert len(built) == 1
+    open_index(source, ["lowercase"], folder=folder)
+    open_index(source, labels=LetterLabels(), folder=folder)
+    open_index(SourceConfig(source.path, task="ast"), folder=folder)
+    assert len(built) == 4
+    write_manifest(tmp_path / "m.jsonl", lines(51))
+    assert open_index(source, folder=folder).fingerprint != first
+    assert len(built) == 5
+
+
+def _open(source, folder, results):
+    results.put(open_index(source, folder=folder).fingerprint)
+
+
+def test_two_processes_at_once(source, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=_open, args=(source, tmp_path / "index", results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    fingerprints = {results.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+    assert len(fingerprints) == 1
+    assert {
+        name.rsplit(".", 1)[-1] for name in os.listdir(tmp_path / "index") if not (tmp_path / "index" / name).is_dir()
+    } == {"lock"}
+
+
+def test_bad_lines_are_counted_and_named(tmp_path, caplog):
+    path = tmp_path / "m.jsonl"
+    good = [json.dumps(line).encode() for line in lines(4)]
+    path.write_bytes(b"\n".join([good[0], good[1], b'{"audio_filepath": ', b"", b'{"a": "\xff"}', good[2], good[3]]))
+    index = open_index(SourceConfig(str(path)), folder=tmp_path / "index")
+    assert len(index) == 4 and index.bad_lines.count == 2
+    assert "m.jsonl:3: invalid JSON" in caplog.text and "m.jsonl:5: " in caplog.text
+    assert [index.cut(i).id for i in range(4)] == ["0", "1", "2", "3"]
+    caplog.clear()
+    open_index(SourceConfig(str(path)), folder=tmp_path / "index")  # from the disk: said again
+    assert "m.jsonl:3: invalid JSON" in caplog.text
+    path.write_text("nonsense\n")
+    with pytest.raises(ManifestError, match=r"m\.jsonl:1: .*no good one"):
+        open_index(SourceConfig(str(path)), folder=tmp_path / "index")
+
+
+def test_a_line_that_has_changed_since_is_an_unusable_utterance(source, tmp_path):
+    index = open_index(source, folder=tmp_path / "index")
+    text = (tmp_path / "m.jsonl").read_bytes()
+    (tmp_path / "m.jsonl").write_bytes(b"#####" + text)
+    with pytest.raises(UtteranceError, match="bad manifest line.*at byte"):
+        index.cut(3)
+
+
+def test_corpora_are_numbered_through_and_travel_to_workers(source, tmp_path):
+    other = SourceConfig(str(write_manifest(tmp_path / "other.jsonl", lines(5))), lang="de")
+    corpus = Corpus([open_index(s, folder=tmp_path / "index") for s in (source, other)])
+    packed = pickle.dumps(corpus)
+    assert len(packed) < 3000  # arrays stay on the disk
+    for same in (corpus, pickle.loads(packed)):
+        assert len(same) == 55
+        assert [same[i].id for i in (0, 49, 50, 54)] == ["0", "49", "0", "4"]
+        assert same[50].duration == np.float32(1.0)

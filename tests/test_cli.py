@@ -1,0 +1,53 @@
+"""The command line: what is taken apart here, and handed on."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speechllm.cli import main, split_overrides
+from speechllm.model import SpeechLLM
+
+
+def test_overrides_are_taken_out_with_their_values():
+    argv = ["data", "--a.b", "1", "check", "--config", "x.yaml", "--c.d=[2, 3]", "--e.f", "--g"]
+    assert split_overrides(argv) == (
+        ["data", "check", "--config", "x.yaml"],
+        ["--a.b", "1", "--c.d=[2, 3]", "--e.f", "--g"],
+    )
+    assert split_overrides(["--a.b"]) == ([], ["--a.b"])
+
+
+def test_overrides_without_a_configuration_are_an_error(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["data", "check", "m.jsonl", "--data.train", "[]"])
+    assert caught.value.code == 2
+    assert "unknown option --data.train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["transcribe"], ["data", "check"], ["data", "convert"], ["data", "preview"]])
+def test_help_does_not_load_the_library(command):
+    script = (
+        "import sys, speechllm.cli\n"
+        f"try: speechllm.cli.main({[*command, '--help']!r})\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "assert not {'torch', 'lhotse', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_transcribe_hands_the_languages_on(model, monkeypatch, capsys):
+    asked = []
+
+    def transcribe(self, audio, language=None, target_language=None):
+        asked.append((audio, language, target_language))
+        return ["text"]
+
+    monkeypatch.setattr(SpeechLLM, "from_pretrained", classmethod(lambda cls, folder: model))
+    monkeypatch.setattr(SpeechLLM, "transcribe", transcribe)
+    with pytest.raises(SystemExit) as caught:
+        main(["transcribe", "a.wav", "--model", "m", "--language", "en", "--target-language", "de"])
+    assert caught.value.code == 0
+    assert asked == [([Path("a.wav")], "en", "de")]
+    assert capsys.readouterr().out == "a.wav\ttext\n"
