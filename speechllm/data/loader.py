@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -151,6 +151,129 @@ def _as_is(item: Any) -> Any:
     return item
 
 
+class Epochs(Protocol):
+    """Where the batches of an epoch come from."""
+
+    def batches(self, epoch: int, start: int) -> Iterator[BatchPlan]:
+        """This rank's, from the `start`-th on."""
+
+    def largest(self, epoch: int) -> list[BatchPlan]:
+        """Some that no other is larger than, the same for all ranks; none where that is not known."""
+
+
+class PlannedEpochs:
+    """Training epochs planned from indexes."""
+
+    def __init__(
+        self, config: DataConfig, corpus: Corpus, seed: int, rank: int, world_size: int, labels: Labels | None
+    ) -> None:
+        self._config, self._corpus, self._labels = config, corpus, labels
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        indexes = corpus.indexes
+        tokens = np.concatenate([index.tokens for index in indexes]) if labels is not None else None
+        durations, characters = (np.concatenate([getattr(i, n) for i in indexes]) for n in ("durations", "characters"))
+        self._lengths = Lengths(durations, characters, tokens)
+
+    def batches(self, epoch: int, start: int) -> Iterator[BatchPlan]:
+        plan = self._plan(epoch)
+        logging.info(
+            "epoch %d: %d utterances, %.2f h, in %d batches of %.1f s; %.1f %% of them padding",
+            epoch, len(plan.numbers), plan.seconds / 3600, len(plan), plan.seconds / max(1, len(plan)),
+            100 * plan.padding_share,
+        )  # fmt: skip
+        return _batches(plan, epoch, start, self._rank, self._world_size)
+
+    def largest(self, epoch: int) -> list[BatchPlan]:
+        plan = self._plan(epoch)
+        return [BatchPlan(epoch, *plan.batch(i)) for i in plan.largest()]
+
+    def _plan(self, epoch: int) -> Plan:
+        config, corpus = self._config, self._corpus
+        admitted, left_out = config.utterance_limits(epoch, self._labels).admit(self._lengths)
+        for reason, count in left_out.items():
+            logging.info("epoch %d: left out %d utterances: %s", epoch, count, reason)
+        weighted = config.train[0].weight is not None
+        drawable, weights = [], []
+        for source, first, end in zip(config.train, corpus.starts, corpus.starts[1:], strict=False):
+            group = first + np.flatnonzero(admitted[first:end])
+            if len(group):
+                drawable.append(group)
+                weights.append(source.weight)
+            else:
+                logging.warning("epoch %d: no utterance of %s is within the limits", epoch, source.path)
+        if not drawable:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+            raise DataError(f"no training utterance is within the limits: {reasons}")
+        numbers, passes = draw(drawable, weights if weighted else None, config.epoch_cuts, self._seed, epoch)
+        if weighted:
+            counts, _ = np.histogram(numbers, corpus.starts)
+            for index, count in zip(corpus.indexes, counts.tolist(), strict=True):
+                times = count / len(index)
+                logging.info("epoch %d: %d times %s, each %.2f times", epoch, count, index.source.path, times)
+        labels = self._labels
+        return training_plan(
+            numbers,
+            passes,
+            self._lengths[numbers],
+            config.batch_limits,
+            seconds_per_position=labels.seconds_per_position if labels is not None else 0.0,
+            num_buckets=config.num_buckets,
+            world_size=self._world_size,
+            seed=self._seed,
+            epoch=epoch,
+        )
+
+
+class StreamedEpochs:
+    """Training epochs from streams."""
+
+    def __init__(self, config: DataConfig, seed: int, rank: int, world_size: int, labels: Labels | None) -> None:
+        self._config, self._seed, self._rank, self._world_size = config, seed, rank, world_size
+        self._labels = labels
+
+    def batches(self, epoch: int, start: int) -> Iterator[BatchPlan]:
+        config = self._config
+        batches = stream_batches(
+            config.train,
+            config.utterance_limits(epoch, self._labels),
+            config.batch_limits,
+            text_steps=config.text,
+            labels=self._labels,
+            epoch_cuts=config.epoch_cuts,
+            num_buckets=config.num_buckets,
+            buffer_size=config.buffer_size,
+            seed=self._seed,
+            epoch=epoch,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+        for cuts in islice(batches, start, None):
+            yield BatchPlan(epoch, cuts, [0] * len(cuts))
+
+    def largest(self, epoch: int) -> list[BatchPlan]:
+        return []
+
+
+class EvaluationEpochs:
+    """The same batches each time."""
+
+    def __init__(self, config: DataConfig, corpus: Corpus, rank: int, world_size: int) -> None:
+        limits = BatchLimits(config.max_duration, config.max_cuts)
+        self._plan = evaluation_plan(np.concatenate([index.durations for index in corpus.indexes]), limits)
+        self._rank, self._world_size = rank, world_size
+
+    def batches(self, epoch: int, start: int) -> Iterator[BatchPlan]:
+        return _batches(self._plan, epoch, start, self._rank, self._world_size)
+
+    def largest(self, epoch: int) -> list[BatchPlan]:
+        return [BatchPlan(epoch, *self._plan.batch(i)) for i in self._plan.largest()]
+
+
+def _batches(plan: Plan, epoch: int, start: int, rank: int, world_size: int) -> Iterator[BatchPlan]:
+    for i in range(rank + start * world_size, len(plan), world_size):
+        yield BatchPlan(epoch, *plan.batch(i))
+
+
 class SpeechLoader:
     """Gives the batches of one epoch each time it is iterated; made by `build_train_loader`,
     `build_eval_loader`.
@@ -158,8 +281,6 @@ class SpeechLoader:
     Utterances that cannot be used are counted, logged once with their id, and left out; a batch of which
     nothing remains is passed over. `skipped` counts them by reason, `seen` counts all utterances; both since
     the start of the epoch.
-
-    `batches_of_epoch(epoch, start)` are the batches from the `start`-th on.
 
     `state_dict` says which epoch it is and how many batches the caller has been given, whatever the workers
     have prepared ahead. After `load_state_dict`, the next iteration gives exactly the remaining batches, bit
@@ -172,14 +293,14 @@ class SpeechLoader:
     def __init__(
         self,
         dataset: SpeechDataset,
-        batches_of_epoch: Callable[[int, int], Iterator[BatchPlan]],
+        epochs: Epochs,
         *,
         num_workers: int,
         max_bad_share: float,
         identity: dict[str, Any],
     ) -> None:
         self._dataset = dataset
-        self._batches_of_epoch = batches_of_epoch
+        self._epochs = epochs
         self._num_workers = num_workers
         self._max_bad_share = max_bad_share
         self._identity = identity
@@ -242,7 +363,7 @@ class SpeechLoader:
             return
         loader = DataLoader(
             self._dataset,
-            sampler=self._batches_of_epoch(self.epoch, self.batches),
+            sampler=self._epochs.batches(self.epoch, self.batches),
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_as_is,
@@ -257,6 +378,13 @@ class SpeechLoader:
                 yield batch
         self._finished = True
         self._check_share()
+
+    def largest_batches(self) -> Iterator[Batch | WaveformBatch]:
+        """Some batches of the epoch that no other is larger than, the same on all ranks; where it is is not changed."""
+        for plan in self._epochs.largest(self.epoch):
+            batch, _ = self._dataset[plan]
+            if batch is not None:
+                yield batch
 
     def _reset(self) -> None:
         self._finished = False
@@ -307,12 +435,12 @@ def build_train_loader(
     for name in ("valid", "test", "num_workers", "max_bad_share", "index_dir"):
         del identity[name]
     if config.train[0].stream:
-        corpus, batches_of_epoch = None, _streamed(config, seed, rank, world_size, labels)
+        corpus, epochs = None, StreamedEpochs(config, seed, rank, world_size, labels)
         voices = list(islice(mix(config.train, seed), _VOICES)) if config.augment.babble else []
     else:
         corpus = _corpus(config, config.train, labels)
         identity["manifests"] = [index.fingerprint for index in corpus.indexes]
-        batches_of_epoch = _planned(config, corpus, seed, rank, world_size, labels)
+        epochs = PlannedEpochs(config, corpus, seed, rank, world_size, labels)
         chosen = np.random.default_rng([seed, 2]).permutation(len(corpus))[:_VOICES] if config.augment.babble else []
         voices = [corpus[int(number)] for number in chosen]
     return SpeechLoader(
@@ -324,7 +452,7 @@ def build_train_loader(
             features_on=config.features_on,
             allow_empty_text=False,
         ),
-        batches_of_epoch,
+        epochs,
         num_workers=config.num_workers,
         max_bad_share=config.max_bad_share,
         identity=identity,
@@ -343,8 +471,6 @@ def build_eval_loader(
     if not sources:
         raise DataError("data: no evaluation sources are configured")
     corpus = _corpus(config, sources, None)
-    limits = BatchLimits(config.max_duration, config.max_cuts)
-    plan = evaluation_plan(np.concatenate([index.durations for index in corpus.indexes]), limits)
     return SpeechLoader(
         SpeechDataset(
             corpus,
@@ -354,7 +480,7 @@ def build_eval_loader(
             features_on=config.features_on,
             allow_empty_text=True,
         ),
-        lambda epoch, start: _batches(plan, epoch, start, rank, world_size),
+        EvaluationEpochs(config, corpus, rank, world_size),
         num_workers=config.num_workers,
         max_bad_share=config.max_bad_share,
         identity={"manifests": [index.fingerprint for index in corpus.indexes], "world_size": world_size},
@@ -373,83 +499,3 @@ def _corpus(config: DataConfig, sources: list[SourceConfig], labels: Labels | No
                 f"more than {config.max_bad_share:.0%} is taken for a mistake"
             )
     return corpus
-
-
-def _planned(
-    config: DataConfig, corpus: Corpus, seed: int, rank: int, world_size: int, labels: Labels | None
-) -> Callable[[int, int], Iterator[BatchPlan]]:
-    indexes = corpus.indexes
-    tokens = np.concatenate([index.tokens for index in indexes]) if labels is not None else None
-    durations, characters = (np.concatenate([getattr(i, n) for i in indexes]) for n in ("durations", "characters"))
-    lengths = Lengths(durations, characters, tokens)
-    weighted = config.train[0].weight is not None
-
-    def batches_of_epoch(epoch: int, start: int) -> Iterator[BatchPlan]:
-        admitted, left_out = config.utterance_limits(epoch, labels).admit(lengths)
-        for reason, count in left_out.items():
-            logging.info("epoch %d: left out %d utterances: %s", epoch, count, reason)
-        drawable, weights = [], []
-        for source, first, end in zip(config.train, corpus.starts, corpus.starts[1:], strict=False):
-            group = first + np.flatnonzero(admitted[first:end])
-            if len(group):
-                drawable.append(group)
-                weights.append(source.weight)
-            else:
-                logging.warning("epoch %d: no utterance of %s is within the limits", epoch, source.path)
-        if not drawable:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-            raise DataError(f"no training utterance is within the limits: {reasons}")
-        numbers, passes = draw(drawable, weights if weighted else None, config.epoch_cuts, seed, epoch)
-        if weighted:
-            counts, _ = np.histogram(numbers, corpus.starts)
-            for index, count in zip(indexes, counts.tolist(), strict=True):
-                times = count / len(index)
-                logging.info("epoch %d: %d times %s, each %.2f times", epoch, count, index.source.path, times)
-        plan = training_plan(
-            numbers,
-            passes,
-            lengths[numbers],
-            config.batch_limits,
-            seconds_per_position=labels.seconds_per_position if labels is not None else 0.0,
-            num_buckets=config.num_buckets,
-            world_size=world_size,
-            seed=seed,
-            epoch=epoch,
-        )
-        logging.info(
-            "epoch %d: %d utterances, %.2f h, in %d batches of %.1f s; %.1f %% of them padding",
-            epoch, len(plan.numbers), plan.seconds / 3600, len(plan), plan.seconds / max(1, len(plan)),
-            100 * plan.padding_share,
-        )  # fmt: skip
-        return _batches(plan, epoch, start, rank, world_size)
-
-    return batches_of_epoch
-
-
-def _streamed(
-    config: DataConfig, seed: int, rank: int, world_size: int, labels: Labels | None
-) -> Callable[[int, int], Iterator[BatchPlan]]:
-    def batches_of_epoch(epoch: int, start: int) -> Iterator[BatchPlan]:
-        batches = stream_batches(
-            config.train,
-            config.utterance_limits(epoch, labels),
-            config.batch_limits,
-            text_steps=config.text,
-            labels=labels,
-            epoch_cuts=config.epoch_cuts,
-            num_buckets=config.num_buckets,
-            buffer_size=config.buffer_size,
-            seed=seed,
-            epoch=epoch,
-            rank=rank,
-            world_size=world_size,
-        )
-        for cuts in islice(batches, start, None):
-            yield BatchPlan(epoch, cuts, [0] * len(cuts))
-
-    return batches_of_epoch
-
-
-def _batches(plan: Plan, epoch: int, start: int, rank: int, world_size: int) -> Iterator[BatchPlan]:
-    for i in range(rank + start * world_size, len(plan), world_size):
-        yield BatchPlan(epoch, *plan.batch(i))

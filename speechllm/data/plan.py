@@ -21,17 +21,34 @@ class Plan:
     """Batches of utterance numbers.
 
     `numbers` (n,) int64 in the order of the batches; batch i is `numbers[bounds[i] : bounds[i + 1]]`. `passes` (n,):
-    how often the utterance has come before in this epoch. `padding_share`: of the padded seconds.
+    how often the utterance has come before in this epoch. `longest`: seconds of the longest of each batch; `seconds` of
+    all utterances.
     """
 
     numbers: np.ndarray
     passes: np.ndarray
     bounds: np.ndarray
+    longest: np.ndarray
     seconds: float
-    padding_share: float
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
+
+    @property
+    def rows(self) -> np.ndarray:
+        """How many utterances each batch has."""
+        return np.diff(self.bounds)
+
+    @property
+    def padding_share(self) -> float:
+        """Of the seconds that the batches have with padding."""
+        return 1 - self.seconds / float(self.rows @ self.longest) if len(self) else 0.0
+
+    def largest(self) -> list[int]:
+        """The batches with the most padded seconds, the longest row, and the most rows."""
+        if not len(self):
+            return []
+        return sorted({int(np.argmax(size)) for size in (self.rows * self.longest, self.longest, self.rows)})
 
     def batch(self, i: int) -> tuple[list[int], list[int]]:
         """Numbers and passes of the `i`-th batch."""
@@ -153,6 +170,5 @@ def _shared_out(batches: list[np.ndarray], world_size: int) -> list[list[np.ndar
 def _plan(batches: list[np.ndarray], numbers: np.ndarray, passes: np.ndarray, seconds: np.ndarray) -> Plan:
     order = np.concatenate(batches) if batches else np.empty(0, dtype=np.int64)
     bounds = np.cumsum([0] + [len(batch) for batch in batches])
-    padded = sum(len(batch) * seconds[batch].max() for batch in batches)
-    total = float(seconds[order].sum())
-    return Plan(numbers[order], passes[order], bounds, total, 1 - total / padded if padded else 0.0)
+    longest = np.array([seconds[batch].max() for batch in batches])
+    return Plan(numbers[order], passes[order], bounds, longest, float(seconds[order].sum()))

@@ -260,6 +260,15 @@ def test_what_the_language_model_sees_is_limited(corpus):
         build_train_loader(settings, seed=1)
 
 
+def test_the_largest_batches_are_known_beforehand(corpus):
+    settings = config(corpus, augmented=False)
+    loader = build_train_loader(settings, seed=1, rank=1, world_size=2)
+    largest = [batch.features.shape[0] * batch.features.shape[1] for batch in loader.largest_batches()]
+    assert 1 <= len(largest) <= 3 and loader.batches == 0
+    ranks = [build_train_loader(settings, seed=1, rank=rank, world_size=2) for rank in range(2)]
+    assert max(largest) == max(b.features.shape[0] * b.features.shape[1] for loader in ranks for b in loader)
+
+
 def test_babble_takes_voices_of_the_corpus(corpus):
     settings = replace(config(corpus), augment=AugmentConfig(babble=BabbleConfig(probability=1.0)))
     first = list(build_train_loader(settings, seed=1))

@@ -53,6 +53,8 @@ def test_each_once_and_within_the_limits(limits):
     assert np.mean(filled) > 0.8
     padded = sum(len(made.batch(i)[0]) * data.seconds[made.batch(i)[0]].max() for i in range(len(made)))
     assert made.padding_share == pytest.approx(1 - data.seconds.sum() / padded, rel=1e-5)
+    sizes = [len(made.batch(i)[0]) * data.seconds[made.batch(i)[0]].max() for i in range(len(made))]
+    assert int(np.argmax(sizes)) in made.largest() and int(np.argmax(made.rows)) in made.largest()
     assert made.seconds == pytest.approx(data.seconds.sum(), rel=1e-5)
 
 
