@@ -150,15 +150,19 @@ def throughput(which, folder: Path, workers: int, augment: dict) -> tuple[float,
     return audio / (time.perf_counter() - start), 1 - audio / padded
 
 
-def bench_throughput(folder: Path, worker_counts: list[int]) -> None:
+def bench_throughput(folder: Path, worker_counts: list[int], repeat: int) -> None:
     print("\n| augmentation | workers | audio s/s | hours/minute | padding | lhotse, audio s/s | ratio |")
     print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
     for (name, augment), workers in itertools.product(augmentations(folder).items(), worker_counts):
         in_own_process(throughput, our_batches, folder, 0, {}, threads=1)  # files into memory, index made
-        ours = in_own_process(throughput, our_batches, folder, workers, augment, threads=1)
-        theirs = None
-        if name != "everything":  # lhotse has not all of it as transforms of batches
-            theirs = in_own_process(throughput, lhotse_batches, folder, workers, augment, threads=1)
+        # in turns, and the best of each: what disturbs, disturbs both
+        results = {}
+        for which in [our_batches, lhotse_batches] * repeat:
+            if which is our_batches or name != "everything":  # lhotse has not all of it as transforms of batches
+                result = in_own_process(throughput, which, folder, workers, augment, threads=1)
+                if isinstance(result, Failure) or result > results.get(which, (0.0,)):
+                    results[which] = result
+        ours, theirs = results[our_batches], results.get(lhotse_batches)
         if isinstance(ours, Failure):
             print(f"| {name} | {workers} | {ours.reason} |")
             continue
@@ -337,6 +341,9 @@ def main() -> None:
     )
     parser.add_argument("parts", nargs="*", default=["throughput", "stages", "million"], metavar="PART")
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2], help="worker processes to try")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="of the throughput, the best counts (default: %(default)s)"
+    )
     parser.add_argument("--hours", type=float, default=2.0, help="of the corpus for throughput (default: %(default)s)")
     parser.add_argument("--lines", type=int, default=1_000_000, help="of the large manifest (default: %(default)s)")
     args = parser.parse_args()
@@ -348,7 +355,7 @@ def main() -> None:
         for name in ("speech", "noise"):
             lhotse_cuts(folder / f"{name}.jsonl").to_file(folder / f"{name}-cuts.jsonl")
         if "throughput" in args.parts:
-            bench_throughput(folder, args.workers)
+            bench_throughput(folder, args.workers, args.repeat)
         if "stages" in args.parts:
             bench_stages(folder)
         if "million" in args.parts:

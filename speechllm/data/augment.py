@@ -180,6 +180,13 @@ class AugmentConfig:
         sections = (self.speed, self.reverb, self.noise, self.babble, self.telephone, self.codec, self.volume)
         return any(_on(section) for section in sections)
 
+    def draw_speeds(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """(count,) random speed factors for `load_samples`, 1.0 for none. They are drawn before batches are made:
+        they decide how long an utterance is."""
+        if self.speed is None:
+            return np.ones(count)
+        return np.where(rng.random(count) < self.speed.probability, rng.choice(self.speed.factors, count), 1.0)
+
     @property
     def fastest(self) -> float:
         """The highest factor of speed, which makes an utterance so many times shorter; 1 if all are slower."""
@@ -211,13 +218,6 @@ class Augmenter:
             if not corpus:
                 raise DataError("augment.babble: there are no training utterances to take voices from")
             self._voices = SoundBank(corpus)
-
-    def speed(self, rng: np.random.Generator) -> float:
-        """A random speed factor for `load_samples`, 1.0 for none."""
-        config = self.config.speed
-        if config is None or config.probability < 1 and rng.random() >= config.probability:
-            return 1.0
-        return float(rng.choice(config.factors))
 
     def samples(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(num_samples,) float32 at 16 kHz -> (num_samples,): as heard in a room, with noise and babble, over the

@@ -115,11 +115,12 @@ class Skipped:
 @dataclass(frozen=True)
 class BatchPlan:
     """One batch: `utterances` are cuts, or their numbers in a `Corpus`; `passes` how often each has come before in this
-    `epoch`."""
+    `epoch`; `speeds` how many times faster each is played."""
 
     epoch: int
     utterances: list[Cut] | list[int]
     passes: list[int]
+    speeds: list[float]
 
 
 @contextmanager
@@ -166,18 +167,18 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __getitem__(self, plan: BatchPlan) -> tuple[Batch | WaveformBatch | None, list[Skipped]]:
         good, skipped = [], []
         with _one_thread():
-            for item, times in zip(plan.utterances, plan.passes, strict=True):
+            for item, times, speed in zip(plan.utterances, plan.passes, plan.speeds, strict=True):
                 name = item.id if isinstance(item, Cut) else f"number {item}"
                 try:
                     cut = item if self._corpus is None else self._corpus[item]
                     name = cut.id
-                    good.append(self._utterance(cut, plan.epoch, times))
+                    good.append(self._utterance(cut, plan.epoch, times, speed))
                 except UtteranceError as error:
                     skipped.append(Skipped(name, error.reason, str(error)))
             batch = self._collate(good) if good else None
         return batch, skipped
 
-    def _utterance(self, cut: Cut, epoch: int, times: int) -> Utterance:
+    def _utterance(self, cut: Cut, epoch: int, times: int, speed: float) -> Utterance:
         entry = describe_cut(cut)
         text = normalize_text(entry.target, self._text_steps)
         if not text and not self._allow_empty_text:
@@ -190,7 +191,9 @@ class SpeechDataset(torch.utils.data.Dataset):
             features = load_precomputed(cut)
             duration = len(features) * FRAME_SHIFT
         else:
-            samples = self._samples(cut, rng)
+            samples = load_samples(cut, speed)
+            if self._augmenter is not None:
+                samples = self._augmenter.samples(samples, rng)
             duration = len(samples) / SAMPLE_RATE
             if self._features_on == "worker":
                 features = fbank(samples)
@@ -198,12 +201,6 @@ class SpeechDataset(torch.utils.data.Dataset):
             features = self._augmenter.features(features, rng)
         target_language = entry.target_lang if entry.task == "ast" else None
         return Utterance(cut.id, samples, features, text, entry.lang, target_language, duration, rng)
-
-    def _samples(self, cut: Cut, rng: np.random.Generator) -> np.ndarray:
-        if self._augmenter is None:
-            return load_samples(cut)
-        samples = load_samples(cut, speed=self._augmenter.speed(rng))
-        return self._augmenter.samples(samples, rng)
 
     def _collate(self, utterances: list[Utterance]) -> Batch | WaveformBatch:
         if self._features_on != "device":

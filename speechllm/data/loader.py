@@ -211,10 +211,12 @@ class PlannedEpochs:
                 times = count / len(index)
                 logging.info("epoch %d: %d times %s, each %.2f times", epoch, count, index.source.path, times)
         labels = self._labels
+        speeds = config.augment.draw_speeds(len(numbers), np.random.default_rng([self._seed, 3, epoch]))
         return training_plan(
             numbers,
             passes,
-            self._lengths[numbers],
+            speeds,
+            self._lengths[numbers].at(speeds),
             config.batch_limits,
             seconds_per_position=labels.seconds_per_position if labels is not None else 0.0,
             num_buckets=config.num_buckets,
@@ -237,6 +239,7 @@ class StreamedEpochs:
             config.train,
             config.utterance_limits(epoch, self._labels),
             config.batch_limits,
+            config.augment,
             text_steps=config.text,
             labels=self._labels,
             epoch_cuts=config.epoch_cuts,
@@ -248,7 +251,7 @@ class StreamedEpochs:
             world_size=self._world_size,
         )
         for cuts in islice(batches, start, None):
-            yield BatchPlan(epoch, cuts, [0] * len(cuts))
+            yield BatchPlan(epoch, cuts, [0] * len(cuts), [cut.speed for cut in cuts])
 
     def largest(self, epoch: int) -> list[BatchPlan]:
         return []

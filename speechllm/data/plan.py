@@ -21,12 +21,13 @@ class Plan:
     """Batches of utterance numbers.
 
     `numbers` (n,) int64 in the order of the batches; batch i is `numbers[bounds[i] : bounds[i + 1]]`. `passes` (n,):
-    how often the utterance has come before in this epoch. `longest`: seconds of the longest of each batch; `seconds` of
-    all utterances.
+    how often the utterance has come before in this epoch. `speeds` (n,): how many times faster it is played. `longest`:
+    seconds of the longest of each batch; `seconds` of all utterances; both as they are played.
     """
 
     numbers: np.ndarray
     passes: np.ndarray
+    speeds: np.ndarray
     bounds: np.ndarray
     longest: np.ndarray
     seconds: float
@@ -50,10 +51,10 @@ class Plan:
             return []
         return sorted({int(np.argmax(size)) for size in (self.rows * self.longest, self.longest, self.rows)})
 
-    def batch(self, i: int) -> tuple[list[int], list[int]]:
-        """Numbers and passes of the `i`-th batch."""
+    def batch(self, i: int) -> tuple[list[int], list[int], list[float]]:
+        """Numbers, passes and speeds of the `i`-th batch."""
         part = slice(self.bounds[i], self.bounds[i + 1])
-        return self.numbers[part].tolist(), self.passes[part].tolist()
+        return self.numbers[part].tolist(), self.passes[part].tolist(), self.speeds[part].tolist()
 
 
 def draw(
@@ -93,6 +94,7 @@ def draw(
 def training_plan(
     numbers: np.ndarray,
     passes: np.ndarray,
+    speeds: np.ndarray,
     lengths: Lengths,
     limits: BatchLimits,
     *,
@@ -102,7 +104,7 @@ def training_plan(
     seed: int,
     epoch: int,
 ) -> Plan:
-    """Batches of the utterances `numbers`, whose `lengths` are given in the same order.
+    """Batches of the utterances `numbers`, whose `lengths` (as played at `speeds`) are given in the same order.
 
     The ranks take turns (rank r has batches r, r + world_size, ...): they get equally many, and the `world_size`
     batches of a step come from the same bucket wherever possible.
@@ -123,7 +125,7 @@ def training_plan(
         leftover += batches[whole:]
     steps += _shared_out(leftover, world_size)
     batches = [batch for i in rng.permutation(len(steps)) for batch in steps[i]]
-    return _plan(batches, numbers, passes, seconds)
+    return _plan(batches, numbers, passes, speeds, seconds)
 
 
 def _bucket_edges(seconds: np.ndarray, num_buckets: int) -> np.ndarray:
@@ -138,7 +140,9 @@ def evaluation_plan(seconds: np.ndarray, limits: BatchLimits) -> Plan:
     seconds = np.asarray(seconds, dtype=np.float64)
     order = np.argsort(seconds, kind="stable")
     bounds = _fill(seconds[order], np.zeros(len(order), dtype=np.int64), limits)
-    return _plan([order[a:b] for a, b in bounds], np.arange(len(order)), np.zeros(len(order), dtype=np.int32), seconds)
+    batches = [order[a:b] for a, b in bounds]
+    passes, speeds = np.zeros(len(order), dtype=np.int32), np.ones(len(order))
+    return _plan(batches, np.arange(len(order)), passes, speeds, seconds)
 
 
 def _fill(seconds: np.ndarray, positions: np.ndarray, limits: BatchLimits) -> list[tuple[int, int]]:
@@ -167,8 +171,10 @@ def _shared_out(batches: list[np.ndarray], world_size: int) -> list[list[np.ndar
     return [batches[i : i + world_size] for i in range(0, len(batches), world_size)]
 
 
-def _plan(batches: list[np.ndarray], numbers: np.ndarray, passes: np.ndarray, seconds: np.ndarray) -> Plan:
+def _plan(
+    batches: list[np.ndarray], numbers: np.ndarray, passes: np.ndarray, speeds: np.ndarray, seconds: np.ndarray
+) -> Plan:
     order = np.concatenate(batches) if batches else np.empty(0, dtype=np.int64)
     bounds = np.cumsum([0] + [len(batch) for batch in batches])
     longest = np.array([seconds[batch].max() for batch in batches])
-    return Plan(numbers[order], passes[order], bounds, longest, float(seconds[order].sum()))
+    return Plan(numbers[order], passes[order], speeds[order], bounds, longest, float(seconds[order].sum()))

@@ -139,7 +139,8 @@ def _cuts(chosen: Iterable[tuple[str, dict, SourceConfig]]) -> Iterator[tuple[st
 def _preview(name: str, cut: Cut, augmenter: Augmenter, seed: int, text_steps: Sequence[str]) -> Preview:
     rng = augmentation_rng(seed, epoch=1, times=0, id=cut.id)
     samples = load_samples(cut)
-    speed = augmenter.speed(rng)
+    # a run draws speeds before it makes batches
+    speed = float(augmenter.config.draw_speeds(1, augmentation_rng(seed, epoch=0, times=0, id=cut.id))[0])
     augmented = augmenter.samples(load_samples(cut, speed=speed), rng)
     features = augmenter.features(fbank(augmented), rng)
     text = normalize_text(describe_cut(cut).target, text_steps)

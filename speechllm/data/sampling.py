@@ -32,6 +32,10 @@ class Lengths:
         tokens = None if self.tokens is None else self.tokens[chosen]
         return Lengths(self.seconds[chosen], self.characters[chosen], tokens)
 
+    def at(self, speeds: np.ndarray) -> Lengths:
+        """The same utterances played so many times faster."""
+        return Lengths(self.seconds / speeds, self.characters, self.tokens)
+
     def positions(self, seconds_per_position: float) -> np.ndarray:
         """What the language model reads of each, the prompt's text aside: audio, label and end of text."""
         return np.ceil(self.seconds / seconds_per_position).astype(np.int64) + self.tokens + 1

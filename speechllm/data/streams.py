@@ -20,6 +20,7 @@ from lhotse.dataset.sampling.base import SamplingConstraint
 from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from lhotse.lazy import Dillable
 
+from speechllm.data.augment import AugmentConfig
 from speechllm.data.index import Labels
 from speechllm.data.manifest import DataError, SourceConfig, describe_cut, stream_cuts
 from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits
@@ -69,18 +70,22 @@ def mix(sources: Sequence[SourceConfig], seed: int) -> CutSet:
 
 class Admitted(Dillable):
     """The cuts that are within the limits, and no more than `at_most`. Counts the others by reason in `left_out`, and
-    measures what the batches are made by: `custom["positions"]`."""
+    notes in `custom` of each what batches are made by: its `speed`, and how many `positions` it takes."""
 
     def __init__(
         self,
         cuts: CutSet,
         limits: UtteranceLimits,
+        augment: AugmentConfig,
+        seed: int,
         text_steps: Sequence[str],
         labels: Labels | None,
         at_most: int | None,
     ) -> None:
         self._cuts = cuts
         self._limits = limits
+        self._augment = augment
+        self._seed = seed
         self._text_steps = text_steps
         self._labels = labels
         self._at_most = at_most
@@ -91,6 +96,7 @@ class Admitted(Dillable):
         return islice(self._admitted(), self._at_most)
 
     def _admitted(self) -> Iterator[Cut]:
+        rng = np.random.default_rng([self._seed, 3])
         for cut in self._cuts:
             target = normalize_text(describe_cut(cut).target, self._text_steps)
             tokens = None if self._labels is None else np.array(self._labels.label_lengths([target]))
@@ -98,8 +104,10 @@ class Admitted(Dillable):
             admitted, left_out = self._limits.admit(lengths)
             self.left_out += left_out
             if admitted[0]:
+                speeds = self._augment.draw_speeds(1, rng)
+                cut.speed = float(speeds[0])
                 if self._limits.max_positions:
-                    cut.positions = int(lengths.positions(self._limits.seconds_per_position)[0])
+                    cut.positions = int(lengths.at(speeds).positions(self._limits.seconds_per_position)[0])
                 yield cut
 
 
@@ -114,7 +122,7 @@ class PaddedSize(SamplingConstraint):
 
     def add(self, example: Cut) -> None:
         self.rows += 1
-        self.longest = max(self.longest, self.limits.cost(example.duration))
+        self.longest = max(self.longest, self.limits.cost(self.measure_length(example)))
         if self.limits.max_positions:
             self.most = max(self.most, example.positions)
 
@@ -128,13 +136,14 @@ class PaddedSize(SamplingConstraint):
         self.rows, self.longest, self.most = 0, 0.0, 0
 
     def measure_length(self, example: Cut) -> float:
-        return example.duration
+        return example.duration / example.speed
 
 
 def stream_batches(
     sources: Sequence[SourceConfig],
     utterance_limits: UtteranceLimits,
     batch_limits: BatchLimits,
+    augment: AugmentConfig,
     *,
     text_steps: Sequence[str],
     labels: Labels | None,
@@ -156,17 +165,19 @@ def stream_batches(
     """
     # well apart for all seeds and epochs, the same on all ranks
     epoch_seed = seed * 1_000_003 + epoch
-    admitted = Admitted(mix(sources, epoch_seed), utterance_limits, text_steps, labels, epoch_cuts)
+    cuts = mix(sources, epoch_seed)
+    admitted = Admitted(cuts, utterance_limits, augment, epoch_seed, text_steps, labels, epoch_cuts)
     sample = list(islice(admitted, _CUTS_TO_ESTIMATE_BUCKETS))
     if not sample:
         reasons = ", ".join(f"{count} {reason}" for reason, count in admitted.left_out.items())
         raise DataError(f"no utterance of {', '.join(s.path for s in sources)} is within the limits ({reasons})")
     buckets = min(num_buckets, len(sample))
+    size = PaddedSize(batch_limits)
     sampler = DynamicBucketingSampler(
         CutSet(admitted),
-        constraint=PaddedSize(batch_limits),
+        constraint=size,
         shuffle=True,
-        duration_bins=estimate_duration_buckets(sample, buckets) if buckets > 1 else [],
+        duration_bins=estimate_duration_buckets(sample, buckets, constraint=size) if buckets > 1 else [],
         buffer_size=buffer_size,
         rank=rank,
         world_size=world_size,

@@ -80,7 +80,7 @@ def everything(corpus):
 
 def augmented(config: AugmentConfig, voices: list, samples: np.ndarray, seed: int) -> tuple:
     augmenter, generator = Augmenter(config, voices), rng(seed)
-    speed = augmenter.speed(generator)
+    speed = float(config.draw_speeds(1, generator)[0])
     samples = augmenter.samples(samples, generator)
     return speed, samples, augmenter.features(torch.from_numpy(samples[:8000].reshape(-1, 80)), generator)
 
@@ -109,7 +109,7 @@ def test_absent_and_improbable_sections_change_nothing(everything, voices):
         getattr(everything, section.name).probability = 0.0
     for config in (AugmentConfig(), everything):
         augmenter, generator = Augmenter(config, voices), rng()
-        assert augmenter.speed(generator) == 1.0
+        assert (config.draw_speeds(100, generator) == 1.0).all()
         assert augmenter.samples(samples, generator) is samples
         assert augmenter.features(features, generator) is features
         assert not config.changes_waveform and config.fastest == 1.0
@@ -144,7 +144,7 @@ torch.save([augmented(config, voices, random_samples(20000), seed) for seed in r
 def test_probability_is_kept(corpus):
     config = configure("speed: {factors: [0.9], probability: 0.3}\nvolume: {probability: 0.3, low: 0.5, high: 0.6}")
     augmenter, generator, samples = Augmenter(config), rng(), np.ones(400, np.float32)
-    assert np.mean([augmenter.speed(generator) != 1.0 for _ in range(1000)]) == pytest.approx(0.3, abs=0.05)
+    assert np.mean(config.draw_speeds(1000, generator) != 1.0) == pytest.approx(0.3, abs=0.05)
     gains = [augmenter.samples(samples, generator)[0] for _ in range(1000)]
     changed = [gain for gain in gains if gain != 1.0]
     assert len(changed) / len(gains) == pytest.approx(0.3, abs=0.05)

@@ -25,7 +25,7 @@ def plan(n=3000, limits=LIMITS, world_size=1, seed=1, epoch=1, num_buckets=15):
     data = lengths(n)
     numbers, passes = draw([np.arange(n)], None, None, seed, epoch)
     options = {"num_buckets": num_buckets, "world_size": world_size, "seed": seed, "epoch": epoch}
-    return training_plan(numbers, passes, data[numbers], limits, seconds_per_position=0.08, **options), data
+    return training_plan(numbers, passes, np.ones(n), data[numbers], limits, seconds_per_position=0.08, **options), data
 
 
 @pytest.mark.parametrize(
