@@ -142,9 +142,11 @@ def lhotse_batches(folder: Path, workers: int, augment: dict) -> Iterator[tuple[
         yield frames / 100, batch["inputs"].shape[0] * batch["inputs"].shape[1] / 100
 
 
-def throughput(which, folder: Path, workers: int, augment: dict) -> tuple[float, float]:
+def throughput(which, folder: Path, workers: int, augment: dict, start_method: str) -> tuple[float, float]:
     """Seconds of audio per second (from the first batch asked for to the last given), and the share of padding."""
     torch.set_num_threads(1)
+    # a process of its own is spawned, and would spawn its workers too: a training run forks them
+    torch.multiprocessing.set_start_method(start_method, force=True)
     start = time.perf_counter()
     audio, padded = np.array(list(which(folder, workers, augment))).sum(axis=0)
     return audio / (time.perf_counter() - start), 1 - audio / padded
@@ -153,13 +155,14 @@ def throughput(which, folder: Path, workers: int, augment: dict) -> tuple[float,
 def bench_throughput(folder: Path, worker_counts: list[int], repeat: int) -> None:
     print("\n| augmentation | workers | audio s/s | hours/minute | padding | lhotse, audio s/s | ratio |")
     print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
+    method = torch.multiprocessing.get_start_method()
     for (name, augment), workers in itertools.product(augmentations(folder).items(), worker_counts):
-        in_own_process(throughput, our_batches, folder, 0, {}, threads=1)  # files into memory, index made
+        in_own_process(throughput, our_batches, folder, 0, {}, method, threads=1)  # files into memory, index made
         # in turns, and the best of each: what disturbs, disturbs both
         results = {}
         for which in [our_batches, lhotse_batches] * repeat:
             if which is our_batches or name != "everything":  # lhotse has not all of it as transforms of batches
-                result = in_own_process(throughput, which, folder, workers, augment, threads=1)
+                result = in_own_process(throughput, which, folder, workers, augment, method, threads=1)
                 if isinstance(result, Failure) or result > results.get(which, (0.0,)):
                     results[which] = result
         ours, theirs = results[our_batches], results.get(lhotse_batches)
