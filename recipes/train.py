@@ -2,28 +2,34 @@
 """Train a SpeechLLM: the training loop of every recipe, to be read from top to bottom.
 
     python recipes/train.py --config configs/digits.yaml --exp-dir recipes/digits/exp [--section.key value ...]
-    accelerate launch --num_processes 8 recipes/train.py ...        # data parallel
+    python recipes/train.py --world-size 8 ...                      # data parallel; or torchrun, accelerate launch
 
 A run that was stopped, at whatever moment, goes on from the newest checkpoint in --exp-dir when the same command
-is given again. The folder receives, as in icefall: epoch-N.pt, checkpoint-STEP.pt, best-valid-loss.pt, log/,
-tensorboard/, and config.yaml (what was run).
+is given again. SIGTERM saves first. The folder receives, as in icefall: epoch-N.pt, checkpoint-STEP.pt,
+best-valid-loss.pt, best-valid-wer.pt, log/, tensorboard/, and config.yaml (what was run).
+
+A configuration with `stages` is trained stage by stage, each in a folder of its name in --exp-dir, each from what the
+last one has trained.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import math
 import os
 import platform
 import shlex
+import signal
+import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import lhotse
 import torch
@@ -37,8 +43,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import speechllm
 from speechllm.checkpoint import (
     CheckpointError,
+    RunningAverage,
     file_hash,
     load_checkpoint,
+    load_state_dict_strict,
     load_trained,
     newest_checkpoint,
     remove_old_checkpoints,
@@ -47,103 +55,91 @@ from speechllm.checkpoint import (
     set_rng_state,
     trained_state_dict,
 )
-from speechllm.config import load_config, save_config, to_dict
-from speechllm.data import Batch, DataConfig, build_eval_loader, build_train_loader
+from speechllm.config import ConfigError, load_config, override, parse_overrides, save_config, to_dict
+from speechllm.data import Batch, DataConfig, SpeechLoader, build_eval_loader, build_train_loader
+from speechllm.diagnostics import ActivationStatistics
 from speechllm.encoder import init_from_data
 from speechllm.errors import UserError
+from speechllm.files import replaced_file
 from speechllm.log import setup_logging
 from speechllm.model import ModelConfig, SpeechLLM
+from speechllm.monitor import Averages, Throughput, norms_by_part, peak_memory_gb
 from speechllm.optim import OptimConfig, build_optimizer, build_scheduler
+from speechllm.plot import plot_runs, read_run
 from speechllm.rwkv7 import RankAllocation
-from speechllm.scoring import score, transcripts
+from speechllm.scoring import characters, score, transcripts
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class TrainConfig:
-    """`num_steps` optimiser steps in all, each over `accumulate` batches per process.
+    """`num_steps` optimiser steps in all, each over `accumulate` batches per process; no more than `num_epochs` epochs.
+
+    Every `valid_every_n` steps the validation set is decoded, every `save_every_n` steps a checkpoint written, of which
+    the last `keep_last_k` are kept, and every `save_every_n_epochs` epochs one that stays. `average_period`: steps from
+    one value to the next in the running average of the weights (tools/average_ckpt.py --use-averaged-model).
+    `scan_largest_batches`: the largest batches are run before the first step, so that memory runs out then or never.
 
     In the first `ctc_only_steps` the CTC loss alone trains (the encoder): a language model that begins with an encoder
     that hears nothing learns to ignore the audio, and takes long to unlearn it.
     """
 
     num_steps: int = 10000
+    num_epochs: int | None = None
     ctc_only_steps: int = 0
     accumulate: int = 1
-    mixed_precision: str = "no"
+    mixed_precision: str | None = None
     seed: int = 42
     log_every_n: int = 50
     valid_every_n: int = 1000
     save_every_n: int = 1000
+    save_every_n_epochs: int = 1
     keep_last_k: int = 10
+    average_period: int = 200
     max_bad_steps: int = 20
+    scan_largest_batches: bool = True
+    tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}")
-        for name in ("num_steps", "accumulate", "log_every_n", "valid_every_n", "save_every_n", "keep_last_k"):
-            if getattr(self, name) < 1:
+        if self.mixed_precision not in (None, "bf16", "fp16"):
+            raise ValueError(f"mixed_precision must be bf16, fp16 or null, got {self.mixed_precision!r}")
+        for name in (
+            "num_steps", "num_epochs", "accumulate", "log_every_n", "valid_every_n", "save_every_n",
+            "save_every_n_epochs", "keep_last_k", "average_period",
+        ):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass
 class Config:
-    """A whole experiment: one YAML file in configs/."""
+    """A whole experiment: one YAML file in configs/.
+
+    `stages`: what differs in each stage of the training, in order, as `{name: {section.key: value}}`.
+    """
 
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.train.ctc_only_steps and not self.model.ctc_weight:
             raise ValueError("train.ctc_only_steps needs a CTC head: set model.ctc_weight above 0")
 
 
-class Averages:
-    """Sums over batches, shown as icefall does: `loss[loss=0.51, ctc=0.3, acc=0.9]`."""
-
-    def __init__(self, values: torch.Tensor | None = None) -> None:
-        # loss, llm_loss, ctc_loss, tokens, correct: sums over tokens
-        self.values = torch.zeros(5, dtype=torch.float64) if values is None else values
-
-    def add(self, other: Averages, decay: float = 1.0) -> None:
-        self.values = self.values * decay + other.values
-
-    def items(self) -> dict[str, float]:
-        loss, llm, ctc, tokens, correct = self.values.tolist()
-        n = max(tokens, 1.0)
-        return {"loss": loss / n, "llm_loss": llm / n, "ctc_loss": ctc / n, "token_accuracy": correct / n}
-
-    def __str__(self) -> str:
-        values = ", ".join(f"{name}={value:.4g}" for name, value in self.items().items())
-        return f"[{values}, over {self.values[3]:.0f} tokens]"
-
-
-class Throughput:
-    """How much audio was trained on since the last `restart`, and how much of it was padding."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.since = time.perf_counter()
-        self.audio_seconds = self.frames = self.padded_frames = 0.0
-
-    def add(self, batch: Batch) -> None:
-        frames = batch.features.shape[0] * batch.features.shape[1]
-        self.audio_seconds += batch.audio_seconds
-        self.frames += frames
-        self.padded_frames += batch.padding_share * frames
-
-    @property
-    def audio_seconds_per_second(self) -> float:
-        return self.audio_seconds / (time.perf_counter() - self.since)
-
-    @property
-    def padding_share(self) -> float:
-        return self.padded_frames / max(self.frames, 1.0)
+# icefall's names of settings, for those who have them in their fingers.
+SHORT_OPTIONS = {
+    "--num-epochs": "train.num_epochs",
+    "--max-duration": "data.max_duration",
+    "--base-lr": "optim.lr",
+    "--seed": "train.seed",
+    "--keep-last-k": "train.keep_last_k",
+    "--save-every-n": "train.save_every_n",
+    "--tensorboard": "train.tensorboard",
+}
 
 
 def main() -> None:
@@ -152,15 +148,78 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="experiment configuration (YAML)")
     parser.add_argument("--exp-dir", required=True, type=Path, help="folder for checkpoints, logs and results")
+    parser.add_argument("--world-size", type=int, default=1, help="processes on this machine, one per GPU")
+    parser.add_argument("--start-epoch", type=int, metavar="N", help="go on from epoch-(N-1).pt, not the newest")
+    parser.add_argument("--start-batch", type=int, metavar="STEP", help="go on from checkpoint-STEP.pt")
+    parser.add_argument("--stage", help="train only this one of the configuration's stages")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--use-bf16", action="store_true", help="the same as --train.mixed_precision bf16")
+    precision.add_argument("--use-fp16", action="store_true", help="the same as --train.mixed_precision fp16")
+    for name, key in SHORT_OPTIONS.items():
+        parser.add_argument(name, metavar="VALUE", help=f"the same as --{key}")
+    parser.add_argument(
+        "--print-diagnostics",
+        action="store_true",
+        help="print statistics of activations, gradients and parameters over the first batch, and stop",
+    )
     args, overrides = parser.parse_known_args()
+    if args.world_size > 1 and "LOCAL_RANK" not in os.environ:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.world_size}"]
+        os.execv(sys.executable, launch + sys.argv)
+    for name, key in SHORT_OPTIONS.items():
+        value = getattr(args, name[2:].replace("-", "_"))
+        overrides += [f"--{key}", value] if value is not None else []
+    if args.use_bf16 or args.use_fp16:
+        overrides += ["--train.mixed_precision", "bf16" if args.use_bf16 else "fp16"]
     try:
-        train(load_config(Config, args.config, overrides), args.exp_dir)
+        train_stages(args, overrides)
     except (UserError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")
 
 
-def train(config: Config, exp_dir: Path) -> None:
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
+def train_stages(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Train one stage after the other, each from the result of the one before; without stages, all at once."""
+    config = load_config(Config, args.config, overrides)
+    options = {
+        "start_from": start_checkpoint(args.start_epoch, args.start_batch),
+        "print_diagnostics": args.print_diagnostics,
+    }
+    if args.stage is not None and args.stage not in config.stages:
+        raise ConfigError(f"--stage: {args.stage} is none of {', '.join(config.stages) or 'no stages at all'}")
+    if not config.stages:
+        train(config, args.exp_dir, **options)
+    before = None
+    for name, changes in config.stages.items():
+        exp_dir = args.exp_dir / name
+        if args.stage in (None, name):
+            stage = override(load_config(Config, args.config), changes, source=f"{args.config}: stages.{name}")
+            stage = override(stage, parse_overrides(overrides), source="command line")
+            train(stage, exp_dir, init_dir=before, **options)
+        before = exp_dir
+
+
+def start_checkpoint(epoch: int | None, step: int | None) -> str | None:
+    """The name of the checkpoint that --start-epoch or --start-batch means."""
+    if step is not None:
+        return f"checkpoint-{step}.pt"
+    return f"epoch-{epoch - 1}.pt" if epoch is not None and epoch > 1 else None
+
+
+def train(
+    config: Config,
+    exp_dir: Path,
+    init_dir: Path | None = None,
+    start_from: str | None = None,
+    print_diagnostics: bool = False,
+) -> None:
+    """Train one model.
+
+    Args:
+      init_dir: the folder of the stage before, whose last weights this one begins with.
+      start_from: the name of a checkpoint in `exp_dir`; None for the newest.
+    """
+    # cpu: without it, several processes on a machine without GPUs would each train by themselves
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.train.mixed_precision or "no")
     rank, world_size = accelerator.process_index, accelerator.num_processes
     setup_logging(exp_dir / "log", "log-train", rank)
     set_seed(config.train.seed, device_specific=True)
@@ -168,22 +227,19 @@ def train(config: Config, exp_dir: Path) -> None:
 
     # ---- data and model -------------------------------------------------------------------------------------
     model = SpeechLLM.from_config(config.model)
+    from_stage_before = init_from_stage(model, init_dir) if init_dir is not None else set()
     logger.info("parameters: %s", describe_parameters(model))
     train_loader = build_train_loader(config.data, config.train.seed, rank, world_size, labels=model)
     valid_loader = build_eval_loader(config.data, config.data.valid, rank, world_size)
-    checkpoint_path = newest_checkpoint(exp_dir)
-    if checkpoint_path is None and config.model.encoder.path is None:
+    checkpoint_path = exp_dir / start_from if start_from is not None else newest_checkpoint(exp_dir)
+    if checkpoint_path is None and init_dir is None and config.model.encoder.path is None:
         first = next(iter(train_loader)).to("cpu")
         init_from_data(model.encoder, first.features, first.feature_lens)
-    frozen_bases = {}
-    if config.model.encoder.freeze:
-        frozen_bases["encoder"] = config.model.encoder.path
-    if config.model.llm.freezes_base:
-        frozen_bases["llm"] = config.model.llm.path
-    base_weights = {name: {"path": path, "sha256": file_hash(path)} for name, path in frozen_bases.items()}
-
     # ---- optimiser ------------------------------------------------------------------------------------------
     optimizer = build_optimizer(model, config.optim)
+    # Frozen here, but trained in a stage before: not in the files that bases come from, so every checkpoint has it.
+    carried = sorted({name for name, p in model.named_parameters() if not p.requires_grad} & from_stage_before)
+    base_weights = frozen_base_weights(model, carried)
     scheduler = build_scheduler(optimizer, config.optim, config.train.num_steps)
     # Every process has loaded the frozen weights from the same files: DDP need not send them, and cannot if quantised.
     frozen_names = [name for name, p in model.named_parameters() if not p.requires_grad]
@@ -192,9 +248,12 @@ def train(config: Config, exp_dir: Path) -> None:
     bare = accelerator.unwrap_model(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     ranks = RankAllocation(bare.llm, config.train.num_steps)
+    # Process 0 writes the checkpoints; the others need no average.
+    average = RunningAverage(bare, config.train.average_period) if accelerator.is_main_process else None
 
     # ---- resume ---------------------------------------------------------------------------------------------
-    step, epoch, bad_steps, best_valid_loss = 0, 1, 0, math.inf
+    step, epoch, bad_steps = 0, 1, 0
+    best = {"loss": math.inf, "wer": math.inf}
     total = Averages()
     train_loader.set_epoch(epoch)
     if checkpoint_path is not None:
@@ -209,11 +268,13 @@ def train(config: Config, exp_dir: Path) -> None:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         ranks.load_state_dict(state["ranks"])
+        if average is not None:
+            average.load_state_dict(state["model_avg"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         train_loader.load_state_dict(state["loader"])
         step, epoch = state["step"], state["epoch"]
-        bad_steps, best_valid_loss = state["bad_steps"], state["best_valid_loss"]
+        bad_steps, best = state["bad_steps"], dict(state["best"])
         total = Averages(state["total"].clone())
         set_rng_state(state["rng"][rank])
         logger.info("resuming from %s: epoch %d, step %d of %d", checkpoint_path, epoch, step, config.train.num_steps)
@@ -221,9 +282,11 @@ def train(config: Config, exp_dir: Path) -> None:
     def save(*names: str) -> None:
         """Write one checkpoint under each of `names`."""
         rng = gather_object([rng_state()])
+        error = None
         if accelerator.is_main_process:
             content = {
-                "model": trained_state_dict(bare),
+                "model": trained_state_dict(bare, also=carried),
+                "model_avg": average.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(),
                 "ranks": ranks.state_dict(),
@@ -233,21 +296,27 @@ def train(config: Config, exp_dir: Path) -> None:
                 "step": step,
                 "epoch": epoch,
                 "bad_steps": bad_steps,
-                "best_valid_loss": best_valid_loss,
+                "best": best,
                 "total": total.values,
                 "base_weights": base_weights,
                 "config": to_dict(config),
             }
-            for name in names:
-                save_checkpoint(exp_dir / name, content)
-            remove_old_checkpoints(exp_dir, keep=config.train.keep_last_k)
-        accelerator.wait_for_everyone()
+            try:
+                for name in names:
+                    save_checkpoint(exp_dir / name, content)
+                remove_old_checkpoints(exp_dir, keep=config.train.keep_last_k)
+            except CheckpointError as e:
+                error = e
+        # The others would wait for ever for a process that could not write.
+        if failures := [e for e in gather_object([error]) if e is not None]:
+            raise failures[0]
 
     # ---- train ----------------------------------------------------------------------------------------------
     writer = None
     if accelerator.is_main_process:
         save_config(config, exp_dir / "config.yaml", header=provenance())
-        writer = SummaryWriter(exp_dir / "tensorboard", purge_step=step + 1 if step else None)
+        if config.train.tensorboard:
+            writer = SummaryWriter(exp_dir / "tensorboard", purge_step=step + 1 if step else None)
     progress = tqdm(
         total=config.train.num_steps,
         initial=step,
@@ -255,31 +324,48 @@ def train(config: Config, exp_dir: Path) -> None:
         disable=None if rank == 0 else True,
         smoothing=0.05,
     )
+    stopping = StopSignal()
     model.train()
+    if config.train.scan_largest_batches and step < config.train.num_steps:
+        scan_largest_batches(accelerator, model, train_loader)
     throughput = Throughput()
-    with logging_redirect_tqdm():
-        while step < config.train.num_steps:
-            for batches in groups_of(train_loader, config.train.accumulate):
+    last_epoch = config.train.num_epochs or math.inf
+    with logging_redirect_tqdm(), stopping:
+        while step < config.train.num_steps and epoch <= last_epoch:
+            groups = throughput.timed(groups_of(train_loader, config.train.accumulate))
+            while True:
                 # One optimiser step. Its loss is a mean over the label tokens of all its batches on all processes.
+                batches = next(groups, [])
+                tokens = sum(len(bare.label_ids(text)) + 1 for batch in batches for text in batch.texts)
+                mine = torch.tensor([tokens, not batches, stopping.received], dtype=torch.float64)
+                tokens, without_batch, told_to_stop = accelerator.reduce(mine.to(accelerator.device)).tolist()
+                if without_batch:  # a rank of whose last batch nothing was usable ends the epoch for all
+                    break
                 if config.model.encoder.path is None:  # a released encoder has its schedules behind it
                     bare.encoder.set_batch_count(step * config.model.encoder.schedule_speed)
-                tokens = sum(len(bare.label_ids(text)) + 1 for batch in batches for text in batch.texts)
-                tokens = accelerator.reduce(torch.tensor(float(tokens), device=accelerator.device)).item()
-                sums = torch.zeros(5, dtype=torch.float64)
+                averages = Averages()
                 for i, batch in enumerate(batches):
                     batch = batch.to(accelerator.device)
-                    with accelerator.no_sync(model) if i + 1 < len(batches) else nullcontext():
+                    with (
+                        accelerator.no_sync(model) if i + 1 < len(batches) else nullcontext(),
+                        ActivationStatistics(model) if print_diagnostics else nullcontext() as statistics,
+                    ):
                         out = model(
                             batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages
                         )
                         loss = out["loss"] if step >= config.train.ctc_only_steps else out["loss"] - out["llm_loss"]
                         # DDP averages gradients over the processes; the sum is wanted.
                         accelerator.backward(loss * (world_size / tokens) + ranks.loss() / len(batches))
-                    sums += stats(out)
+                    if print_diagnostics:
+                        print(statistics.report())
+                        return
+                    averages.add(Averages.of(out))
                     throughput.add(batch)
                 if accelerator.scaler is not None:
                     accelerator.unscale_gradients()
-                grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.optim.clip_grad_norm).item()
+                log_now = (step + 1) % config.train.log_every_n == 0
+                norms = norms_by_part(bare) if log_now else {}
+                grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.optim.max_grad_norm).item()
                 finite = math.isfinite(grad_norm)
                 if finite or accelerator.scaler is not None:  # the fp16 scaler skips by itself, and learns from it
                     optimizer.step()
@@ -288,69 +374,168 @@ def train(config: Config, exp_dir: Path) -> None:
                     ids = ", ".join(i for batch in batches for i in batch.ids)
                     logger.warning("step %d: gradient norm %s, step skipped; batch: %s", step, grad_norm, ids)
                     if bad_steps >= config.train.max_bad_steps:
+                        path = exp_dir / f"bad-batch-{step}-rank{rank}.pt"
+                        save_batches(path, batches)
                         raise UserError(
                             f"{bad_steps} steps in a row without a finite gradient; lower optim.lr, or look at the "
-                            "utterances named above. The last checkpoint is intact."
+                            f"last batch (in {path}) and at --print-diagnostics. The last checkpoint is intact."
                         )
-                scheduler.step()
+                scheduler.step_batch()
                 step += 1
                 if finite:
                     ranks.step(step)
                 optimizer.zero_grad()
+                if average is not None:
+                    average.update(step)
                 progress.update()
 
                 # ---- log, validate, save ---------------------------------------------------------------------
-                averages = Averages(accelerator.reduce(sums.float().to(accelerator.device)).double().cpu())
+                averages = Averages(accelerator.reduce(averages.values.float().to(accelerator.device)).double().cpu())
                 total.add(averages, decay=1 - 1 / 200)
-                if step % config.train.log_every_n == 0:
+                if log_now:
                     lr = scheduler.get_last_lr()[0]
-                    speed = world_size * throughput.audio_seconds_per_second
+                    speed = throughput.scalars(world_size)
                     logger.info(
                         "Epoch %d, step %d, loss%s, tot_loss%s, batch size: %d, lr: %.2e, grad norm: %.2f, "
                         "%.0f audio s/s", epoch, step, averages, total, sum(len(b.ids) for b in batches), lr,
-                        grad_norm, speed,
+                        grad_norm, speed["audio_seconds_per_second"],
                     )  # fmt: skip
                     scalars = {
-                        **{f"train/{k}": v for k, v in averages.items().items()},
-                        **{f"train/tot_{k}": v for k, v in total.items().items()},
-                        "train/lr": lr,
-                        "train/grad_norm": grad_norm,
-                        "train/padding_share": throughput.padding_share,
-                        "train/audio_seconds_per_second": speed,
+                        **averages.items(),
+                        **{f"tot_{k}": v for k, v in total.items().items()},
+                        "lr": lr,
+                        "grad_norm": grad_norm,
+                        **norms,
+                        **speed,
+                        "peak_memory_gb": peak_memory_gb(accelerator.device),
                     }
-                    write_scalars(writer, scalars, step)
+                    write_scalars(writer, {f"train/{k}": v for k, v in scalars.items()}, step)
                     throughput.restart()
                 names = []
-                if step % config.train.valid_every_n == 0 or step == config.train.num_steps:
-                    scalars = validate(accelerator, model, valid_loader, config.data.text)
+                done = step == config.train.num_steps
+                if step % config.train.valid_every_n == 0 or done:
+                    scalars, examples = validate(accelerator, model, valid_loader, config.data.text)
                     values = ", ".join(f"{name}: {value:.4g}" for name, value in scalars.items())
-                    logger.info("Epoch %d, step %d, validation: %s", epoch, step, values)
+                    logger.info("Epoch %d, step %d, validation: %s\n%s", epoch, step, values, examples)
                     write_scalars(writer, {f"valid/{k}": v for k, v in scalars.items()}, step)
-                    if scalars["loss"] < best_valid_loss:
-                        best_valid_loss = scalars["loss"]
-                        names.append("best-valid-loss.pt")
+                    if writer is not None:
+                        writer.add_text("valid/examples", examples.replace("\n", "  \n"), step)
+                    for name in best:
+                        if scalars[name] < best[name]:
+                            best[name] = scalars[name]
+                            names.append(f"best-valid-{name}.pt")
                     throughput.restart()
-                if step % config.train.save_every_n == 0 or step == config.train.num_steps:
+                if step % config.train.save_every_n == 0 or done or told_to_stop:
                     names.append(f"checkpoint-{step}.pt")
                 if names:
                     save(*names)
-                if step == config.train.num_steps:
+                if told_to_stop:
+                    logger.info("stopped by a signal at step %d; the same command goes on from here", step)
+                    accelerator.end_training()
+                    return
+                if done:
                     break
-            else:
+            if step < config.train.num_steps:
                 epoch += 1
+                scheduler.step_epoch()
                 train_loader.set_epoch(epoch)
-                save(f"epoch-{epoch - 1}.pt")
+                if (epoch - 1) % config.train.save_every_n_epochs == 0 or epoch > last_epoch:
+                    save(f"epoch-{epoch - 1}.pt")
     progress.close()
     logger.info("done: %d steps, %d epochs", step, epoch)
     if writer is not None:
         writer.close()
+        plot_if_possible(exp_dir)
     accelerator.end_training()
+
+
+def init_from_stage(model: SpeechLLM, init_dir: Path) -> set[str]:
+    """Load what the stages before have trained, from the last checkpoint in `init_dir`.
+
+    Returns:
+      the names of the weights that were loaded.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it has weights that the model has not.
+    """
+    path = newest_checkpoint(init_dir)
+    if path is None:
+        raise CheckpointError(f"{init_dir}: no checkpoint to start from; train that stage first")
+    state = load_checkpoint(path)["model"]
+    load_state_dict_strict(model, {**model.state_dict(), **state}, path)
+    logger.info("starting from %s: %d tensors", path, len(state))
+    return set(state)
+
+
+def frozen_base_weights(model: SpeechLLM, carried: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Path and hash of the files that frozen weights are from: checkpoints do not have these.
+
+    Raises:
+      ConfigError: weights are frozen that come from no file.
+    """
+    bases = {}
+    for name, section in (("encoder", model.config.encoder), ("llm", model.config.llm)):
+        part = getattr(model, name)
+        frozen = [n for n, p in part.named_parameters(prefix=name) if not p.requires_grad and n not in carried]
+        if frozen and section.path is None:
+            raise ConfigError(f"optim.freeze: {frozen[0]} comes from no file (model.{name}.path) and no stage before")
+        if frozen:
+            bases[name] = {"path": section.path, "sha256": file_hash(section.path)}
+    return bases
+
+
+def scan_largest_batches(accelerator: Accelerator, model: torch.nn.Module, loader: SpeechLoader) -> None:
+    """Forward and backward of the largest batches of the epoch, so that memory runs out now or never (as icefall's
+    scan_pessimistic_batches_for_oom). Nothing of it stays: no gradient, no random number.
+
+    Raises:
+      UserError: memory ran out; the message names the settings to lower.
+    """
+    rng = rng_state()
+    for batch in loader.largest_batches():
+        batch = batch.to(accelerator.device)
+        try:
+            out = model(batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages)
+            accelerator.backward(out["loss"] / out["tokens"])
+        except torch.OutOfMemoryError as e:
+            raise UserError(
+                f"memory ran out with a batch of {len(batch)} rows of {batch.features.shape[1] / 100:.1f} s: lower "
+                "data.max_duration (or data.max_cuts, data.max_seconds, data.max_positions), or set "
+                "model.llm.checkpoint_blocks"
+            ) from e
+        finally:
+            model.zero_grad(set_to_none=True)
+    set_rng_state(rng)
+    logger.info("the largest batches fit: at most %.2f GB", peak_memory_gb(accelerator.device))
+
+
+class StopSignal:
+    """Inside a `with`, notes SIGTERM (a job that is preempted or runs out of its time) instead of dying of it."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> StopSignal:
+        self._previous = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = True
+
+
+def save_batches(path: Path, batches: list[Batch]) -> None:
+    with replaced_file(path) as tmp:
+        torch.save([vars(batch.to("cpu")) for batch in batches], tmp)
 
 
 def validate(
     accelerator: Accelerator, model: torch.nn.Module, loader: Iterable[Batch], text_steps: Sequence[str]
-) -> dict[str, float]:
-    """Loss and WER (percent) of the validation set; each process has its share of the batches."""
+) -> tuple[dict[str, float], str]:
+    """Loss, WER and CER (percent) of the validation set, and five transcripts beside their references; each process has
+    its share of the batches."""
     bare = accelerator.unwrap_model(model)
     model.eval()
     averages, results, ctc_results = Averages(), [], []
@@ -361,20 +546,18 @@ def validate(
             texts, ctc_texts = bare.recognise(
                 batch.features, batch.feature_lens, batch.languages, batch.target_languages
             )
-        averages.add(Averages(stats(out)))
+        averages.add(Averages.of(out))
         results += transcripts(batch, texts, text_steps)
         if ctc_texts is not None:
             ctc_results += transcripts(batch, ctc_texts, text_steps)
     model.train()
     averages = Averages(accelerator.reduce(averages.values.float().to(accelerator.device)).double().cpu())
-    scalars = {**averages.items(), "wer": 100 * score(gather_object(results)).rate}
+    results = sorted(gather_object(results), key=lambda result: result.id)
+    scalars = {**averages.items(), "wer": 100 * score(results).rate, "cer": 100 * score(results, characters).rate}
     if bare.ctc_head is not None:
         scalars["ctc_wer"] = 100 * score(gather_object(ctc_results)).rate
-    return scalars
-
-
-def stats(out: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.stack([out[k].detach().double() for k in ("loss", "llm_loss", "ctc_loss", "tokens", "correct")]).cpu()
+    shown = results[:: max(1, len(results) // 5)][:5]
+    return scalars, "\n".join(f"{result.id}:\n  ref: {result.ref}\n  hyp: {result.hyp}" for result in shown)
 
 
 def groups_of(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -390,6 +573,12 @@ def write_scalars(writer: SummaryWriter | None, scalars: dict[str, float], step:
             writer.add_scalar(name, value, step)
 
 
+def plot_if_possible(exp_dir: Path) -> None:
+    """EXP_DIR/plot.png, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        plot_runs([read_run(exp_dir)], exp_dir / "plot.png")
+
+
 def describe_parameters(model: SpeechLLM) -> str:
     """`encoder 1.2 M, projector 0.05 M (frozen), ...`"""
     parts = []
@@ -403,8 +592,16 @@ def describe_parameters(model: SpeechLLM) -> str:
 
 def provenance() -> str:
     """What was run, for the head of config.yaml."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    revision = git.stdout.strip() or "no git"
     return (
-        f"{shlex.join(sys.argv)}\nspeechllm {speechllm.__version__}, torch {torch.__version__}, "
+        f"{shlex.join(sys.argv)}\nspeechllm {speechllm.__version__} ({revision}), torch {torch.__version__}, "
         f"lhotse {lhotse.__version__}, python {platform.python_version()}, {os.cpu_count()} CPUs"
     )
 

@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     add_transcribe(commands)
     add_tune(commands)
     add_data(commands)
+    add_plot(commands)
     argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv, argparse.Namespace(overrides=overrides))
     if overrides and not getattr(args, "config", None):
@@ -344,6 +345,30 @@ def run_data_preview(args: argparse.Namespace) -> int:
         written += 1
     if not written:
         raise UserError("data preview: none of the utterances that were drawn can be used")
+    return 0
+
+
+def add_plot(commands: argparse._SubParsersAction) -> None:
+    plot = commands.add_parser(
+        "plot",
+        help="curves of training runs",
+        description="Draw loss, WER and CER of training runs over steps into one picture, and print the best of each.",
+    )
+    plot.add_argument("exp_dirs", nargs="+", type=Path, metavar="EXP", help="the --exp-dir of a run")
+    plot.add_argument(
+        "--output", type=Path, metavar="FILE", help="PNG (default: EXP/plot.png for one run, plot.png for several)"
+    )
+    plot.set_defaults(run=run_plot)
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    from speechllm.plot import plot_runs, read_run, table
+
+    output = args.output or (args.exp_dirs[0] / "plot.png" if len(args.exp_dirs) == 1 else Path("plot.png"))
+    runs = [read_run(exp_dir) for exp_dir in args.exp_dirs]
+    plot_runs(runs, output)
+    print(table(runs))
+    print(f"written to {output}")
     return 0
 
 

@@ -40,13 +40,21 @@ def load_config(cls: type[T], path: str | Path, overrides: list[str] | None = No
     except yaml.YAMLError as e:
         raise ConfigError(f"{path}: not valid YAML: {e}") from None
     config = from_dict(cls, tree, source=str(path))
-    pairs = _parse_overrides(overrides or [])
-    if not pairs:
+    return override(config, parse_overrides(overrides or []), source="command line")
+
+
+def override(config: T, changes: dict[str, Any], source: str) -> T:
+    """`config` with other values: `{section.key: value}`, checked as a whole.
+
+    Raises:
+      ConfigError: names `source` and the full key.
+    """
+    if not changes:
         return config
     tree = to_dict(config)
-    for key, value in pairs:
+    for key, value in changes.items():
         _set(tree, key, value)
-    return from_dict(cls, tree, source="command line")
+    return from_dict(type(config), tree, source=source)
 
 
 def from_dict(cls: type[T], tree: dict[str, Any], source: str = "configuration") -> T:
@@ -140,9 +148,13 @@ def _build_dataclass(cls: type, tree: dict[str, Any], source: str, key: str) -> 
         raise ConfigError(f"{source}: {key or 'top level'}: {e}") from None
 
 
-def _parse_overrides(args: list[str]) -> list[tuple[str, Any]]:
-    """`["--a.b", "1", "--c.d=x"]` -> `[("a.b", 1), ("c.d", "x")]`; values are read as YAML."""
-    pairs, i = [], 0
+def parse_overrides(args: list[str]) -> dict[str, Any]:
+    """`["--a.b", "1", "--c.d=x"]` -> `{"a.b": 1, "c.d": "x"}`; values are read as YAML, the last of a key counts.
+
+    Raises:
+      ConfigError: an argument is not of this form.
+    """
+    changes, i = {}, 0
     while i < len(args):
         name, equals, value = args[i].partition("=")
         if not name.startswith("--"):
@@ -153,11 +165,11 @@ def _parse_overrides(args: list[str]) -> list[tuple[str, Any]]:
                 raise ConfigError(f"command line: {name} needs a value")
             value = args[i]
         try:
-            pairs.append((name[2:], yaml.safe_load(value)))
+            changes[name[2:]] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise ConfigError(f"command line: {name}: cannot read the value {value!r} as YAML") from None
         i += 1
-    return pairs
+    return changes
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

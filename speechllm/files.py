@@ -50,6 +50,13 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
+def describe_write_error(path: str | Path, reason: Exception) -> str:
+    """`PATH: cannot be written: REASON (SPACE free there)`."""
+    folder = next(p for p in Path(path).absolute().parents if p.is_dir())
+    reason = getattr(reason, "strerror", None) or reason
+    return f"{path}: cannot be written: {reason} ({shutil.disk_usage(folder).free / 1e9:.2f} GB free there)"
+
+
 def _set_usual_mode(path: Path) -> None:
     """The permissions of a new file or folder: safetensors makes files that only their owner can read."""
     umask = os.umask(0)

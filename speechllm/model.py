@@ -159,10 +159,11 @@ class SpeechLLM(nn.Module):
     def train(self, mode: bool = True) -> SpeechLLM:
         """Frozen parts stay in evaluation mode."""
         super().train(mode)
-        if self.config.encoder.freeze:
-            self.encoder.eval()
-        if self.config.llm.freeze:
-            self.llm.eval()
+        if mode:
+            for module in self.modules():
+                parameters = list(module.parameters())
+                if parameters and not any(p.requires_grad for p in parameters):
+                    module.eval()
         return self
 
     @property
@@ -174,9 +175,12 @@ class SpeechLLM(nn.Module):
         """How much audio one position of the language model stands for."""
         return ENCODER_FRAME_SECONDS * self.projector.downsample
 
+    def _encoder_trains(self) -> bool:
+        return any(p.requires_grad for p in self.encoder.parameters())
+
     def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """features (N, T, F), (N,) -> encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.encoder.freeze):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_trains()):
             encoder_out, encoder_out_lens = self.encoder(features, feature_lens)
         return encoder_out, encoder_out_lens, *self.projector(encoder_out, encoder_out_lens)
 

@@ -1,12 +1,13 @@
 """Files and folders that appear whole or not at all."""
 
+import errno
 import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from speechllm.files import replaced_file, replaced_folder
+from speechllm.files import describe_write_error, replaced_file, replaced_folder
 
 
 def test_replaced_folder(tmp_path):
@@ -52,3 +53,13 @@ def test_others_can_read_what_was_written(tmp_path):
         os.umask(umask)
     for path in (tmp_path / "file.safetensors", tmp_path / "folder/file.safetensors"):
         assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("name", ["file", "no/such/folder/file"])
+def test_write_errors_name_path_reason_and_free_space(tmp_path, name):
+    path = tmp_path / name
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    text = describe_write_error(path, error)
+    assert text.startswith(f"{path}: cannot be written: {os.strerror(errno.ENOSPC)} (")
+    assert text.endswith(" GB free there)")
+    assert "IoError" in describe_write_error(path, ValueError("IoError"))

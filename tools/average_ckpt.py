@@ -1,12 +1,17 @@
 #!/usr/bin/env python3
 """Average checkpoints of a run and write the model that results.
 
-    tools/average_ckpt.py --exp-dir exp --iter 3000 --avg 8      # the 8 checkpoint-STEP.pt up to step 3000
     tools/average_ckpt.py --exp-dir exp --epoch 20 --avg 5       # epoch-16.pt ... epoch-20.pt
+    tools/average_ckpt.py --exp-dir exp --iter 3000 --avg 8      # the 8 checkpoint-STEP.pt up to step 3000
     tools/average_ckpt.py --output exp/my-avg FILE [FILE ...]    # these files
 
+With --use-averaged-model the same epochs, or the steps between the same checkpoints, are averaged over all the steps in
+them that the run's running average has seen, as in icefall: by the difference of the running averages at both ends, so
+epoch-15.pt and epoch-20.pt, or checkpoint-3000.pt and the eighth before it.
+
 The result is a folder that `SpeechLLM.from_pretrained`, `recipes/decode.py --model` and `speechllm transcribe
---model` read. Parameters are averaged with equal weights; frozen parts come from where the run took them.
+--model` read. Frozen parts come from where the run took them; an adapter is averaged as an adapter, before it is
+merged, and is in the folder by itself too.
 """
 
 from __future__ import annotations
@@ -14,15 +19,23 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
 
 from speechllm.checkpoint import (
+    CheckpointError,
+    average_between,
     average_state_dicts,
     checkpoints_to_average,
+    file_hash,
     load_checkpoint,
     load_trained,
 )
 from speechllm.config import from_dict
 from speechllm.errors import UserError
+from speechllm.files import describe_write_error
 from speechllm.model import ModelConfig, SpeechLLM
 
 
@@ -31,35 +44,90 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="checkpoints to average")
     parser.add_argument("--exp-dir", type=Path, help="folder of the run")
     last = parser.add_mutually_exclusive_group()
-    last.add_argument("--epoch", type=int, help="average epoch-N.pt up to this N")
-    last.add_argument("--iter", type=int, help="average checkpoint-STEP.pt up to this STEP")
-    parser.add_argument("--avg", type=int, default=1, help="how many checkpoints (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="folder to write (default: EXP_DIR/epoch-N-avg-K, iter-N-avg-K)")
+    last.add_argument("--epoch", type=int, metavar="N", help="average epoch-N.pt up to this N")
+    last.add_argument("--iter", type=int, metavar="STEP", help="average checkpoint-STEP.pt up to this STEP")
+    parser.add_argument("--avg", type=int, metavar="K", help="how many epochs or checkpoints (default: 1)")
+    parser.add_argument(
+        "--use-averaged-model", action="store_true", help="take the difference of the running averages at both ends"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder to write (default: EXP_DIR/epoch-N-avg-K or iter-STEP-avg-K, and -use-averaged-model)",
+    )
     args = parser.parse_args()
     by_number = args.epoch is not None or args.iter is not None
-    if bool(args.files) == by_number or (by_number and not args.exp_dir) or (args.files and not args.output):
-        parser.error("give either --exp-dir with --epoch or --iter, or FILES with --output")
+    if args.files and (by_number or args.exp_dir or args.avg is not None or args.use_averaged_model):
+        parser.error("FILES go with --output alone")
+    if not args.files and not (by_number and args.exp_dir):
+        parser.error("give --exp-dir with --epoch or --iter, or FILES with --output")
+    if args.files and not args.output:
+        parser.error("FILES need --output")
     try:
         if args.files:
-            paths, output = args.files, args.output
-        elif args.epoch is not None:
-            paths = checkpoints_to_average(args.exp_dir, "epoch", args.epoch, args.avg)
-            output = args.output or args.exp_dir / f"epoch-{args.epoch}-avg-{args.avg}"
+            average(args.files, args.output)
+            return
+        name, kind, number = ("epoch", "epoch", args.epoch) if args.iter is None else ("iter", "checkpoint", args.iter)
+        avg = 1 if args.avg is None else args.avg
+        paths = checkpoints_to_average(args.exp_dir, kind, number, avg, args.use_averaged_model)
+        suffix = "-use-averaged-model" if args.use_averaged_model else ""
+        output = args.output or args.exp_dir / f"{name}-{number}-avg-{avg}{suffix}"
+        if args.use_averaged_model:
+            average_by_difference(*paths, output)
         else:
-            paths = checkpoints_to_average(args.exp_dir, "checkpoint", args.iter, args.avg)
-            output = args.output or args.exp_dir / f"iter-{args.iter}-avg-{args.avg}"
-        average(paths, output)
+            average(paths, output)
     except (UserError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")
 
 
 def average(paths: list[Path], output: Path) -> None:
+    """Write the model with the mean of the parameters in `paths`; frozen parts are as in the last."""
     print("averaging:", *paths, sep="\n  ")
-    checkpoints = [load_checkpoint(path) for path in paths]
-    model = SpeechLLM.from_config(from_dict(ModelConfig, checkpoints[-1]["config"]["model"], str(paths[-1])))
-    load_trained(model, average_state_dicts(c["model"] for c in checkpoints), paths[-1])
-    model.save_pretrained(output)
+    checkpoints = {path: load_checkpoint(path) for path in paths}
+    write_model(average_state_dicts([c["model"] for c in checkpoints.values()]), checkpoints, output)
+
+
+def average_by_difference(start: Path, end: Path, output: Path) -> None:
+    """Write the model with the mean of the parameters over the steps after `start` up to `end`."""
+    checkpoints = {path: load_checkpoint(path) for path in (start, end)}
+    for path, checkpoint in checkpoints.items():
+        if "model_avg" not in checkpoint:
+            raise CheckpointError(f"{path}: holds no running average (model_avg); leave out --use-averaged-model")
+    print("averaging over the steps between the running averages in:")
+    for path, checkpoint in checkpoints.items():
+        print(f"  {path} (up to step {checkpoint['model_avg']['step']})")
+    mean = average_between(*(checkpoint["model_avg"] for checkpoint in checkpoints.values()))
+    # what an earlier stage has trained and this one has frozen is in no running average
+    write_model({**checkpoints[end]["model"], **mean}, checkpoints, output)
+
+
+def write_model(trained: dict[str, Tensor], checkpoints: dict[Path, dict[str, Any]], output: Path) -> None:
+    """Put what was trained on the frozen parts, and write the model.
+
+    Raises:
+      CheckpointError: the checkpoints were trained on different frozen weights, or on others than are there now.
+      UserError: the folder cannot be written.
+    """
+    last = list(checkpoints)[-1]
+    bases = {path: checkpoint.get("base_weights", {}) for path, checkpoint in checkpoints.items()}
+    for path, parts in bases.items():
+        if _hashes(parts) != _hashes(bases[last]):
+            raise CheckpointError(f"{path}: was trained on other base weights than {last}: {parts}, {bases[last]}")
+    for part, base in bases[last].items():
+        if file_hash(base["path"]) != base["sha256"]:
+            raise CheckpointError(f"{base['path']}: not the {part} that {last} was trained on: its SHA-256 is another")
+    model = SpeechLLM.from_config(from_dict(ModelConfig, checkpoints[last]["config"]["model"], str(last)))
+    load_trained(model, trained, last)
+    try:
+        model.save_pretrained(output)
+    except (OSError, SafetensorError) as e:
+        raise UserError(describe_write_error(output, e)) from e
     print(f"wrote {output}")
+
+
+def _hashes(base_weights: dict[str, dict[str, str]]) -> dict[str, str]:
+    return {part: base["sha256"] for part, base in base_weights.items()}
 
 
 if __name__ == "__main__":

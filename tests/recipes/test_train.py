@@ -10,9 +10,12 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from speechllm.checkpoint import load_checkpoint
-from speechllm.model import SpeechLLM
+from speechllm.config import from_dict
+from speechllm.encoder import save_encoder
+from speechllm.model import ModelConfig, SpeechLLM
 from speechllm.rwkv7 import RWKV7, RWKV7Config, load_adapter, load_rwkv7, save_rwkv7
 from tests.recipes.conftest import REPOSITORY
 
@@ -46,11 +49,14 @@ def test_exp_folder_is_as_icefall_users_expect(finished):
         "checkpoint-10.pt",
         "checkpoint-12.pt",
         "best-valid-loss.pt",
+        "best-valid-wer.pt",
+        "plot.png",
         "epoch-1.pt",
     } <= names
     assert {"config.yaml", "log", "tensorboard"} <= names and "checkpoint-6.pt" not in names
     assert list((finished / "tensorboard").iterdir())
     log = "".join(p.read_text() for p in (finished / "log").iterdir())
+    assert "ref: " in log and "hyp: " in log and "the largest batches fit" in log
     assert "Epoch 1, step 3, loss[" in log and "validation: loss: " in log and "ctc_wer: " in log
     assert (finished / "config.yaml").read_text().startswith("# recipes/train.py --config")
 
@@ -85,6 +91,83 @@ def test_killed_at_any_moment_is_as_never_stopped(experiment, finished, tmp_path
         assert torch.equal(value, resumed["model"][name]), (name, kills)
     assert expected["epoch"] == resumed["epoch"] and torch.equal(expected["total"], resumed["total"])
     assert not list(exp_dir.glob("*.tmp"))
+
+
+def test_a_job_that_is_told_to_stop_saves_first(experiment, finished, tmp_path):
+    process = subprocess.Popen(
+        command(experiment, tmp_path), cwd=REPOSITORY, env=ENV, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (tmp_path / "checkpoint-2.pt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate()
+    assert process.returncode == 0 and "stopped by a signal at step" in stderr
+    run(*command(experiment, tmp_path))
+    expected, resumed = (load_checkpoint(d / "checkpoint-12.pt") for d in (finished, tmp_path))
+    assert all(torch.equal(value, resumed["model"][name]) for name, value in expected["model"].items())
+    assert all(torch.equal(v, resumed["model_avg"]["model"][n]) for n, v in expected["model_avg"]["model"].items())
+
+
+def test_two_processes_learn_as_one_with_the_same_global_batch(experiment, tmp_path):
+    """A step is the whole epoch, so that it has the same utterances whatever the order."""
+    torch.manual_seed(0)
+    encoder = SpeechLLM.from_config(from_dict(ModelConfig, yaml.safe_load(experiment.read_text())["model"])).encoder
+    save_encoder(encoder, tmp_path / "encoder")
+    settings = [
+        "--model.encoder.path", str(tmp_path / "encoder"), "--model.encoder.zipformer", "null",
+        "--model.encoder.freeze", "true", "--data.augment", "{}", "--data.max_cuts", "1", "--data.num_workers", "0",
+        "--train.num_steps", "4", "--train.log_every_n", "1", "--train.valid_every_n", "4", "--optim.lr", "1e-2",
+    ]  # fmt: skip
+    for name, processes in (("one", 1), ("two", 2)):
+        run(*command(experiment, tmp_path / name, "--world-size", str(processes), "--train.accumulate",
+                     str(24 // processes), *settings))  # fmt: skip
+    one, two = (load_checkpoint(tmp_path / name / "checkpoint-4.pt") for name in ("one", "two"))
+    torch.testing.assert_close(two["total"], one["total"], rtol=1e-4, atol=0)
+    assert one["loader"]["epoch"] == two["loader"]["epoch"] and two["best"] == pytest.approx(one["best"], rel=1e-4)
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-2, atol=1e-4)
+
+
+def test_stages_start_from_one_another(experiment, tmp_path):
+    torch.manual_seed(0)
+    save_rwkv7(RWKV7(RWKV7Config(2, 32, 300, head_size=16)), tmp_path / "lm.pth")
+    config = yaml.safe_load(experiment.read_text())
+    config["model"]["llm"] = {"path": str(tmp_path / "lm.pth"), "freeze": True}
+    config["train"] |= {"num_steps": 3, "valid_every_n": 3}
+    config["stages"] = {
+        "projector": {"optim.freeze": ["encoder.encoder_embed"], "train.scan_largest_batches": False},
+        "adapter": {
+            "model.llm.freeze": False,
+            "model.llm.tune": {"method": "lora", "rank": 2},
+            "optim.freeze": ["encoder", "projector"],
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    del config["stages"]["projector"]["optim.freeze"]  # a part of no file must not be frozen before it is trained
+    result = run(*command(path, tmp_path / "exp"), check=False)
+    assert result.returncode == 1 and "optim.freeze: encoder.encoder_embed" in result.stderr
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    result = run(*command(path, tmp_path / "exp"))
+    first, second = (load_checkpoint(tmp_path / "exp" / name / "checkpoint-3.pt") for name in config["stages"])
+    parameters = {name for name in second["model_avg"]["model"] if name.startswith("llm.")}
+    assert parameters and all(".lora_" in name for name in parameters)
+    assert "projector.out_proj.weight" not in second["model_avg"]["model"]
+    # what the first stage has trained comes along, unchanged
+    for name, value in first["model"].items():
+        if name.startswith(("encoder.", "projector.")):
+            assert torch.equal(second["model"][name], value), name
+    run(sys.executable, "tools/average_ckpt.py", "--exp-dir", str(tmp_path / "exp" / "adapter"), "--iter", "3",
+        "--avg", "1")  # fmt: skip
+    model = SpeechLLM.from_pretrained(tmp_path / "exp" / "adapter" / "iter-3-avg-1")
+    assert torch.equal(model.projector.out_proj.weight, first["model"]["projector.out_proj.weight"])
+    # started again there is nothing to do
+    assert "resuming from" in run(*command(path, tmp_path / "exp", "--stage", "adapter")).stderr
+
+
+def test_diagnostics_are_printed(experiment, tmp_path):
+    result = run(*command(experiment, tmp_path, "--print-diagnostics"))
+    assert "projector" in result.stdout and not list(tmp_path.glob("*.pt"))
 
 
 def test_average_and_decode(experiment, finished):
@@ -129,11 +212,8 @@ def test_a_quantised_language_model_is_tuned_by_two_processes(experiment, tmp_pa
         "--model.llm.path", str(tmp_path / "lm.pth"), "--model.llm.rwkv7", "null", "--model.llm.tune.method", "lora",
         "--model.llm.tune.quantize", "int8", "--train.num_steps", "4",
     ]  # fmt: skip
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-    ]  # fmt: skip
-    run(*launch, *command(experiment, tmp_path / "exp", *settings)[1:])
+    result = run(*command(experiment, tmp_path / "exp", "--world-size", "2", *settings))
+    assert "processes: 2" in result.stderr
     state = load_checkpoint(tmp_path / "exp" / "checkpoint-4.pt")
     names = [name for name in state["model"] if name.startswith("llm.")]
     assert names and all(".lora_" in name for name in names)
@@ -169,7 +249,10 @@ def test_transcribe_command(finished, experiment):
         (["--model.ctc_wieght", "0"], "unknown key model.ctc_wieght; did you mean model.ctc_weight?"),
         (["--data.train", "[{path: /nowhere.jsonl}]"], "/nowhere.jsonl: no such manifest file"),
         (["--model.tokenizer", "/nowhere"], "tokenizer '/nowhere': no such file or folder"),
-        (["--train.mixed_precision", "fp8"], "mixed_precision must be no, bf16 or fp16"),
+        (["--train.mixed_precision", "fp8"], "mixed_precision must be bf16, fp16 or null"),
+        (["--stage", "nowhere"], "--stage: nowhere is none of"),
+        (["--optim.freeze", "[projector.nothing]"], "projector.nothing"),
+        (["--start-batch", "3"], "checkpoint-3.pt: no such checkpoint"),
     ],
 )
 def test_mistakes_are_one_line(experiment, tmp_path, settings, said):

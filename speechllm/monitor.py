@@ -1,0 +1,104 @@
+"""What a training run tells while it goes on: running sums, throughput, norms by part, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from speechllm.data import Batch
+
+T = TypeVar("T")
+
+
+class Averages:
+    """Sums over batches, shown as icefall does: `loss[loss=0.51, ctc=0.3, acc=0.9]`."""
+
+    def __init__(self, values: Tensor | None = None) -> None:
+        # loss, llm_loss, ctc_loss, tokens, correct: sums over tokens
+        self.values = torch.zeros(5, dtype=torch.float64) if values is None else values
+
+    @classmethod
+    def of(cls, out: dict[str, Tensor]) -> Averages:
+        """The sums of one batch, from what `SpeechLLM.forward` gives."""
+        names = ("loss", "llm_loss", "ctc_loss", "tokens", "correct")
+        return cls(torch.stack([out[name].detach().double() for name in names]).cpu())
+
+    def add(self, other: Averages, decay: float = 1.0) -> None:
+        self.values = self.values * decay + other.values
+
+    def items(self) -> dict[str, float]:
+        loss, llm, ctc, tokens, correct = self.values.tolist()
+        n = max(tokens, 1.0)
+        return {"loss": loss / n, "llm_loss": llm / n, "ctc_loss": ctc / n, "token_accuracy": correct / n}
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{name}={value:.4g}" for name, value in self.items().items())
+        return f"[{values}, over {self.values[3]:.0f} tokens]"
+
+
+class Throughput:
+    """How much audio was trained on since the last `restart`, how much of it was padding, and how much of the time went
+    into waiting for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.perf_counter()
+        self._audio_seconds = self._frames = self._padded_frames = self._waited = 0.0
+
+    def add(self, batch: Batch) -> None:
+        frames = batch.features.shape[0] * batch.features.shape[1]
+        self._audio_seconds += batch.audio_seconds
+        self._frames += frames
+        self._padded_frames += batch.padding_share * frames
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same items; how long each lets one wait is counted."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._waited += time.perf_counter() - start
+            yield item
+
+    def scalars(self, world_size: int) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._since
+        return {
+            "audio_seconds_per_second": world_size * self._audio_seconds / elapsed,
+            "padding_share": self._padded_frames / max(self._frames, 1.0),
+            "data_wait_share": self._waited / elapsed,
+        }
+
+
+def norms_by_part(model: nn.Module) -> dict[str, float]:
+    """`grad_norm/PART` and `param_norm/PART` of the trained parameters of each child of the model."""
+    norms = {}
+    for name, part in model.named_children():
+        trained = [p for p in part.parameters() if p.requires_grad]
+        if trained:
+            norms[f"param_norm/{name}"] = _norm(trained)
+            norms[f"grad_norm/{name}"] = _norm([p.grad for p in trained if p.grad is not None])
+    return norms
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return torch.nn.utils.get_total_norm([t.detach() for t in tensors]).item() if tensors else 0.0
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most that this process has held so far: of the GPU's memory, or on a CPU of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
