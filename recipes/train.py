@@ -24,7 +24,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -156,7 +156,8 @@ def main() -> None:
     precision.add_argument("--use-bf16", action="store_true", help="the same as --train.mixed_precision bf16")
     precision.add_argument("--use-fp16", action="store_true", help="the same as --train.mixed_precision fp16")
     for name, key in SHORT_OPTIONS.items():
-        parser.add_argument(name, metavar="VALUE", help=f"the same as --{key}")
+        note = "; auto: the largest that fits into the GPU's memory" if name == "--max-duration" else ""
+        parser.add_argument(name, metavar="VALUE", help=f"the same as --{key}{note}")
     parser.add_argument(
         "--print-diagnostics",
         action="store_true",
@@ -166,22 +167,26 @@ def main() -> None:
     if args.world_size > 1 and "LOCAL_RANK" not in os.environ:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.world_size}"]
         os.execv(sys.executable, launch + sys.argv)
+    find_max_duration = args.max_duration == "auto"
+    if find_max_duration:
+        args.max_duration = None
     for name, key in SHORT_OPTIONS.items():
         value = getattr(args, name[2:].replace("-", "_"))
         overrides += [f"--{key}", value] if value is not None else []
     if args.use_bf16 or args.use_fp16:
         overrides += ["--train.mixed_precision", "bf16" if args.use_bf16 else "fp16"]
     try:
-        train_stages(args, overrides)
+        train_stages(args, overrides, find_max_duration)
     except (UserError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")
 
 
-def train_stages(args: argparse.Namespace, overrides: list[str]) -> None:
+def train_stages(args: argparse.Namespace, overrides: list[str], find_max_duration: bool) -> None:
     """Train one stage after the other, each from the result of the one before; without stages, all at once."""
     config = load_config(Config, args.config, overrides)
     options = {
         "start_from": start_checkpoint(args.start_epoch, args.start_batch),
+        "find_max_duration": find_max_duration,
         "print_diagnostics": args.print_diagnostics,
     }
     if args.stage is not None and args.stage not in config.stages:
@@ -210,6 +215,7 @@ def train(
     exp_dir: Path,
     init_dir: Path | None = None,
     start_from: str | None = None,
+    find_max_duration: bool = False,
     print_diagnostics: bool = False,
 ) -> None:
     """Train one model.
@@ -217,6 +223,7 @@ def train(
     Args:
       init_dir: the folder of the stage before, whose last weights this one begins with.
       start_from: the name of a checkpoint in `exp_dir`; None for the newest.
+      find_max_duration: instead of `data.max_duration`, the largest that fits; found once for a run.
     """
     # cpu: without it, several processes on a machine without GPUs would each train by themselves
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.train.mixed_precision or "no")
@@ -229,7 +236,12 @@ def train(
     model = SpeechLLM.from_config(config.model)
     from_stage_before = init_from_stage(model, init_dir) if init_dir is not None else set()
     logger.info("parameters: %s", describe_parameters(model))
-    train_loader = build_train_loader(config.data, config.train.seed, rank, world_size, labels=model)
+
+    def training_data(max_duration: float) -> SpeechLoader:
+        config.data.max_duration = max_duration
+        return build_train_loader(config.data, config.train.seed, rank, world_size, labels=model)
+
+    train_loader = training_data(config.data.max_duration)
     valid_loader = build_eval_loader(config.data, config.data.valid, rank, world_size)
     checkpoint_path = exp_dir / start_from if start_from is not None else newest_checkpoint(exp_dir)
     if checkpoint_path is None and init_dir is None and config.model.encoder.path is None:
@@ -272,6 +284,8 @@ def train(
             average.load_state_dict(state["model_avg"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
+        if find_max_duration:
+            train_loader = training_data(state["config"]["data"]["max_duration"])
         train_loader.load_state_dict(state["loader"])
         step, epoch = state["step"], state["epoch"]
         bad_steps, best = state["bad_steps"], dict(state["best"])
@@ -316,7 +330,7 @@ def train(
     if accelerator.is_main_process:
         save_config(config, exp_dir / "config.yaml", header=provenance())
         if config.train.tensorboard:
-            writer = SummaryWriter(exp_dir / "tensorboard", purge_step=step + 1 if step else None)
+            writer = SummaryWriter(exp_dir / "tensorboard", purge_step=step + 1)
     progress = tqdm(
         total=config.train.num_steps,
         initial=step,
@@ -326,6 +340,14 @@ def train(
     )
     stopping = StopSignal()
     model.train()
+    if find_max_duration and checkpoint_path is None:
+        if accelerator.device.type != "cuda":
+            raise UserError("--max-duration auto needs a GPU: a CPU's memory does not run out with a message")
+        largest = largest_that_fits(
+            lambda seconds: fits_in_memory(accelerator, model, training_data(seconds)), config.data.max_seconds
+        )
+        train_loader = training_data(largest)
+        logger.info("--max-duration auto: %g s", config.data.max_duration)
     if config.train.scan_largest_batches and step < config.train.num_steps:
         scan_largest_batches(accelerator, model, train_loader)
     throughput = Throughput()
@@ -489,16 +511,17 @@ def scan_largest_batches(accelerator: Accelerator, model: torch.nn.Module, loade
     scan_pessimistic_batches_for_oom). Nothing of it stays: no gradient, no random number.
 
     Raises:
-      UserError: memory ran out; the message names the settings to lower.
+      MemoryRanOut: the message names the settings to lower.
     """
     rng = rng_state()
     for batch in loader.largest_batches():
         batch = batch.to(accelerator.device)
         try:
-            out = model(batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages)
-            accelerator.backward(out["loss"] / out["tokens"])
+            with accelerator.no_sync(model):  # if one process fails, the others do not wait for it
+                out = model(batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages)
+                accelerator.backward(out["loss"] / out["tokens"])
         except torch.OutOfMemoryError as e:
-            raise UserError(
+            raise MemoryRanOut(
                 f"memory ran out with a batch of {len(batch)} rows of {batch.features.shape[1] / 100:.1f} s: lower "
                 "data.max_duration (or data.max_cuts, data.max_seconds, data.max_positions), or set "
                 "model.llm.checkpoint_blocks"
@@ -507,6 +530,35 @@ def scan_largest_batches(accelerator: Accelerator, model: torch.nn.Module, loade
             model.zero_grad(set_to_none=True)
     set_rng_state(rng)
     logger.info("the largest batches fit: at most %.2f GB", peak_memory_gb(accelerator.device))
+
+
+class MemoryRanOut(UserError):
+    """A batch is too large for the device; the message names the settings to lower."""
+
+
+def fits_in_memory(accelerator: Accelerator, model: torch.nn.Module, loader: SpeechLoader) -> bool:
+    """Whether the largest batches fit into the memory of every process's device."""
+    try:
+        scan_largest_batches(accelerator, model, loader)
+        fits = True
+    except MemoryRanOut:
+        torch.cuda.empty_cache()
+        fits = False
+    return all(gather_object([fits]))
+
+
+def largest_that_fits(fits: Callable[[float], bool], start: float, limit: float = 20000.0) -> float:
+    """The largest of `start`, 1.25 * start, ... that fits, less a tenth for what fragments and fluctuates.
+
+    Raises:
+      UserError: not even `start` does.
+    """
+    seconds = start
+    if not fits(seconds):
+        raise UserError(f"not even {start:g} s of audio fit: use a smaller model, or lower data.max_seconds")
+    while 1.25 * seconds <= limit and fits(1.25 * seconds):
+        seconds *= 1.25
+    return float(math.floor(max(0.9 * seconds, start)))
 
 
 class StopSignal:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from speechllm.errors import UserError
-from speechllm.files import replaced_file
+from speechllm.files import describe_write_error, replaced_file
 
 # (title, [(tag, line style)]) of each panel.
 _PANELS = (
@@ -27,11 +29,12 @@ class Run:
     scalars: dict[str, tuple[list[int], list[float]]]
 
     def best(self, tag: str) -> str:
-        """`VALUE (STEP)` of the lowest value."""
-        if tag not in self.scalars:
+        """`VALUE (STEP)` of the lowest value that is finite."""
+        steps, values = self.scalars.get(tag, ([], []))
+        finite = [(value, step) for value, step in zip(values, steps, strict=True) if math.isfinite(value)]
+        if not finite:
             return "-"
-        steps, values = self.scalars[tag]
-        value, step = min(zip(values, steps, strict=True))
+        value, step = min(finite)
         return f"{value:.4g} ({step})"
 
     def last(self, tag: str) -> str:
@@ -49,6 +52,7 @@ def read_run(exp_dir: Path) -> Run:
         raise UserError(
             f"{exp_dir}: no folder tensorboard: not the folder of a run, or of one with --tensorboard false"
         )
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each resumption as of a crash
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
     scalars = {}
     for tag in events.Tags()["scalars"]:
@@ -56,7 +60,7 @@ def read_run(exp_dir: Path) -> Run:
         scalars[tag] = (sorted(by_step), [by_step[step] for step in sorted(by_step)])
     if not scalars:
         raise UserError(f"{folder}: nothing was logged yet")
-    return Run(exp_dir.name, scalars)
+    return Run(str(exp_dir), scalars)  # the last part alone is `exp` in every recipe
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -74,7 +78,7 @@ def plot_runs(runs: Sequence[Run], output: Path) -> None:
     """Loss and error rates over steps, a colour for each run, as PNG.
 
     Raises:
-      UserError: matplotlib is not installed.
+      UserError: matplotlib is not installed, or `output` cannot be written.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("pictures need matplotlib: pip install 'speechllm[plot]'")
@@ -93,5 +97,8 @@ def plot_runs(runs: Sequence[Run], output: Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="small")
     axis.set_xlabel("step")
-    with replaced_file(output) as tmp:
-        figure.savefig(tmp, format="png", dpi=100)
+    try:
+        with replaced_file(output) as tmp:
+            figure.savefig(tmp, format="png", dpi=100)
+    except OSError as e:
+        raise UserError(describe_write_error(output, e)) from e

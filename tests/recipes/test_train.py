@@ -1,5 +1,6 @@
 """The training and decoding scripts, run as a user runs them."""
 
+import importlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import yaml
 from speechllm.checkpoint import load_checkpoint
 from speechllm.config import from_dict
 from speechllm.encoder import save_encoder
+from speechllm.errors import UserError
 from speechllm.model import ModelConfig, SpeechLLM
 from speechllm.rwkv7 import RWKV7, RWKV7Config, load_adapter, load_rwkv7, save_rwkv7
 from tests.recipes.conftest import REPOSITORY
@@ -165,6 +167,18 @@ def test_stages_start_from_one_another(experiment, tmp_path):
     assert "resuming from" in run(*command(path, tmp_path / "exp", "--stage", "adapter")).stderr
 
 
+def test_the_largest_duration_that_fits(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
+    train = importlib.import_module("train")
+    tried = []
+    found = train.largest_that_fits(lambda seconds: tried.append(seconds) or seconds <= 500, 30.0)
+    assert 0.7 * 500 < found <= 0.9 * 500 and max(tried) > 500
+    assert train.largest_that_fits(lambda seconds: seconds <= 31, 30.0) == 30
+    assert train.largest_that_fits(lambda seconds: True, 30.0) <= 20000
+    with pytest.raises(UserError, match="not even 30 s"):
+        train.largest_that_fits(lambda seconds: False, 30.0)
+
+
 def test_diagnostics_are_printed(experiment, tmp_path):
     result = run(*command(experiment, tmp_path, "--print-diagnostics"))
     assert "projector" in result.stdout and not list(tmp_path.glob("*.pt"))
@@ -252,6 +266,7 @@ def test_transcribe_command(finished, experiment):
         (["--train.mixed_precision", "fp8"], "mixed_precision must be bf16, fp16 or null"),
         (["--stage", "nowhere"], "--stage: nowhere is none of"),
         (["--optim.freeze", "[projector.nothing]"], "projector.nothing"),
+        (["--max-duration", "auto"], "--max-duration auto needs a GPU"),
         (["--start-batch", "3"], "checkpoint-3.pt: no such checkpoint"),
     ],
 )
