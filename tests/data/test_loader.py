@@ -32,6 +32,7 @@ from speechllm.data.features import fbank_extractor, num_frames
 from speechllm.data.sampling import curriculum_limit
 
 from .conftest import write_manifest, write_tone
+from .manifests import KINDS, write_corpus, write_kind
 from .test_index import LetterLabels
 
 
@@ -284,6 +285,30 @@ def test_the_largest_batches_are_known_beforehand(corpus):
     assert 1 <= len(largest) <= 3 and loader.batches == 0
     ranks = [build_train_loader(settings, seed=1, rank=rank, world_size=2) for rank in range(2)]
     assert max(largest) == max(b.features.shape[0] * b.features.shape[1] for loader in ranks for b in loader)
+
+
+@pytest.mark.parametrize("features_on", ["worker", "device"])
+def test_all_kinds_of_manifests_train_together_and_resume(tmp_path, features_on):
+    lines = [line for line in write_corpus(tmp_path) if line["text"]]
+    settings = DataConfig(
+        train=[write_kind(kind, tmp_path, lines) for kind in KINDS],
+        max_duration=4.0,
+        num_buckets=2,
+        num_workers=2,
+        features_on=features_on,
+        augment=AugmentConfig(speed=SpeedConfig(), babble=BabbleConfig(probability=1.0)),
+    )
+    loader = build_train_loader(settings, seed=1)
+    states, batches = [], []
+    for batch in loader:
+        states.append(copy.deepcopy(loader.state_dict()))
+        batches.append(batch.to("cpu"))
+    assert sum(map(len, batches)) == len(KINDS) * len(lines) and not loader.skipped
+    middle = len(batches) // 2
+    resumed = build_train_loader(replace(settings, num_workers=0), seed=1)
+    resumed.load_state_dict(states[middle])
+    rest = [batch.to("cpu") for batch in resumed]
+    assert all(same(a, b) for a, b in zip(rest, batches[middle + 1 :], strict=True))
 
 
 def test_babble_takes_voices_of_the_corpus(corpus):
