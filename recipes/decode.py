@@ -6,7 +6,7 @@
 --model is a folder written by tools/average_ckpt.py. Each set under `data.test` is decoded by greedy search and,
 where the model has a CTC head, by CTC as well. EXP_DIR/greedy_search and EXP_DIR/ctc_greedy_search receive, as in
 icefall, recogs-SET-MODEL.txt, errs-SET-MODEL.txt and wer-summary-SET-MODEL.txt, and wer-by-language-SET-MODEL.txt.
-The WER by language is printed; translations are in groups such as en>zh, and CTC has none of them.
+WER and CER by language are printed; translations are in groups such as en>zh, and CTC has none of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import logging
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -28,7 +29,7 @@ from speechllm.errors import UserError
 from speechllm.log import setup_logging
 from speechllm.model import SpeechLLM
 from speechllm.rwkv7.linear import INFERENCE_WEIGHTS, pack_for_inference
-from speechllm.scoring import ErrorReport, Transcript, score, transcripts, write_reports
+from speechllm.scoring import ErrorReport, Transcript, characters, score, transcripts, write_reports
 
 logger = logging.getLogger(__name__)
 
@@ -82,20 +83,27 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str) -> 
         )  # fmt: skip
         for search, found in results.items():
             report = write_reports(exp_dir / search, name, model_dir.name, found, setting=search)
-            for language in sorted({t.language for t in found if t.language}):
-                table[name, language][search] = score(t for t in found if t.language == language)
-            table[name, "all"][search] = report
             logger.info("%s, %s: WER %s", name, search, report)
+            groups = {lang: [t for t in found if t.language == lang] for lang in {t.language for t in found} - {None}}
+            for language, group in [*sorted(groups.items()), ("all", found)]:
+                table[name, language][f"{search} WER %"] = score(group)
+                table[name, language][f"{search} CER %"] = score(group, characters)
     print_table(table)
 
 
-def print_table(table: dict[tuple[str, str], dict[str, ErrorReport]]) -> None:
-    """WER in percent by test set and language, a column for each search; `-` where it has no results."""
-    searches = list(dict.fromkeys(search for reports in table.values() for search in reports))
-    print(f"\n{'test set':<12}{'language':<10}{'words':>6}" + "".join(f"{s + ' WER %':>26}" for s in searches))
+def print_table(table: Mapping[tuple[str, str], Mapping[str, ErrorReport]]) -> None:
+    """Error rates in percent by test set and language; `-` where a search has no results. The first column of a row is
+    in words."""
+    columns = list(dict.fromkeys(column for reports in table.values() for column in reports))
+    rows = [["test set", "language", "words", *columns]]
     for (name, language), reports in table.items():
-        cells = "".join(f"{100 * reports[s].rate:>26.2f}" if s in reports else f"{'-':>26}" for s in searches)
-        print(f"{name:<12}{language:<10}{reports[searches[0]].ref_len:>6}{cells}")
+        rates = [f"{100 * reports[column].rate:.2f}" if column in reports else "-" for column in columns]
+        rows.append([name, language, str(reports[columns[0]].ref_len), *rates])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for name, language, *numbers in rows:
+        right = "".join(f"  {cell:>{width}}" for cell, width in zip(numbers, widths[2:], strict=True))
+        print(f"{name:<{widths[0]}}  {language:<{widths[1]}}{right}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from typing import Any
 
 import lhotse
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object, set_seed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
@@ -164,6 +164,8 @@ def main() -> None:
         help="print statistics of activations, gradients and parameters over the first batch, and stop",
     )
     args, overrides = parser.parse_known_args()
+    if torch.cuda.is_available() and args.world_size > torch.cuda.device_count():
+        sys.exit(f"error: --world-size {args.world_size}: this machine has {torch.cuda.device_count()} GPUs")
     if args.world_size > 1 and "LOCAL_RANK" not in os.environ:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.world_size}"]
         os.execv(sys.executable, launch + sys.argv)
@@ -191,16 +193,27 @@ def train_stages(args: argparse.Namespace, overrides: list[str], find_max_durati
     }
     if args.stage is not None and args.stage not in config.stages:
         raise ConfigError(f"--stage: {args.stage} is none of {', '.join(config.stages) or 'no stages at all'}")
-    if not config.stages:
+    stages = {  # all of them are checked before the first begins
+        name: override(
+            override(load_config(Config, args.config), changes, source=f"{args.config}: stages.{name}"),
+            parse_overrides(overrides),
+            source="command line",
+        )
+        for name, changes in config.stages.items()
+        if args.stage in (None, name)
+    }
+    if len({stage.train.mixed_precision for stage in stages.values()}) > 1:
+        raise ConfigError(f"{args.config}: stages with another train.mixed_precision; run them one by one with --stage")
+    if options["start_from"] is not None and len(stages) > 1:
+        raise ConfigError("--start-epoch and --start-batch are of one stage: name it with --stage")
+    if not stages:
         train(config, args.exp_dir, **options)
-    before = None
-    for name, changes in config.stages.items():
-        exp_dir = args.exp_dir / name
-        if args.stage in (None, name):
-            stage = override(load_config(Config, args.config), changes, source=f"{args.config}: stages.{name}")
-            stage = override(stage, parse_overrides(overrides), source="command line")
-            train(stage, exp_dir, init_dir=before, **options)
-        before = exp_dir
+    names = list(config.stages)
+    for name, stage in stages.items():
+        before = args.exp_dir / names[names.index(name) - 1] if name != names[0] else None
+        if not train(stage, args.exp_dir / name, init_dir=before, **options):
+            break
+    PartialState().destroy_process_group()
 
 
 def start_checkpoint(epoch: int | None, step: int | None) -> str | None:
@@ -217,7 +230,7 @@ def train(
     start_from: str | None = None,
     find_max_duration: bool = False,
     print_diagnostics: bool = False,
-) -> None:
+) -> bool:
     """Train one model.
 
     Args:
@@ -286,7 +299,7 @@ def train(
             accelerator.scaler.load_state_dict(state["scaler"])
         if find_max_duration:
             train_loader = training_data(state["config"]["data"]["max_duration"])
-        train_loader.load_state_dict(state["loader"])
+        train_loader.load_state_dict(state["loader"][rank])
         step, epoch = state["step"], state["epoch"]
         bad_steps, best = state["bad_steps"], dict(state["best"])
         total = Averages(state["total"].clone())
@@ -295,7 +308,7 @@ def train(
 
     def save(*names: str) -> None:
         """Write one checkpoint under each of `names`."""
-        rng = gather_object([rng_state()])
+        rng, loader = gather_object([rng_state()]), gather_object([train_loader.state_dict()])
         error = None
         if accelerator.is_main_process:
             content = {
@@ -305,7 +318,7 @@ def train(
                 "scheduler": scheduler.state_dict(),
                 "ranks": ranks.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                "loader": train_loader.state_dict(),
+                "loader": loader,
                 "rng": rng,
                 "step": step,
                 "epoch": epoch,
@@ -380,7 +393,7 @@ def train(
                         accelerator.backward(loss * (world_size / tokens) + ranks.loss() / len(batches))
                     if print_diagnostics:
                         print(statistics.report())
-                        return
+                        return False
                     averages.add(Averages.of(out))
                     throughput.add(batch)
                 if accelerator.scaler is not None:
@@ -453,8 +466,7 @@ def train(
                     save(*names)
                 if told_to_stop:
                     logger.info("stopped by a signal at step %d; the same command goes on from here", step)
-                    accelerator.end_training()
-                    return
+                    return False
                 if done:
                     break
             if step < config.train.num_steps:
@@ -468,7 +480,7 @@ def train(
     if writer is not None:
         writer.close()
         plot_if_possible(exp_dir)
-    accelerator.end_training()
+    return True
 
 
 def init_from_stage(model: SpeechLLM, init_dir: Path) -> set[str]:

@@ -188,15 +188,22 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     check.add_argument("manifests", nargs="*", metavar="MANIFEST", help=MANIFEST_HELP)
     check.add_argument("--config", type=Path, help="check all that this configuration trains, validates and tests on")
     add_source_options(check)
-    check.add_argument("--tokenizer", help="count its tokens: rwkv, a sentencepiece model, or a folder with one")
+    check.add_argument(
+        "--tokenizer", help="count its tokens: rwkv, a sentencepiece model, or a folder with one (default: of --config)"
+    )
     check.add_argument(
         "--audio",
         choices=("none", "header", "full"),
         default="header",
         help="how much is read of each audio file: full finds what is cut short or not a number (default: %(default)s)",
     )
-    check.add_argument("--min-seconds", type=float, default=0.0, help="shorter utterances are a problem")
-    check.add_argument("--max-seconds", type=float, default=float("inf"), help="longer utterances are a problem")
+    check.add_argument(
+        "--min-seconds", type=float, help="shorter utterances are a problem (default: of --config, or 0)"
+    )
+    check.add_argument(
+        "--max-seconds", type=float, help="longer utterances are a problem (default: of --config, or none)"
+    )
+    check.add_argument("--sounds", action="store_true", help="noise or impulse responses: no text is no problem")
     check.add_argument(
         "--jobs", type=positive, default=os.cpu_count() or 1, help="threads that read audio (default: cores)"
     )
@@ -258,6 +265,9 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tar-path", help="the tar shards of a NeMo manifest, such as audio_{0..127}.tar")
     parser.add_argument("--lang", help="language of lines that do not say theirs")
+    parser.add_argument("--target-lang", help="language that they are translated into")
+    parser.add_argument("--task", choices=("asr", "ast"), help="their task: transcription or translation")
+    parser.add_argument("--channel", type=int, help="the one to take of several (default: their mean)")
 
 
 def command_line_sources(args: argparse.Namespace, manifests: list[str]) -> list[SourceConfig]:
@@ -265,31 +275,33 @@ def command_line_sources(args: argparse.Namespace, manifests: list[str]) -> list
     from speechllm.errors import UserError
 
     try:
-        return [SourceConfig(path, kind=args.kind, tar_path=args.tar_path, lang=args.lang) for path in manifests]
+        names = ("kind", "tar_path", "lang", "target_lang", "task", "channel")
+        return [SourceConfig(path, **{name: getattr(args, name) for name in names}) for path in manifests]
     except ValueError as e:
         raise UserError(str(e)) from e
 
 
 def run_data_check(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from speechllm.data.check import CheckOptions, ExperimentData, check_manifests
     from speechllm.errors import UserError
     from speechllm.tokenizer import load_tokenizer
 
     if bool(args.manifests) == bool(args.config):
         raise UserError("data check: give manifests, or a configuration with --config")
-    sources, text_steps = command_line_sources(args, args.manifests), []
+    sources, sounds, tokenizer = command_line_sources(args, args.manifests), [], args.tokenizer
+    options = CheckOptions(audio=args.audio, sounds=args.sounds, jobs=args.jobs)
     if args.config:
         experiment = ExperimentData.load(args.config, args.overrides)
-        sources, text_steps = experiment.sources(), experiment.data.text
-    options = CheckOptions(
-        audio=args.audio,
-        tokenizer=load_tokenizer(args.tokenizer) if args.tokenizer else None,
-        text_steps=text_steps,
-        min_seconds=args.min_seconds,
-        max_seconds=args.max_seconds,
-        jobs=args.jobs,
-    )
-    report = check_manifests(sources, options, keep_all=args.json is not None)
+        data = experiment.data
+        sources, sounds = experiment.sources(), experiment.sounds()
+        options = replace(options, text_steps=data.text, min_seconds=data.min_seconds, max_seconds=data.max_seconds)
+        tokenizer = tokenizer or experiment.model.get("tokenizer")
+    if tokenizer:
+        options = replace(options, tokenizer=load_tokenizer(tokenizer))
+    given = {name: getattr(args, name) for name in ("min_seconds", "max_seconds") if getattr(args, name) is not None}
+    report = check_manifests(sources, replace(options, **given), keep_all=args.json is not None, sounds=sounds)
     print(report)
     if args.json:
         report.save(args.json)

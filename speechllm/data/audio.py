@@ -1,7 +1,7 @@
 """What is stored of a cut, samples or features, or one clear reason why it cannot be used.
 
-The reasons: `no audio`, `unreadable audio`, `wrong duration`, `no such channel`, `non-finite samples`; of precomputed
-features `unreadable features` and `wrong features`.
+The reasons: `no audio`, `unreadable audio`, `wrong duration`, `no such channel`, `non-finite samples`,
+`implausible samples`; of precomputed features `unreadable features` and `wrong features`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from speechllm.data.tar import TAR, with_tar_data
 
 # Manifests round durations, and compressed formats end a little later than they say.
 DURATION_TOLERANCE = 0.1
+# Floating-point files may go beyond full scale, 1; what is far beyond is no audio, or was scaled wrongly.
+_LOUDEST = 1000.0
 
 
 class UtteranceError(Exception):
@@ -73,6 +75,8 @@ def load_samples(cut: Cut, speed: float = 1.0) -> np.ndarray:
     if not np.isfinite(samples).all():
         bad = np.count_nonzero(~np.isfinite(samples))
         raise UtteranceError("non-finite samples", f"{name}: {bad} of {len(samples)} samples")
+    if (loudest := np.abs(samples).max(initial=0.0)) > _LOUDEST:
+        raise UtteranceError("implausible samples", f"{name}: up to {loudest:.3g}, where 1 is full scale")
     # in this order: at odd sampling rates, the filter of a speed factor can have a gigabyte
     samples = _change_speed(_resampled(samples, rate, SAMPLE_RATE), speed)
     if len(samples) < 0.025 * SAMPLE_RATE:

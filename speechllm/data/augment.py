@@ -188,6 +188,11 @@ class AugmentConfig:
         return np.where(rng.random(count) < self.speed.probability, rng.choice(self.speed.factors, count), 1.0)
 
     @property
+    def slowest(self) -> float:
+        """The lowest factor of speed, 1 if all are faster."""
+        return min([1.0, *self.speed.factors]) if self.speed is not None and self.speed.probability > 0 else 1.0
+
+    @property
     def fastest(self) -> float:
         """The highest factor of speed, which makes an utterance so many times shorter; 1 if all are slower."""
         return max([1.0, *self.speed.factors]) if _on(self.speed) else 1.0

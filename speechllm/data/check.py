@@ -6,13 +6,12 @@ import io
 import json
 import math
 import subprocess
-import zlib
 from array import array
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +63,7 @@ class ExperimentData:
     model: dict[str, Any] = field(default_factory=dict)
     optim: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> ExperimentData:
@@ -72,23 +72,34 @@ class ExperimentData:
 
     def sources(self) -> list[SourceConfig]:
         """All that is trained, validated and tested on, each once."""
-        sources: list[SourceConfig] = []
-        for part in (self.data.train, self.data.valid, *self.data.test.values()):
-            sources += [source for source in part if source not in sources]
-        return sources
+        return _each_once(self.data.train, self.data.valid, *self.data.test.values())
+
+    def sounds(self) -> list[SourceConfig]:
+        """The noise and the impulse responses of the augmentation."""
+        sections = (self.data.augment.noise, self.data.augment.reverb)
+        return _each_once(*(section.sources for section in sections if section is not None))
+
+
+def _each_once(*parts: Sequence[SourceConfig]) -> list[SourceConfig]:
+    sources: list[SourceConfig] = []
+    for part in parts:
+        sources += [source for source in part if source not in sources]
+    return sources
 
 
 @dataclass(frozen=True)
 class CheckOptions:
     """`audio`: none reads the manifests only, header opens each audio file, full decodes it. `tokenizer`: to count
     tokens per second of audio, of the text after `text_steps` (see `speechllm.text`). Utterances outside
-    `min_seconds` to `max_seconds` are problems. `jobs`: threads that read audio."""
+    `min_seconds` to `max_seconds` are problems, and without a text, unless they are `sounds`. `jobs`: threads that read
+    audio."""
 
     audio: AudioCheck = "header"
     tokenizer: Tokenizer | None = None
     text_steps: Sequence[str] = ()
     min_seconds: float = 0.0
     max_seconds: float = math.inf
+    sounds: bool = False
     jobs: int = 1
 
 
@@ -196,7 +207,7 @@ class CheckReport:
             tokens = len(options.tokenizer.encode(text))
             self.tokens += tokens
             self.tokens_per_second.add(tokens / entry.duration, location)
-        if not text:
+        if not text and not options.sounds:
             self.add_problem(Problem("empty text", location, f"id {entry.id!r} has nothing to write"))
         if not options.min_seconds <= entry.duration <= options.max_seconds:
             limits = f"{options.min_seconds:g} s to {options.max_seconds:g} s"
@@ -261,7 +272,12 @@ class CheckReport:
         return "\n".join(lines)
 
 
-def check_manifests(sources: Sequence[SourceConfig], options: CheckOptions, keep_all: bool = False) -> CheckReport:
+def check_manifests(
+    sources: Sequence[SourceConfig],
+    options: CheckOptions,
+    keep_all: bool = False,
+    sounds: Sequence[SourceConfig] = (),
+) -> CheckReport:
     """Read all lines of the manifests, and as much of the audio as `options.audio` says.
 
     Memory: about 20 bytes a line. An id that occurs twice in a manifest is a problem, unless task or target language
@@ -269,14 +285,17 @@ def check_manifests(sources: Sequence[SourceConfig], options: CheckOptions, keep
 
     Args:
         keep_all: the report holds all problems instead of the first of each kind.
+        sounds: manifests of noise and impulse responses, of any duration and without text.
     """
     report = CheckReport(keep_all)
+    of_sounds = replace(options, sounds=True, min_seconds=0.0, max_seconds=math.inf)
+    all_sources = [(source, options) for source in sources] + [(source, of_sounds) for source in sounds]
     with ThreadPoolExecutor(options.jobs) as pool:
-        for source in sources:
+        for source, options in all_sources:
             report.sources.append(SourceSummary(source.path))
             try:
                 _check_source(source, options, report, pool)
-            except (ManifestError, OSError, EOFError, zlib.error) as error:  # the last two: gzip of a damaged file
+            except (ManifestError, OSError) as error:
                 report.add_problem(Problem("unreadable manifest", source.path, _without(source.path, error)))
     return report
 
@@ -421,7 +440,9 @@ def _header(source: AudioSource, cut: Cut) -> _Header:
         except subprocess.CalledProcessError as error:
             raise UtteranceError("unreadable audio", str(error)) from error
     elif source.type != "memory":
-        raise UtteranceError("no audio", f"{name}: audio of the kind {source.type!r} is not looked up")
+        raise UtteranceError(
+            "no audio", f"{name}: audio that is elsewhere ({source.type}); give the directory that it is in"
+        )
 
     def stream() -> str | io.BytesIO:
         return io.BytesIO(data) if isinstance(data, bytes) else data

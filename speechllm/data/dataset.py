@@ -16,10 +16,11 @@ from lhotse.cut import Cut
 from torch import Tensor
 
 from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
-from speechllm.data.augment import Augmenter
+from speechllm.data.augment import Augmenter, SpecAugmentConfig
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, fbank, fbank_padded
 from speechllm.data.index import Corpus
 from speechllm.data.manifest import DataError, describe_cut
+from speechllm.data.specaugment import spec_augment
 from speechllm.text import normalize_text
 
 FEATURES_ON = ("worker", "device", "precomputed")
@@ -78,22 +79,22 @@ class Batch(_Batch):
 class WaveformBatch(_Batch):
     """A batch whose features are still to be computed, on the device that it is moved to.
 
-    `samples` (N, S) float32, 16 kHz, zero beyond `sample_lens` (N,) int64. `augmenter` and `generators`: what
-    SpecAugment of each utterance takes.
+    `samples` (N, S) float32, 16 kHz, zero beyond `sample_lens` (N,) int64. `spec_augment` (None for none) draws from
+    each utterance's own of the `generators`.
     """
 
     samples: Tensor
     sample_lens: Tensor
-    augmenter: Augmenter | None
+    spec_augment: SpecAugmentConfig | None
     generators: list[np.random.Generator]
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with features, on `device`."""
         lens = self.sample_lens.to(device, non_blocking=True)
         features, feature_lens = fbank_padded(self.samples.to(device, non_blocking=True), lens)
-        if self.augmenter is not None:
+        if self.spec_augment is not None:
             for row, frames, rng in zip(features, feature_lens.tolist(), self.generators, strict=True):
-                row[:frames] = self.augmenter.features(row[:frames], rng)
+                row[:frames] = spec_augment(row[:frames], self.spec_augment, rng)
         return Batch(
             self.texts, self.languages, self.target_languages, self.ids, self.durations, features, feature_lens
         )
@@ -206,7 +207,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         if self._features_on != "device":
             return collate(utterances)
         samples, lens = _padded([torch.from_numpy(u.samples) for u in utterances])
-        return WaveformBatch(*_fields(utterances), samples, lens, self._augmenter, [u.rng for u in utterances])
+        config = self._augmenter.config.spec_augment if self._augmenter is not None else None
+        return WaveformBatch(*_fields(utterances), samples, lens, config, [u.rng for u in utterances])
 
 
 def augmentation_rng(seed: int, epoch: int, times: int, id: str) -> np.random.Generator:

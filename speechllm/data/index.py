@@ -15,10 +15,10 @@ import hashlib
 import json
 import logging
 import os
+import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -45,7 +45,7 @@ from speechllm.files import replaced_folder
 from speechllm.text import normalize_text
 
 # Part of the name of every index: those of another layout are not found.
-_LAYOUT = 1
+_LAYOUT = 2
 _MAX_MESSAGES = 1000
 _LABELS_AT_ONCE = 10000
 
@@ -71,10 +71,10 @@ class BadLines:
 
 
 class Index:
-    """The usable lines of one source, numbered from 0; the arrays are mapped from disk, not read.
+    """The usable lines of one source, numbered from 0.
 
     `durations` (n,) float32 seconds, `characters` (n,) int32 of the normalised target without spaces, `tokens` (n,)
-    int32 or None; `bad_lines`.
+    int32 or None; `bad_lines`; `fingerprint` of the lines' content.
     """
 
     def __init__(self, folder: Path, source: SourceConfig) -> None:
@@ -82,33 +82,23 @@ class Index:
         self._folder = folder
         content = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         self.bad_lines = BadLines(**content["bad_lines"])
-        self.hours = content["hours"]
+        self.hours, self.fingerprint = content["hours"], content["fingerprint"]
         self._lines = folder / "lines.jsonl"
         if not self._lines.is_file():
             self._lines = Path(source.path)
+        # open from now on: a file that takes its place does not change what this run reads
+        self._file = open(self._lines, "rb", buffering=0)  # noqa: SIM115
+        self._changed = os.fstat(self._file.fileno()).st_mtime_ns
         self._offsets, self._sizes, self.durations, self.characters = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("offsets", "sizes", "durations", "characters")
+            np.load(folder / f"{name}.npy") for name in ("offsets", "sizes", "durations", "characters")
         )
-        self.tokens = None
-        if (folder / "tokens.npy").is_file():
-            self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+        self.tokens = np.load(folder / "tokens.npy") if (folder / "tokens.npy").is_file() else None
 
     def __reduce__(self) -> tuple:
         return Index, (self._folder, self.source)
 
     def __len__(self) -> int:
         return len(self.durations)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Changes with the number, order or durations of the lines."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.durations))
-        digest.update(np.ascontiguousarray(self.characters))
-        return digest.hexdigest()[:16]
-
-    @cached_property
-    def _file(self) -> int:
-        return os.open(self._lines, os.O_RDONLY)
 
     def cut(self, number: int) -> Cut:
         """The cut of the `number`-th line.
@@ -117,8 +107,10 @@ class Index:
             UtteranceError: the line has changed since, or cannot be made a cut.
         """
         offset = int(self._offsets[number])
+        if os.fstat(self._file.fileno()).st_mtime_ns != self._changed:
+            raise UtteranceError("bad manifest line", f"{self._lines} has changed during the run")
         # without a file position: processes that share the descriptor do not disturb each other
-        line = os.pread(self._file, int(self._sizes[number]), offset)
+        line = os.pread(self._file.fileno(), int(self._sizes[number]), offset)
         try:
             return to_cut(parse_line(line), self.source)
         except LINE_ERRORS as error:
@@ -163,7 +155,9 @@ def open_index(
     folder = folder or default_index_dir()
     files = [(str(path.resolve()), *_size_and_time(path)) for path in manifest_files(source)]
     settings = asdict(source) | {"weight": None, "stream": False}
-    identity = [_LAYOUT, files, settings, list(text_steps), labels.label_identity() if labels else None]
+    # paths in a Kaldi directory are against the current one
+    here = os.getcwd() if Path(source.path).is_dir() else None
+    identity = [_LAYOUT, files, settings, here, list(text_steps), labels.label_identity() if labels else None]
     name = f"{Path(source.path).name[:60]}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +193,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels: Labels | None) -> None:
     offsets, sizes, durations, characters, tokens = array("q"), array("i"), array("f"), array("i"), array("i")
     targets: list[str] = []
-    bad_count, messages = 0, []
+    bad_count, messages, checksum = 0, [], 0
 
     def count_tokens() -> None:
         if labels is not None:
@@ -209,15 +203,16 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
     with replaced_folder(folder) as tmp:
         progress = tqdm(desc=f"indexing {Path(source.path).name}", unit=" lines", disable=None, mininterval=1)
         with contextlib.closing(progress):
-            for offset, size, entry in _placed_entries(source, tmp / "lines.jsonl"):
+            for offset, line, entry in _placed_entries(source, tmp / "lines.jsonl"):
                 progress.update()
+                checksum = zlib.crc32(line, checksum)
                 if isinstance(entry, ManifestError):
                     bad_count += 1
                     messages += [str(entry)] if len(messages) < _MAX_MESSAGES else []
                     continue
                 target = normalize_text(entry.target, text_steps)
                 offsets.append(offset)
-                sizes.append(size)
+                sizes.append(len(line))
                 durations.append(entry.duration)
                 characters.append(len(target) - target.count(" "))
                 targets.append(target)
@@ -231,29 +226,30 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
             np.save(tmp / f"{name}.npy", np.frombuffer(values, dtype=values.typecode) if values else np.array(values))
         content = {
             "manifest": str(Path(source.path).absolute()),
+            "fingerprint": f"{checksum:08x}",
             "hours": float(np.sum(durations, dtype=np.float64)) / 3600,
             "bad_lines": {"count": bad_count, "messages": messages},
         }
         (tmp / "index.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
-def _placed_entries(source: SourceConfig, unpacked: Path) -> Iterator[tuple[int, int, Entry | ManifestError]]:
-    """(byte offset, size, entry) of every line, where it can be read by offset: the manifest, or `unpacked`."""
+def _placed_entries(source: SourceConfig, unpacked: Path) -> Iterator[tuple[int, bytes, Entry | ManifestError]]:
+    """(byte offset, line, entry) of every line, where it can be read by offset: the manifest, or `unpacked`."""
     if is_plain(source):
         offset = 0
         with open(source.path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield offset, len(line), _understood(f"{source.path}:{number}", line, source)
+                    yield offset, line, _understood(f"{source.path}:{number}", line, source)
                 offset += len(line)
         return
     with open(unpacked, "wb") as file:
         for where, found in iter_objects(source):
             if isinstance(found, ManifestError):
-                yield 0, 0, found
+                yield 0, b"", found
                 continue
             line = json.dumps(found, ensure_ascii=False).encode() + b"\n"
-            yield file.tell(), len(line), _understood(where, found, source)
+            yield file.tell(), line, _understood(where, found, source)
             file.write(line)
 
 

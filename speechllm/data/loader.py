@@ -144,6 +144,7 @@ class DataConfig:
             self.max_positions,
             seconds_per_position=labels.seconds_per_position if labels is not None else 0.0,
             fastest=self.augment.fastest,
+            slowest=self.augment.slowest,
         )
 
 
@@ -176,6 +177,8 @@ class PlannedEpochs:
 
     def batches(self, epoch: int, start: int) -> Iterator[BatchPlan]:
         plan = self._plan(epoch)
+        if not len(plan):
+            raise DataError(f"epoch {epoch} has fewer utterances than the run has processes ({self._world_size})")
         logging.info(
             "epoch %d: %d utterances, %.2f h, in %d batches of %.1f s; %.1f %% of them padding",
             epoch, len(plan.numbers), plan.seconds / 3600, len(plan), plan.seconds / max(1, len(plan)),
@@ -240,6 +243,7 @@ class StreamedEpochs:
             config.utterance_limits(epoch, self._labels),
             config.batch_limits,
             config.augment,
+            max_bad_share=config.max_bad_share,
             text_steps=config.text,
             labels=self._labels,
             epoch_cuts=config.epoch_cuts,
@@ -261,7 +265,7 @@ class EvaluationEpochs:
     """The same batches each time."""
 
     def __init__(self, config: DataConfig, corpus: Corpus, rank: int, world_size: int) -> None:
-        limits = BatchLimits(config.max_duration, config.max_cuts)
+        limits = BatchLimits(config.max_duration, config.max_cuts, config.quadratic_duration)
         self._plan = evaluation_plan(np.concatenate([index.durations for index in corpus.indexes]), limits)
         self._rank, self._world_size = rank, world_size
 
@@ -439,9 +443,10 @@ def build_train_loader(
         del identity[name]
     if config.train[0].stream:
         corpus, epochs = None, StreamedEpochs(config, seed, rank, world_size, labels)
-        voices = list(islice(mix(config.train, seed), _VOICES)) if config.augment.babble else []
+        voices = list(islice(mix(config.train, seed, config.max_bad_share), _VOICES)) if config.augment.babble else []
     else:
         corpus = _corpus(config, config.train, labels)
+        del identity["buffer_size"]  # of streams
         identity["manifests"] = [index.fingerprint for index in corpus.indexes]
         epochs = PlannedEpochs(config, corpus, seed, rank, world_size, labels)
         chosen = np.random.default_rng([seed, 2]).permutation(len(corpus))[:_VOICES] if config.augment.babble else []

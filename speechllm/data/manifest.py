@@ -14,7 +14,6 @@ recordings are. A line that cannot be understood is an error that names file and
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -307,9 +306,14 @@ def read_manifest(source: SourceConfig | str | Path) -> CutSet:
     return CutSet(LazyManifest(source))
 
 
-def stream_cuts(source: SourceConfig, seed: int, epoch: int) -> Iterator[Cut]:
+def has_shards(source: SourceConfig) -> bool:
+    """Whether it consists of tar shards, which a stream reads in random order."""
+    return _kind(source) in ("tarred", "shar")
+
+
+def stream_cuts(source: SourceConfig, seed: int, epoch: int) -> Iterator[Cut | ManifestError]:
     """One pass through a source in the order of its files; shards of tar files come in an order that follows from
-    `seed` and `epoch`, with their audio in memory. What cannot be used is logged and left out.
+    `seed` and `epoch`, with their audio in memory. In place of a line that cannot be used comes what is wrong with it.
 
     Raises:
         ManifestError: files are missing.
@@ -317,20 +321,11 @@ def stream_cuts(source: SourceConfig, seed: int, epoch: int) -> Iterator[Cut]:
     rng = np.random.default_rng([seed, epoch])
     kind = _kind(source)
     if kind == "tarred":
-        cuts = (found for _, found in stream_tarred(source, rng))
+        yield from (found for _, found in stream_tarred(source, rng))
     elif kind == "shar":
-        cuts = (_with_defaults_or_error(where, found, source) for where, found in stream_shar(source, rng))
+        yield from (_with_defaults_or_error(where, found, source) for where, found in stream_shar(source, rng))
     else:
-        cuts = _cuts(source)
-    bad = 0
-    for found in cuts:
-        if isinstance(found, ManifestError):
-            bad += 1
-            logging.warning("bad manifest line: %s", found)
-        else:
-            yield found
-    if bad:
-        logging.warning("%s: left out %d bad lines of this pass", source.path, bad)
+        yield from _cuts(source)
 
 
 def _with_defaults_or_error(where: str, found: Cut | ManifestError, source: SourceConfig) -> Cut | ManifestError:

@@ -32,7 +32,7 @@ class Lengths:
         tokens = None if self.tokens is None else self.tokens[chosen]
         return Lengths(self.seconds[chosen], self.characters[chosen], tokens)
 
-    def at(self, speeds: np.ndarray) -> Lengths:
+    def at(self, speeds: np.ndarray | float) -> Lengths:
         """The same utterances played so many times faster."""
         return Lengths(self.seconds / speeds, self.characters, self.tokens)
 
@@ -43,8 +43,8 @@ class Lengths:
 
 @dataclass(frozen=True)
 class UtteranceLimits:
-    """What is not trained on; None for no limit. `fastest`: the highest factor of speed perturbation, which leaves a
-    label so much less audio."""
+    """What is not trained on; None for no limit. `min_seconds` and `max_seconds` are as recorded. `fastest`
+    and `slowest`: the factors of speed perturbation, which leave a label less audio, or the language model more."""
 
     min_seconds: float
     max_seconds: float
@@ -54,6 +54,7 @@ class UtteranceLimits:
     max_positions: int | None = None
     seconds_per_position: float = 0.0
     fastest: float = 1.0
+    slowest: float = 1.0
 
     @property
     def needs_tokens(self) -> bool:
@@ -81,7 +82,7 @@ class UtteranceLimits:
             frames = seconds / (self.fastest * ENCODER_FRAME)
             yield f"more than {limit:g} tokens per encoder frame", lengths.tokens > limit * frames
         if limit := self.max_positions:
-            positions = lengths.positions(self.seconds_per_position)
+            positions = lengths.at(self.slowest).positions(self.seconds_per_position)
             yield f"more than {limit} positions of the language model", positions > limit
 
 

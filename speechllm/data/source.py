@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,11 +141,19 @@ def existing_files(pattern: str) -> list[str]:
 
 
 def numbered_lines(path: str) -> Iterator[tuple[str, bytes]]:
-    """FILE:LINE and the line, of all that are not blank; one at a time, unpacked when the name ends in .gz."""
-    with open_best(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.isspace():
-                yield f"{path}:{number}", line
+    """FILE:LINE and the line, of all that are not blank; one at a time, unpacked when the name ends in .gz.
+
+    Raises:
+        ManifestError: the file cannot be read, or not to its end.
+    """
+    number = 0
+    try:
+        with open_best(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.isspace():
+                    yield f"{path}:{number}", line
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged gzip file
+        raise ManifestError(f"{path}: cannot be read after line {number}: {error}") from error
 
 
 def parse_line(line: bytes) -> dict:

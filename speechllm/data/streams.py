@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 
 import numpy as np
@@ -22,7 +23,7 @@ from lhotse.lazy import Dillable
 
 from speechllm.data.augment import AugmentConfig
 from speechllm.data.index import Labels
-from speechllm.data.manifest import DataError, SourceConfig, describe_cut, stream_cuts
+from speechllm.data.manifest import DataError, ManifestError, SourceConfig, describe_cut, has_shards, stream_cuts
 from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits
 from speechllm.text import normalize_text
 
@@ -31,23 +32,34 @@ _CUTS_TO_ESTIMATE_BUCKETS = 1000
 
 
 class Passes(Dillable):
-    """One source as a stream: a single pass that says when it has run dry, or (`endless`) pass after pass."""
+    """One source as a stream: a single pass that says when it has run dry, or (`endless`) pass after pass. Bad lines
+    are logged once; more than `max_bad_share` of them in a pass are an error."""
 
-    def __init__(self, source: SourceConfig, seed: int, endless: bool, goes_on: bool) -> None:
+    def __init__(self, source: SourceConfig, seed: int, endless: bool, goes_on: bool, max_bad_share: float) -> None:
         self._source = source
         self._seed = seed
         self._endless = endless
         self._goes_on = goes_on
+        self._max_bad_share = max_bad_share
 
     def __iter__(self) -> Iterator[Cut]:
         number = 0
         while True:
-            count = 0
-            for cut in stream_cuts(self._source, seed=self._seed, epoch=number):
-                count += 1
-                yield cut
+            count = bad = 0
+            for found in stream_cuts(self._source, seed=self._seed, epoch=number):
+                if isinstance(found, ManifestError):
+                    bad += 1
+                    log_once(f"bad manifest line: {found}")
+                else:
+                    count += 1
+                    yield found
             if count == 0:
-                raise DataError(f"{self._source.path}: the stream has no utterance")
+                raise DataError(f"{self._source.path}: the stream has no utterance ({bad} bad lines)")
+            if bad > self._max_bad_share * (count + bad):
+                raise DataError(
+                    f"{self._source.path}: {bad} of {count + bad} lines cannot be used (see the log); more than "
+                    f"{self._max_bad_share:.0%} is taken for a mistake"
+                )
             if not self._endless:
                 if self._goes_on:
                     logging.info("%s has run dry after %d utterances; the others go on", self._source.path, count)
@@ -55,11 +67,27 @@ class Passes(Dillable):
             number += 1
 
 
-def mix(sources: Sequence[SourceConfig], seed: int) -> CutSet:
-    """The cuts of the sources as one stream: each once, or with weights repeated without end in their proportion."""
+@cache
+def log_once(message: str) -> None:
+    """A warning that is the same in every pass and epoch."""
+    logging.warning("%s", message)
+
+
+def mix(sources: Sequence[SourceConfig], seed: int, max_bad_share: float) -> CutSet:
+    """The cuts of the sources as one stream: each once, or with weights repeated without end in their proportion.
+
+    Raises:
+        DataError: a source with a weight has no shards. An epoch takes the first of each stream: only shards, in
+            another order each time, let others come.
+    """
     endless = sources[0].weight is not None
+    for source in sources:
+        if endless and not has_shards(source):
+            raise DataError(
+                f"{source.path}: a stream with a weight needs tar shards; without them, take stream: true out"
+            )
     streams = [
-        CutSet(Passes(source, seed=seed * 1_000_003 + i, endless=endless, goes_on=len(sources) > 1))
+        CutSet(Passes(source, seed * 1_000_003 + i, endless, goes_on=len(sources) > 1, max_bad_share=max_bad_share))
         for i, source in enumerate(sources)
     ]
     if len(streams) == 1:
@@ -145,6 +173,7 @@ def stream_batches(
     batch_limits: BatchLimits,
     augment: AugmentConfig,
     *,
+    max_bad_share: float,
     text_steps: Sequence[str],
     labels: Labels | None,
     epoch_cuts: int | None,
@@ -165,7 +194,7 @@ def stream_batches(
     """
     # well apart for all seeds and epochs, the same on all ranks
     epoch_seed = seed * 1_000_003 + epoch
-    cuts = mix(sources, epoch_seed)
+    cuts = mix(sources, epoch_seed, max_bad_share)
     admitted = Admitted(cuts, utterance_limits, augment, epoch_seed, text_steps, labels, epoch_cuts)
     sample = list(islice(admitted, _CUTS_TO_ESTIMATE_BUCKETS))
     if not sample:

@@ -5,11 +5,12 @@ import io
 import json
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
-from speechllm.data.manifest import SourceConfig, describe_cut, iter_objects, to_cut
+from speechllm.data.manifest import ManifestError, SourceConfig, describe_cut, iter_objects, stream_cuts, to_cut
 
 from .conftest import write_manifest, write_tone
 
@@ -102,6 +103,13 @@ def true_cuts(folder: Path, lines: list[dict]) -> list:
         supervision = SupervisionSegment(name, name, 0.0, recording.duration, text=line["text"], language=line["lang"])
         cuts.append(MonoCut(name, 0.0, recording.duration, 0, supervisions=[supervision], recording=recording))
     return cuts
+
+
+def streamed(source: SourceConfig) -> tuple[list, list[str]]:
+    """The cuts of one pass of the source as a stream, and what is wrong with the others."""
+    found = list(stream_cuts(replace(source, stream=True), seed=0, epoch=0))
+    errors = [str(item) for item in found if isinstance(item, ManifestError)]
+    return [item for item in found if not isinstance(item, ManifestError)], errors
 
 
 def entries(source: SourceConfig) -> list:

@@ -168,6 +168,7 @@ def make_directory(path):
         ("a.wav", lambda path: path.write_bytes(path.read_bytes()[:20]), "unreadable audio: "),
         ("a.wav", lambda path: write_value(path, np.nan), "non-finite samples: .*1 of 16000"),
         ("a.wav", lambda path: write_value(path, -np.inf), "non-finite samples: .*1 of 16000"),
+        ("a.wav", lambda path: write_value(path, 1e20), "implausible samples: .*up to 1e\\+20"),
         ("a.wav", lambda path: path.unlink(), "unreadable audio: .*no such file"),
         ("a.wav", make_directory, "unreadable audio: .*a directory"),
     ],

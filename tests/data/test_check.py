@@ -158,7 +158,7 @@ def test_a_manifest_that_is_cut_short_is_a_problem(tmp_path):
 def test_a_configuration_is_checked_whole(corpus, tmp_path, capsys):
     path = tmp_path / "x.yaml"
     path.write_text(
-        f"model: {{tokenizer: none}}\n"
+        f"model: {{ctc_weight: 0.1}}\nstages: {{first: {{}}}}\n"
         f"data:\n"
         f"  train: [{{path: {corpus}/a.jsonl}}]\n"
         f"  valid: [{{path: {corpus}/b.jsonl}}]\n"
@@ -166,6 +166,14 @@ def test_a_configuration_is_checked_whole(corpus, tmp_path, capsys):
     )
     assert status("--config", path) == 0
     assert capsys.readouterr().out.count("b.jsonl\n") == 1
+    assert status("--config", path, "--data.max_seconds", "1.5") == 1
+    assert "duration out of range" in capsys.readouterr().out
+    assert status("--config", path, "--data.augment.noise.sources", f"[{{path: {corpus}/noise.jsonl}}]") == 0
+    assert "noise.jsonl" in capsys.readouterr().out
+    assert status("--config", path, "--data.augment.reverb.sources", f"[{{path: {tmp_path}/none.jsonl}}]") == 1
+    assert status("--sounds", corpus / "noise.jsonl") == 0
+    assert status(corpus / "noise.jsonl") == 1
+    capsys.readouterr()
     assert status("--config", path, "--data.train", f"[{{path: {tmp_path}/none.jsonl}}]") == 1
     assert "none.jsonl" in capsys.readouterr().out
     assert status("--config", path, "--data.trian=[]") == 1

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -125,12 +126,38 @@ def test_bad_lines_are_counted_and_named(tmp_path, caplog):
         open_index(SourceConfig(str(path)), folder=tmp_path / "index")
 
 
-def test_a_line_that_has_changed_since_is_an_unusable_utterance(source, tmp_path):
+def test_a_manifest_that_changes_during_the_run(source, tmp_path):
     index = open_index(source, folder=tmp_path / "index")
-    text = (tmp_path / "m.jsonl").read_bytes()
-    (tmp_path / "m.jsonl").write_bytes(b"#####" + text)
-    with pytest.raises(UtteranceError, match="bad manifest line.*at byte"):
-        index.cut(3)
+    before = index.cut(3)
+    replacement = tmp_path / "new.jsonl"
+    write_manifest(replacement, lines()[::-1])
+    replacement.rename(tmp_path / "m.jsonl")  # the run keeps the file that it began with
+    assert index.cut(3) == before
+    again = open_index(source, folder=tmp_path / "index")
+    assert again.fingerprint != index.fingerprint  # the same durations and lengths, but not in this order
+    time.sleep(0.01)
+    write_manifest(tmp_path / "m.jsonl", lines())  # written over: nothing can be relied on
+    with pytest.raises(UtteranceError, match="bad manifest line.*has changed during the run"):
+        again.cut(3)
+
+
+def test_a_manifest_that_cannot_be_read_to_its_end(corpus, tmp_path):
+    whole = gzip.compress((corpus / "a.jsonl").read_bytes())
+    for content in (whole[: len(whole) // 2], b"no gzip at all"):
+        (tmp_path / "m.jsonl.gz").write_bytes(content)
+        with pytest.raises(ManifestError, match=r"m\.jsonl\.gz: cannot be read after line"):
+            open_index(SourceConfig(str(tmp_path / "m.jsonl.gz")), folder=tmp_path / "index")
+
+
+def test_kaldi_paths_are_of_the_folder_that_the_command_runs_in(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/wav.scp").write_text("u here.wav\n")
+    (tmp_path / "data/utt2dur").write_text("u 1.0\n")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        index = open_index(SourceConfig(str(tmp_path / "data")), folder=tmp_path / "index")
+        assert index.cut(0).recording.sources[0].source == str(tmp_path / name / "here.wav")
 
 
 def test_corpora_are_numbered_through_and_travel_to_workers(source, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -205,6 +206,7 @@ def test_features_on_the_device_are_those_of_the_worker(corpus, num_workers):
     on_device = build_train_loader(replace(config(corpus), features_on="device", num_workers=num_workers), seed=1)
     for expected, batch in zip(in_worker, on_device, strict=True):
         assert isinstance(batch, WaveformBatch) and len(batch) == len(expected)
+        assert len(pickle.dumps(batch)) < 1.1 * batch.samples.nbytes + 2000 * len(batch)  # no noise travels along
         got = batch.to("cpu")
         assert isinstance(got, Batch)
         torch.testing.assert_close(got.features, expected.features, rtol=0, atol=1e-3)
@@ -274,6 +276,11 @@ def test_what_the_language_model_sees_is_limited(corpus):
     for batch in build_train_loader(settings, seed=1, labels=LetterLabels()):
         positions = [math.ceil(d / 0.08) + len(t) + 1 for d, t in zip(batch.durations, batch.texts, strict=True)]
         assert len(batch) * max(positions) <= 120
+    slow = replace(settings, augment=AugmentConfig(speed=SpeedConfig([0.5])), max_positions=26)
+    for batch in build_train_loader(slow, seed=1, labels=LetterLabels()):
+        assert all(math.ceil(d / 0.08) + len(t) + 1 <= 26 for d, t in zip(batch.durations, batch.texts, strict=True))
+    with pytest.raises(DataError, match="fewer utterances than the run has processes"):
+        list(build_train_loader(replace(settings, min_seconds=1.77), 1, world_size=8, labels=LetterLabels()))
     with pytest.raises(DataError, match="tokenizer"):
         build_train_loader(settings, seed=1)
 

@@ -2,11 +2,13 @@
 
 import logging
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from speechllm.data import DataConfig, DataError, SourceConfig, build_train_loader
 
+from .manifests import write_corpus, write_kind
 from .test_index import LetterLabels
 
 
@@ -30,15 +32,33 @@ def test_each_once_and_a_dry_source_says_so(corpus, caplog):
     assert "b.jsonl has run dry after 20 utterances; the others go on" in caplog.text
 
 
-def test_weights_repeat_sources(corpus):
-    loader = build_train_loader(config(corpus, weights=(1.0, 3.0), epoch_cuts=400), seed=1)
-    counts = Counter(id[0] for id in ids(loader))
-    assert sum(counts.values()) == 400
-    assert 0.65 < counts["b"] / 400 < 0.85
+def test_weights_repeat_shards(corpus, tmp_path):
+    lines = [line for line in write_corpus(tmp_path) if line["text"]]
+    sources = [replace(write_kind(kind, tmp_path, lines), stream=True) for kind in ("tarred", "shar")]
+    sources = [replace(source, weight=weight) for source, weight in zip(sources, (1.0, 3.0), strict=True)]
+    settings = DataConfig(train=sources, max_duration=4.0, num_buckets=2, num_workers=0, epoch_cuts=100)
+    loader = build_train_loader(settings, seed=1)
+    counts = Counter(batch.ids[row] for batch in loader for row in range(len(batch)))
+    assert sum(counts.values()) == 100 and len(counts) == len(lines)
     loader.set_epoch(2)
-    assert ids(loader) != ids(build_train_loader(config(corpus, weights=(1.0, 3.0), epoch_cuts=400), seed=1))
+    assert ids(loader) != ids(build_train_loader(settings, seed=1))
     with pytest.raises(ValueError, match="epoch_cuts"):
         config(corpus, weights=(1.0, 1.0))
+    with pytest.raises(DataError, match="a stream with a weight needs tar shards"):
+        list(build_train_loader(config(corpus, weights=(1.0, 1.0), epoch_cuts=10), seed=1))
+
+
+def test_mostly_bad_lines_stop_the_run(corpus, tmp_path, caplog):
+    good = (corpus / "a.jsonl").read_bytes().replace(b'"a/', b'"' + str(corpus).encode() + b"/a/").splitlines()
+    path = tmp_path / "m.jsonl"
+    source = SourceConfig(str(path), stream=True)
+    path.write_bytes(b"\n".join([*good, b"nonsense"]))
+    loader = build_train_loader(DataConfig(train=[source], num_workers=0), seed=1)
+    assert len(ids(loader)) == len(ids(loader)) == 60
+    assert caplog.text.count("m.jsonl:61: invalid JSON") == 1
+    path.write_bytes(b"\n".join([*good[:2], *[b"nonsense"] * 3]))
+    with pytest.raises(DataError, match="3 of 5 lines cannot be used"):
+        list(build_train_loader(DataConfig(train=[source], num_workers=0), seed=1))
 
 
 def test_limits_hold(corpus, caplog):

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# LibriSpeech and the released parts of a model, ready for train.sh. See README.md in this folder.
+#
+#   recipes/librispeech/prepare.sh [OPTION ...]
+#
+#   --subset N         100: train-clean-100; 960: all training sets (default: 960)
+#   --corpus-dir DIR   the corpus is on disk: DIR/train-clean-100, DIR/dev-clean, ... (default: it is downloaded to
+#                      recipes/librispeech/data/corpus)
+#   --encoder X        folder, or OWNER/REPO of the Hugging Face Hub (default: AudenAI/auden-encoder-tta-m10)
+#   --llm X            file, or a size of RWKV-7 G1: 0.1b, 0.4b, 1.5b, 2.9b (default: 0.4b), or OWNER/REPO/NAME
+#   --musan-dir DIR    make noise for augmentation of this folder, such as musan/noise
+#   --stage N          first stage (default: 1)
+#   --stop-stage N     last stage (default: 5)
+#
+# Stages: 1 parts, 2 corpus, 3 manifests, 4 noise, 5 check. What was done with the same options is not done again.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+. recipes/shared.sh
+
+data=recipes/librispeech/data
+subset=960 corpus_dir='' musan_dir='' encoder=AudenAI/auden-encoder-tta-m10 llm=0.4b stage=1 stop_stage=5
+while [ $# -gt 0 ]; do
+    case $1 in
+    --subset) subset=$(value_of "$@") ;;
+    --corpus-dir) corpus_dir=$(value_of "$@") ;;
+    --encoder) encoder=$(value_of "$@") ;;
+    --llm) llm=$(value_of "$@") ;;
+    --musan-dir) musan_dir=$(value_of "$@") ;;
+    --stage) stage=$(number_of "$@") ;;
+    --stop-stage) stop_stage=$(number_of "$@") ;;
+    -h | --help)
+        print_help
+        exit 0
+        ;;
+    *) die "unknown argument $1; see $0 --help" ;;
+    esac
+    shift 2
+done
+parts=(dev-clean dev-other test-clean test-other train-clean-100)
+case $subset in
+100) ;;
+960) parts+=(train-clean-360 train-other-500) ;;
+*) die "--subset is 100 or 960, not $subset" ;;
+esac
+need_speechllm
+
+run_stage $data 1 parts python tools/download_parts.py --output-dir $data --encoder "$encoder" --llm "$llm"
+if [ -z "$corpus_dir" ]; then
+    run_stage $data 2 "corpus-$subset" \
+        python tools/prepare_corpus.py download librispeech $data/corpus --parts "${parts[@]}"
+    corpus_dir=$data/corpus/LibriSpeech
+fi
+run_stage $data 3 "manifests-$subset" \
+    python tools/prepare_corpus.py manifests librispeech "$corpus_dir" $data --parts "${parts[@]}"
+if [ -n "$musan_dir" ]; then
+    run_stage $data 4 noise \
+        python tools/prepare_noise.py --audio-dir "$musan_dir" --output-dir $data --prefix musan
+fi
+run_stage $data 5 "check-$subset" \
+    python -m speechllm.cli data check --config "configs/librispeech-$subset.yaml" --tokenizer rwkv
