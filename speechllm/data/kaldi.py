@@ -14,7 +14,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import soundfile
+from lhotse.audio.backend import info as audio_info
+from lhotse.audio.utils import AudioLoadingError
 
 from speechllm.data.nemo import AUDIO_COMMAND
 from speechllm.data.source import LINE_ERRORS, ManifestError, explain, numbered_lines
@@ -52,7 +53,7 @@ def kaldi_objects(folder: Path) -> Iterator[tuple[str, dict | ManifestError]]:
             elif (name := line.split(maxsplit=1)[0]) in waiting:
                 waiting.remove(name)
                 yield where, _whole_recording(name, tables)
-        except (*LINE_ERRORS, OSError, soundfile.SoundFileError, subprocess.SubprocessError) as error:
+        except (*LINE_ERRORS, OSError, AudioLoadingError, subprocess.SubprocessError) as error:
             yield where, ManifestError(f"{where}: {explain(error)}")
 
 
@@ -115,8 +116,8 @@ def _recording_seconds(recording: bytes, tables: dict[str, dict[bytes, bytes]]) 
     audio = _audio(recording, tables)
     if AUDIO_COMMAND in audio:
         output = subprocess.run(audio[AUDIO_COMMAND], shell=True, check=True, stdout=subprocess.PIPE).stdout
-        return soundfile.info(io.BytesIO(output)).duration
-    return soundfile.info(audio["audio_filepath"]).duration
+        return audio_info(io.BytesIO(output)).duration
+    return audio_info(audio["audio_filepath"]).duration
 
 
 def _seconds(value: bytes, name: str) -> float:

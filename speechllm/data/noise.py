@@ -63,7 +63,12 @@ class SoundBank:
         start = rng.random()
         cut = self._cuts[index]
         if cut.duration > max(_LONG_SECONDS, num_samples / SAMPLE_RATE):
-            return _load(_piece(cut, start, num_samples), num_samples)
+            if self._cache.get(index, cut) is None:  # known to be unreadable
+                return None
+            piece = _load(_piece(cut, start, num_samples), num_samples)
+            if piece is None:
+                self._cache[index] = None
+            return piece
         sound = self._load_whole(index)
         if sound is None:
             return None
