@@ -140,9 +140,8 @@ def test_processes_whose_batches_are_all_bad_end_the_epoch_with_the_others(exper
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = ["--data.train", f"[{{path: {tmp_path}/m.jsonl}}]", "--data.max_cuts", "1", "--train.num_steps", "16"]
     result = run(*command(experiment, tmp_path / "exp", "--world-size", "2", *settings))
-    assert "done: 16 steps" in result.stderr
-    loaders = load_checkpoint(tmp_path / "exp" / "checkpoint-16.pt")["loader"]
-    assert len(loaders) == 2 and sum(loader["skipped"]["unreadable audio"] for loader in loaders) > 0
+    assert "done: 16 steps" in result.stderr and "unreadable audio" in result.stderr
+    assert len(load_checkpoint(tmp_path / "exp" / "checkpoint-16.pt")["loader"]) == 2
 
 
 def test_stages_start_from_one_another(experiment, tmp_path):
