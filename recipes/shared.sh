@@ -23,6 +23,32 @@ number_of() {
     printf '%s' "$value"
 }
 
+# take_options NAME... -- ARGUMENT...: sets $corpus_dir from --corpus-dir, and so on, for the options of these names.
+take_options() {
+    local names=' ' name value
+    while [ "$1" != -- ]; do
+        names+="--$1 "
+        shift
+    done
+    shift
+    while [ $# -gt 0 ]; do
+        case $1 in
+        -h | --help)
+            print_help
+            exit 0
+            ;;
+        --stage | --stop-stage) value=$(number_of "$@") ;;
+        *)
+            [[ $names == *" $1 "* ]] || die "unknown argument $1; see $0 --help"
+            value=$(value_of "$@")
+            ;;
+        esac
+        name=${1#--}
+        printf -v "${name//-/_}" %s "$value"
+        shift 2
+    done
+}
+
 # take_subset ARGUMENT...: sets $subset (100 or 960) from --subset, and the array $rest to the other arguments.
 take_subset() {
     subset=960 rest=()

@@ -79,7 +79,7 @@ class TrainConfig:
     Every `valid_every_n` steps the validation set is decoded, every `save_every_n` steps a checkpoint written, of which
     the last `keep_last_k` are kept, and every `save_every_n_epochs` epochs one that stays. `average_period`: steps from
     one value to the next in the running average of the weights (tools/average_ckpt.py --use-averaged-model).
-    `scan_largest_batches`: the largest batches are run before the first step, so that memory runs out then or never.
+    `scan_largest_batches`: the largest batches are run before the first step, so that memory runs out then if it does.
 
     In the first `ctc_only_steps` the CTC loss alone trains (the encoder): a language model that begins with an encoder
     that hears nothing learns to ignore the audio, and takes long to unlearn it.
@@ -260,6 +260,7 @@ def train(
     if checkpoint_path is None and init_dir is None and config.model.encoder.path is None:
         first = next(iter(train_loader)).to("cpu")
         init_from_data(model.encoder, first.features, first.feature_lens)
+
     # ---- optimiser ------------------------------------------------------------------------------------------
     optimizer = build_optimizer(model, config.optim)
     # Frozen here, but trained in a stage before: not in the files that bases come from, so every checkpoint has it.
@@ -519,7 +520,7 @@ def frozen_base_weights(model: SpeechLLM, carried: Sequence[str]) -> dict[str, d
 
 
 def scan_largest_batches(accelerator: Accelerator, model: torch.nn.Module, loader: SpeechLoader) -> None:
-    """Forward and backward of the largest batches of the epoch, so that memory runs out now or never (as icefall's
+    """Forward and backward of the largest batches: if memory is to run out, then now (as icefall's
     scan_pessimistic_batches_for_oom). Nothing of it stays: no gradient, no random number.
 
     Raises:

@@ -169,8 +169,6 @@ class Schedule:
         self.batch += 1
         self._set_lr()
 
-    step = step_batch  # the name that torch's schedules have
-
     def step_epoch(self) -> None:
         """To be called after each epoch."""
         self.epoch += 1

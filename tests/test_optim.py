@@ -172,7 +172,7 @@ def test_constant_schedule(model):
     rates = []
     for _ in range(10):
         rates.append(optimizer.param_groups[0]["lr"])
-        scheduler.step()
+        scheduler.step_batch()
         scheduler.step_epoch()
     assert rates == [0.5, 1.0, 1.5] + [2.0] * 7
 
@@ -190,7 +190,7 @@ def test_a_resumed_schedule_is_the_same(model, name, schedule):
         rates = []
         for step in steps:
             rates.append(scheduler.get_last_lr())
-            scheduler.step()
+            scheduler.step_batch()
             if step % 5 == 4:
                 scheduler.step_epoch()
         return rates
@@ -220,7 +220,7 @@ def test_schedule(model):
         factor = lr_factor(step, 4, 20, config.final_lr_factor)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr * factor for lr in peak])
         optimizer.step()
-        scheduler.step()
+        scheduler.step_batch()
 
 
 def test_weight_decay_is_where_the_groups_say(model):

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_groups_with_the_same_settings_are_one_model():
     ends = []
     for bounds in ([0, 7], [0, 2, 7], [0, 1, 3, 4, 7]):
         params = [nn.Parameter(p.detach().clone()) for p in start]
-        groups = [{"params": params[a:b]} for a, b in zip(bounds, bounds[1:], strict=False)]
+        groups = [{"params": params[a:b]} for a, b in pairwise(bounds)]
         train(ScaledAdam(groups, clipping_scale=0.5), params, gradients)
         ends.append(params)
     for params in ends[1:]:

@@ -18,22 +18,7 @@ cd "$(dirname "$0")/../.."
 
 data=recipes/aishell/data
 corpus_dir='' musan_dir='' encoder=AudenAI/auden-encoder-tta-m10 llm=0.4b stage=1 stop_stage=5
-while [ $# -gt 0 ]; do
-    case $1 in
-    --corpus-dir) corpus_dir=$(value_of "$@") ;;
-    --encoder) encoder=$(value_of "$@") ;;
-    --llm) llm=$(value_of "$@") ;;
-    --musan-dir) musan_dir=$(value_of "$@") ;;
-    --stage) stage=$(number_of "$@") ;;
-    --stop-stage) stop_stage=$(number_of "$@") ;;
-    -h | --help)
-        print_help
-        exit 0
-        ;;
-    *) die "unknown argument $1; see $0 --help" ;;
-    esac
-    shift 2
-done
+take_options corpus-dir encoder llm musan-dir stage stop-stage -- "$@"
 need_speechllm
 
 run_stage $data 1 parts python tools/download_parts.py --output-dir $data --encoder "$encoder" --llm "$llm"

@@ -18,22 +18,7 @@ cd "$(dirname "$0")/../.."
 
 data=recipes/custom/data
 config=configs/custom.yaml musan_dir='' encoder=AudenAI/auden-encoder-tta-m10 llm=0.4b stage=1 stop_stage=3
-while [ $# -gt 0 ]; do
-    case $1 in
-    --config) config=$(value_of "$@") ;;
-    --encoder) encoder=$(value_of "$@") ;;
-    --llm) llm=$(value_of "$@") ;;
-    --musan-dir) musan_dir=$(value_of "$@") ;;
-    --stage) stage=$(number_of "$@") ;;
-    --stop-stage) stop_stage=$(number_of "$@") ;;
-    -h | --help)
-        print_help
-        exit 0
-        ;;
-    *) die "unknown argument $1; see $0 --help" ;;
-    esac
-    shift 2
-done
+take_options config encoder llm musan-dir stage stop-stage -- "$@"
 need_speechllm
 
 run_stage $data 1 parts python tools/download_parts.py --output-dir $data --encoder "$encoder" --llm "$llm"

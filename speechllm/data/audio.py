@@ -1,6 +1,6 @@
 """What is stored of a cut, samples or features, or one clear reason why it cannot be used.
 
-The reasons: `no audio`, `unreadable audio`, `wrong duration`, `no such channel`, `non-finite samples`,
+The reasons: `no audio`, `missing file`, `unreadable audio`, `wrong duration`, `no such channel`, `non-finite samples`,
 `implausible samples`; of precomputed features `unreadable features` and `wrong features`.
 """
 
@@ -9,17 +9,20 @@ from __future__ import annotations
 import io
 import math
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
+from lhotse import AudioSource, Recording, fastcopy
 from lhotse.audio.backend import info as audio_info
 from lhotse.audio.backend import read_audio
 from lhotse.augmentation import AudioTransform, Resample
 from lhotse.augmentation.torchaudio import get_or_create_resampler
-from lhotse.cut import Cut
+from lhotse.cut import Cut, MixedCut, MonoCut, MultiCut
 from lhotse.cut.data import DataCut
 from lhotse.utils import compute_num_samples, perturb_num_samples
 from torch import Tensor
@@ -149,34 +152,13 @@ def _read_composed(cut: Cut) -> tuple[np.ndarray, Sequence[int], int]:
 def _read_plain(cut: DataCut, name: str) -> tuple[np.ndarray, Sequence[int], int]:
     """The same of a cut of one file. Header and samples are read in one opening."""
     source = cut.recording.sources[0]
-    data = source.source
-    if source.type == "command":
-        data = subprocess.run(data, shell=True, check=True, stdout=subprocess.PIPE).stdout
-
-    def stream() -> str | io.BytesIO:
-        return io.BytesIO(data) if isinstance(data, bytes) else data
-
-    try:
-        file = soundfile.SoundFile(stream())
-    except soundfile.LibsndfileError as error:
-        try:
-            header = audio_info(stream())
-        except Exception:  # soundfile's explanation is better than those of all the others together
-            raise UtteranceError("unreadable audio", f"{name}: {_why_unreadable(data, error)}") from error
-        frames, rate = header.frames, header.samplerate
-        start, count = _span(cut, frames, rate, name)
-        audio, _ = read_audio(stream(), offset=start / rate, duration=count / rate)
-        audio = np.atleast_2d(audio)
-    else:
-        with file:
-            frames, rate = file.frames, file.samplerate
-            start, count = _span(cut, frames, rate, name)
-            if start > 0:
-                file.seek(start)
-            audio = file.read(count, dtype="float32", always_2d=True).T
+    with _opened(source, name) as (header, read):
+        start, count = _span(cut, header, name)
+        audio = read(start, count)
+    rate = header.rate
     if audio.shape[1] < count - DURATION_TOLERANCE * rate:
         end = (start + audio.shape[1]) / rate
-        raise UtteranceError("wrong duration", f"{name}: ends at {end:.3f} s, its header says {frames / rate:.3f} s")
+        raise UtteranceError("wrong duration", f"{name}: ends at {end:.3f} s, its header says {header.seconds:.3f} s")
     if (cut.custom or {}).get(HEADER_UNREAD):
         return audio, range(len(audio)), rate
     wanted = [cut.channel] if isinstance(cut.channel, int) else cut.channel
@@ -186,12 +168,63 @@ def _read_plain(cut: DataCut, name: str) -> tuple[np.ndarray, Sequence[int], int
     return audio[rows], [source.channels[row] for row in rows], rate
 
 
-def _span(cut: DataCut, frames: int, rate: int, name: str) -> tuple[int, int]:
-    """Where in a file of so many frames a cut begins, and how many of them it has."""
-    actual = frames / rate
-    if frames == 0:
+@dataclass(frozen=True)
+class _Header:
+    frames: int
+    rate: int
+    channels: int
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.rate
+
+
+@contextmanager
+def _opened(source: AudioSource, name: str) -> Iterator[tuple[_Header, Callable[[int, int], np.ndarray]]]:
+    """The header of a file, in memory or made by a command too, and what reads (channels, num_samples) of it from a
+    first sample on. soundfile opens it, or what else lhotse has.
+
+    Raises:
+        UtteranceError: there is none, or nothing can open it.
+    """
+    data = source.source
+    if source.type == "command":
+        data = subprocess.run(data, shell=True, check=True, stdout=subprocess.PIPE).stdout
+    elif source.type not in ("file", "memory"):
+        raise UtteranceError("no audio", f"{name}: it is elsewhere ({source.type}); give the directory that it is in")
+
+    def stream() -> str | io.BytesIO:
+        return io.BytesIO(data) if isinstance(data, bytes) else data
+
+    try:
+        file = soundfile.SoundFile(stream())
+    except soundfile.LibsndfileError as error:
+        try:
+            info = audio_info(stream())
+        except Exception:  # soundfile's explanation is better than those of all the others together
+            raise _unreadable(data, name, error) from error
+
+        def read_slowly(start: int, count: int) -> np.ndarray:
+            rate = info.samplerate
+            return np.atleast_2d(read_audio(stream(), offset=start / rate, duration=count / rate)[0])
+
+        yield _Header(info.frames, info.samplerate, info.channels), read_slowly
+        return
+
+    def read(start: int, count: int) -> np.ndarray:
+        if start > 0:
+            file.seek(start)
+        return file.read(count, dtype="float32", always_2d=True).T
+
+    with file:
+        yield _Header(file.frames, file.samplerate, file.channels), read
+
+
+def _span(cut: DataCut, header: _Header, name: str) -> tuple[int, int]:
+    """Where in a file a cut begins, and how many samples it has."""
+    if header.frames == 0:
         raise UtteranceError("wrong duration", f"{name}: no samples")
-    custom = cut.custom or {}
+    custom, actual = cut.custom or {}, header.seconds
     whole = not custom[IS_SEGMENT] if custom.get(HEADER_UNREAD) else cut.duration > cut.recording.duration - 0.001
     if whole:
         fits = math.isclose(cut.duration, actual, abs_tol=DURATION_TOLERANCE)
@@ -201,21 +234,79 @@ def _span(cut: DataCut, frames: int, rate: int, name: str) -> tuple[int, int]:
         said = f"{cut.start:.3f} s to {cut.end:.3f} s"
         raise UtteranceError("wrong duration", f"{name}: the manifest says {said}, the file has {actual:.3f} s")
     if whole:
-        return 0, frames
-    start = compute_num_samples(cut.start, rate)
-    return start, max(0, min(compute_num_samples(cut.duration, rate), frames - start))
+        return 0, header.frames
+    start = compute_num_samples(cut.start, header.rate)
+    return start, max(0, min(compute_num_samples(cut.duration, header.rate), header.frames - start))
 
 
-def _why_unreadable(data: str | bytes, error: soundfile.LibsndfileError) -> str:
+def read_header(cut: Cut) -> Cut:
+    """The cut with its recording as the audio file's header has it; the samples are not read.
+
+    Where the audio is made by a command, that is run for a cut whose header is unread; audio in tar files is in memory
+    afterwards. A cut that only has features stays what it is.
+
+    Raises:
+        UtteranceError: the file is missing or unreadable, or shorter or longer than the manifest says.
+    """
+    name = _name_of(cut)
+    try:
+        cut = with_tar_data(cut)
+        parts = _data_cuts(cut)
+        if not any(part.has_recording or part.has_features for part in parts):
+            raise UtteranceError("no audio", f"{name}: the cut has no recording")
+        if isinstance(cut, DataCut) and (cut.custom or {}).get(HEADER_UNREAD):
+            return _with_header(cut, name)
+        for part in parts:
+            # the duration of a recording that has transforms, such as a change of speed, is not that of its file
+            if part.has_recording and not part.recording.transforms:
+                for source in part.recording.sources:
+                    if source.type != "command":  # to run it is to decode all of it
+                        with _opened(source, name) as (header, _):
+                            _span(part, header, name)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UtteranceError("unreadable audio", f"{name}: {_first_line(error)}") from error
+    return cut
+
+
+def recordings(cut: Cut) -> list[Recording]:
+    """Those that a cut consists of: one, several of a `MixedCut`, or none."""
+    return [part.recording for part in _data_cuts(cut) if part.has_recording]
+
+
+def _data_cuts(cut: Cut) -> list[DataCut]:
+    cuts = [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]
+    return [part for part in cuts if isinstance(part, DataCut)]  # the others are padding
+
+
+def _with_header(cut: DataCut, name: str) -> DataCut:
+    (source,) = cut.recording.sources
+    with _opened(source, name) as (header, _):
+        _span(cut, header, name)
+    channels = list(range(header.channels))
+    recording = Recording(
+        id=cut.recording.id,
+        sources=[fastcopy(source, channels=channels)],
+        sampling_rate=header.rate,
+        num_samples=header.frames,
+        duration=header.seconds,
+    )
+    duration = min(cut.duration, header.seconds - cut.start) if cut.custom[IS_SEGMENT] else header.seconds
+    channel = 0 if len(channels) == 1 else channels
+    supervisions = [fastcopy(s, duration=duration, channel=channel) for s in cut.supervisions]
+    custom = {name: value for name, value in cut.custom.items() if name not in (HEADER_UNREAD, IS_SEGMENT)}
+    kind = MonoCut if len(channels) == 1 else MultiCut
+    return kind(cut.id, cut.start, duration, channel, supervisions, recording=recording, custom=custom)
+
+
+def _unreadable(data: str | bytes, name: str, error: soundfile.LibsndfileError) -> UtteranceError:
     if isinstance(data, str):
         if not Path(data).exists():
-            return "no such file"
+            return UtteranceError("missing file", name)
         if Path(data).is_dir():
-            return "a directory, not a file"
+            return UtteranceError("unreadable audio", f"{name}: a directory, not a file")
     size = len(data) if isinstance(data, bytes) else Path(data).stat().st_size
-    if size == 0:
-        return "no data"
-    return f"no audio that soundfile or lhotse could decode ({error.error_string})"
+    why = f"no audio that soundfile or lhotse could decode ({error.error_string})" if size else "no data"
+    return UtteranceError("unreadable audio", f"{name}: {why}")
 
 
 def _mono(audio: np.ndarray, channels: Sequence[int], wanted: int | None, name: str) -> np.ndarray:

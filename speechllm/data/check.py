@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import subprocess
 from array import array
 from bisect import insort
 from collections import Counter, deque
@@ -17,19 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import soundfile
-from lhotse import AudioSource, Recording, fastcopy
-from lhotse.audio.backend import info as audio_info
-from lhotse.cut import Cut, MixedCut, MonoCut, MultiCut
-from lhotse.cut.data import DataCut
 from tqdm import tqdm
 
 from speechllm.config import load_config
-from speechllm.data.audio import DURATION_TOLERANCE, UtteranceError, load_precomputed, load_samples
+from speechllm.data.audio import UtteranceError, load_precomputed, load_samples, read_header
 from speechllm.data.loader import DataConfig
 from speechllm.data.manifest import (
-    HEADER_UNREAD,
-    IS_SEGMENT,
     LINE_ERRORS,
     Entry,
     ManifestError,
@@ -39,7 +30,6 @@ from speechllm.data.manifest import (
     iter_objects,
     to_cut,
 )
-from speechllm.data.tar import with_tar_data
 from speechllm.files import replaced_file
 from speechllm.text import normalize_text
 from speechllm.tokenizer import Tokenizer
@@ -343,130 +333,6 @@ def _audio_problem(location: str, obj: dict, source: SourceConfig, audio: AudioC
     except LINE_ERRORS as error:
         return Problem("bad line", location, explain(error))
     return None
-
-
-def read_header(cut: Cut) -> Cut:
-    """The cut with its recording as the audio file's header has it; the samples are not read.
-
-    Where the audio is made by a command, that is run; audio in tar files is in memory afterwards. A cut that only has
-    features stays what it is.
-
-    Raises:
-        UtteranceError: the file is missing or unreadable, or shorter or longer than the manifest says.
-    """
-    try:
-        cut = with_tar_data(cut)
-    except OSError as error:
-        raise UtteranceError("unreadable audio", str(error)) from error
-    simple = _simple_cuts(cut)
-    if not any(part.has_recording or part.has_features for part in simple):
-        raise UtteranceError("no audio", f"cut {cut.id} has no recording")
-    if isinstance(cut, DataCut) and (cut.custom or {}).get(HEADER_UNREAD):
-        return _with_header(cut)
-    for part in simple:
-        # the duration of a recording that has transforms, such as a change of speed, is not that of its file
-        if part.has_recording and not part.recording.transforms:
-            _check_durations(part)
-    return cut
-
-
-def recordings(cut: Cut) -> list[Recording]:
-    """Those that a cut consists of: one, several of a `MixedCut`, or none."""
-    return [part.recording for part in _simple_cuts(cut) if part.has_recording]
-
-
-def _simple_cuts(cut: Cut) -> list[DataCut]:
-    cuts = [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]
-    return [part for part in cuts if isinstance(part, DataCut)]  # the others are padding
-
-
-def _with_header(cut: DataCut) -> DataCut:
-    (source,) = cut.recording.sources
-    header = _header(source, cut)
-    is_segment = cut.custom[IS_SEGMENT]
-    if is_segment:
-        fits = cut.start < header.seconds and cut.end <= header.seconds + DURATION_TOLERANCE
-    else:
-        fits = math.isclose(cut.duration, header.seconds, abs_tol=DURATION_TOLERANCE)
-    if not fits:
-        raise _wrong_duration(header, cut)
-    channels = list(range(header.channels))
-    recording = Recording(
-        id=cut.recording.id,
-        sources=[fastcopy(source, channels=channels)],
-        sampling_rate=header.sampling_rate,
-        num_samples=header.num_samples,
-        duration=header.seconds,
-    )
-    duration = min(cut.duration, header.seconds - cut.start) if is_segment else header.seconds
-    channel = 0 if len(channels) == 1 else channels
-    supervisions = [fastcopy(s, duration=duration, channel=channel) for s in cut.supervisions]
-    custom = {name: value for name, value in cut.custom.items() if name not in (HEADER_UNREAD, IS_SEGMENT)}
-    kind = MonoCut if len(channels) == 1 else MultiCut
-    return kind(cut.id, cut.start, duration, channel, supervisions, recording=recording, custom=custom)
-
-
-def _check_durations(cut: DataCut) -> None:
-    for source in cut.recording.sources:
-        if source.type == "command":
-            continue  # to run it is to decode all of it
-        header = _header(source, cut)
-        same = math.isclose(cut.recording.duration, header.seconds, abs_tol=DURATION_TOLERANCE)
-        if not same or cut.end > header.seconds + DURATION_TOLERANCE:
-            raise _wrong_duration(header, cut)
-
-
-@dataclass(frozen=True)
-class _Header:
-    name: str
-    num_samples: int
-    sampling_rate: int
-    channels: int
-
-    @property
-    def seconds(self) -> float:
-        return self.num_samples / self.sampling_rate
-
-
-def _header(source: AudioSource, cut: Cut) -> _Header:
-    data, name = source.source, f"cut {cut.id}"
-    if source.type == "file":
-        name = data
-        if not Path(data).is_file():
-            raise UtteranceError("missing file", data)
-    elif source.type == "command":
-        try:
-            data = subprocess.run(data, shell=True, check=True, stdout=subprocess.PIPE).stdout
-        except subprocess.CalledProcessError as error:
-            raise UtteranceError("unreadable audio", str(error)) from error
-    elif source.type != "memory":
-        raise UtteranceError(
-            "no audio", f"{name}: audio that is elsewhere ({source.type}); give the directory that it is in"
-        )
-
-    def stream() -> str | io.BytesIO:
-        return io.BytesIO(data) if isinstance(data, bytes) else data
-
-    try:
-        with soundfile.SoundFile(stream()) as file:
-            header = _Header(name, file.frames, file.samplerate, file.channels)
-    except soundfile.LibsndfileError as error:
-        try:
-            info = audio_info(stream())
-        except Exception:  # each of lhotse's other backends raises what it likes; soundfile's words are the clearest
-            raise UtteranceError("unreadable audio", f"{name}: {error.error_string}") from error
-        header = _Header(name, info.frames, info.samplerate, info.channels)
-    if header.num_samples == 0:
-        raise UtteranceError("wrong duration", f"{name} has no samples")
-    return header
-
-
-def _wrong_duration(header: _Header, cut: Cut) -> UtteranceError:
-    of_file = "" if (cut.custom or {}).get(IS_SEGMENT) else f" of {cut.recording.duration:.3f} s"
-    return UtteranceError(
-        "wrong duration",
-        f"the manifest says {cut.start:.3f} s to {cut.end:.3f} s{of_file}, {header.name} has {header.seconds:.3f} s",
-    )
 
 
 def _key(entry: Entry) -> int:

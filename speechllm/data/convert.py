@@ -22,8 +22,7 @@ from lhotse.shar.utils import to_shar_placeholder
 from lhotse.shar.writers import ArrayTarWriter, AudioTarWriter, JsonlShardWriter
 from tqdm import tqdm
 
-from speechllm.data.audio import UtteranceError, load_samples
-from speechllm.data.check import read_header, recordings
+from speechllm.data.audio import UtteranceError, load_samples, read_header, recordings
 from speechllm.data.features import FRAME_SHIFT, NUM_MEL_BINS, SAMPLE_RATE, fbank
 from speechllm.data.manifest import (
     LINE_ERRORS,

@@ -13,7 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -159,7 +159,7 @@ class Epochs(Protocol):
         """This rank's, from the `start`-th on."""
 
     def largest(self, epoch: int) -> list[BatchPlan]:
-        """Some that no other is larger than, the same for all ranks; none where that is not known."""
+        """Some that are as large as batches get, the same for all ranks; none where that is not known."""
 
 
 class PlannedEpochs:
@@ -176,9 +176,11 @@ class PlannedEpochs:
         self._lengths = Lengths(durations, characters, tokens)
 
     def batches(self, epoch: int, start: int) -> Iterator[BatchPlan]:
-        plan = self._plan(epoch)
+        plan, notes = self._plan(epoch)
         if not len(plan):
             raise DataError(f"epoch {epoch} has fewer utterances than the run has processes ({self._world_size})")
+        for note in notes:
+            logging.info("epoch %d: %s", epoch, note)
         logging.info(
             "epoch %d: %d utterances, %.2f h, in %d batches of %.1f s; %.1f %% of them padding",
             epoch, len(plan.numbers), plan.seconds / 3600, len(plan), plan.seconds / max(1, len(plan)),
@@ -187,23 +189,24 @@ class PlannedEpochs:
         return _batches(plan, epoch, start, self._rank, self._world_size)
 
     def largest(self, epoch: int) -> list[BatchPlan]:
-        plan = self._plan(epoch)
+        # a curriculum comes to its longest utterances later
+        plan, _ = self._plan(max(epoch, self._config.curriculum_hold_epochs + self._config.curriculum_epochs))
         return [BatchPlan(epoch, *plan.batch(i)) for i in plan.largest()]
 
-    def _plan(self, epoch: int) -> Plan:
+    def _plan(self, epoch: int) -> tuple[Plan, list[str]]:
+        """The batches of all ranks, and what is to be said about the choice of utterances."""
         config, corpus = self._config, self._corpus
         admitted, left_out = config.utterance_limits(epoch, self._labels).admit(self._lengths)
-        for reason, count in left_out.items():
-            logging.info("epoch %d: left out %d utterances: %s", epoch, count, reason)
+        notes = [f"left out {count} utterances: {reason}" for reason, count in left_out.items()]
         weighted = config.train[0].weight is not None
         drawable, weights = [], []
-        for source, first, end in zip(config.train, corpus.starts, corpus.starts[1:], strict=False):
+        for source, (first, end) in zip(config.train, pairwise(corpus.starts), strict=True):
             group = first + np.flatnonzero(admitted[first:end])
             if len(group):
                 drawable.append(group)
                 weights.append(source.weight)
             else:
-                logging.warning("epoch %d: no utterance of %s is within the limits", epoch, source.path)
+                notes.append(f"no utterance of {source.path} is within the limits")
         if not drawable:
             reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
             raise DataError(f"no training utterance is within the limits: {reasons}")
@@ -211,11 +214,10 @@ class PlannedEpochs:
         if weighted:
             counts, _ = np.histogram(numbers, corpus.starts)
             for index, count in zip(corpus.indexes, counts.tolist(), strict=True):
-                times = count / len(index)
-                logging.info("epoch %d: %d times %s, each %.2f times", epoch, count, index.source.path, times)
+                notes.append(f"{count} times {index.source.path}, each {count / len(index):.2f} times")
         labels = self._labels
         speeds = config.augment.draw_speeds(len(numbers), np.random.default_rng([self._seed, 3, epoch]))
-        return training_plan(
+        plan = training_plan(
             numbers,
             passes,
             speeds,
@@ -227,6 +229,7 @@ class PlannedEpochs:
             seed=self._seed,
             epoch=epoch,
         )
+        return plan, notes
 
 
 class StreamedEpochs:
@@ -387,7 +390,7 @@ class SpeechLoader:
         self._check_share()
 
     def largest_batches(self) -> Iterator[Batch | WaveformBatch]:
-        """Some batches of the epoch that no other is larger than, the same on all ranks; where it is is not changed."""
+        """Some batches as large as they get from this epoch on, the same on all ranks; where it is is not changed."""
         for plan in self._epochs.largest(self.epoch):
             batch, _ = self._dataset[plan]
             if batch is not None:

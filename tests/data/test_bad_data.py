@@ -52,7 +52,7 @@ def broken(tmp_path):
     samples[5000] = np.nan
     soundfile.write(tmp_path / "nan.wav", samples, 16000, subtype="FLOAT")
     add("nan", "non-finite samples")
-    add("missing", "unreadable audio")
+    add("missing", "missing file")
     write_tone(tmp_path / "longer.wav", 2.0, seed=1)
     add("longer", "wrong duration")
     write_tone(tmp_path / "shorter.wav", 0.5, seed=1)
@@ -100,7 +100,7 @@ def test_mostly_bad_data_stops_with_the_counts(broken):
 def test_only_bad_data_stops(tmp_path):
     lines = [{"audio_filepath": f"{i}.wav", "duration": 1.0, "text": "x"} for i in range(3)]
     source = SourceConfig(str(write_manifest(tmp_path / "m.jsonl", lines)))
-    with pytest.raises(DataError, match="3 of 3 utterances .*3 unreadable audio"):
+    with pytest.raises(DataError, match="3 of 3 utterances .*3 missing file"):
         list(build_eval_loader(DataConfig(num_workers=0, max_bad_share=1.0), [source]))
 
 
@@ -169,7 +169,7 @@ def make_directory(path):
         ("a.wav", lambda path: write_value(path, np.nan), "non-finite samples: .*1 of 16000"),
         ("a.wav", lambda path: write_value(path, -np.inf), "non-finite samples: .*1 of 16000"),
         ("a.wav", lambda path: write_value(path, 1e20), "implausible samples: .*up to 1e\\+20"),
-        ("a.wav", lambda path: path.unlink(), "unreadable audio: .*no such file"),
+        ("a.wav", lambda path: path.unlink(), "missing file: .*a.wav"),
         ("a.wav", make_directory, "unreadable audio: .*a directory"),
     ],
 )

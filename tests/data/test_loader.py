@@ -292,6 +292,11 @@ def test_the_largest_batches_are_known_beforehand(corpus):
     assert 1 <= len(largest) <= 3 and loader.batches == 0
     ranks = [build_train_loader(settings, seed=1, rank=rank, world_size=2) for rank in range(2)]
     assert max(largest) == max(b.features.shape[0] * b.features.shape[1] for loader in ranks for b in loader)
+    growing = replace(settings, curriculum_seconds=0.6, curriculum_epochs=3, curriculum_hold_epochs=2)
+    seconds = [max(batch.durations) for batch in build_train_loader(growing, seed=1).largest_batches()]
+    assert max(seconds) > 1.7  # those of the last epoch of growth
+    evaluation = build_eval_loader(settings, settings.train)
+    assert max(max(batch.durations) for batch in evaluation.largest_batches()) > 1.7
 
 
 @pytest.mark.parametrize("features_on", ["worker", "device"])

@@ -16,6 +16,7 @@ import yaml
 
 from speechllm.checkpoint import load_checkpoint
 from speechllm.config import from_dict
+from speechllm.data import Batch
 from speechllm.encoder import save_encoder
 from speechllm.errors import UserError
 from speechllm.model import ModelConfig, SpeechLLM
@@ -140,7 +141,7 @@ def test_processes_whose_batches_are_all_bad_end_the_epoch_with_the_others(exper
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = ["--data.train", f"[{{path: {tmp_path}/m.jsonl}}]", "--data.max_cuts", "1", "--train.num_steps", "16"]
     result = run(*command(experiment, tmp_path / "exp", "--world-size", "2", *settings))
-    assert "done: 16 steps" in result.stderr and "unreadable audio" in result.stderr
+    assert "done: 16 steps" in result.stderr and "missing file" in result.stderr
     assert len(load_checkpoint(tmp_path / "exp" / "checkpoint-16.pt")["loader"]) == 2
 
 
@@ -179,6 +180,47 @@ def test_stages_start_from_one_another(experiment, tmp_path):
     assert torch.equal(model.projector.out_proj.weight, first["model"]["projector.out_proj.weight"])
     # started again there is nothing to do
     assert "resuming from" in run(*command(path, tmp_path / "exp", "--stage", "adapter")).stderr
+
+
+def test_epochs_bound_a_run_and_are_places_to_go_on_from(experiment, tmp_path):
+    bounded = run(*command(experiment, tmp_path, "--num-epochs", "2", "--use-bf16", "--train.num_steps", "1000"))
+    epochs = [load_checkpoint(tmp_path / f"epoch-{n}.pt") for n in (1, 2)]
+    assert epochs[1]["epoch"] == 3 and f"done: {epochs[1]['step']} steps" in bounded.stderr
+    assert epochs[1]["config"]["train"]["mixed_precision"] == "bf16"
+    again = run(*command(experiment, tmp_path, "--num-epochs", "2", "--use-bf16", "--train.num_steps", "1000",
+                         "--start-epoch", "2"))  # fmt: skip
+    assert f"resuming from {tmp_path}/epoch-1.pt" in again.stderr
+    second = load_checkpoint(tmp_path / "epoch-2.pt")
+    assert second["step"] == epochs[1]["step"]
+    assert all(torch.equal(value, second["model"][name]) for name, value in epochs[1]["model"].items())
+
+
+def test_steps_without_a_finite_gradient_stop_the_run_with_the_batch(experiment, tmp_path):
+    settings = ["--optim.lr", "1e30", "--optim.clip_grad_norm", "1e30", "--train.max_bad_steps", "2"]
+    result = run(*command(experiment, tmp_path, *settings), check=False)
+    assert result.returncode == 1 and "2 steps in a row without a finite gradient" in result.stderr
+    (path,) = tmp_path.glob("bad-batch-*-rank0.pt")
+    (batch,) = torch.load(path, weights_only=True)
+    assert batch["features"].isfinite().all() and len(batch["ids"]) == len(batch["features"])
+
+
+def test_memory_that_runs_out_names_the_settings(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
+    train = importlib.import_module("train")
+
+    class TooLarge(torch.nn.Linear):
+        def forward(self, *inputs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    class Loader:
+        def largest_batches(self):
+            features, lens = torch.zeros(3, 250, 80), torch.tensor([250, 10, 10])
+            yield Batch(["a"] * 3, [None] * 3, [None] * 3, ["x"] * 3, [2.5, 0.1, 0.1], features, lens)
+
+    accelerator, model = train.Accelerator(cpu=True), TooLarge(1, 1)
+    with pytest.raises(train.MemoryRanOut, match="3 rows of 2.5 s: lower data.max_duration"):
+        train.scan_largest_batches(accelerator, model, Loader())
+    assert not train.fits_in_memory(accelerator, model, Loader())
 
 
 def test_the_largest_duration_that_fits(monkeypatch):
