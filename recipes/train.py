@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -52,6 +52,7 @@ from speechllm.checkpoint import (
     remove_old_checkpoints,
     rng_state,
     save_checkpoint,
+    save_share,
     set_rng_state,
     trained_state_dict,
 )
@@ -64,10 +65,19 @@ from speechllm.files import replaced_file
 from speechllm.log import setup_logging
 from speechllm.model import ModelConfig, SpeechLLM
 from speechllm.monitor import Averages, Throughput, norms_by_part, peak_memory_gb
-from speechllm.optim import OptimConfig, build_optimizer, build_scheduler
+from speechllm.optim import OptimConfig, build_optimizer, build_scheduler, freeze_parameters
 from speechllm.plot import plot_runs, read_run
 from speechllm.rwkv7 import RankAllocation
 from speechllm.scoring import characters, score, transcripts
+from speechllm.sharding import (
+    average_gradients,
+    clip_grad_norm,
+    describe_shares,
+    gathered,
+    load_optimizer_shares,
+    optimizer_shares,
+    shard_language_model,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +90,8 @@ class TrainConfig:
     the last `keep_last_k` are kept, and every `save_every_n_epochs` epochs one that stays. `average_period`: steps from
     one value to the next in the running average of the weights (tools/average_ckpt.py --use-averaged-model).
     `scan_largest_batches`: the largest batches are run before the first step, so that memory runs out then if it does.
+    `fsdp`: the language model is sharded over the processes, for one whose training does not fit on one GPU
+    (`speechllm.sharding`).
 
     In the first `ctc_only_steps` the CTC loss alone trains (the encoder): a language model that begins with an encoder
     that hears nothing learns to ignore the audio, and takes long to unlearn it.
@@ -99,6 +111,7 @@ class TrainConfig:
     average_period: int = 200
     max_bad_steps: int = 20
     scan_largest_batches: bool = True
+    fsdp: bool = False
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
@@ -128,6 +141,12 @@ class Config:
     def __post_init__(self) -> None:
         if self.train.ctc_only_steps and not self.model.ctc_weight:
             raise ValueError("train.ctc_only_steps needs a CTC head: set model.ctc_weight above 0")
+        if self.train.fsdp and self.optim.name != "adamw":
+            raise ValueError(f"train.fsdp: optim.name: {self.optim.name} looks at whole tensors; use adamw")
+        if self.train.fsdp and self.train.mixed_precision == "fp16":
+            raise ValueError("train.fsdp: fp16's scaling of the loss is not shared between processes; use bf16")
+        if self.train.fsdp and self.model.llm.tune is not None and self.model.llm.tune.method == "adalora":
+            raise ValueError("train.fsdp: AdaLoRA looks at whole matrices; use another model.llm.tune.method")
 
 
 # icefall's names of settings, for those who have them in their fingers.
@@ -262,20 +281,29 @@ def train(
         init_from_data(model.encoder, first.features, first.feature_lens)
 
     # ---- optimiser ------------------------------------------------------------------------------------------
-    optimizer = build_optimizer(model, config.optim)
+    freeze_parameters(model, config.optim.freeze)
     # Frozen here, but trained in a stage before: not in the files that bases come from, so every checkpoint has it.
     carried = sorted({name for name, p in model.named_parameters() if not p.requires_grad} & from_stage_before)
     base_weights = frozen_base_weights(model, carried)
+    if config.train.fsdp:
+        shard_language_model(model, accelerator.device)
+    else:
+        # Every process has the frozen weights from the same files: DDP need not send them, and cannot if quantised.
+        frozen_names = [name for name, p in model.named_parameters() if not p.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen_names)
+    optimizer = build_optimizer(model, config.optim)
     scheduler = build_scheduler(optimizer, config.optim, config.train.num_steps)
-    # Every process has loaded the frozen weights from the same files: DDP need not send them, and cannot if quantised.
-    frozen_names = [name for name, p in model.named_parameters() if not p.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen_names)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    if config.train.fsdp:
+        optimizer = accelerator.prepare_optimizer(optimizer)
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     ranks = RankAllocation(bare.llm, config.train.num_steps)
-    # Process 0 writes the checkpoints; the others need no average.
-    average = RunningAverage(bare, config.train.average_period) if accelerator.is_main_process else None
+    sharded = describe_shares(bare, optimizer)
+    # Process 0 writes the checkpoints; the others need no average, unless they have shares of their own.
+    has_content = accelerator.is_main_process or sharded is not None
+    average = RunningAverage(bare, config.train.average_period) if has_content else None
 
     # ---- resume ---------------------------------------------------------------------------------------------
     step, epoch, bad_steps = 0, 1, 0
@@ -283,15 +311,17 @@ def train(
     total = Averages()
     train_loader.set_epoch(epoch)
     if checkpoint_path is not None:
-        state = load_checkpoint(checkpoint_path)
+        state = load_checkpoint(checkpoint_path, rank)
         if state["base_weights"] != base_weights:
             raise CheckpointError(
                 f"{checkpoint_path}: was trained on other base weights: {state['base_weights']}, now {base_weights}"
             )
         if len(state["rng"]) != world_size:
             raise CheckpointError(f"{checkpoint_path}: was written by {len(state['rng'])} processes, not {world_size}")
+        if (state["sharded"] is None) != (sharded is None):
+            raise CheckpointError(f"{checkpoint_path}: was written {'without' if sharded else 'with'} train.fsdp")
         load_trained(bare, state["model"], checkpoint_path)
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_shares(optimizer, state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         ranks.load_state_dict(state["ranks"])
         if average is not None:
@@ -310,12 +340,12 @@ def train(
     def save(*names: str) -> None:
         """Write one checkpoint under each of `names`."""
         rng, loader = gather_object([rng_state()]), gather_object([train_loader.state_dict()])
-        error = None
-        if accelerator.is_main_process:
+        if has_content:
             content = {
                 "model": trained_state_dict(bare, also=carried),
                 "model_avg": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizer": optimizer_shares(optimizer),
+                "sharded": sharded,
                 "scheduler": scheduler.state_dict(),
                 "ranks": ranks.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
@@ -329,15 +359,15 @@ def train(
                 "base_weights": base_weights,
                 "config": to_dict(config),
             }
-            try:
+        with failing_together():
+            if sharded is not None and not accelerator.is_main_process:
+                for name in names:
+                    save_share(exp_dir / name, content, rank)
+        with failing_together():
+            if accelerator.is_main_process:
                 for name in names:
                     save_checkpoint(exp_dir / name, content)
                 remove_old_checkpoints(exp_dir, keep=config.train.keep_last_k)
-            except CheckpointError as e:
-                error = e
-        # The others would wait for ever for a process that could not write.
-        if failures := [e for e in gather_object([error]) if e is not None]:
-            raise failures[0]
 
     # ---- train ----------------------------------------------------------------------------------------------
     writer = None
@@ -355,6 +385,8 @@ def train(
     stopping = StopSignal()
     model.train()
     if find_max_duration and checkpoint_path is None:
+        if sharded is not None:
+            raise UserError("--max-duration auto: not with train.fsdp, where one process that fails holds up all")
         if accelerator.device.type != "cuda":
             raise UserError("--max-duration auto needs a GPU: a CPU's memory does not run out with a message")
         largest = largest_that_fits(
@@ -372,11 +404,14 @@ def train(
             while True:
                 # One optimiser step. Its loss is a mean over the label tokens of all its batches on all processes.
                 batches = next(groups, [])
-                tokens = sum(len(bare.label_ids(text)) + 1 for batch in batches for text in batch.texts)
-                mine = torch.tensor([tokens, not batches, stopping.received], dtype=torch.float64)
-                tokens, without_batch, told_to_stop = accelerator.reduce(mine.to(accelerator.device)).tolist()
-                if without_batch:  # a rank of whose last batch nothing was usable ends the epoch for all
+                # One that has fewer, as nothing of a batch was usable, ends the epoch for all.
+                mine = torch.tensor([[len(batches), stopping.received]], device=accelerator.device)
+                counts, told_to_stop = accelerator.gather(mine).unbind(1)
+                batches, told_to_stop = batches[: int(counts.min())], bool(told_to_stop.any())
+                if not batches:
                     break
+                tokens = sum(len(bare.label_ids(text)) + 1 for batch in batches for text in batch.texts)
+                tokens = accelerator.reduce(torch.tensor(float(tokens), device=accelerator.device)).item()
                 if config.model.encoder.path is None:  # a released encoder has its schedules behind it
                     bare.encoder.set_batch_count(step * config.model.encoder.schedule_speed)
                 averages = Averages()
@@ -386,9 +421,10 @@ def train(
                         accelerator.no_sync(model) if i + 1 < len(batches) else nullcontext(),
                         ActivationStatistics(model) if print_diagnostics else nullcontext() as statistics,
                     ):
-                        out = model(
-                            batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages
-                        )
+                        with accelerator.autocast():
+                            out = model(
+                                batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages
+                            )
                         loss = out["loss"] if step >= config.train.ctc_only_steps else out["loss"] - out["llm_loss"]
                         # DDP averages gradients over the processes; the sum is wanted.
                         accelerator.backward(loss * (world_size / tokens) + ranks.loss() / len(batches))
@@ -399,9 +435,11 @@ def train(
                     throughput.add(batch)
                 if accelerator.scaler is not None:
                     accelerator.unscale_gradients()
+                if sharded is not None:
+                    average_gradients(trainable)
                 log_now = (step + 1) % config.train.log_every_n == 0
                 norms = norms_by_part(bare) if log_now else {}
-                grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.optim.max_grad_norm).item()
+                grad_norm = clip_grad_norm(trainable, config.optim.max_grad_norm)
                 finite = math.isfinite(grad_norm)
                 if finite or accelerator.scaler is not None:  # the fp16 scaler skips by itself, and learns from it
                     optimizer.step()
@@ -531,7 +569,10 @@ def scan_largest_batches(accelerator: Accelerator, model: torch.nn.Module, loade
         batch = batch.to(accelerator.device)
         try:
             with accelerator.no_sync(model):  # if one process fails, the others do not wait for it
-                out = model(batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages)
+                with accelerator.autocast():
+                    out = model(
+                        batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages
+                    )
                 accelerator.backward(out["loss"] / out["tokens"])
         except torch.OutOfMemoryError as e:
             raise MemoryRanOut(
@@ -574,6 +615,18 @@ def largest_that_fits(fits: Callable[[float], bool], start: float, limit: float 
     return float(math.floor(max(0.9 * seconds, start)))
 
 
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """If one process cannot write, all stop with its error: the others would wait for it for ever."""
+    error = None
+    try:
+        yield
+    except CheckpointError as e:
+        error = e
+    if failures := [e for e in gather_object([error]) if e is not None]:
+        raise failures[0]
+
+
 class StopSignal:
     """Inside a `with`, notes SIGTERM (a job that is preempted or runs out of its time) instead of dying of it."""
 
@@ -604,17 +657,16 @@ def validate(
     bare = accelerator.unwrap_model(model)
     model.eval()
     averages, results, ctc_results = Averages(), [], []
-    for batch in loader:
-        batch = batch.to(accelerator.device)
-        with torch.no_grad(), accelerator.autocast():
-            out = bare(batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages)
-            texts, ctc_texts = bare.recognise(
-                batch.features, batch.feature_lens, batch.languages, batch.target_languages
-            )
-        averages.add(Averages.of(out))
-        results += transcripts(batch, texts, text_steps)
-        if ctc_texts is not None:
-            ctc_results += transcripts(batch, ctc_texts, text_steps)
+    with torch.no_grad(), accelerator.autocast(), gathered(bare):
+        for batch in loader:
+            batch = batch.to(accelerator.device)
+            inputs = batch.features, batch.feature_lens
+            out = bare(*inputs, batch.texts, batch.languages, batch.target_languages)
+            texts, ctc_texts = bare.recognise(*inputs, batch.languages, batch.target_languages)
+            averages.add(Averages.of(out))
+            results += transcripts(batch, texts, text_steps)
+            if ctc_texts is not None:
+                ctc_results += transcripts(batch, ctc_texts, text_steps)
     model.train()
     averages = Averages(accelerator.reduce(averages.values.float().to(accelerator.device)).double().cpu())
     results = sorted(gather_object(results), key=lambda result: result.id)

@@ -4,6 +4,9 @@ A checkpoint holds what is trained and what a resumed run needs to go on as if i
 parts are not stored again: the checkpoint names their files and hashes. Every write goes to a temporary
 name, is flushed to the disk, and is renamed: a reader sees a whole file or none. Loading never executes
 pickled code (`weights_only`).
+
+Where the language model is sharded (`speechllm.sharding`), each process writes its share beside the checkpoint, as
+NAME.rank-1.pt for process 1; the checkpoint itself has that of process 0, and is written last.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 
 from speechllm.errors import UserError
 from speechllm.files import describe_write_error, replaced_file
+from speechllm.sharding import like, local
 
 _NAME = re.compile(r"(epoch|checkpoint)-(\d+)\.pt")
 
@@ -49,14 +53,61 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         ) from e
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def save_share(path: str | Path, content: dict[str, Any], rank: int) -> None:
+    """Write what only process `rank` has of `content`, beside the checkpoint `path` that is written after it.
+
+    Raises:
+      CheckpointError: as in `save_checkpoint`.
+    """
+    names, numbers = content["sharded"]["names"], content["sharded"]["optimizer"]
+    average = content["model_avg"]["model"]
+    share = {
+        "model": {name: content["model"][name] for name in names if name in content["model"]},
+        "model_avg": {name: average[name] for name in names if name in average},
+        "optimizer": {i: content["optimizer"]["state"][i] for i in numbers if i in content["optimizer"]["state"]},
+    }
+    save_checkpoint(share_path(path, rank), share)
+
+
+def share_path(path: str | Path, rank: int) -> Path:
+    """Where process `rank` writes its share of a checkpoint."""
+    return Path(path).with_suffix(f".rank-{rank}.pt")
+
+
+def load_checkpoint(path: str | Path, rank: int | None = None) -> dict[str, Any]:
     """Read a checkpoint; tensors are mapped from the file on the CPU, not copied, until they are used.
 
     The whole file is read once to compare its checksums.
 
+    Args:
+      rank: give process `rank`'s share of what is sharded; None for whole tensors, without the optimiser's.
+
     Raises:
       CheckpointError: no such file, or not a whole checkpoint.
     """
+    content = _load(path)
+    if not content.get("sharded"):
+        return content
+    processes = len(content["rng"])
+    if rank is not None:
+        if rank >= processes:
+            raise CheckpointError(f"{path}: was written by {processes} processes, there is none of rank {rank}")
+        if rank > 0:
+            share = _load(share_path(path, rank))
+            content["model"] |= share["model"]
+            content["model_avg"]["model"] |= share["model_avg"]
+            content["optimizer"]["state"] |= share["optimizer"]
+        return content
+    shares = [_load(share_path(path, k)) for k in range(1, processes)]
+    for tensors, part in ((content["model"], "model"), (content["model_avg"]["model"], "model_avg")):
+        for name in content["sharded"]["names"]:
+            if name in tensors:
+                tensors[name] = torch.cat([tensors[name], *(share[part][name] for share in shares)])
+    del content["optimizer"]
+    return content
+
+
+def _load(path: str | Path) -> dict[str, Any]:
     content = _read(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -109,15 +160,20 @@ def remove_old_checkpoints(exp_dir: str | Path, keep: int) -> None:
     """
     found = _numbered(exp_dir, "checkpoint")
     for number in sorted(found)[: max(len(found) - keep, 0)]:
-        found[number].unlink()
+        found[number].unlink()  # before its shares: without them it would look like a whole one
+        for share in Path(exp_dir).glob(f"checkpoint-{number}.rank-*.pt"):
+            share.unlink()
     for leftover in Path(exp_dir).glob("*.pt.tmp"):
         leftover.unlink()
 
 
 def trained_state_dict(model: nn.Module, also: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The state dict without the frozen parameters, but for those in `also`; all buffers are in it."""
+    """The state dict without the frozen parameters, but for those in `also`; all buffers are in it. Of what is sharded
+    it has this process's share."""
     frozen = _frozen(model)
-    return {name: t.detach() for name, t in _trained(model).items()} | {name: frozen[name] for name in also}
+    return {name: local(t.detach()) for name, t in _trained(model).items()} | {
+        name: local(frozen[name]) for name in also
+    }
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
@@ -138,6 +194,8 @@ def load_trained(model: nn.Module, state: dict[str, Tensor], source: str | Path)
     Raises:
       CheckpointError: lists what is missing, unexpected, or of another shape.
     """
+    own = model.state_dict()
+    state = {name: like(own[name], t) if name in own else t for name, t in state.items()}
     try:
         load_state_dict_strict(model, {**_frozen(model), **state}, source)
     except CheckpointError as e:
@@ -214,7 +272,7 @@ class RunningAverage:
 
     It is icefall's `model_avg` (egs/librispeech/ASR/zipformer/train.py): kept in float64, here on the CPU. Two of
     them, from two checkpoints, give the mean over the steps between: `average_between`. Tensors that are not floating
-    point are copied, one that has several names is kept once.
+    point are copied, one that has several names is kept once; of a sharded one, this process's share.
 
     Args:
       model: as it trains, with what is frozen frozen.
@@ -231,7 +289,7 @@ class RunningAverage:
         for name, t in _trained(model).items():
             if id(t) not in copies:
                 dtype = torch.float64 if t.is_floating_point() else t.dtype
-                copies[id(t)] = t.detach().to("cpu", dtype, copy=True)
+                copies[id(t)] = local(t.detach()).to("cpu", dtype, copy=True)
             self.average[name] = copies[id(t)]
 
     def update(self, step: int) -> None:

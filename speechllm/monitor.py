@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from speechllm.data import Batch
+from speechllm.sharding import total_norm
 
 T = TypeVar("T")
 
@@ -82,7 +83,8 @@ class Throughput:
 
 
 def norms_by_part(model: nn.Module) -> dict[str, float]:
-    """`grad_norm/PART` and `param_norm/PART` of the trained parameters of each child of the model."""
+    """`grad_norm/PART` and `param_norm/PART` of the trained parameters of each child of the model; all processes of a
+    sharded model must call this."""
     norms = {}
     for name, part in model.named_children():
         trained = [p for p in part.parameters() if p.requires_grad]
@@ -93,7 +95,7 @@ def norms_by_part(model: nn.Module) -> dict[str, float]:
 
 
 def _norm(tensors: list[Tensor]) -> float:
-    return torch.nn.utils.get_total_norm([t.detach() for t in tensors]).item() if tensors else 0.0
+    return total_norm(tensors).item() if tensors else 0.0
 
 
 def peak_memory_gb(device: torch.device) -> float:

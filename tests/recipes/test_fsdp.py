@@ -1,0 +1,97 @@
+"""Training with the language model sharded over two processes, as a user runs it."""
+
+import sys
+
+import pytest
+import torch
+
+from speechllm.checkpoint import load_checkpoint, share_path
+from speechllm.model import SpeechLLM
+from tests.recipes.test_train import command, run
+
+TWO = ["--world-size", "2", "--optim.lr", "1e-2", "--train.average_period", "2"]
+
+
+@pytest.fixture(scope="module")
+def sharded(experiment, tmp_path_factory):
+    """The folder of a sharded run that was never stopped."""
+    exp_dir = tmp_path_factory.mktemp("fsdp")
+    run(*command(experiment, exp_dir, *TWO, "--train.fsdp", "true"))
+    return exp_dir
+
+
+def test_it_learns_what_whole_models_learn(experiment, sharded, tmp_path):
+    run(*command(experiment, tmp_path, *TWO))
+    whole, shares = (load_checkpoint(folder / "checkpoint-12.pt") for folder in (tmp_path, sharded))
+    for part in ("model", "model_avg"):
+        tensors, others = (c[part]["model"] if part == "model_avg" else c[part] for c in (whole, shares))
+        assert tensors.keys() == others.keys()
+        for name, tensor in tensors.items():
+            # Keys' biases have no gradient but rounding, which Adam makes a tenth of a step of.
+            torch.testing.assert_close(others[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+    torch.testing.assert_close(shares["total"], whole["total"], rtol=1e-4, atol=0)
+    assert shares["best"] == pytest.approx(whole["best"], rel=1e-3)
+
+
+def test_every_process_has_half_of_the_language_model(sharded):
+    for rank in (0, 1):
+        content = load_checkpoint(sharded / "checkpoint-12.pt", rank)
+        whole = load_checkpoint(sharded / "checkpoint-12.pt")["model"]
+        names = content["sharded"]["names"]
+        assert names and all(name.startswith("llm.") for name in names)
+        assert content["model"]["llm.emb.weight"].shape == (150, 32) and whole["llm.emb.weight"].shape == (300, 32)
+        assert len(content["optimizer"]["state"]) > len(content["sharded"]["optimizer"]) > 0
+    share = torch.load(share_path(sharded / "checkpoint-12.pt", 1), weights_only=True)
+    assert set(share["model"]) == set(names)
+    # those of removed checkpoints are removed with them
+    assert not list(sharded.glob("checkpoint-6*.pt"))
+
+
+def test_it_resumes_exactly(experiment, sharded, tmp_path):
+    run(*command(experiment, tmp_path, *TWO, "--train.fsdp", "true", "--train.num_epochs", "1"))
+    assert not (tmp_path / "checkpoint-12.pt").exists()
+    result = run(*command(experiment, tmp_path, *TWO, "--train.fsdp", "true"))
+    assert "resuming from" in result.stderr
+    for rank in (0, 1):
+        expected, resumed = (load_checkpoint(d / "checkpoint-12.pt", rank) for d in (sharded, tmp_path))
+        for name, tensor in expected["model"].items():
+            assert torch.equal(resumed["model"][name], tensor), name
+        for number, state in expected["optimizer"]["state"].items():
+            for name, tensor in state.items():
+                assert torch.equal(resumed["optimizer"]["state"][number][name], tensor), (number, name)
+        for name, tensor in expected["model_avg"]["model"].items():
+            assert torch.equal(resumed["model_avg"]["model"][name], tensor), name
+    # as a run without sharding it would lack half of everything
+    result = run(*command(experiment, tmp_path, *TWO, "--train.num_steps", "14"), check=False)
+    assert result.returncode == 1 and "was written with train.fsdp" in result.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--use-averaged-model"]])
+def test_it_is_averaged(sharded, tmp_path, options):
+    run(sys.executable, "tools/average_ckpt.py", "--exp-dir", str(sharded), "--iter", "12", "--avg", "2",
+        "--output", str(tmp_path / "avg"), *options)  # fmt: skip
+    model = SpeechLLM.from_pretrained(tmp_path / "avg")
+    if not options:
+        states = [load_checkpoint(sharded / f"checkpoint-{n}.pt")["model"] for n in (10, 12)]
+        mean = sum(s["llm.head.weight"].double() for s in states) / 2
+        torch.testing.assert_close(model.llm.head.weight.detach().double(), mean, rtol=0, atol=1e-7)
+
+
+def test_a_lost_share_is_named(sharded, tmp_path):
+    (tmp_path / "checkpoint-12.pt").write_bytes((sharded / "checkpoint-12.pt").read_bytes())
+    result = run(sys.executable, "tools/average_ckpt.py", "--output", str(tmp_path / "avg"),
+                 str(tmp_path / "checkpoint-12.pt"), check=False)  # fmt: skip
+    assert result.returncode == 1 and "checkpoint-12.rank-1.pt: no such checkpoint" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([], "one process only"),
+        (["--optim.name", "scaled_adam"], "scaled_adam looks at whole tensors"),
+        (["--use-fp16"], "use bf16"),
+    ],
+)
+def test_what_cannot_be_sharded_is_an_error(experiment, tmp_path, settings, said):
+    result = run(*command(experiment, tmp_path, "--train.fsdp", "true", *settings), check=False)
+    assert result.returncode == 1 and said in result.stderr and "Traceback" not in result.stderr
