@@ -26,7 +26,9 @@ def test_overrides_without_a_configuration_are_an_error(capsys):
     assert "unknown option --data.train" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["transcribe"], ["data", "check"], ["data", "convert"], ["data", "preview"]])
+@pytest.mark.parametrize(
+    "command", [[], ["transcribe"], ["score"], ["data", "check"], ["data", "convert"], ["data", "preview"]]
+)
 def test_help_does_not_load_the_library(command):
     script = (
         "import sys, speechllm.cli\n"
@@ -51,3 +53,16 @@ def test_transcribe_hands_the_languages_on(model, monkeypatch, capsys):
     assert caught.value.code == 0
     assert asked == [([Path("a.wav")], "en", "de")]
     assert capsys.readouterr().out == "a.wav\ttext\n"
+
+
+def test_score_prints_the_table(tmp_path, capsys):
+    (tmp_path / "ref").write_text("a One two\n")
+    (tmp_path / "hyp").write_text("a one too\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["score", str(tmp_path / "ref"), str(tmp_path / "hyp"), "--unit", "char", "--normalise", "lowercase"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["all", "1", "6", "16.67%"]
+    with pytest.raises(SystemExit) as caught:
+        main(["score", str(tmp_path / "ref")])
+    assert caught.value.code == 1
+    assert "references only" in capsys.readouterr().err

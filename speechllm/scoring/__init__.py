@@ -1,0 +1,46 @@
+"""How good transcripts and translations are: error rates, the files that icefall users look for, and what is chance.
+
+| | |
+|---|---|
+| `counting.py` | transcripts, their units (words, characters, both), alignment, error counts |
+| `reports.py` | tables, and the `recogs`, `errs`, `wer-summary` files |
+| `significance.py` | confidence intervals, and the comparison of two systems |
+| `translation.py` | BLEU and chrF |
+| `reading.py`, `command.py` | the files that `speechllm score` reads, and what it does with them |
+"""
+
+from speechllm.scoring.counting import (
+    UNITS,
+    ErrorReport,
+    Transcript,
+    align,
+    characters,
+    count_errors,
+    mixed,
+    score,
+    transcripts,
+    words,
+)
+from speechllm.scoring.reports import error_table, errs_text, recogs_text, write_reports
+from speechllm.scoring.significance import Comparison, compare, confidence_interval, matched_pairs_test
+
+__all__ = [
+    "UNITS",
+    "Comparison",
+    "ErrorReport",
+    "Transcript",
+    "align",
+    "characters",
+    "compare",
+    "confidence_interval",
+    "count_errors",
+    "error_table",
+    "errs_text",
+    "matched_pairs_test",
+    "mixed",
+    "recogs_text",
+    "score",
+    "transcripts",
+    "words",
+    "write_reports",
+]

@@ -1,0 +1,124 @@
+"""Counting: against hand-made alignments, jiwer, and alignment with sclite's costs."""
+
+import math
+import random
+from itertools import pairwise
+
+import jiwer
+import kaldialign
+import pytest
+import torch
+
+from speechllm.data import Batch
+from speechllm.scoring import ErrorReport, Transcript, align, characters, mixed, score, transcripts
+
+RESULTS = [
+    Transcript("b", "the association of edison", "the association of addison", "en"),
+    Transcript("a", "for the first day sir i think", "for the first day i think", "en"),
+    Transcript("c", "", "uno dos", "es"),
+    Transcript("d", "tres  cuatro", "tres cuatro", "es"),
+]
+
+
+def test_counts():
+    report = score(RESULTS)
+    assert (report.insertions, report.deletions, report.substitutions) == (2, 1, 1)
+    assert (report.errors, report.ref_len, report.correct) == (4, 13, 11)
+    assert report.rate == pytest.approx(4 / 13)
+    assert str(report) == "30.77% [4 / 13, 2 ins, 1 del, 1 sub ]"
+    assert score(RESULTS[:1], characters).errors == 2  # edison -> addison
+    assert score([RESULTS[2]]).rate == math.inf
+    assert score([]).rate == 0.0
+
+
+def test_parts_add_up_and_lengths_hold():
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices("abcd*", k=rng.randrange(8))) for _ in range(100)]
+    results = [Transcript(str(i), ref, hyp) for i, (ref, hyp) in enumerate(pairwise(texts))]
+    whole = score(results)
+    assert whole == sum((score([r]) for r in results), ErrorReport())
+    assert whole.ref_len == sum(len(r.ref.split()) for r in results)
+    assert whole.correct + whole.substitutions + whole.insertions == sum(len(r.hyp.split()) for r in results)
+    assert score([Transcript("x", t, t) for t in texts]).errors == 0
+
+
+def test_equal_texts_in_other_unicode_form_are_equal():
+    assert score([Transcript("x", "z\u00e9ro", "ze\u0301ro")]).errors == 0
+
+
+def test_transcripts_of_a_batch():
+    batch = Batch(
+        texts=["Hello, you", "你好！", "x", "Straße"],
+        languages=["en", "en", None, "de"],
+        target_languages=[None, "zh", "zh", None],
+        ids=["a", "b", "c", "d"],
+        durations=[1.0, 2.0, 3.0, 4.0],
+        features=torch.zeros(4, 1, 80),
+        feature_lens=torch.ones(4, dtype=torch.long),
+    )
+    found = transcripts(batch, ["hello  You!", "你 好", "", None], ["lowercase", "remove_punctuation", "split_chinese"])
+    assert found == [
+        Transcript("a", "hello you", "hello you", "en", duration=1.0),
+        Transcript("b", "你 好", "你 好", "en>zh", duration=2.0),
+        Transcript("c", "x", "", "->zh", duration=3.0),
+    ]
+    assert score(found).errors == 1
+    assert transcripts(batch, [" Hello,\tyou"] * 4, [])[0] == Transcript(
+        "a", "Hello, you", "Hello, you", "en", duration=1.0
+    )
+    with pytest.raises(ValueError, match="zip"):
+        transcripts(batch, ["one"], [])
+
+
+def test_a_star_is_a_word():
+    assert align(["*", "a"], ["a"]) == [("*", None), ("a", "a")]
+
+
+def random_results(rng, count=200, alphabet="abcdä你"):
+    texts = [" ".join(rng.choices(alphabet, k=rng.randrange(1, 9))) for _ in range(count)]
+    return [Transcript(str(i), ref, hyp) for i, (ref, hyp) in enumerate(pairwise(texts))]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_totals_are_those_of_jiwer(seed):
+    results = random_results(random.Random(seed))
+    refs, hyps = [r.ref for r in results], [r.hyp for r in results]
+    theirs = jiwer.process_words(refs, hyps)
+    ours = score(results)
+    assert ours.rate == pytest.approx(theirs.wer)
+    assert ours.errors == theirs.insertions + theirs.deletions + theirs.substitutions
+    assert ours.insertions - ours.deletions == theirs.insertions - theirs.deletions
+    unspaced = [[text.replace(" ", "") for text in texts] for texts in (refs, hyps)]
+    assert score(results, characters).rate == pytest.approx(jiwer.cer(*unspaced))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_totals_are_never_more_than_with_the_costs_of_sclite(seed):
+    agreeing = 0
+    for result in (results := random_results(random.Random(seed))):
+        sclite = kaldialign.edit_distance(result.ref.split(), result.hyp.split(), sclite_mode=True)["total"]
+        assert score([result]).errors <= sclite
+        agreeing += score([result]).errors == sclite
+    assert agreeing > 0.9 * len(results)
+
+
+def test_sclite_may_count_more():
+    """It rather inserts and deletes three words than to substitute five, when two are right then."""
+    ref, hyp = "x y z p q", "p q u v w"
+    assert score([Transcript("a", ref, hyp)]) == ErrorReport(substitutions=5)
+    assert kaldialign.edit_distance(ref.split(), hyp.split(), sclite_mode=True)["total"] == 6
+
+
+def test_swapped_sides_swap_insertions_and_deletions():
+    for result in random_results(random.Random(0)):
+        there, back = score([result]), score([Transcript("x", result.hyp, result.ref)])
+        assert there.errors == back.errors
+        assert there.insertions - there.deletions == back.deletions - back.insertions
+
+
+def test_mixed_units_are_chinese_characters_and_other_words():
+    assert mixed("我們 meeting了 ok") == ["我", "們", "meeting", "了", "ok"]
+    result = Transcript("x", "我 們去 meeting", "我們去 meetings")
+    assert score([result], mixed) == ErrorReport(substitutions=1, correct=3)
+    english = [Transcript("x", "one two", "one too")]
+    assert score(english, mixed) == score(english)
