@@ -198,6 +198,14 @@ def penalize_large(x: Tensor, limit: float, penalty: float) -> Tensor:
     return _PenalizeLarge.apply(x, limit, penalty)
 
 
+_MIN_STD = 10**-2.5  # of a channel, relative to its rms: a constant channel's mean / std must not overflow
+
+
+def _rms(rows: Tensor) -> Tensor:
+    """(frames, C) -> (C,)"""
+    return torch.linalg.vector_norm(rows, dim=0) / math.sqrt(len(rows))
+
+
 class _Balance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, limits: tuple[float, float, float, float], grad_scale: float) -> Tensor:
@@ -211,19 +219,23 @@ class _Balance(torch.autograd.Function):
         (min_mean, max_mean, min_rms, max_rms), grad_scale = ctx.config
         rows = x.flatten(0, -2).float()
         # Per channel: m = mean / std must lie within the limits on the mean, the rms within those on the rms.
-        # The loss is the distance of m plus that of log rms. Its gradient is a + b x with a, b per channel.
-        # In units of the rms, and with a floor under the variance: constant channels must not overflow.
-        rms = (torch.linalg.vector_norm(rows, dim=0) / math.sqrt(len(rows))).clamp_(min=1e-10)
-        mean = rows.mean(0) / rms
-        inv_std = (1 - mean.square()).clamp_(min=1e-5).rsqrt_()
+        # The loss is the distance of m plus that of log rms. Its gradient is shift + slope (x - mean), per channel.
+        # From here on in units of the rms. Mean and deviation are kept apart: where a channel is nearly constant,
+        # their shares of the gradient are large, and written as a + b x they would cancel.
+        mean = rows.mean(0)
+        deviation = rows - mean
+        rms = _rms(rows).clamp_(min=1e-10)
+        mean = mean / rms
+        std = _rms(deviation) / rms
+        inv_std = std.clamp(min=_MIN_STD).reciprocal_()
         m = mean * inv_std
         m_sign = (m - m.clamp(min_mean, max_mean)).sign_()
         rms_sign = (rms - rms.clamp(min_rms, max_rms)).sign_()
-        a = m_sign * inv_std * (1 + m.square())
-        b = rms_sign - m_sign * m * inv_std.square()
+        shift = m_sign * inv_std + rms_sign * mean
+        slope = rms_sign - m_sign * m * inv_std.square()
         # As large as grad_scale in the rms sense, times |grad|, which says how much each element matters.
-        size = (a.square() + 2 * a * b * mean + b.square()).clamp_(min=1e-20).sqrt_()
-        push = torch.addcmul(a * (grad_scale / size), x.float(), b * (grad_scale / (size * rms)))
+        scale = grad_scale / torch.hypot(shift, slope * std).clamp_(min=1e-20)
+        push = deviation.mul_(slope * scale / rms).add_(shift * scale).view_as(x)
         return torch.addcmul(grad, grad.abs(), push.to(grad.dtype)), None, None
 
 
@@ -288,7 +300,8 @@ class _Whiten(torch.autograd.Function):
         grad_norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
         scale = grad_scale * grad_norm / (torch.linalg.vector_norm(direction) + 1e-20)
         scale = torch.where(metric > limit, scale, torch.zeros_like(scale))
-        return torch.addcmul(grad, direction.to(grad.dtype), scale.to(grad.dtype)), None, None, None
+        # Either factor alone may be out of half precision's range.
+        return grad + direction.mul_(scale).to(grad.dtype), None, None, None
 
 
 def whitening_metric(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,14 @@ every step.
 import dataclasses
 import math
 import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from speechllm.encoder import subsampling
 from speechllm.encoder.scaling import (
@@ -204,6 +207,32 @@ def keep_utterances(x: Tensor, skip_rate: float) -> Tensor | None:
 
 def whitening(limit: float, ratio: float = 2.0, **kwargs) -> Whiten:
     return Whiten(ScheduledFloat((0.0, limit), (20000.0, ratio * limit)), **kwargs)
+
+
+@contextmanager
+def _python_random_state(state: tuple) -> Iterator[None]:
+    before = random.getstate()
+    random.setstate(state)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+
+
+def _contexts_with_the_same_draws() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For the first and the second run of a module; PyTorch's own generators `checkpoint` sees to itself."""
+    return nullcontext(), _python_random_state(random.getstate())
+
+
+def run(module: nn.Module, *inputs, checkpointed: bool) -> Tensor:
+    """module(*inputs); if `checkpointed`, its activations are computed again in the backward pass.
+
+    Both times the module draws the same random numbers, from PyTorch's generators and from Python's, and the
+    second time leaves no trace in them.
+    """
+    if not checkpointed:
+        return module(*inputs)
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=_contexts_with_the_same_draws)
 
 
 class AttentionWeights(nn.Module):
@@ -473,13 +502,13 @@ class Stack(nn.Module):
         rates = [ScheduledFloat((b, 0.5), (b + step / num_layers, final_rate)) for b in begins]
         self.layers = nn.ModuleList([ZipformerLayer(config, stack, rate, dropout) for rate in rates])
 
-    def forward(self, x: Tensor, frames: Frames, feature_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, frames: Frames, feature_mask: Tensor | None, checkpointed: bool) -> Tensor:
         """(N, T, C) -> (N, T, C)"""
         pos_emb = F.dropout(frames.pos_emb, 0.15, self.training)
         frames = dataclasses.replace(frames, pos_emb=pos_emb)
         x = _masked(x, feature_mask)
         for layer in self.layers:
-            x = _masked(layer(x, frames), feature_mask)
+            x = _masked(run(layer, x, frames, checkpointed=checkpointed), feature_mask)
         return x
 
 
@@ -515,9 +544,11 @@ class DownsampledStack(nn.Module):
         self.encoder = Stack(config, stack, dropout)
         self.out_combiner = Bypass(config.encoder_dim[stack], constant(0.0))
 
-    def forward(self, x: Tensor, lens: Tensor, frames: Frames, feature_mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, lens: Tensor, frames: Frames, feature_mask: Tensor | None, checkpointed: bool
+    ) -> Tensor:
         """(N, T, C) -> (N, T, C); `frames` are those of the lower rate, `lens` the lengths in x."""
-        out = self.encoder(self.downsample(x, lens), frames, feature_mask)
+        out = self.encoder(self.downsample(x, lens), frames, feature_mask, checkpointed)
         out = out.unsqueeze(2).expand(-1, -1, x.shape[1] // out.shape[1], -1).reshape(x.shape)
         return self.out_combiner(x, out)
 
@@ -536,7 +567,7 @@ class StackedEncoder(nn.Module):
         )
         self.downsample_output = Downsample(config.output_downsampling_factor)
 
-    def forward(self, x: Tensor, lens: Tensor, chunk_size: int, left_context_frames: int) -> Tensor:
+    def forward(self, x: Tensor, lens: Tensor, chunk_size: int, left_context_frames: int, checkpointed: bool) -> Tensor:
         """x (N, T, D0), lens (N,) -> (N, T', D) with T' = T / output_downsampling_factor, rounded up"""
         config = self.config
         t = x.shape[1]
@@ -557,9 +588,9 @@ class StackedEncoder(nn.Module):
             x = x[..., :dim] if dim <= x.shape[-1] else F.pad(x, (0, dim - x.shape[-1]))
             factor = config.downsampling_factor[i]
             if factor == 1:
-                x = stack(x, rates[factor], feature_masks[i])
+                x = stack(x, rates[factor], feature_masks[i], checkpointed)
             else:
-                x = stack(x, lens, rates[factor], feature_masks[i])
+                x = stack(x, lens, rates[factor], feature_masks[i], checkpointed)
             outputs.append(x)
         # The widest output; what the last stack lacks comes from the last one before it that has it.
         pieces = [x]
@@ -629,6 +660,10 @@ class Zipformer(nn.Module):
         config: its ZipformerConfig.
         output_dim: D, the width of its output.
         min_frames: the shortest utterance it can encode, in feature frames.
+        checkpoint_layers: in training, keep only the inputs of the front end and of each layer, and compute the
+            rest again for the gradient (activation checkpointing, arXiv 1604.06174): a third more work, and
+            memory that hardly grows with depth. Every number stays the same, random ones included, as long as
+            the batch count and the training mode do from the forward pass to the backward pass.
 
     In training call `set_batch_count` for every batch: dropout, layer skip and the other regularisers follow
     it.
@@ -639,6 +674,7 @@ class Zipformer(nn.Module):
     def __init__(self, config: ZipformerConfig):
         super().__init__()
         self.config = config
+        self.checkpoint_layers = False
         self.output_dim = max(config.encoder_dim)
         dropout = ScheduledFloat((0.0, 0.3), (20000.0, 0.1)) if config.dropout is None else constant(config.dropout)
         self.encoder_embed = subsampling.Conv2dSubsampling(
@@ -704,9 +740,10 @@ class Zipformer(nn.Module):
             padding = torch.arange(longest, device=features.device) >= feature_lens[:, None]
             features = features.masked_fill(padding.unsqueeze(-1), 0.0)
             valid = torch.arange(subsampling.output_lens(longest), device=features.device) < lens[:, None]
-        x = self.encoder_embed(features, valid)
+        checkpointed = self.checkpoint_layers and torch.is_grad_enabled()
+        x = run(self.encoder_embed, features, valid, checkpointed=checkpointed)
         chunk_size, left_context_frames = self.context(chunk_size, left_context_frames)
-        return self.encoder(x, lens, chunk_size, left_context_frames), self.output_lens(feature_lens)
+        return self.encoder(x, lens, chunk_size, left_context_frames, checkpointed), self.output_lens(feature_lens)
 
     def context(self, chunk_size: int | None, left_context_frames: int | None) -> tuple[int, int]:
         """Chunk size and left context for a batch: as asked for, drawn in training, the widest otherwise."""

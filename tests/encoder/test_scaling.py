@@ -149,3 +149,27 @@ def test_balancer_gives_finite_gradients_to_constant_channels():
     balancer = Balancer(0.4, 0.6, 0.5, 2.0, prob=1.0)
     balancer(x).backward(torch.randn_like(x))
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e-3, -0.3, 1.0, 100.0])
+def test_balancer_pushes_as_hard_where_channels_are_nearly_constant(mean):
+    """As large as grad_scale in the rms sense where a limit is violated, neither more nor less."""
+    deviations = torch.tensor([0.0, *(10.0**-k for k in range(10))])
+    x = (mean + deviations * torch.randn(500, 11)).requires_grad_()
+    grad = torch.ones(500, 11)
+    scaling._Balance.apply(x, (0.1, 0.2, 10.0, 20.0), 0.04).backward(grad)
+    push = (x.grad - grad).square().mean(0).sqrt()
+    torch.testing.assert_close(push, torch.full((11,), 0.04), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
+def test_whiten_is_within_the_range_of_half_precision(size):
+    x = size * (torch.randn(400, 8) + 3 * torch.randn(400, 1)).half()
+    grad = torch.randn(400, 8).half() * 64
+
+    def push(x, grad):
+        x.requires_grad_()
+        scaling._Whiten.apply(x, 1, 1.1, 0.5).backward(grad)
+        return x.grad.float() - grad.float()
+
+    torch.testing.assert_close(push(x, grad), push(x.detach().float(), grad.float()), rtol=0.01, atol=0.1)

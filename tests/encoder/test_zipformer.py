@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
 from speechllm.encoder import Zipformer, ZipformerConfig, init_from_data, load_encoder
+from speechllm.encoder.zipformer import ZipformerLayer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "zipformer"
 MODELS = ["offline", "three_stacks", "causal"]
@@ -205,6 +208,91 @@ def test_training_is_reproducible_and_eval_deterministic():
     assert not torch.equal(step(1)[0], step(2)[0])
     encoder.eval()
     assert torch.equal(step(1)[0], step(2)[0])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_checkpointed_layers_change_no_number(causal, autocast):
+    """Outputs, gradients and the random numbers that come next, bit for bit, with all regularisers at work."""
+    encoder = seeded(tiny_config(causal=causal, chunk_size=[8, 16, -1])).train()
+    features, lens = log_mel(), torch.tensor([120, 88, 60, 31])
+    layers, calls = [m for m in encoder.modules() if isinstance(m, ZipformerLayer)], []
+    for module in (encoder.encoder_embed, *layers):
+        module.register_forward_pre_hook(lambda module, _: calls.append(module))
+
+    def step(seed, checkpoint_layers):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        encoder.checkpoint_layers = checkpoint_layers
+        encoder.set_batch_count(seed * 1000)
+        encoder.zero_grad()
+        calls.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out, _ = encoder(features, lens)
+        after_forward = random.getstate(), torch.get_rng_state()
+        out.square().sum().backward()
+        assert len(calls) == (1 + len(layers)) * (2 if checkpoint_layers else 1)
+        assert random.getstate() == after_forward[0] and torch.equal(torch.get_rng_state(), after_forward[1])
+        return random.getstate(), [torch.get_rng_state(), out] + [p.grad for p in encoder.parameters()]
+
+    for seed in range(6):
+        (python_state, expected), (checkpointed_python_state, checkpointed) = step(seed, False), step(seed, True)
+        assert python_state == checkpointed_python_state
+        assert all(torch.equal(a, b) for a, b in zip(expected, checkpointed, strict=True))
+
+
+def saved_bytes(encoder, features, lens):
+    """Of the tensors that a forward pass keeps for the gradient, parameters not counted, shared memory once."""
+    parameters = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        encoder(features, lens)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return sum(size for address, size in storages.items() if address not in parameters)
+
+
+def test_checkpointed_layers_keep_their_inputs_only():
+    features, lens = log_mel(), torch.tensor([120, 88, 60, 31])
+    kept = {}
+    for num_layers in (1, 4):
+        encoder = seeded(tiny_config(num_encoder_layers=num_layers)).train()
+        for encoder.checkpoint_layers in (False, True):
+            random.seed(0)
+            kept[num_layers, encoder.checkpoint_layers] = saved_bytes(encoder, features, lens)
+    assert kept[1, True] < 0.1 * kept[1, False]
+    more_layers = {checkpointed: kept[4, checkpointed] - kept[1, checkpointed] for checkpointed in (False, True)}
+    assert more_layers[True] < 0.05 * more_layers[False]
+
+
+def test_nothing_is_checkpointed_without_gradients(monkeypatch):
+    encoder = seeded(tiny_config()).train()
+    encoder.checkpoint_layers = True
+    monkeypatch.setattr("speechllm.encoder.zipformer.checkpoint", None)  # not to be called
+    with torch.no_grad():
+        assert encoder(log_mel(), torch.tensor([120, 88, 60, 31]))[0].isfinite().all()
+
+
+def test_checkpointed_layers_under_distributed_data_parallel():
+    """Every parameter is reduced in every step, which DDP demands, and the gradients are those without it."""
+    encoder = seeded(tiny_config()).train()
+    encoder.checkpoint_layers = True
+    features, lens = log_mel(), torch.tensor([120, 88, 60, 31])
+
+    def gradients(model, seed):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        model.zero_grad()
+        model(features, lens)[0].square().sum().backward()
+        return [p.grad.clone() for p in encoder.parameters()]
+
+    expected = [gradients(encoder, seed) for seed in range(3)]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(encoder)
+        for seed in range(3):
+            torch.testing.assert_close(gradients(model, seed), expected[seed])
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("causal", [False, True])
