@@ -382,6 +382,8 @@ def train(
         disable=None if rank == 0 else True,
         smoothing=0.05,
     )
+    if print_diagnostics:  # what is computed twice would be counted twice
+        bare.llm.checkpoint_blocks = bare.encoder.checkpoint_layers = False
     stopping = StopSignal()
     model.train()
     if find_max_duration and checkpoint_path is None:
@@ -554,6 +556,8 @@ def frozen_base_weights(model: SpeechLLM, carried: Sequence[str]) -> dict[str, d
             raise ConfigError(f"optim.freeze: {frozen[0]} comes from no file (model.{name}.path) and no stage before")
         if frozen:
             bases[name] = {"path": section.path, "sha256": file_hash(section.path)}
+    if (adapter := model.config.llm.adapter) is not None:
+        bases["adapter"] = {"path": adapter, "sha256": file_hash(adapter)}
     return bases
 
 
@@ -578,7 +582,7 @@ def scan_largest_batches(accelerator: Accelerator, model: torch.nn.Module, loade
             raise MemoryRanOut(
                 f"memory ran out with a batch of {len(batch)} rows of {batch.features.shape[1] / 100:.1f} s: lower "
                 "data.max_duration (or data.max_cuts, data.max_seconds, data.max_positions), or set "
-                "model.llm.checkpoint_blocks"
+                "model.llm.checkpoint_blocks or model.encoder.checkpoint_layers"
             ) from e
         finally:
             model.zero_grad(set_to_none=True)

@@ -25,11 +25,22 @@ from speechllm.checkpoint import load_state_dict_strict
 from speechllm.config import ConfigError, load_config, save_config
 from speechllm.decode.greedy import greedy_search
 from speechllm.encoder import Zipformer, ZipformerConfig, load_encoder
+from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.llm import LanguageModel
+from speechllm.model_card import model_card
 from speechllm.projector import Projector, ProjectorConfig
 from speechllm.prompt import PromptConfig, splice
-from speechllm.rwkv7 import RWKV7, RWKV7Config, TuneConfig, load_rwkv7, merged_state_dict, save_adapter, tune
+from speechllm.rwkv7 import (
+    RWKV7,
+    RWKV7Config,
+    TuneConfig,
+    load_adapter,
+    load_rwkv7,
+    merged_state_dict,
+    save_adapter,
+    tune,
+)
 from speechllm.rwkv7.wkv import BACKENDS
 from speechllm.tokenizer import Tokenizer, load_tokenizer
 
@@ -42,11 +53,13 @@ class EncoderSection:
 
     `schedule_speed`: the schedules of the encoder's training (dropout, layer skip, balancers) span 4,000 to 20,000
     steps of a large run; a short run passes through them so many times faster.
+    `checkpoint_layers`: activations are computed again in the backward pass: less memory, a third more work.
     """
 
     path: str | None = None
     freeze: bool = False
     schedule_speed: float = 1.0
+    checkpoint_layers: bool = False
     zipformer: ZipformerConfig | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +70,7 @@ class EncoderSection:
 class LLMSection:
     """`path`: an RWKV-7 checkpoint; without it, one of the sizes in `rwkv7` is trained from scratch.
 
+    `adapter`: a folder with what was tuned before (a PEFT adapter or a state), put on the checkpoint and not trained.
     `tune`: what of the checkpoint trains, and how; without it everything does, or with `freeze` nothing.
     `checkpoint_blocks`: activations are computed again in the backward pass: less memory, a third more work.
     `wkv_backend`: see `rwkv7.wkv.wkv7`.
@@ -64,6 +78,7 @@ class LLMSection:
 
     path: str | None = None
     freeze: bool = False
+    adapter: str | None = None
     tune: TuneConfig | None = None
     checkpoint_blocks: bool = False
     wkv_backend: str = "auto"
@@ -75,6 +90,10 @@ class LLMSection:
             raise ValueError(f"wkv_backend: unknown {self.wkv_backend!r}, choose from {', '.join(BACKENDS)}")
         if self.tune is not None and not self.path:
             raise ValueError("tune without path would tune random weights")
+        if self.adapter is not None and (self.tune is not None or not (self.path and self.freeze)):
+            raise ValueError(
+                "adapter goes on the checkpoint at path, and with freeze: true; to train on, merge it first"
+            )
         if self.tune is not None and self.freeze:
             raise ValueError("give either freeze (nothing is trained) or tune (which freezes what it does not train)")
 
@@ -144,7 +163,10 @@ class SpeechLLM(nn.Module):
         """
         tokenizer = load_tokenizer(config.tokenizer)
         encoder = load_encoder(config.encoder.path) if config.encoder.path else Zipformer(config.encoder.zipformer)
+        encoder.checkpoint_layers = config.encoder.checkpoint_layers
         llm = load_rwkv7(config.llm.path) if config.llm.path else RWKV7(config.llm.rwkv7)
+        if config.llm.adapter is not None:
+            load_adapter(llm, config.llm.adapter)
         if config.llm.tune is not None:
             tune(llm, config.llm.tune)
         llm.checkpoint_blocks, llm.wkv_backend = config.llm.checkpoint_blocks, config.llm.wkv_backend
@@ -326,26 +348,38 @@ class SpeechLLM(nn.Module):
             self.train(was_training)
         return texts
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole model: config.yaml, model.safetensors, tokenizer. Replaces `folder` in one move.
+    def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
+        """Write the whole model: config.yaml, model.safetensors, tokenizer, README.md. Replaces `folder` in one move.
 
-        The weights of a tuned language model are merged into its base (a quantised base is written in floating point,
-        as it is after quantisation); what was tuned is in `adapter` once more, by itself (see `rwkv7.save_adapter`).
+        What was tuned of the language model is in `adapter` by itself (see `rwkv7.save_adapter`).
+
+        Args:
+          merged: the adapter is merged into the language model, all of which is in model.safetensors (a quantised base
+            in floating point, as it is after quantisation). Otherwise nothing of the base is in the folder: config.yaml
+            names its path.
+
+        Raises:
+          UserError: there is no adapter to be kept apart from its base.
         """
+        has_adapter = self.config.llm.tune is not None and self.config.llm.tune.freezes_base
+        if not merged and not has_adapter:
+            raise UserError("merged=False: the language model has no adapter (model.llm.tune) beside a frozen base")
+        llm = LLMSection(rwkv7=self.llm.config)
+        if not merged:
+            llm = LLMSection(path=str(Path(self.config.llm.path).absolute()), freeze=True, adapter="adapter")
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
             config = dataclasses.replace(
-                self.config,
-                tokenizer=".",
-                encoder=EncoderSection(zipformer=self.encoder.config),
-                llm=LLMSection(rwkv7=self.llm.config),
+                self.config, tokenizer=".", encoder=EncoderSection(zipformer=self.encoder.config), llm=llm
             )
             save_config(config, tmp / "config.yaml")
             weights = {k: v for k, v in self.state_dict().items() if not k.startswith("llm.")}
-            weights |= {f"llm.{k}": v for k, v in merged_state_dict(self.llm).items()}
+            if merged:
+                weights |= {f"llm.{k}": v for k, v in merged_state_dict(self.llm).items()}
             save_file({k: v.contiguous() for k, v in weights.items()}, tmp / "model.safetensors")
-            if self.config.llm.tune is not None and self.config.llm.tune.freezes_base:
+            if has_adapter:
                 save_adapter(self.llm, tmp / "adapter", base=self.config.llm.path)
+            (tmp / "README.md").write_text(model_card(self), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> SpeechLLM:
@@ -358,12 +392,22 @@ class SpeechLLM(nn.Module):
         if not (folder / "config.yaml").is_file():
             raise FileNotFoundError(f"{folder}: no config.yaml: not a folder written by save_pretrained")
         config = load_config(ModelConfig, folder / "config.yaml")
-        with torch.device("meta"):  # no time for initial values that are about to be replaced
-            model = cls.from_config(dataclasses.replace(config, tokenizer=str(folder / config.tokenizer)))
+        config = dataclasses.replace(config, tokenizer=str(folder / config.tokenizer))
         path = folder / "model.safetensors"
         weights = load_file(path)
-        if "llm.initial_wkv" in weights:
-            with torch.device("meta"):
-                model.llm.add_initial_state()
+        if config.llm.path is not None:
+            if not Path(config.llm.path).exists():
+                raise FileNotFoundError(
+                    f"{folder}: holds an adapter without its base, and {config.llm.path} is not there: set llm.path in "
+                    f"{folder / 'config.yaml'} to where the checkpoint is"
+                )
+            config.llm = dataclasses.replace(config.llm, adapter=str(folder / config.llm.adapter))
+            model = cls.from_config(config)
+            weights |= {name: t for name, t in model.state_dict().items() if name.startswith("llm.")}
+        else:
+            with torch.device("meta"):  # no time for initial values that are about to be replaced
+                model = cls.from_config(config)
+                if "llm.initial_wkv" in weights:
+                    model.llm.add_initial_state()
         load_state_dict_strict(model, weights, path, assign=True)
         return model.eval()

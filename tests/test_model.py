@@ -1,10 +1,13 @@
 """SpeechLLM: loss, batch invariance, frozen parts, saving and loading."""
 
 import dataclasses
+import random
+from pathlib import Path
 
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from speechllm.checkpoint import (
@@ -93,6 +96,20 @@ def test_checkpointed_blocks_give_the_same_gradients(model_config, batch):
         model(*batch)["loss"].backward()
         grads.append([p.grad for p in model.parameters()])
     assert model.llm.checkpoint_blocks
+    assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+
+
+def test_checkpointed_encoder_layers_give_the_same_gradients(model_config, batch):
+    grads = []
+    for checkpoint_layers in (False, True):
+        section = {"checkpoint_layers": checkpoint_layers, "zipformer": to_dict(model_config.encoder.zipformer)}
+        model_config.encoder = from_dict(EncoderSection, section)
+        random.seed(0)
+        torch.manual_seed(0)
+        model = SpeechLLM.from_config(model_config).train()
+        assert model.encoder.checkpoint_layers == checkpoint_layers
+        model(*batch)["loss"].backward()
+        grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
 
 
@@ -201,6 +218,7 @@ def test_saved_and_loaded_is_the_same(model, batch, tmp_path):
     for name, value in loaded(*batch).items():
         assert torch.equal(value, model(*batch)[name])
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        "README.md",
         "config.yaml",
         "model.safetensors",
         "tokenizer.model",
@@ -249,7 +267,20 @@ def test_a_tuned_model_is_saved_merged_and_as_an_adapter(method, tune_config, ba
     assert loaded.recognise(features, lens, languages) == model.recognise(features, lens, languages)
     adapter = tmp_path / "model" / "adapter"
     assert adapter.exists() == (method != "full")
+    assert "RWKV-7 language model" in (tmp_path / "model" / "README.md").read_text()
     if method != "full":
+        model.save_pretrained(tmp_path / "unmerged", merged=False)
+        assert not any(k.startswith("llm.") for k in load_file(tmp_path / "unmerged" / "model.safetensors"))
+        unmerged = SpeechLLM.from_pretrained(tmp_path / "unmerged")
+        torch.testing.assert_close(unmerged(*batch)["loss"], expected["loss"], rtol=1e-4, atol=1e-4)
+        unmerged.save_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(
+            SpeechLLM.from_pretrained(tmp_path / "merged")(*batch)["loss"], expected["loss"], rtol=1e-4, atol=1e-4
+        )
+        Path(config.llm.path).rename(tmp_path / "moved.pth")
+        with pytest.raises(FileNotFoundError, match="an adapter without its base.*set llm.path"):
+            SpeechLLM.from_pretrained(tmp_path / "unmerged")
+        (tmp_path / "moved.pth").rename(config.llm.path)
         model.llm = load_adapter(load_rwkv7(config.llm.path), adapter)
         torch.testing.assert_close(model(*batch)["loss"], expected["loss"], rtol=1e-4, atol=1e-4)
     if method == "state":

@@ -11,7 +11,7 @@ epoch-15.pt and epoch-20.pt, or checkpoint-3000.pt and the eighth before it.
 
 The result is a folder that `SpeechLLM.from_pretrained`, `recipes/decode.py --model` and `speechllm transcribe
 --model` read. Frozen parts come from where the run took them; an adapter is averaged as an adapter, before it is
-merged, and is in the folder by itself too.
+merged (if it is: --no-merge), and is in the folder by itself too.
 """
 
 from __future__ import annotations
@@ -51,6 +51,11 @@ def main() -> None:
         "--use-averaged-model", action="store_true", help="take the difference of the running averages at both ends"
     )
     parser.add_argument(
+        "--no-merge",
+        action="store_true",
+        help="leave the adapter unmerged, and its base where it is: a small folder that names the path of the base",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
@@ -66,7 +71,7 @@ def main() -> None:
         parser.error("FILES need --output")
     try:
         if args.files:
-            average(args.files, args.output)
+            average(args.files, args.output, merged=not args.no_merge)
             return
         name, kind, number = ("epoch", "epoch", args.epoch) if args.iter is None else ("iter", "checkpoint", args.iter)
         avg = 1 if args.avg is None else args.avg
@@ -74,21 +79,21 @@ def main() -> None:
         suffix = "-use-averaged-model" if args.use_averaged_model else ""
         output = args.output or args.exp_dir / f"{name}-{number}-avg-{avg}{suffix}"
         if args.use_averaged_model:
-            average_by_difference(*paths, output)
+            average_by_difference(*paths, output, merged=not args.no_merge)
         else:
-            average(paths, output)
+            average(paths, output, merged=not args.no_merge)
     except (UserError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")
 
 
-def average(paths: list[Path], output: Path) -> None:
+def average(paths: list[Path], output: Path, merged: bool = True) -> None:
     """Write the model with the mean of the parameters in `paths`; frozen parts are as in the last."""
     print("averaging:", *paths, sep="\n  ")
     checkpoints = {path: load_checkpoint(path) for path in paths}
-    write_model(average_state_dicts([c["model"] for c in checkpoints.values()]), checkpoints, output)
+    write_model(average_state_dicts([c["model"] for c in checkpoints.values()]), checkpoints, output, merged)
 
 
-def average_by_difference(start: Path, end: Path, output: Path) -> None:
+def average_by_difference(start: Path, end: Path, output: Path, merged: bool = True) -> None:
     """Write the model with the mean of the parameters over the steps after `start` up to `end`."""
     checkpoints = {path: load_checkpoint(path) for path in (start, end)}
     for path, checkpoint in checkpoints.items():
@@ -99,10 +104,12 @@ def average_by_difference(start: Path, end: Path, output: Path) -> None:
         print(f"  {path} (up to step {checkpoint['model_avg']['step']})")
     mean = average_between(*(checkpoint["model_avg"] for checkpoint in checkpoints.values()))
     # what an earlier stage has trained and this one has frozen is in no running average
-    write_model({**checkpoints[end]["model"], **mean}, checkpoints, output)
+    write_model({**checkpoints[end]["model"], **mean}, checkpoints, output, merged)
 
 
-def write_model(trained: dict[str, Tensor], checkpoints: dict[Path, dict[str, Any]], output: Path) -> None:
+def write_model(
+    trained: dict[str, Tensor], checkpoints: dict[Path, dict[str, Any]], output: Path, merged: bool
+) -> None:
     """Put what was trained on the frozen parts, and write the model.
 
     Raises:
@@ -120,7 +127,7 @@ def write_model(trained: dict[str, Tensor], checkpoints: dict[Path, dict[str, An
     model = SpeechLLM.from_config(from_dict(ModelConfig, checkpoints[last]["config"]["model"], str(last)))
     load_trained(model, trained, last)
     try:
-        model.save_pretrained(output)
+        model.save_pretrained(output, merged)
     except (OSError, SafetensorError) as e:
         raise UserError(describe_write_error(output, e)) from e
     print(f"wrote {output}")

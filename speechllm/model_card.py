@@ -1,0 +1,70 @@
+"""README.md of a model's folder: what it is, how to use it, what it reached.
+
+The header is that of model cards on the Hugging Face hub (https://huggingface.co/docs/hub/model-cards).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from speechllm.files import replaced_file
+
+if TYPE_CHECKING:
+    from speechllm.model import SpeechLLM
+
+_RESULTS = "## Results"
+
+
+def model_card(model: SpeechLLM) -> str:
+    """The card of a model, without results."""
+    parts = [("Zipformer encoder", model.encoder), ("projector", model.projector), ("RWKV-7 language model", model.llm)]
+    if model.ctc_head is not None:
+        parts.append(("CTC head", model.ctc_head))
+    rows = "".join(f"| {name} | {_millions(part)} |\n" for name, part in parts)
+    prompt = model.config.prompt
+    tune = model.config.llm.tune
+    tuned = (
+        "" if tune is None else f"The language model was tuned with {tune.method}; `adapter/` has that by itself.\n\n"
+    )
+    return f"""---
+library_name: speechllm
+tags:
+- automatic-speech-recognition
+pipeline_tag: automatic-speech-recognition
+---
+
+# {type(model).__name__}
+
+Speech recognition with a language model: an encoder, a projector and a language model that reads
+`[{prompt.before_audio!r} | audio | {prompt.after_audio!r}]` and writes the text.
+
+| part | parameters |
+|---|---:|
+{rows}
+{tuned}## Use
+
+```python
+from speechllm import SpeechLLM
+
+model = SpeechLLM.from_pretrained("PATH OF THIS FOLDER")
+print(model.transcribe(["speech.wav"], language="en")[0].text)
+```
+
+or `speechllm transcribe speech.wav --model PATH --language en`.
+"""
+
+
+def add_results(folder: str | Path, table: str) -> None:
+    """Put a table of error rates, as it was printed, into the card of a model's folder, in place of an earlier one."""
+    path = Path(folder) / "README.md"
+    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    card = card.partition(f"\n{_RESULTS}\n")[0]
+    with replaced_file(path) as tmp:
+        tmp.write_text(f"{card}\n{_RESULTS}\n\n```\n{table.strip()}\n```\n", encoding="utf-8")
+
+
+def _millions(part: nn.Module) -> str:
+    return f"{sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
