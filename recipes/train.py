@@ -15,6 +15,7 @@ last one has trained.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import logging
 import math
@@ -35,6 +36,9 @@ import lhotse
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object, set_seed
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -61,7 +65,7 @@ from speechllm.data import Batch, DataConfig, SpeechLoader, build_eval_loader, b
 from speechllm.diagnostics import ActivationStatistics
 from speechllm.encoder import init_from_data
 from speechllm.errors import UserError
-from speechllm.files import replaced_file
+from speechllm.files import describe_write_error, replaced_file
 from speechllm.log import setup_logging
 from speechllm.model import ModelConfig, SpeechLLM
 from speechllm.monitor import Averages, Throughput, norms_by_part, peak_memory_gb
@@ -186,8 +190,8 @@ def main() -> None:
     if torch.cuda.is_available() and args.world_size > torch.cuda.device_count():
         sys.exit(f"error: --world-size {args.world_size}: this machine has {torch.cuda.device_count()} GPUs")
     if args.world_size > 1 and "LOCAL_RANK" not in os.environ:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.world_size}"]
-        os.execv(sys.executable, launch + sys.argv)
+        launch(args.world_size)
+        return
     find_max_duration = args.max_duration == "auto"
     if find_max_duration:
         args.max_duration = None
@@ -200,6 +204,22 @@ def main() -> None:
         train_stages(args, overrides, find_max_duration)
     except (UserError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")
+    except OSError as e:  # no room, or no right to write: of logs too, whose writers do not tell the file
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        sys.exit(f"error: {describe_write_error(e.filename or args.exp_dir, e)}")
+
+
+def launch(processes: int) -> None:
+    """Run this script in so many processes, with torchrun; a SIGTERM is passed on to them."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in; 30 are few
+    try:
+        torchrun.main(["--standalone", f"--nproc-per-node={processes}", *sys.argv])
+    except SignalException as e:
+        if e.sigval != signal.SIGTERM:
+            raise
+    except ChildFailedError as e:
+        sys.exit(str(e))
 
 
 def train_stages(args: argparse.Namespace, overrides: list[str], find_max_duration: bool) -> None:

@@ -18,12 +18,27 @@ from typing import Any, TypeVar
 import yaml
 
 from speechllm.errors import UserError
+from speechllm.files import replaced_file
 
 T = TypeVar("T")
 
 
 class ConfigError(UserError):
     """A configuration that cannot be used; the message says where and why."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML itself takes the last of several equal keys, and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    "in a mapping", node.start_mark, f"the key {key.value} is there for the second time", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_config(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> T:
@@ -34,7 +49,7 @@ def load_config(cls: type[T], path: str | Path, overrides: list[str] | None = No
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except yaml.YAMLError as e:
@@ -75,7 +90,8 @@ def save_config(config: Any, path: str | Path, header: str = "") -> None:
     """Write `config` as YAML; `header` lines come first as comments."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(comment + text, encoding="utf-8")
+    with replaced_file(path) as tmp:
+        tmp.write_text(comment + text, encoding="utf-8")
 
 
 def _build(annotation: Any, value: Any, source: str, key: str) -> Any:

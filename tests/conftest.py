@@ -11,6 +11,10 @@ from speechllm.tokenizer import train_sentencepiece
 SENTENCES = [" one two three", " three two", " uno dos tres", " tres uno", " two"]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", 'slow: takes more than half a minute; tools/test.sh -m "not slow" leaves it out')
+
+
 @pytest.fixture(scope="session", autouse=True)
 def index_dir(tmp_path_factory):
     """Indexes of the tests' manifests do not end up in the user's cache."""

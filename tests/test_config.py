@@ -85,3 +85,10 @@ def test_file_errors(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(Outer, tmp_path / "bad.yaml")
+
+
+def test_a_key_that_comes_twice_is_an_error(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("inner:\n  size: 1\nname: x\ninner: {size: 2}\n")
+    with pytest.raises(ConfigError, match="key inner is there for the second time(.|\n)*line 4"):
+        load_config(Outer, path)

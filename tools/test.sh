@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run the linter and the test suite; arguments go to pytest. Makes .venv when no virtual environment is active.
+# Run the linter and the test suite; arguments go to pytest (-m "not slow": what
+# takes minutes is left out). Makes .venv when no virtual environment is active.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/venv.sh

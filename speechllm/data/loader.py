@@ -10,6 +10,9 @@ for epoch in range(1, epochs + 1):
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -377,6 +380,7 @@ class SpeechLoader:
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_as_is,
+            worker_init_fn=_leave_sigterm_to_the_main_process,
             pin_memory=torch.cuda.is_available(),
             # a generator of its own: the training loop's random numbers do not depend on how often it resumed
             generator=torch.Generator().manual_seed(0),
@@ -510,3 +514,17 @@ def _corpus(config: DataConfig, sources: list[SourceConfig], labels: Labels | No
                 f"more than {config.max_bad_share:.0%} is taken for a mistake"
             )
     return corpus
+
+
+def _leave_sigterm_to_the_main_process(worker: int) -> None:
+    """Where a job is told to stop in all its processes, training still needs its data until it has saved: of a worker
+    only a SIGTERM from the main process makes an end."""
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where there are no such jobs
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait, daemon=True).start()

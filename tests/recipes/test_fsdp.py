@@ -9,6 +9,8 @@ from speechllm.checkpoint import load_checkpoint, share_path
 from speechllm.model import SpeechLLM
 from tests.recipes.test_train import command, run
 
+pytestmark = pytest.mark.slow
+
 TWO = ["--world-size", "2", "--optim.lr", "1e-2", "--train.average_period", "2"]
 
 
