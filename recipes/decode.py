@@ -3,10 +3,12 @@
 
     python recipes/decode.py --config configs/digits.yaml --exp-dir recipes/digits/exp --model recipes/digits/exp/AVG
 
---model is a folder written by tools/average_ckpt.py. Each set under `data.test` is decoded by greedy search and,
-where the model has a CTC head, by CTC as well. EXP_DIR/greedy_search and EXP_DIR/ctc_greedy_search receive, as in
-icefall, recogs-SET-MODEL.txt, errs-SET-MODEL.txt and wer-summary-SET-MODEL.txt, and wer-by-language-SET-MODEL.txt.
-WER and CER by language are printed; translations are in groups such as en>zh, and CTC has none of them.
+--model is a folder written by tools/average_ckpt.py. Each set under `data.test` is decoded by the search that is asked
+for and, where the model has a CTC head, by CTC as well. EXP_DIR/greedy_search (or beam_search_4, ...) and
+EXP_DIR/ctc_greedy_search receive, as in icefall, recogs-SET-MODEL.txt, errs-SET-MODEL.txt, wer-summary-SET-MODEL.txt
+and wer-by-language-SET-MODEL.txt. WER and CER by language are printed, and put into the model's card (README.md);
+translations are in groups such as en>zh, and CTC has none of them. A text that a guard has stopped, because it repeats
+itself or is too long for its audio, is cut there; how many is logged.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import argparse
 import logging
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -24,10 +26,13 @@ from tqdm import tqdm
 from train import Config  # recipes/train.py: one experiment file for both
 
 from speechllm.config import ConfigError, load_config
-from speechllm.data import build_eval_loader
+from speechllm.data import Batch, build_eval_loader
+from speechllm.decode.options import add_search_options, search_options
+from speechllm.decode.recognise import RecogniseOptions, Recogniser, Speech
 from speechllm.errors import UserError
 from speechllm.log import setup_logging
 from speechllm.model import SpeechLLM
+from speechllm.model_card import add_results
 from speechllm.rwkv7.linear import INFERENCE_WEIGHTS, pack_for_inference
 from speechllm.scoring import ErrorReport, Transcript, characters, score, transcripts, write_reports
 
@@ -48,14 +53,16 @@ def main() -> None:
         help="on the CPU, how the language model's matrices are kept: float32 is exact, bfloat16 faster on processors "
         "that have its instructions, int8 smaller (default: %(default)s)",
     )
+    add_search_options(parser)
     args, overrides = parser.parse_known_args()
     try:
-        decode(load_config(Config, args.config, overrides), args.exp_dir, args.model, args.llm_weights)
+        config = load_config(Config, args.config, overrides)
+        decode(config, args.exp_dir, args.model, args.llm_weights, search_options(args))
     except (UserError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")
 
 
-def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str) -> None:
+def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, options: RecogniseOptions) -> None:
     if not config.data.test:
         raise ConfigError("data.test names no test set")
     setup_logging(exp_dir / "log", "log-decode")
@@ -63,35 +70,53 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str) -> 
     model = SpeechLLM.from_pretrained(model_dir).to(device)
     if device.type == "cpu" or llm_weights != "float32":
         pack_for_inference(model, llm_weights)
+    recogniser = Recogniser(model, options)
+    search, ctc_search = search_names(options)
     table: dict[tuple[str, str], dict[str, ErrorReport]] = defaultdict(dict)
     for name, sources in config.data.test.items():
         results: dict[str, list[Transcript]] = defaultdict(list)  # by search
-        audio_seconds, start = 0.0, time.perf_counter()
-        for batch in tqdm(build_eval_loader(config.data, sources), desc=name, unit="batch", disable=None):
-            batch = batch.to(device)
-            texts, ctc_texts = model.recognise(
-                batch.features, batch.feature_lens, batch.languages, batch.target_languages
-            )
-            for search, hyps in (("greedy_search", texts), ("ctc_greedy_search", ctc_texts)):
-                if hyps is not None and (found := transcripts(batch, hyps, config.data.text)):
-                    results[search] += found
+        audio_seconds, stopped, start = 0.0, 0, time.perf_counter()
+        batches: deque[Batch] = deque()  # that are being searched
+
+        def speech(sources=sources, name=name, batches=batches) -> Iterator[Speech]:
+            for batch in tqdm(build_eval_loader(config.data, sources), desc=name, unit="batch", disable=None):
+                batches.append(batch)
+                yield Speech(batch.features, batch.feature_lens, batch.languages, batch.target_languages)
+
+        for found in recogniser(speech()):
+            batch = batches.popleft()
+            results[search] += transcripts(batch, [r.text for r in found], config.data.text)
+            if ctc_found := transcripts(batch, [r.ctc_text for r in found], config.data.text):
+                results[ctc_search] += ctc_found
             audio_seconds += batch.audio_seconds
+            stopped += sum(r.fallback is not None for r in found)
         elapsed = time.perf_counter() - start
         logger.info(
-            "%s: %d utterances, %.0f s of audio in %.1f s (real-time factor %.4f)",
-            name, len(results["greedy_search"]), audio_seconds, elapsed, elapsed / max(audio_seconds, 1e-9),
+            "%s: %d utterances, %.0f s of audio in %.1f s (real-time factor %.4f); %d texts were cut",
+            name, len(results[search]), audio_seconds, elapsed, elapsed / max(audio_seconds, 1e-9), stopped,
         )  # fmt: skip
-        for search, found in results.items():
-            report = write_reports(exp_dir / search, name, model_dir.name, found, setting=search)
-            logger.info("%s, %s: WER %s", name, search, report)
+        for setting, found in results.items():
+            report = write_reports(exp_dir / setting, name, model_dir.name, found, setting=setting)
+            logger.info("%s, %s: WER %s", name, setting, report)
             groups = {lang: [t for t in found if t.language == lang] for lang in {t.language for t in found} - {None}}
             for language, group in [*sorted(groups.items()), ("all", found)]:
-                table[name, language][f"{search} WER %"] = score(group)
-                table[name, language][f"{search} CER %"] = score(group, characters)
-    print_table(table)
+                table[name, language][f"{setting} WER %"] = score(group)
+                table[name, language][f"{setting} CER %"] = score(group, characters)
+    text = table_text(table)
+    print(f"\n{text}", end="")
+    add_results(model_dir, text)
 
 
-def print_table(table: Mapping[tuple[str, str], Mapping[str, ErrorReport]]) -> None:
+def search_names(options: RecogniseOptions) -> tuple[str, str]:
+    """Names of the folders for what the language model's search and the CTC head's find."""
+    search = options.search
+    name = f"beam_search_{search.beam}" if search.method == "beam" else f"{search.method}_search"
+    for part, used in (("ctc", options.ctc_weight), ("hotwords", options.hotwords), ("ngram", options.ngram)):
+        name += f"_{part}" if used else ""
+    return name, "ctc_greedy_search" if options.ctc_beam == 1 else f"ctc_prefix_beam_search_{options.ctc_beam}"
+
+
+def table_text(table: Mapping[tuple[str, str], Mapping[str, ErrorReport]]) -> str:
     """Error rates in percent by test set and language; `-` where a search has no results. The first column of a row is
     in words."""
     columns = list(dict.fromkeys(column for reports in table.values() for column in reports))
@@ -100,10 +125,11 @@ def print_table(table: Mapping[tuple[str, str], Mapping[str, ErrorReport]]) -> N
         rates = [f"{100 * reports[column].rate:.2f}" if column in reports else "-" for column in columns]
         rows.append([name, language, str(reports[columns[0]].ref_len), *rates])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print()
+    lines = []
     for name, language, *numbers in rows:
         right = "".join(f"  {cell:>{width}}" for cell, width in zip(numbers, widths[2:], strict=True))
-        print(f"{name:<{widths[0]}}  {language:<{widths[1]}}{right}")
+        lines.append(f"{name:<{widths[0]}}  {language:<{widths[1]}}{right}\n")
+    return "".join(lines)
 
 
 if __name__ == "__main__":

@@ -686,11 +686,10 @@ def validate(
             batch = batch.to(accelerator.device)
             inputs = batch.features, batch.feature_lens
             out = bare(*inputs, batch.texts, batch.languages, batch.target_languages)
-            texts, ctc_texts = bare.recognise(*inputs, batch.languages, batch.target_languages)
+            found = bare.recognise(*inputs, batch.languages, batch.target_languages)
             averages.add(Averages.of(out))
-            results += transcripts(batch, texts, text_steps)
-            if ctc_texts is not None:
-                ctc_results += transcripts(batch, ctc_texts, text_steps)
+            results += transcripts(batch, [r.text for r in found], text_steps)
+            ctc_results += transcripts(batch, [r.ctc_text for r in found], text_steps)
     model.train()
     averages = Averages(accelerator.reduce(averages.values.float().to(accelerator.device)).double().cpu())
     results = sorted(gather_object(results), key=lambda result: result.id)

@@ -81,7 +81,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
     for file in args.files:
         try:
             texts = model.transcribe([file], language=args.language, target_language=args.target_language)
-            print(f"{file}\t{texts[0]}", flush=True)
+            print(f"{file}\t{texts[0].text}", flush=True)
         except UserError as e:
             print(f"error: {e}", file=sys.stderr)
             status = 1

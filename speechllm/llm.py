@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -13,12 +14,23 @@ from torch import Tensor
 class LanguageModelState(Protocol):
     """Everything that a row has read so far; rows along the batch, N of them."""
 
-    def select(self, index: Tensor) -> LanguageModelState:
-        """Rows `index` (M,), in that order: beam reordering, dropping finished rows."""
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def select(self, index: Tensor, overwrite: bool = False) -> LanguageModelState:
+        """Rows `index` (M,), in that order: beam reordering, dropping finished rows. With `overwrite` this state is
+        given up.
+        """
         ...
 
     def repeat(self, n: int) -> LanguageModelState:
         """Each row `n` times, its copies side by side."""
+        ...
+
+    @staticmethod
+    def cat(states: Sequence[LanguageModelState]) -> LanguageModelState:
+        """The rows of all `states`, one state's after the other's: utterances that enter the batch."""
         ...
 
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from speechllm.checkpoint import load_state_dict_strict
 from speechllm.config import ConfigError, load_config, save_config
-from speechllm.decode.greedy import greedy_search
+from speechllm.decode.recognise import ENCODER_FRAME_SECONDS, RecogniseOptions, Recogniser, Speech
+from speechllm.decode.result import Recognition
 from speechllm.encoder import Zipformer, ZipformerConfig, load_encoder
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
@@ -43,8 +44,6 @@ from speechllm.rwkv7 import (
 )
 from speechllm.rwkv7.wkv import BACKENDS
 from speechllm.tokenizer import Tokenizer, load_tokenizer
-
-ENCODER_FRAME_SECONDS = 0.04  # features at 100 Hz, a quarter of them behind the encoder
 
 
 @dataclass
@@ -295,38 +294,29 @@ class SpeechLLM(nn.Module):
             zero_infinity=True,
         )
 
-    @torch.no_grad()
     def recognise(
         self,
         features: Tensor,
         feature_lens: Tensor,
         languages: Sequence[str | None],
         target_languages: Sequence[str | None] | None = None,
-    ) -> tuple[list[str], list[str | None] | None]:
-        """Greedy search for a batch: by the language model and, where the model has a head, by CTC.
+        options: RecogniseOptions | None = None,
+    ) -> list[Recognition]:
+        """What is said in a batch; for more than one batch, a `Recogniser` searches across them.
 
-        Rows with a target language are translated; CTC cannot, and has None for them.
+        Rows with a target language are translated; the CTC head cannot, and has no text for them.
         """
-        target_languages = target_languages or [None] * len(languages)
-        encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens)
-        inputs_embeds, lens, _ = self.prompted(audio_embeds, audio_lens, languages, None, target_languages)
-        # One token for 80 ms of audio is several times the rate of any speech: a bound, not a guess.
-        tokens = greedy_search(self.llm, inputs_embeds, lens, self.tokenizer.eos_id, max_tokens=audio_lens)
-        ctc_texts = None
-        if self.ctc_head is not None:
-            best = self.ctc_head(encoder_out).argmax(-1)
-            ctc_texts = [
-                self.text([i for i in torch.unique_consecutive(row[:n]).tolist() if i != self.blank_id])
-                if target is None
-                else None
-                for row, n, target in zip(best, encoder_out_lens.tolist(), target_languages, strict=True)
-            ]
-        return [self.text(ids) for ids in tokens], ctc_texts
+        speech = Speech(features, feature_lens, languages, target_languages or [None] * len(languages))
+        return next(Recogniser(self, options)([speech]))
 
     def transcribe(
-        self, audio: Sequence[str | Path], language: str | None = None, target_language: str | None = None
-    ) -> list[str]:
-        """Transcripts of audio files (any format and rate that lhotse reads), one batch; translations with a target.
+        self,
+        audio: Sequence[str | Path],
+        language: str | None = None,
+        target_language: str | None = None,
+        options: RecogniseOptions | None = None,
+    ) -> list[Recognition]:
+        """What is said in audio files (any format and rate that lhotse reads), one batch; translations with a target.
 
         Raises:
           DataError: a file cannot be read; the message names it.
@@ -338,15 +328,10 @@ class SpeechLLM(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            texts, _ = self.recognise(
-                features.to(self.device),
-                feature_lens.to(self.device),
-                [language] * len(feature_lens),
-                [target_language] * len(feature_lens),
-            )
+            n = len(feature_lens)
+            return self.recognise(features, feature_lens, [language] * n, [target_language] * n, options)
         finally:
             self.train(was_training)
-        return texts
 
     def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
         """Write the whole model: config.yaml, model.safetensors, tokenizer, README.md. Replaces `folder` in one move.

@@ -116,10 +116,11 @@ def test_checkpointed_encoder_layers_give_the_same_gradients(model_config, batch
 def test_recognise_is_batch_invariant(model, batch):
     model.eval()
     features, lens, _, languages = batch
-    texts, ctc_texts = model.recognise(features, lens, languages)
+    found = model.recognise(features, lens, languages)
     for i in range(3):
-        alone = model.recognise(features[i : i + 1, : lens[i]], lens[i : i + 1], languages[i : i + 1])
-        assert alone == ([texts[i]], [ctc_texts[i]])
+        (alone,) = model.recognise(features[i : i + 1, : lens[i]], lens[i : i + 1], languages[i : i + 1])
+        assert (alone.text, alone.tokens, alone.ctc_text) == (found[i].text, found[i].tokens, found[i].ctc_text)
+        assert alone.log_probs == pytest.approx(found[i].log_probs, abs=1e-4)
 
 
 def test_recognise_translates_by_the_language_model_alone(model, mixed_batch):
@@ -128,19 +129,19 @@ def test_recognise_translates_by_the_language_model_alone(model, mixed_batch):
     for p in model.llm.parameters():  # an untrained model writes the same whatever it reads
         if p.ndim == 2:
             nn.init.normal_(p, std=0.5)
-    texts, ctc_texts = model.recognise(features, lens, languages, targets)
-    transcribed, ctc_transcribed = model.recognise(features, lens, languages)
-    assert [i for i in range(3) if texts[i] != transcribed[i]] == [1]
-    assert ctc_texts == [ctc_transcribed[0], None, ctc_transcribed[2]]
+    found = model.recognise(features, lens, languages, targets)
+    transcribed = model.recognise(features, lens, languages)
+    assert [i for i in range(3) if found[i].text != transcribed[i].text] == [1]
+    assert [r.ctc_text for r in found] == [transcribed[0].ctc_text, None, transcribed[2].ctc_text]
 
 
 def test_transcribe_asks_for_what_it_is_told_to(model, tmp_path, monkeypatch):
     soundfile.write(tmp_path / "a.wav", 0.1 * torch.randn(16000).numpy(), 16000)
     asked = []
 
-    def recognise(features, feature_lens, languages, target_languages):
+    def recognise(features, feature_lens, languages, target_languages, options):
         asked.append((languages, target_languages))
-        return ["x"] * len(feature_lens), None
+        return ["x"] * len(feature_lens)
 
     monkeypatch.setattr(model, "recognise", recognise)
     files = [tmp_path / "a.wav"] * 2
@@ -176,7 +177,7 @@ def test_a_small_model_learns_to_transcribe_and_to_translate(model, batch):
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    assert model.recognise(features, lens, languages, targets)[0] == texts
+    assert [r.text for r in model.recognise(features, lens, languages, targets)] == texts
 
 
 def test_frozen_means_frozen(model, model_config, batch, tmp_path):
@@ -264,7 +265,8 @@ def test_a_tuned_model_is_saved_merged_and_as_an_adapter(method, tune_config, ba
     for name, value in loaded(*batch).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
     features, lens, _, languages = batch
-    assert loaded.recognise(features, lens, languages) == model.recognise(features, lens, languages)
+    first, second = ([r.text for r in m.recognise(features, lens, languages)] for m in (loaded, model))
+    assert first == second
     adapter = tmp_path / "model" / "adapter"
     assert adapter.exists() == (method != "full")
     assert "RWKV-7 language model" in (tmp_path / "model" / "README.md").read_text()

@@ -1,6 +1,6 @@
 """The recurrent state of RWKV-7: what a model remembers of everything it has read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,14 +33,31 @@ class RWKV7State:
     def _map(self, f: Callable[[Tensor], Tensor]) -> "RWKV7State":
         return RWKV7State(f(self.att_shift), f(self.ffn_shift), f(self.wkv))
 
-    def select(self, index: Tensor) -> "RWKV7State":
-        """The rows at ``index`` (M,), in this order; a row may be taken more than once or not at all."""
-        index = index.to(self.wkv.device)
+    def select(self, index: Tensor, overwrite: bool = False) -> "RWKV7State":
+        """The rows at ``index`` (M,), in this order; a row may be taken more than once or not at all.
+
+        With ``overwrite`` and as many rows as before, only those that are not in their place are copied, in the memory
+        of this state, which nothing else may hold then.
+        """
+        device = self.wkv.device
+        if overwrite and len(index) == len(self):
+            moved = (index != torch.arange(len(index), device=index.device)).nonzero().squeeze(1)
+            sources, moved = index[moved].to(device), moved.to(device)
+            for part in vars(self).values():
+                for layer in part:  # one by one: what is on the move stays small, a fifth of the time on the CPU
+                    layer.index_copy_(0, moved, layer.index_select(0, sources))
+            return self
+        index = index.to(device)
         return self._map(lambda x: x.index_select(1, index))
 
     def repeat(self, n: int) -> "RWKV7State":
         """Every row n times in succession: N rows become N * n."""
         return self._map(lambda x: x.repeat_interleave(n, dim=1))
+
+    @staticmethod
+    def cat(states: Sequence["RWKV7State"]) -> "RWKV7State":
+        """The rows of all ``states``, one state's after the other's."""
+        return RWKV7State(*(torch.cat(parts, dim=1) for parts in zip(*(vars(s).values() for s in states), strict=True)))
 
     def detach(self) -> "RWKV7State":
         return self._map(Tensor.detach)

@@ -23,10 +23,27 @@ def test_select_takes_rows_in_order_and_repeatedly():
         assert torch.equal(y, x[:, [2, 0, 2, 2]])
 
 
+@pytest.mark.parametrize("index", [[0, 1, 2], [0, 0, 2], [2, 0, 1], [1, 1, 1], [2, 0], [0, 1, 2, 2]])
+def test_select_with_overwrite_gives_the_same(index):
+    state, index = make(), torch.tensor(index)
+    expected = state.select(index)
+    for x, y in zip(parts(state.select(index, overwrite=True)), parts(expected), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_repeat_keeps_the_copies_of_a_row_together():
     state = make(2)
     for x, y in zip(parts(state), parts(state.repeat(3)), strict=True):
         assert torch.equal(y, x[:, [0, 0, 0, 1, 1, 1]])
+
+
+def test_cat_puts_rows_one_after_the_other():
+    states = [make(2), make(1), make(3)]
+    joined = RWKV7State.cat(states)
+    assert len(joined) == 6
+    for i, rows in enumerate(([0, 1], [2], [3, 4, 5])):
+        for x, y in zip(parts(states[i]), parts(joined.select(torch.tensor(rows))), strict=True):
+            assert torch.equal(x, y)
 
 
 def test_detach_and_cpu():

@@ -1,0 +1,232 @@
+"""From features to text: encoder, prompt, search, guards, word times.
+
+What is before the audio in the prompt is read once; its state is where all utterances with that text go on from.
+Batches are encoded as the search has places for their utterances, so that it never waits for the slowest of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, forced_align
+from speechllm.decode.result import Hypothesis, Recognition, Word
+from speechllm.decode.search import Prompt, Scorer, SearchOptions, search
+from speechllm.decode.timestamps import words_from_alignment
+from speechllm.errors import UserError
+from speechllm.llm import LanguageModelState
+from speechllm.rwkv7 import RWKV7State
+
+if TYPE_CHECKING:
+    from speechllm.model import SpeechLLM
+
+ENCODER_FRAME_SECONDS = 0.04  # features at 100 Hz, a quarter of them behind the encoder
+
+
+@dataclass(frozen=True)
+class RecogniseOptions:
+    """How speech is recognised.
+
+    Attributes:
+      search: of the language model.
+      fallback: what becomes of a text that a guard has stopped, because it repeats itself or is longer than the audio
+        can say: `cut`, it ends there; `ctc`, the text of the CTC head is taken instead, where there is one.
+      ctc_weight: of the CTC head's scores in the search (arXiv 1609.06773); 0: they have no part in it.
+      ctc_beam: of the CTC head's own search; 1 is greedy search.
+      timestamps: find the words' times with the CTC head.
+      hotwords: a file of phrases that the search prefers (see `Hotwords.from_file`), and their weight.
+      ngram: a kenlm model that takes part in the search, and its weight.
+      initial_state: a state file (`RWKV7State.save`), tuned or of a text read before, that prompts go on from.
+
+    Raises:
+      UserError: a value is out of range.
+    """
+
+    search: SearchOptions = field(default_factory=SearchOptions)
+    fallback: Literal["cut", "ctc"] = "cut"
+    ctc_weight: float = 0.0
+    ctc_beam: int = 1
+    timestamps: bool = False
+    hotwords: str | None = None
+    hotword_weight: float = 1.0
+    ngram: str | None = None
+    ngram_weight: float = 0.3
+    initial_state: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.fallback not in ("cut", "ctc"):
+            raise UserError(f"fallback: unknown {self.fallback!r}, choose from cut, ctc")
+        if self.ctc_weight < 0:
+            raise UserError(f"ctc_weight: must be at least 0, got {self.ctc_weight}")
+        if self.ctc_beam < 1:
+            raise UserError(f"ctc_beam: must be at least 1, got {self.ctc_beam}")
+
+
+class Speech(NamedTuple):
+    """A batch: features (N, T, F), feature_lens (N,), N languages and target languages (None where there is none)."""
+
+    features: Tensor
+    feature_lens: Tensor
+    languages: Sequence[str | None]
+    target_languages: Sequence[str | None]
+
+
+@dataclass
+class _Utterance:
+    """What is needed of an utterance once its search has ended."""
+
+    ctc_tokens: Sequence[int] | None
+    ctc_log_probs: Tensor | None  # (T, V)
+
+
+class Recogniser:
+    """Recognises batches of speech; built once, for any number of them.
+
+    Args:
+      model: in evaluation mode.
+
+    Raises:
+      UserError: the options ask for what the model does not have; a file cannot be read.
+    """
+
+    def __init__(self, model: SpeechLLM, options: RecogniseOptions | None = None) -> None:
+        self.model, self.options = model, options or RecogniseOptions()
+        needs_ctc = {"ctc_weight": self.options.ctc_weight > 0, "timestamps": self.options.timestamps}
+        for name, needed in needs_ctc.items():
+            if needed and model.ctc_head is None:
+                raise UserError(f"{name}: the model has no CTC head (it was trained with model.ctc_weight: 0)")
+        self._keeps_log_probs = any(needs_ctc.values())
+        self._utterances: dict[int, _Utterance] = {}
+        self._scorers = self._build_scorers()
+        self._initial_state = None
+        if self.options.initial_state is not None:
+            try:
+                self._initial_state = RWKV7State.load(Path(self.options.initial_state)).to(model.device)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+        self._states: dict[tuple[int, ...], LanguageModelState | None] = {}  # by the tokens before the audio
+
+    def _build_scorers(self) -> list[Scorer]:
+        options, model = self.options, self.model
+        scorers: list[Scorer] = []
+        if options.ctc_weight > 0:
+            scorers.append(
+                CTCScorer(
+                    options.ctc_weight,
+                    lambda number: self._utterances[number].ctc_log_probs,
+                    model.blank_id,
+                    model.tokenizer.eos_id,
+                )
+            )
+        if options.hotwords is not None:
+            from speechllm.decode.context import Hotwords
+
+            scorers.append(Hotwords.from_file(options.hotwords, model.tokenizer, options.hotword_weight))
+        if options.ngram is not None:
+            from speechllm.decode.context import NGram
+
+            scorers.append(NGram.from_file(options.ngram, model.tokenizer, options.ngram_weight))
+        return scorers
+
+    @torch.no_grad()
+    def __call__(self, batches: Iterable[Speech]) -> Iterator[list[Recognition]]:
+        """The results of each batch, in order; batches are drawn when there is room for them.
+
+        Raises:
+          UserError: the prompt has a slot for a language that is not given.
+        """
+        sizes: list[int] = []  # of the batches that were drawn
+        found: dict[int, Recognition] = {}
+        first = batch = 0  # the next number to be given out, and its batch
+
+        def prompts() -> Iterator[Prompt]:
+            for speech in batches:
+                number = sum(sizes)
+                sizes.append(len(speech.feature_lens))
+                for i, (utterance, prompt) in enumerate(self._prompts(speech)):
+                    self._utterances[number + i] = utterance
+                    yield prompt
+
+        results = search(self.model.llm, prompts(), self.options.search, self.model.tokenizer.eos_id, self._scorers)
+        for number, nbest in results:
+            found[number] = self._recognition(self._utterances.pop(number), nbest)
+            while batch < len(sizes) and all(first + i in found for i in range(sizes[batch])):
+                yield [found.pop(first + i) for i in range(sizes[batch])]
+                first, batch = first + sizes[batch], batch + 1
+
+    def _prompts(self, speech: Speech) -> Iterator[tuple[_Utterance, Prompt]]:
+        model, tokenizer = self.model, self.model.tokenizer
+        features, feature_lens = speech.features.to(model.device), speech.feature_lens.to(model.device)
+        encoder_out, encoder_out_lens, audio_embeds, audio_lens = model.encode(features, feature_lens)
+        ctc_tokens, ctc_log_probs = self._ctc(encoder_out, encoder_out_lens)
+        # Each utterance is read after the text before its audio, of which there are few, if more than one.
+        for i, tags in enumerate(zip(speech.languages, speech.target_languages, strict=True)):
+            before, after = (tokenizer.encode(text) if text else [] for text in model.config.prompt.fill(*tags))
+            audio = audio_embeds[i, : audio_lens[i]]
+            after_ids = torch.tensor(after, dtype=torch.long, device=model.device)
+            after_embeds = model.llm.embed(after_ids)
+            is_transcript = tags[1] is None
+            if self.options.ctc_weight > 0 and not is_transcript:
+                raise UserError(f"ctc_weight: the CTC head knows transcripts only, but {tags[1]} is asked for")
+            utterance = _Utterance(
+                ctc_tokens[i] if ctc_tokens is not None and is_transcript else None,
+                ctc_log_probs[i, : encoder_out_lens[i]].clone() if ctc_log_probs is not None else None,
+            )
+            seconds = len(audio) * model.seconds_per_position
+            yield (
+                utterance,
+                Prompt(
+                    torch.cat([audio.to(after_embeds.dtype), after_embeds]),
+                    self.options.search.max_tokens(seconds),
+                    self._state_after(tuple(before)),
+                ),
+            )
+
+    def _ctc(self, encoder_out: Tensor, lens: Tensor) -> tuple[list[list[int]] | None, Tensor | None]:
+        """The CTC head's own result, and its log probabilities (N, T, V) where they are needed later."""
+        if self.model.ctc_head is None:
+            return None, None
+        scores = self.model.ctc_head(encoder_out).float()
+        blank = self.model.blank_id
+        log_probs = scores.log_softmax(-1) if self._keeps_log_probs or self.options.ctc_beam > 1 else None
+        if self.options.ctc_beam > 1:
+            best = ctc_prefix_beam_search(log_probs, lens, blank, self.options.ctc_beam)
+            tokens = [list(nbest[0].tokens) for nbest in best]
+        else:
+            tokens = ctc_greedy(scores, lens, blank)
+        return tokens, log_probs if self._keeps_log_probs else None
+
+    def _state_after(self, before: tuple[int, ...]) -> LanguageModelState | None:
+        if not before:
+            return self._initial_state
+        if before not in self._states:
+            ids = torch.tensor([before], device=self.model.device)
+            is_last = torch.arange(len(before), device=ids.device)[None] == len(before) - 1
+            _, self._states[before] = self.model.llm(input_ids=ids, state=self._initial_state, logits_mask=is_last)
+        return self._states[before]
+
+    def _recognition(self, utterance: _Utterance, nbest: tuple[Hypothesis, ...]) -> Recognition:
+        model = self.model
+        texts = tuple(model.text(hypothesis.tokens) for hypothesis in nbest)
+        ctc_text = None if utterance.ctc_tokens is None else model.text(utterance.ctc_tokens)
+        text, tokens, fallback = texts[0], nbest[0].tokens, None
+        if nbest[0].stopped != "end":
+            fallback = "cut"
+            if self.options.fallback == "ctc" and ctc_text is not None:
+                text, tokens, fallback = ctc_text, utterance.ctc_tokens, "ctc"
+        return Recognition(text, nbest, texts, fallback, ctc_text, self._words(utterance, tokens))
+
+    def _words(self, utterance: _Utterance, tokens: Sequence[int]) -> tuple[Word, ...] | None:
+        if not self.options.timestamps or utterance.ctc_tokens is None:  # of a translation there are no times
+            return None
+        log_probs = utterance.ctc_log_probs
+        lens = torch.tensor([len(log_probs)], device=log_probs.device)
+        (spans,) = forced_align(log_probs[None], lens, [tokens], self.model.blank_id)
+        if spans is None:  # more tokens than frames: whatever it is, it was not said
+            return None
+        return words_from_alignment(spans, self.model.tokenizer, ENCODER_FRAME_SECONDS, len(log_probs))

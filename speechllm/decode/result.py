@@ -1,0 +1,75 @@
+"""What the searches find, as data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Stopped = Literal["end", "length", "loop"]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One sequence of tokens that a search has followed to its end.
+
+    Attributes:
+      tokens: without the end of text.
+      log_probs: the language model's, natural logarithm, of each token and, where the text has ended, of its end.
+      score: what the search ranks by: larger is better.
+      stopped: by the end of text; or by the guards: `length` (the longest text that the audio can have) or `loop`.
+    """
+
+    tokens: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    score: float
+    stopped: Stopped
+
+    @property
+    def confidence(self) -> float:
+        """The geometric mean of the tokens' probabilities, 0 to 1."""
+        return math.exp(sum(self.log_probs) / len(self.log_probs)) if self.log_probs else 0.0
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word, or a character in languages without spaces, and when it is said: seconds from the start of the audio."""
+
+    text: str
+    start: float
+    end: float
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """What was recognised in one utterance.
+
+    Attributes:
+      text: the result; that of `nbest[0]`, unless there was a `fallback`.
+      nbest: best first; `texts` are theirs.
+      fallback: what `text` is when a guard has stopped the search: `cut` (the loop is cut off) or `ctc` (that of the
+        CTC head); None when the search has ended by itself.
+      ctc_text: what the CTC head hears; None without a head, and for translations.
+      words: with times, if they were asked for.
+    """
+
+    text: str
+    nbest: tuple[Hypothesis, ...]
+    texts: tuple[str, ...]
+    fallback: Literal["cut", "ctc"] | None = None
+    ctc_text: str | None = None
+    words: tuple[Word, ...] | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.nbest[0].tokens
+
+    @property
+    def log_probs(self) -> tuple[float, ...]:
+        return self.nbest[0].log_probs
+
+    @property
+    def confidence(self) -> float:
+        """That of the best hypothesis, 0 to 1."""
+        return self.nbest[0].confidence

@@ -1,0 +1,111 @@
+"""Words, and when they are said, from aligned tokens."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from speechllm.decode.ctc import TokenSpan
+from speechllm.decode.result import Word
+from speechllm.tokenizer import Tokenizer
+
+# CTC emits a token in one frame or two and blank in the rest of it; a syllable lasts about so long.
+_TOKEN_SECONDS = 0.2
+
+# Scripts that are written without spaces between words: Thai, Lao, Myanmar, Khmer, Kana, Han.
+_SPACELESS = re.compile(
+    "[\u0e01-\u0e46\u0e80-\u0ec6\u1000-\u103f\u1050-\u108f\u1780-\u17d3\u3007\u3041-\u30fa\u30fc-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Where the words of `text` are: (start, end) in characters. What is not in a word is white space.
+
+    Words end at white space. A character of a script without spaces is a word by itself, with the combining marks and
+    the punctuation that follow it and the opening punctuation before it.
+    """
+    spans: list[tuple[int, int]] = []
+    start = None
+    is_character = has_letters = False  # of the word that begins at `start`
+    for i, character in enumerate(text + " "):
+        category = unicodedata.category(character)
+        is_opening = category in ("Ps", "Pi")
+        is_letter = category[0] in "LN"
+        is_spaceless = is_letter and bool(_SPACELESS.match(character))
+        splits = (is_spaceless and has_letters) or (is_character and (is_letter or is_opening))
+        if start is not None and (character.isspace() or splits):
+            spans.append((start, i))
+            start = None
+        if start is None and not character.isspace():
+            start, is_character, has_letters = i, False, False
+        is_character |= is_spaceless
+        has_letters |= is_letter
+    return spans
+
+
+def words_from_alignment(
+    spans: Sequence[TokenSpan], tokenizer: Tokenizer, seconds_per_frame: float, frames: int | None = None
+) -> tuple[Word, ...]:
+    """The words (see `word_spans`) of the text of aligned tokens.
+
+    A token goes on for 0.2 s after its last frame, or until the next one begins if that is earlier. A word has the time
+    of its tokens, and the geometric mean of their probabilities as its confidence. Characters that share a token share
+    its time out evenly; a character that is spelled in several tokens has the time of all of them.
+
+    Args:
+      spans: from `forced_align`.
+      seconds_per_frame: frame k is the audio from k to k + 1 times this.
+      frames: how many the audio has; without it, it is taken to end with the last token's last frame.
+    """
+    nexts = [span.start for span in spans[1:]] + [spans[-1].end if frames is None else frames] if spans else []
+    longest = round(_TOKEN_SECONDS / seconds_per_frame)
+    spans = [span._replace(end=min(span.end + longest, end)) for span, end in zip(spans, nexts, strict=True)]
+    stream = tokenizer.stream()
+    characters: list[_Character] = []
+    pending: list[TokenSpan] = []  # of a character that is not complete
+    for span in spans:
+        piece = stream.push(span.token)
+        if piece or tokenizer.decode([span.token]):  # not one of those that are left out of a text, such as tags
+            pending.append(span)
+        if piece:
+            characters += _characters(piece, pending)
+            pending = []
+    characters += _characters(stream.finish(), pending)
+
+    words = []
+    for start, end in word_spans("".join(character.text for character in characters)):
+        word = characters[start:end]
+        # By its start: no two tokens share a frame.
+        scores = {span.start: span.score for character in word for span in character.spans}.values()
+        words.append(
+            Word(
+                "".join(character.text for character in word),
+                word[0].start * seconds_per_frame,
+                word[-1].end * seconds_per_frame,
+                math.exp(sum(scores) / len(scores)),
+            )
+        )
+    return tuple(words)
+
+
+class _Character(NamedTuple):
+    text: str
+    start: float  # in frames
+    end: float
+    spans: Sequence[TokenSpan]
+
+
+def _characters(piece: str, spans: Sequence[TokenSpan]) -> list[_Character]:
+    """The characters that these tokens spell, with their share of the time; white space has none."""
+    characters = []
+    count, said = len("".join(piece.split())), 0
+    for text in piece:
+        start = said
+        said += not text.isspace()
+        times = (spans[0].start + (spans[-1].end - spans[0].start) * i / max(count, 1) for i in (start, said))
+        characters.append(_Character(text, *times, spans))
+    return characters

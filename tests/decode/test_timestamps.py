@@ -1,0 +1,98 @@
+"""Words and their times: the words spell the text, the times are those of their tokens."""
+
+import math
+
+import pytest
+
+from speechllm.decode.ctc import TokenSpan
+from speechllm.decode.timestamps import word_spans, words_from_alignment
+from speechllm.tokenizer import RWKVTokenizer, load_tokenizer
+
+TEXTS = [
+    "one  two, three-four's 3.5 \u00e4\u00f6\n",
+    "\u6211\u7231\u4f60\uff0c\u300c\u4e16\u754c\u300d\u3002hello 3.5\u5143",
+    "\u3053\u3093\u306b\u3061\u306f \u30b3\u30fc\u30d2\u30fc",
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \ud55c\uad6d\uc5b4 \u0440\u0443\u0441",
+    "\U00020000\U0001f600 \u201cquoted\u201d (x)",
+    "",
+    " \n",
+]
+
+
+@pytest.fixture(scope="module")
+def rwkv():
+    return RWKVTokenizer()
+
+
+@pytest.fixture(params=["rwkv", "sentencepiece"])
+def tokenizer(request, rwkv, tokenizer_dir):
+    return rwkv if request.param == "rwkv" else load_tokenizer(tokenizer_dir)
+
+
+def words_of(text):
+    return [text[start:end] for start, end in word_spans(text)]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_words_are_all_but_white_space(text):
+    assert "".join(words_of(text)) == "".join(text.split())
+    ends = [0, *(i for span in word_spans(text) for i in span)]
+    assert ends == sorted(ends)
+
+
+def test_characters_of_scripts_without_spaces_are_words():
+    assert words_of(TEXTS[0]) == ["one", "two,", "three-four's", "3.5", "\u00e4\u00f6"]
+    assert words_of(TEXTS[1]) == [
+        *("\u6211", "\u7231", "\u4f60\uff0c", "\u300c\u4e16", "\u754c\u300d\u3002", "hello", "3.5", "\u5143")
+    ]
+    assert words_of("\u0e2a\u0e27\u0e31\u0e2a") == ["\u0e2a", "\u0e27\u0e31", "\u0e2a"]  # a vowel is a combining mark
+    assert words_of("\ud55c\uad6d\uc5b4 \u0440\u0443\u0441") == ["\ud55c\uad6d\uc5b4", "\u0440\u0443\u0441"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_words_of_aligned_tokens_spell_the_text_in_order(tokenizer, text):
+    ids = tokenizer.encode(" " + text)
+    spans = [TokenSpan(token, 3 * i + 1, 3 * i + 3, -0.1) for i, token in enumerate(ids)]
+    words = words_from_alignment(spans, tokenizer, seconds_per_frame=1.0)
+    assert [word.text for word in words] == words_of(text)
+    times = [time for word in words for time in (word.start, word.end)]
+    assert times == sorted(times)
+    assert all(1 <= word.start < word.end <= 3 * len(ids) for word in words)
+    assert all(word.confidence == pytest.approx(math.exp(-0.1)) for word in words)
+
+
+def test_words_have_the_times_and_confidences_of_their_tokens(rwkv):
+    ids = [token for piece in (b" one", b" ", b"tw", b"o") for token in rwkv.encode_bytes(piece)]
+    places = [(2, 4, -1), (5, 6, -9), (7, 9, -2), (12, 13, -4)]
+    spans = [TokenSpan(token, *place) for token, place in zip(ids, places, strict=True)]
+    for frames, end in (None, 13), (16, 16), (100, 18):
+        one, two = words_from_alignment(spans, rwkv, 0.04, frames)
+        # A token lasts until the next one, at most 5 frames, which are 0.2 s, beyond its last.
+        assert (one.start, one.end, two.start, two.end) == pytest.approx([0.04 * t for t in (2, 5, 7, end)])
+        assert (one.confidence, two.confidence) == pytest.approx((math.exp(-1), math.exp(-3)))
+
+
+def test_a_character_in_several_tokens_has_the_time_of_all(rwkv):
+    ids = [token for byte in "\U0001f600".encode() for token in rwkv.encode_bytes(bytes([byte]))]
+    spans = [TokenSpan(token, 2 * i, 2 * i + 1, -1.0) for i, token in enumerate(ids)]
+    (word,) = words_from_alignment(spans, rwkv, 1.0)
+    assert (word.text, word.start, word.end) == ("\U0001f600", 0, 7)
+    # Cut off, its bytes are broken characters.
+    (word,) = words_from_alignment(spans[:2], rwkv, 1.0)
+    assert (word.text, word.start, word.end) == ("\ufffd\ufffd", 0, 3)
+
+
+def test_characters_that_share_a_token_share_its_time_out(rwkv):
+    (token,) = rwkv.encode("\u3042\u308a")
+    first, second = words_from_alignment([TokenSpan(token, 4, 8, -1.0)], rwkv, 1.0)
+    assert (first.start, first.end, second.start, second.end) == (4, 6, 6, 8)
+
+
+def test_tokens_that_spell_nothing_take_no_time_of_words(tokenizer_dir):
+    tokenizer = load_tokenizer(tokenizer_dir)
+    (tag,) = tokenizer.encode("<|en|>")
+    ids = tokenizer.encode(" two")
+    spans = [TokenSpan(tag, 0, 1, -9.0)] + [TokenSpan(token, 5 + i, 6 + i, -1.0) for i, token in enumerate(ids)]
+    (word,) = words_from_alignment(spans, tokenizer, 1.0)
+    assert (word.text, word.end) == ("two", 5 + len(ids)) and word.start >= 5
+    assert word.confidence == pytest.approx(math.exp(-1))
