@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from speechllm.transcribe import add_transcribe
+
 if TYPE_CHECKING:
     from speechllm.data import SourceConfig
 
@@ -52,40 +54,6 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
         else:
             rest.append(argument)
     return rest, overrides
-
-
-def add_transcribe(commands: argparse._SubParsersAction) -> None:
-    transcribe = commands.add_parser("transcribe", help="audio files to text")
-    transcribe.add_argument("files", nargs="+", type=Path, metavar="FILE", help="audio, any format and sampling rate")
-    transcribe.add_argument("--model", required=True, type=Path, help="folder of a trained model")
-    transcribe.add_argument("--language", help="language tag for the prompt, e.g. en")
-    transcribe.add_argument("--target-language", help="translate into this language, e.g. de")
-    transcribe.add_argument(
-        "--llm-weights",
-        choices=("float32", "bfloat16", "int8"),
-        default="float32",
-        help="how the language model's matrices are kept: float32 is exact, bfloat16 faster on processors that "
-        "have its instructions, int8 smaller (default: %(default)s)",
-    )
-    transcribe.set_defaults(run=run_transcribe)
-
-
-def run_transcribe(args: argparse.Namespace) -> int:
-    """Print `FILE<tab>TEXT` for each file; a broken file is reported and the others are done. Returns 1 then."""
-    from speechllm.errors import UserError
-    from speechllm.model import SpeechLLM
-    from speechllm.rwkv7.linear import pack_for_inference
-
-    model = pack_for_inference(SpeechLLM.from_pretrained(args.model), args.llm_weights)
-    status = 0
-    for file in args.files:
-        try:
-            texts = model.transcribe([file], language=args.language, target_language=args.target_language)
-            print(f"{file}\t{texts[0].text}", flush=True)
-        except UserError as e:
-            print(f"error: {e}", file=sys.stderr)
-            status = 1
-    return status
 
 
 def add_tune(commands: argparse._SubParsersAction) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from speechllm.checkpoint import load_state_dict_strict
 from speechllm.config import ConfigError, load_config, save_config
+from speechllm.decode.formats import Recording
 from speechllm.decode.recognise import ENCODER_FRAME_SECONDS, RecogniseOptions, Recogniser, Speech
 from speechllm.decode.result import Recognition
 from speechllm.encoder import Zipformer, ZipformerConfig, load_encoder
@@ -311,27 +313,34 @@ class SpeechLLM(nn.Module):
 
     def transcribe(
         self,
-        audio: Sequence[str | Path],
+        audio: Sequence[str | Path | np.ndarray | Tensor],
         language: str | None = None,
         target_language: str | None = None,
         options: RecogniseOptions | None = None,
-    ) -> list[Recognition]:
-        """What is said in audio files (any format and rate that lhotse reads), one batch; translations with a target.
+    ) -> list[Recording]:
+        """What is said in audio of any length; translations with a target language. `[0].text` is that of the first.
+
+        Long audio is cut at pauses; what is silent has no text.
+
+        Args:
+          audio: files of any format and sampling rate, or (num_samples,) floating-point samples in [-1, 1], 16 kHz.
 
         Raises:
           DataError: a file cannot be read; the message names it.
-          UserError: the prompt has a slot for a language that is not given.
+          UserError: the prompt has a slot for a language that is not given; samples of another shape.
         """
-        from speechllm.data import load_features  # the model itself needs no lhotse
+        from speechllm.transcribe import audio_input, transcribe_inputs  # the model itself needs no lhotse
 
-        features, feature_lens = load_features(audio)
+        inputs = [audio_input(a, f"audio[{i}]", language, target_language) for i, a in enumerate(audio)]
         was_training = self.training
         self.eval()
         try:
-            n = len(feature_lens)
-            return self.recognise(features, feature_lens, [language] * n, [target_language] * n, options)
+            found = [result for _, result in transcribe_inputs(inputs, Recogniser(self, options))]
         finally:
             self.train(was_training)
+        if errors := [result for result in found if isinstance(result, Exception)]:
+            raise errors[0]
+        return found
 
     def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
         """Write the whole model: config.yaml, model.safetensors, tokenizer, README.md. Replaces `folder` in one move.

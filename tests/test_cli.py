@@ -2,12 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from speechllm.cli import main, split_overrides
-from speechllm.model import SpeechLLM
 
 
 def test_overrides_are_taken_out_with_their_values():
@@ -37,22 +35,6 @@ def test_help_does_not_load_the_library(command):
         "assert not {'torch', 'lhotse', 'numpy', 'matplotlib'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
-
-
-def test_transcribe_hands_the_languages_on(model, monkeypatch, capsys):
-    asked = []
-
-    def transcribe(self, audio, language=None, target_language=None):
-        asked.append((audio, language, target_language))
-        return ["text"]
-
-    monkeypatch.setattr(SpeechLLM, "from_pretrained", classmethod(lambda cls, folder: model))
-    monkeypatch.setattr(SpeechLLM, "transcribe", transcribe)
-    with pytest.raises(SystemExit) as caught:
-        main(["transcribe", "a.wav", "--model", "m", "--language", "en", "--target-language", "de"])
-    assert caught.value.code == 0
-    assert asked == [([Path("a.wav")], "en", "de")]
-    assert capsys.readouterr().out == "a.wav\ttext\n"
 
 
 def test_score_prints_the_table(tmp_path, capsys):

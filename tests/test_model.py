@@ -18,6 +18,7 @@ from speechllm.checkpoint import (
     trained_state_dict,
 )
 from speechllm.config import from_dict, to_dict
+from speechllm.data import DataError
 from speechllm.encoder import init_from_data, save_encoder
 from speechllm.model import EncoderSection, LLMSection, ModelConfig, SpeechLLM
 from speechllm.optim import OptimConfig, build_optimizer
@@ -135,18 +136,19 @@ def test_recognise_translates_by_the_language_model_alone(model, mixed_batch):
     assert [r.ctc_text for r in found] == [transcribed[0].ctc_text, None, transcribed[2].ctc_text]
 
 
-def test_transcribe_asks_for_what_it_is_told_to(model, tmp_path, monkeypatch):
-    soundfile.write(tmp_path / "a.wav", 0.1 * torch.randn(16000).numpy(), 16000)
-    asked = []
-
-    def recognise(features, feature_lens, languages, target_languages, options):
-        asked.append((languages, target_languages))
-        return ["x"] * len(feature_lens)
-
-    monkeypatch.setattr(model, "recognise", recognise)
-    files = [tmp_path / "a.wav"] * 2
-    assert model.transcribe(files, "en") == model.transcribe(files, "en", "es") == ["x", "x"]
-    assert asked == [(["en", "en"], [None, None]), (["en", "en"], ["es", "es"])]
+def test_transcribe_takes_files_arrays_and_tensors_of_any_length(model, tmp_path):
+    torch.manual_seed(0)
+    samples = 0.1 * torch.randn(40 * 16000)
+    samples[20 * 16000 : 21 * 16000] = 0  # a pause
+    soundfile.write(tmp_path / "a.wav", samples.numpy(), 16000, subtype="FLOAT")
+    found = model.train().transcribe([tmp_path / "a.wav", samples.numpy(), samples, torch.zeros(16000)], "en")
+    assert model.training
+    assert found[0].text == found[1].text == found[2].text and len(found[0].segments) == 2
+    assert found[3].text == "" and not found[3].segments
+    (translated,) = model.transcribe([samples[:16000]], "en", "es")
+    assert translated.segments[0].recognition.ctc_text is None
+    with pytest.raises(DataError, match="missing.wav"):
+        model.transcribe([tmp_path / "missing.wav"], "en")
 
 
 def test_what_the_data_side_asks(model, model_config):

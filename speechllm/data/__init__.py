@@ -13,7 +13,7 @@ from speechllm.data.augment import (
     TelephoneConfig,
     VolumeConfig,
 )
-from speechllm.data.dataset import Batch, WaveformBatch, load_features
+from speechllm.data.dataset import Batch, WaveformBatch
 from speechllm.data.features import NUM_MEL_BINS, SAMPLE_RATE, fbank
 from speechllm.data.loader import DataConfig, SpeechLoader, build_eval_loader, build_train_loader
 from speechllm.data.manifest import DataError, Entry, ManifestError, SourceConfig, describe_cut, read_manifest
@@ -44,7 +44,6 @@ __all__ = [
     "build_train_loader",
     "describe_cut",
     "fbank",
-    "load_features",
     "load_samples",
     "read_manifest",
 ]

@@ -6,12 +6,9 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from lhotse import Recording
-from lhotse.audio.utils import AudioLoadingError
 from lhotse.cut import Cut
 from torch import Tensor
 
@@ -19,7 +16,7 @@ from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
 from speechllm.data.augment import Augmenter, SpecAugmentConfig
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, fbank, fbank_padded
 from speechllm.data.index import Corpus
-from speechllm.data.manifest import DataError, describe_cut
+from speechllm.data.manifest import describe_cut
 from speechllm.data.specaugment import spec_augment
 from speechllm.text import normalize_text
 
@@ -229,25 +226,6 @@ class Utterance:
     target_language: str | None
     duration: float
     rng: np.random.Generator | None = None
-
-
-def load_features(paths: Sequence[str | Path]) -> tuple[Tensor, Tensor]:
-    """Features (N, T, 80) and feature_lens (N,) of N audio files of any format and sampling rate.
-
-    Raises:
-        DataError: names the file that is missing or cannot be used.
-    """
-    features = []
-    for path in paths:
-        if not Path(path).is_file():
-            raise DataError(f"{path}: no such file")
-        try:
-            features.append(fbank(load_samples(Recording.from_file(path).to_cut())))
-        except UtteranceError as error:
-            raise DataError(f"{path}: {error}") from error
-        except (OSError, AssertionError, AudioLoadingError) as error:
-            raise DataError(f"{path}: cannot be read as audio") from error
-    return _padded(features)
 
 
 def collate(utterances: Iterable[Utterance]) -> Batch:

@@ -1,5 +1,1 @@
-"""Searches over the language-model seam (`speechllm.llm`)."""
-
-from speechllm.decode.greedy import greedy_search
-
-__all__ = ["greedy_search"]
+"""Speech to text with a trained model: searches over the language-model seam, CTC, context, word times, formats."""

@@ -67,6 +67,11 @@ class Recording:
     duration: float
     segments: Sequence[Segment]
 
+    @property
+    def text(self) -> str:
+        """The texts of all segments."""
+        return " ".join(segment.text for segment in _spoken(self))
+
 
 def format_txt(recording: Recording) -> str:
     """The text of each segment that has one, a line each."""
@@ -85,7 +90,7 @@ def format_json(recording: Recording) -> str:
         "id": recording.id,
         "audio": recording.audio,
         "duration": round(recording.duration, 3),
-        "text": " ".join(segment.text for segment in _spoken(recording)),
+        "text": recording.text,
         "confidence": _confidence(best),
         "segments": [_segment_record(segment) for segment in recording.segments],
     }

@@ -29,8 +29,8 @@ Method = Literal["greedy", "beam", "sample"]
 # However short the audio, a word that the tokenizer spells in bytes has room.
 _FEWEST_TOKENS = 8
 
-# With scorers so many of the language model's best tokens are candidates. Each one left out has a probability below
-# 1/32 of what is left beside the best: a scorer would have to want it very much.
+# With scorers so many of the language model's best tokens are candidates at least. Each one left out has a probability
+# below 1/32: only a scorer that outweighs that could want it.
 _SCORED_CANDIDATES = 32
 
 # Prompts are read when this share of the places is free: reading one takes as long as several steps, reading several

@@ -17,7 +17,6 @@ from speechllm.data import (
     SourceConfig,
     build_eval_loader,
     build_train_loader,
-    load_features,
     read_manifest,
 )
 from speechllm.data.audio import UtteranceError, load_samples
@@ -112,19 +111,6 @@ def test_unreadable_noise_leaves_the_utterance_clean(broken, tmp_path, caplog):
     loader = build_train_loader(DataConfig(train=[source], num_workers=0, augment=augment), seed=1)
     assert sum(len(batch) for batch in loader) == 21
     assert "missing is left out of the augmentation" in caplog.text
-
-
-def test_load_features_names_the_file(tmp_path):
-    text = tmp_path / "text.wav"
-    text.write_text("this is no audio")
-    with pytest.raises(DataError, match="text.wav: cannot be read as audio"):
-        load_features([text])
-    with pytest.raises(DataError, match="none.wav: no such file"):
-        load_features([tmp_path / "none.wav"])
-    silence = tmp_path / "silence.wav"
-    soundfile.write(silence, np.zeros((8000, 2)), 8000)  # another rate, two channels
-    features, lens = load_features([silence, silence])
-    assert features.shape == (2, 100, 80) and lens.tolist() == [100, 100]
 
 
 def cuts_of(path, duration=1.0, **fields):

@@ -233,6 +233,40 @@ def test_a_beam_that_holds_everything_finds_what_an_exhaustive_search_finds(leng
             assert hypothesis.log_probs == pytest.approx(log_probs, abs=1e-4)
 
 
+def plain_beam(llm, prompt, beam, length_penalty):
+    """The tokens of the n-best of `search`, from all continuations by all tokens."""
+    ended, running = [], [((), 0.0)]
+    while True:
+        ways = []
+        for tokens, total in running:
+            for token, log_prob in enumerate(log_probs_after(llm, prompt, tokens).tolist()):
+                ways.append((total + log_prob, tokens, token))
+        running = []
+        for total, tokens, token in sorted(ways, reverse=True):
+            if token == EOS:
+                ended.append((tokens, total / (len(tokens) + 1) ** length_penalty))
+            else:
+                running.append(((*tokens, token), total))
+            if len(running) == beam:
+                break
+        ended.sort(key=lambda text: -text[1])
+        if len(running[0][0]) == prompt.max_tokens:
+            return [tokens for tokens, _ in ended + running][:beam]
+        best = running[0][1] / len(running[0][0]) ** length_penalty
+        if len(ended) >= beam and best <= ended[beam - 1][1]:
+            return [tokens for tokens, _ in ended][:beam]
+
+
+@pytest.mark.parametrize("beam", [1, 2, 3, 5])
+@pytest.mark.parametrize("sharpness, length_penalty", [(0.5, 0.0), (0.5, 1.0), (3.0, 0.0), (3.0, 1.0)])
+def test_a_beam_equals_a_plain_one(prompts, sharpness, length_penalty, beam):
+    llm = sharp_model(sharpness=sharpness, seed=17)
+    prompts = [Prompt(prompt.inputs_embeds, min(prompt.max_tokens, 8)) for prompt in prompts]
+    options = SearchOptions(method="beam", beam=beam, nbest=beam, length_penalty=length_penalty, max_rows=12)
+    for prompt, nbest in zip(prompts, results(llm, prompts, options), strict=True):
+        assert [hypothesis.tokens for hypothesis in nbest] == plain_beam(llm, prompt, beam, length_penalty)
+
+
 def test_a_wider_beam_finds_what_greedy_misses(llm, prompts):
     by_sum = [SearchOptions(method="beam", beam=beam, length_penalty=0.0) for beam in (1, 8)]
     narrow, wide = (results(llm, prompts, options) for options in by_sum)
@@ -375,6 +409,13 @@ def test_what_ends_by_itself_ranks_above_what_loops():
     (nbest,) = results(llm, [Prompt(torch.randn(2, 32), 200)], options)
     assert nbest[0].stopped == "end"
     assert any(h.stopped == "loop" for h in results(llm, [Prompt(torch.randn(2, 32), 200)], options, eos_id=NEVER)[0])
+
+
+def test_loops_that_are_cut_to_a_text_that_has_ended_are_no_second_result():
+    options = SearchOptions(method="beam", beam=6, nbest=6, max_repeats=2)
+    (nbest,) = results(repeating_model(5), [Prompt(torch.randn(2, 32), 200)], options)
+    assert [hypothesis.stopped for hypothesis in nbest if hypothesis.tokens == (5,)] == ["end"]
+    assert len({hypothesis.tokens for hypothesis in nbest}) == len(nbest) > 1
 
 
 def test_a_looping_utterance_leaves_the_others_alone(llm, prompts):
