@@ -126,6 +126,9 @@ decode() {
             continue
             ;;
         --*.*) settings+=("$1" "$(value_of "$@")") ;;
+        --search | --beam | --nbest | --length-penalty | --ctc-* | --hotword* | --ngram*)
+            settings+=("$1" "$(value_of "$@")")
+            ;;
         -h | --help)
             print_help
             return 0

@@ -7,6 +7,7 @@
 #   --exp-dir DIR  as given to train.sh (default: recipes/aishell/exp)
 #   --stage NAME   training stage to decode (default: the last in the configuration that has checkpoints)
 #   --avg K        how many checkpoints to average (default: 5)
+#   --search beam, --beam N, --ctc-weight X, --hotwords FILE, ...: as recipes/decode.py --help says
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . recipes/shared.sh
