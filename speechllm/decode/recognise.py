@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from speechllm.decode.context import Hotwords, NGram
 from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, forced_align
 from speechllm.decode.result import Hypothesis, Recognition, Word
 from speechllm.decode.search import Prompt, Scorer, SearchOptions, search
@@ -124,12 +125,8 @@ class Recogniser:
                 )
             )
         if options.hotwords is not None:
-            from speechllm.decode.context import Hotwords
-
             scorers.append(Hotwords.from_file(options.hotwords, model.tokenizer, options.hotword_weight))
         if options.ngram is not None:
-            from speechllm.decode.context import NGram
-
             scorers.append(NGram.from_file(options.ngram, model.tokenizer, options.ngram_weight))
         return scorers
 

@@ -173,7 +173,7 @@ def tune_on_text(
             if not math.isfinite(grad_norm):
                 raise UserError(f"step {step}: the gradient is not finite; lower the learning rate")
             optimizer.step()
-            scheduler.step()
+            scheduler.step_batch()
             ranks.step(step)
             optimizer.zero_grad()
             progress.update()

@@ -270,7 +270,7 @@ def test_transcribe_command(finished, experiment):
         "--language", "en", check=False,
     )  # fmt: skip
     assert result.returncode == 1 and result.stdout.startswith(f"{wav}\t")
-    assert f"error: {broken}" in result.stderr and "Traceback" not in result.stderr
+    assert f"error: unreadable audio: {broken}" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
