@@ -81,7 +81,9 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, opt
         def speech(sources=sources, name=name, batches=batches) -> Iterator[Speech]:
             for batch in tqdm(build_eval_loader(config.data, sources), desc=name, unit="batch", disable=None):
                 batches.append(batch)
-                yield Speech(batch.features, batch.feature_lens, batch.languages, batch.target_languages)
+                yield Speech(
+                    batch.features, batch.feature_lens, batch.languages, batch.target_languages, batch.contexts
+                )
 
         for found in recogniser(speech()):
             batch = batches.popleft()

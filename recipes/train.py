@@ -27,7 +27,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -445,8 +445,9 @@ def train(
                     ):
                         with accelerator.autocast():
                             out = model(
-                                batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages
-                            )
+                                batch.features, batch.feature_lens, batch.texts, batch.languages,
+                                batch.target_languages, batch.contexts,
+                            )  # fmt: skip
                         loss = out["loss"] if step >= config.train.ctc_only_steps else out["loss"] - out["llm_loss"]
                         # DDP averages gradients over the processes; the sum is wanted.
                         accelerator.backward(loss * (world_size / tokens) + ranks.loss() / len(batches))
@@ -595,8 +596,9 @@ def scan_largest_batches(accelerator: Accelerator, model: torch.nn.Module, loade
             with accelerator.no_sync(model):  # if one process fails, the others do not wait for it
                 with accelerator.autocast():
                     out = model(
-                        batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages
-                    )
+                        batch.features, batch.feature_lens, batch.texts, batch.languages,
+                        batch.target_languages, batch.contexts,
+                    )  # fmt: skip
                 accelerator.backward(out["loss"] / out["tokens"])
         except torch.OutOfMemoryError as e:
             raise MemoryRanOut(
@@ -670,7 +672,7 @@ class StopSignal:
 
 def save_batches(path: Path, batches: list[Batch]) -> None:
     with replaced_file(path) as tmp:
-        torch.save([vars(batch.to("cpu")) for batch in batches], tmp)
+        torch.save([asdict(batch.to("cpu")) for batch in batches], tmp)
 
 
 def validate(
@@ -685,8 +687,8 @@ def validate(
         for batch in loader:
             batch = batch.to(accelerator.device)
             inputs = batch.features, batch.feature_lens
-            out = bare(*inputs, batch.texts, batch.languages, batch.target_languages)
-            found = bare.recognise(*inputs, batch.languages, batch.target_languages)
+            out = bare(*inputs, batch.texts, batch.languages, batch.target_languages, batch.contexts)
+            found = bare.recognise(*inputs, batch.languages, batch.target_languages, batch.contexts)
             averages.add(Averages.of(out))
             results += transcripts(batch, [r.text for r in found], text_steps)
             ctc_results += transcripts(batch, [r.ctc_text for r in found], text_steps)

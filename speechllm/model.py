@@ -1,7 +1,7 @@
 """SpeechLLM: encoder + projector + prompt + language model.
 
     features (N, T, F) -> encoder -> (N, T/4, D_enc), 25 Hz -> projector -> (N, T/8, D_llm), 12.5 Hz
-      -> [before_audio | audio | after_audio | label] embeddings -> language model -> loss on label and end of text
+      -> [prompt with the audio in it | label] embeddings -> language model -> loss on label and end of text
 
 An auxiliary CTC head on the encoder (arXiv 1609.06773) helps a model trained from scratch to align. It is trained on
 transcripts only: the encoder sees no prompt, so it cannot know that a translation is wanted.
@@ -33,7 +33,7 @@ from speechllm.files import replaced_folder
 from speechllm.llm import LanguageModel
 from speechllm.model_card import model_card
 from speechllm.projector import Projector, ProjectorConfig
-from speechllm.prompt import PromptConfig, splice
+from speechllm.prompt import PromptConfig, PromptContext, PromptEmbedder, Spliced, splice
 from speechllm.rwkv7 import (
     RWKV7,
     RWKV7Config,
@@ -142,11 +142,13 @@ class SpeechLLM(nn.Module):
         tokenizer: Tokenizer,
     ) -> None:
         super().__init__()
-        self.config = config
+        # The texts, not the names of presets: what is saved stays what it was trained with.
+        self.config = dataclasses.replace(config, prompt=config.prompt.written_out())
         self.tokenizer = tokenizer
         self.encoder = encoder
         self.projector = projector
         self.llm = llm
+        self.prompt = PromptEmbedder(config.prompt, llm)
         # Blank is the last class, so the others keep the tokenizer's ids.
         self.blank_id = tokenizer.vocab_size
         self.ctc_head = nn.Linear(encoder.output_dim, self.blank_id + 1) if config.ctc_weight else None
@@ -163,6 +165,7 @@ class SpeechLLM(nn.Module):
           UserError, FileNotFoundError: a part does not load, or two parts do not fit together.
         """
         tokenizer = load_tokenizer(config.tokenizer)
+        config.prompt.check_tags(tokenizer, config.tokenizer)
         encoder = load_encoder(config.encoder.path) if config.encoder.path else Zipformer(config.encoder.zipformer)
         encoder.checkpoint_layers = config.encoder.checkpoint_layers
         llm = load_rwkv7(config.llm.path) if config.llm.path else RWKV7(config.llm.rwkv7)
@@ -207,6 +210,25 @@ class SpeechLLM(nn.Module):
             encoder_out, encoder_out_lens = self.encoder(features, feature_lens)
         return encoder_out, encoder_out_lens, *self.projector(encoder_out, encoder_out_lens)
 
+    def spliced(
+        self,
+        audio_lens: Tensor,
+        languages: Sequence[str | None],
+        label_ids: Sequence[Sequence[int]] | None = None,
+        target_languages: Sequence[str | None] | None = None,
+        contexts: Sequence[PromptContext] | None = None,
+    ) -> Spliced:
+        """What the language model reads of each row (see `prompt.splice`), on the device of `audio_lens`."""
+        rows = splice(
+            self.config.prompt, self.tokenizer, audio_lens.tolist(), languages, label_ids, target_languages, contexts
+        )
+        return rows.to(audio_lens.device)
+
+    def embed(self, spliced: Spliced, audio_embeds: Tensor, audio_lens: Tensor) -> Tensor:
+        """The embeddings (N, L, D) of what is spliced; audio_embeds (N, T'', D), audio_lens (N,)."""
+        valid = torch.arange(audio_embeds.shape[1], device=audio_embeds.device)[None, :] < audio_lens[:, None]
+        return self.prompt(spliced, self.llm.embed(spliced.token_ids), audio_embeds[valid])
+
     def prompted(
         self,
         audio_embeds: Tensor,
@@ -214,17 +236,11 @@ class SpeechLLM(nn.Module):
         languages: Sequence[str | None],
         label_ids: Sequence[Sequence[int]] | None = None,
         target_languages: Sequence[str | None] | None = None,
+        contexts: Sequence[PromptContext] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Splice audio into the prompt (see `prompt.splice`): inputs_embeds (N, L, D), lens (N,), labels (N, L)."""
-        device = audio_embeds.device
-        spliced = splice(
-            self.config.prompt, self.tokenizer, audio_lens.tolist(), languages, label_ids, target_languages
-        )
-        token_ids, audio_mask, lens, labels = (t.to(device) for t in spliced)
-        valid = torch.arange(audio_embeds.shape[1], device=device)[None, :] < audio_lens[:, None]
-        text_embeds = self.llm.embed(token_ids)
-        inputs_embeds = text_embeds.masked_scatter(audio_mask[..., None], audio_embeds[valid].to(text_embeds.dtype))
-        return inputs_embeds, lens, labels
+        """The audio in its prompt, and the label: inputs_embeds (N, L, D), lens (N,), labels (N, L)."""
+        spliced = self.spliced(audio_lens, languages, label_ids, target_languages, contexts)
+        return self.embed(spliced, audio_embeds, audio_lens), spliced.lens, spliced.labels
 
     def label_ids(self, text: str) -> list[int]:
         """The tokens of a label as it stands behind the prompt, without the end of text."""
@@ -249,6 +265,7 @@ class SpeechLLM(nn.Module):
         texts: Sequence[str],
         languages: Sequence[str | None],
         target_languages: Sequence[str | None] | None = None,
+        contexts: Sequence[PromptContext] | None = None,
     ) -> dict[str, Tensor]:
         """Losses of a batch, SUMMED over its label tokens (each label's end of text included).
 
@@ -256,6 +273,7 @@ class SpeechLLM(nn.Module):
           features: (N, T, F) log-mel, right-padded; feature_lens: (N,) frames.
           texts: N labels; languages: N tags for the prompt's `{lang}` slot, or None.
           target_languages: N tags for `{target_lang}`, None in rows whose label is a transcript; None if all are.
+          contexts: N times what the prompt's other slots need; None where it has no such slots.
 
         Returns:
           scalars: `loss` = `llm_loss` + ctc_weight * `ctc_loss`, to be divided by `tokens`; `llm_loss`;
@@ -265,7 +283,9 @@ class SpeechLLM(nn.Module):
         target_languages = target_languages or [None] * len(texts)
         label_ids = [self.label_ids(text) for text in texts]
         encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens)
-        inputs_embeds, lens, labels = self.prompted(audio_embeds, audio_lens, languages, label_ids, target_languages)
+        inputs_embeds, lens, labels = self.prompted(
+            audio_embeds, audio_lens, languages, label_ids, target_languages, contexts
+        )
         (llm_loss, tokens, correct), _ = self.llm.loss(labels, inputs_embeds=inputs_embeds, lens=lens)
         ctc_loss = llm_loss.new_zeros(())
         if self.ctc_head is not None:
@@ -302,13 +322,14 @@ class SpeechLLM(nn.Module):
         feature_lens: Tensor,
         languages: Sequence[str | None],
         target_languages: Sequence[str | None] | None = None,
+        contexts: Sequence[PromptContext] | None = None,
         options: RecogniseOptions | None = None,
     ) -> list[Recognition]:
         """What is said in a batch; for more than one batch, a `Recogniser` searches across them.
 
         Rows with a target language are translated; the CTC head cannot, and has no text for them.
         """
-        speech = Speech(features, feature_lens, languages, target_languages or [None] * len(languages))
+        speech = Speech(features, feature_lens, languages, target_languages or [None] * len(languages), contexts)
         return next(Recogniser(self, options)([speech]))
 
     def transcribe(
@@ -317,6 +338,7 @@ class SpeechLLM(nn.Module):
         language: str | None = None,
         target_language: str | None = None,
         options: RecogniseOptions | None = None,
+        context: PromptContext | None = None,
     ) -> list[Recording]:
         """What is said in audio of any length; translations with a target language. `[0].text` is that of the first.
 
@@ -324,6 +346,7 @@ class SpeechLLM(nn.Module):
 
         Args:
           audio: files of any format and sampling rate, or (num_samples,) floating-point samples in [-1, 1], 16 kHz.
+          context: for the prompt's slots of that kind, the same for all.
 
         Raises:
           DataError: a file cannot be read; the message names it.
@@ -331,7 +354,7 @@ class SpeechLLM(nn.Module):
         """
         from speechllm.transcribe import audio_input, transcribe_inputs  # the model itself needs no lhotse
 
-        inputs = [audio_input(a, f"audio[{i}]", language, target_language) for i, a in enumerate(audio)]
+        inputs = [audio_input(a, f"audio[{i}]", language, target_language, context) for i, a in enumerate(audio)]
         was_training = self.training
         self.eval()
         try:

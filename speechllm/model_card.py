@@ -39,7 +39,7 @@ pipeline_tag: automatic-speech-recognition
 # {type(model).__name__}
 
 Speech recognition with a language model: an encoder, a projector and a language model that reads
-`[{prompt.before_audio!r} | audio | {prompt.after_audio!r}]` and writes the text.
+`{prompt.asr!r}` and writes the text.
 
 | part | parameters |
 |---|---:|

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, fbank, fbank_padde
 from speechllm.data.index import Corpus
 from speechllm.data.manifest import describe_cut
 from speechllm.data.specaugment import spec_augment
+from speechllm.prompt import PromptContext
 from speechllm.text import normalize_text
 
 FEATURES_ON = ("worker", "device", "precomputed")
@@ -26,14 +27,15 @@ FEATURES_ON = ("worker", "device", "precomputed")
 @dataclass
 class _Batch:
     """What is known of N utterances besides their audio: the `texts` to write, `languages` (None where unknown),
-    `target_languages` (None where nothing is translated), `ids`, and `durations` (seconds, after speed
-    perturbation)."""
+    `target_languages` (None where nothing is translated), `ids`, `durations` (seconds, after speed perturbation), and
+    `contexts`, for the prompt's other slots (None where nothing is known)."""
 
     texts: list[str]
     languages: list[str | None]
     target_languages: list[str | None]
     ids: list[str]
     durations: list[float]
+    contexts: list[PromptContext] | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -93,8 +95,9 @@ class WaveformBatch(_Batch):
             for row, frames, rng in zip(features, feature_lens.tolist(), self.generators, strict=True):
                 row[:frames] = spec_augment(row[:frames], self.spec_augment, rng)
         return Batch(
-            self.texts, self.languages, self.target_languages, self.ids, self.durations, features, feature_lens
-        )
+            self.texts, self.languages, self.target_languages, self.ids, self.durations, features, feature_lens,
+            contexts=self.contexts,
+        )  # fmt: skip
 
     def pin_memory(self) -> WaveformBatch:
         """The batch in page-locked memory, from which a GPU can copy while it computes."""
@@ -139,7 +142,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         corpus: where plans have numbers; None where they have cuts.
         text_steps: normalisation of the targets (`speechllm.text`).
         augmenter: for training; None leaves the audio as it is.
-        seed: the augmentation of an utterance depends on this, the epoch, its passes and its id, on nothing else.
+        seed: the augmentation of an utterance, and the instruction in its prompt, depend on this, the epoch, its
+            passes and its id, on nothing else.
         features_on: `worker` computes features here, `device` leaves that to `WaveformBatch.to`, `precomputed` reads
             those of the manifest.
         allow_empty_text: for test sets, where an empty reference is a statement; in training it is an error.
@@ -198,19 +202,33 @@ class SpeechDataset(torch.utils.data.Dataset):
         if features is not None and self._augmenter is not None:
             features = self._augmenter.features(features, rng)
         target_language = entry.target_lang if entry.task == "ast" else None
-        return Utterance(cut.id, samples, features, text, entry.lang, target_language, duration, rng)
+        draw = instruction_draw(self._seed, epoch, times, cut.id) if self._augmenter is not None else 0.0
+        context = PromptContext(cut.id, entry.previous, entry.hotwords, draw)
+        return Utterance(cut.id, samples, features, text, entry.lang, target_language, duration, context, rng)
 
     def _collate(self, utterances: list[Utterance]) -> Batch | WaveformBatch:
         if self._features_on != "device":
             return collate(utterances)
         samples, lens = _padded([torch.from_numpy(u.samples) for u in utterances])
         config = self._augmenter.config.spec_augment if self._augmenter is not None else None
-        return WaveformBatch(*_fields(utterances), samples, lens, config, [u.rng for u in utterances])
+        contexts = [u.context for u in utterances]
+        return WaveformBatch(
+            *_fields(utterances), samples, lens, config, [u.rng for u in utterances], contexts=contexts
+        )
 
 
 def augmentation_rng(seed: int, epoch: int, times: int, id: str) -> np.random.Generator:
     """The random numbers that augment one utterance, the same in whichever process and order it is made."""
-    return np.random.default_rng([seed, epoch, times, zlib.crc32(id.encode())])
+    return np.random.default_rng(_words(seed, epoch, times, id))
+
+
+def instruction_draw(seed: int, epoch: int, times: int, id: str) -> float:
+    """`PromptContext.draw` of one utterance in training, as reproducible as `augmentation_rng`, and independent."""
+    return float(np.random.default_rng([*_words(seed, epoch, times, id), 1]).random())
+
+
+def _words(seed: int, epoch: int, times: int, id: str) -> list[int]:
+    return [seed, epoch, times, zlib.crc32(id.encode())]
 
 
 @dataclass(frozen=True)
@@ -225,13 +243,16 @@ class Utterance:
     language: str | None
     target_language: str | None
     duration: float
+    context: PromptContext = PromptContext()
     rng: np.random.Generator | None = None
 
 
 def collate(utterances: Iterable[Utterance]) -> Batch:
     """Pad utterances with zeros on the right to one batch."""
     utterances = list(utterances)
-    return Batch(*_fields(utterances), *_padded([u.features for u in utterances]))
+    return Batch(
+        *_fields(utterances), *_padded([u.features for u in utterances]), contexts=[u.context for u in utterances]
+    )
 
 
 def _fields(utterances: list[Utterance]) -> tuple[list, ...]:

@@ -46,6 +46,7 @@ from speechllm.data.source import (
     duration_of,
     existing_files,
     explain,
+    hotwords_of,
     is_remote,
     parse_line,
     string_of,
@@ -194,8 +195,8 @@ def _is_nemo(obj: dict, source: SourceConfig) -> bool:
 
 
 def describe_cut(cut: Cut) -> Entry:
-    """What a cut says of its utterance: the texts of its supervisions in order; languages, task and translation are
-    those of the first supervision that has them, or the cut's own custom fields.
+    """What a cut says of its utterance: the texts of its supervisions in order; languages, task, translation and what
+    the prompt needs are those of the first supervision that has them, or the cut's own custom fields.
 
     Raises:
         ValueError: a custom field has a wrong type or value.
@@ -231,6 +232,8 @@ def _entry(
         task,
         (ast_text or "").strip(),
         string_of(fields, "target_lang") or (source and source.target_lang),
+        string_of(fields, "previous"),
+        hotwords_of(fields),
     )
 
 

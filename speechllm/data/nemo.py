@@ -29,6 +29,7 @@ from speechllm.data.source import (
     existing_files,
     expand_braces,
     explain,
+    hotwords_of,
     is_remote,
     parse_line,
     parsed_lines,
@@ -80,6 +81,8 @@ def describe_nemo(line: dict, source: SourceConfig) -> Entry:
         task,
         (ast_text or "").strip(),
         string_of(line, "target_lang") or source.target_lang,
+        string_of(line, "previous"),
+        hotwords_of(line),
     )
 
 
@@ -107,6 +110,8 @@ def nemo_cut(line: dict, source: SourceConfig) -> MonoCut:
         "task": task_of(line) or source.task,
         "ast_text": entry.ast_text or None,
         "target_lang": entry.target_lang,
+        "previous": entry.previous,
+        "hotwords": entry.hotwords and list(entry.hotwords),
     }
     supervision = SupervisionSegment(
         id=entry.id,
