@@ -97,14 +97,16 @@ _TRANSLATION_SLOTS = (*_TRANSCRIPTION_SLOTS, "target_lang", "target_language")
 _NAME_SLOTS = ("language", "target_language")
 # May be filled with no text at all.
 _CONTEXT_SLOTS = ("previous", "hotwords")
-# What an utterance lacks that cannot fill a slot, its key in manifests, and the command-line option.
+# What an utterance lacks that cannot fill a slot, and where it is given.
+_LANGUAGE = ("language", "`lang` in its manifest line or data source (or --language)")
+_TARGET = ("target language", "`target_lang` in its manifest line or data source (or --target-language)")
 _LACKING = {
-    "lang": ("language", "lang", "--language"),
-    "language": ("language", "lang", "--language"),
-    "target_lang": ("target language", "target_lang", "--target-language"),
-    "target_language": ("target language", "target_lang", "--target-language"),
-    "previous": ("previous text", "previous", "--previous"),
-    "hotwords": ("hotwords", "hotwords", "--prompt-hotwords"),
+    "lang": _LANGUAGE,
+    "language": _LANGUAGE,
+    "target_lang": _TARGET,
+    "target_language": _TARGET,
+    "previous": ("previous text", "`previous` in its manifest line (or --previous)"),
+    "hotwords": ("hotwords", "`hotwords` in its manifest line (or --prompt-hotwords)"),
 }
 _TAG = re.compile(r"<\|[^<>{}|]+\|>")
 # ChatML's: in pieces they are not what a chat model was trained with.
@@ -229,10 +231,10 @@ class PromptConfig:
             found = values[slot]
             if found is None or (not found and slot not in _CONTEXT_SLOTS):
                 who = "the utterance" if context.id is None else f"utterance {context.id}"
-                kind, key, option = _LACKING[slot]
+                kind, where = _LACKING[slot]
                 raise UserError(
-                    f"the prompt has a {{{slot}}} slot but {who} has no {kind}: give `{key}` in its manifest line or "
-                    f"data source (or {option}), or take {{{slot}}} out of the prompt"
+                    f"the prompt has a {{{slot}}} slot but {who} has no {kind}: give {where}, or take the slot out of "
+                    f"prompt.{name}"
                 )
             return language_name(found, name_in or "en") if slot in _NAME_SLOTS else found
 

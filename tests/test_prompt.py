@@ -351,12 +351,12 @@ def test_a_small_model_learns_with_its_prompt(model_config, batch):
     torch.manual_seed(0)
     prompt = PromptConfig(**WITH_CONTEXT, **LEARNED)
     model = SpeechLLM.from_config(dataclasses.replace(model_config, prompt=prompt, ctc_weight=0.0))
-    features, lens = batch[0][[2, 2, 2]], batch[1][[2, 2, 2]]
+    features, lens = batch[0][[2, 2, 2], :30], torch.tensor([30, 30, 30])
     init_from_data(model.encoder, features, lens)
-    optimizer = build_optimizer(model, OptimConfig(lr=5e-3))
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
     texts = ["one", "two three", "tres"]
     before = {name: p.detach().clone() for name, p in model.prompt.named_parameters()}
-    for step in range(60):
+    for step in range(40):
         model.encoder.set_batch_count(step)
         out = model(features, lens, texts, ["en"] * 3, None, CONTEXTS)
         (out["loss"] / out["tokens"]).backward()

@@ -111,7 +111,7 @@ def nemo_cut(line: dict, source: SourceConfig) -> MonoCut:
         "ast_text": entry.ast_text or None,
         "target_lang": entry.target_lang,
         "previous": entry.previous,
-        "hotwords": entry.hotwords and list(entry.hotwords),
+        "hotwords": None if entry.hotwords is None else list(entry.hotwords),
     }
     supervision = SupervisionSegment(
         id=entry.id,
