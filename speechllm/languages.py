@@ -39,7 +39,7 @@ lt  Lithuanian  立陶宛语      立陶宛語
 lv  Latvian     拉脱维亚语    拉脫維亞語
 mn  Mongolian   蒙古语        蒙古語
 ms  Malay       马来语        馬來語
-nan Taiwanese   闽南语        閩南語
+nan Hokkien     闽南语        閩南語
 nl  Dutch       荷兰语        荷蘭語
 no  Norwegian   挪威语        挪威語
 pl  Polish      波兰语        波蘭語

@@ -296,16 +296,17 @@ def test_manifests_say_languages_and_tasks(audio, tmp_path, capsys):
 
 def test_manifests_and_options_say_what_the_prompt_needs(audio, tmp_path):
     said = [{}, {"previous": "before"}, {"hotwords": ["x", "y"]}]
-    lines = [{"audio_filepath": str(audio / "a.wav"), "duration": 1.2, "id": str(i)} | x for i, x in enumerate(said)]
+    a_file = audio / "a.wav"
+    lines = [{"audio_filepath": str(a_file), "duration": 1.2, "id": str(i)} | x for i, x in enumerate(said)]
     manifest = write_manifest(tmp_path / "m.jsonl", lines)
     (tmp_path / "phrases").write_text("New York\n\nBoston \n", encoding="utf-8-sig")
     options = ["--previous", "given", "--prompt-hotwords", str(tmp_path / "phrases")]
     for given, expected in (([], (None, None)), (options, ("given", ("New York", "Boston")))):
         context = prompt_context(parsed("a.wav", *given))
         listener = Listener()
-        assert transcribe_all(Inputs([manifest, audio / "a.wav"], context=context), listener, output=Output()) == 0
+        assert transcribe_all(Inputs([manifest, a_file], context=context), listener, SegmentOptions(), Output()) == 0
         found = {c.id: (c.previous, c.hotwords) for batch in listener.batches for c in batch.contexts}
-        assert found.pop(str(audio / "a.wav")) == expected
+        assert found.pop(str(a_file)) == expected
         assert found == {"0": expected, "1": ("before", expected[1]), "2": (expected[0], ("x", "y"))}
     with pytest.raises(FileNotFoundError, match="--prompt-hotwords: .*nothing: no such file"):
         prompt_context(parsed("a.wav", "--prompt-hotwords", str(tmp_path / "nothing")))
