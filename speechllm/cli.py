@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     add_transcribe(commands)
     add_tune(commands)
+    add_state(commands)
     add_data(commands)
     add_plot(commands)
     add_score(commands)
@@ -141,6 +142,37 @@ def run_tune(args: argparse.Namespace) -> int:
 
     before, after = tune_on_text(model, documents, valid_documents, options, tokenizer.eos_id, save)
     print(f"loss of a token: {before:.4f} -> {after:.4f}; written to {args.output}")
+    return 0
+
+
+def add_state(commands: argparse._SubParsersAction) -> None:
+    state = commands.add_parser(
+        "state",
+        help="read a long instruction once, for all that is transcribed after it",
+        description="Let the language model of a trained model read a text, and write its state to a file: with "
+        "--initial-state FILE, `speechllm transcribe` and recipes/decode.py go on from there, at no cost.",
+    )
+    state.add_argument("text", type=Path, metavar="FILE", help="the text, UTF-8, all of which is read as it is")
+    state.add_argument("--model", required=True, type=Path, help="folder of a trained model")
+    state.add_argument("--output", required=True, type=Path, metavar="FILE", help="the state, a safetensors file")
+    state.set_defaults(run=run_state)
+
+
+def run_state(args: argparse.Namespace) -> int:
+    from speechllm.decode.initial_state import state_of_text
+    from speechllm.errors import UserError
+    from speechllm.model import SpeechLLM
+
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{args.text}: not UTF-8: {e}") from e
+    model = SpeechLLM.from_pretrained(args.model)
+    tokens = model.tokenizer.encode(text)
+    if not tokens:
+        raise UserError(f"{args.text}: there is no text in it")
+    state_of_text(model.llm, tokens).save(args.output)
+    print(f"{args.output}: {len(tokens)} tokens read")
     return 0
 
 

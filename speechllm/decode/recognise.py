@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -16,12 +15,12 @@ from torch import Tensor
 
 from speechllm.decode.context import Hotwords, NGram
 from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, forced_align
+from speechllm.decode.initial_state import load_state
 from speechllm.decode.result import Hypothesis, Recognition, Word
 from speechllm.decode.search import Prompt, Scorer, SearchOptions, search
 from speechllm.decode.timestamps import words_from_alignment
 from speechllm.errors import UserError
 from speechllm.llm import LanguageModelState
-from speechllm.rwkv7 import RWKV7State
 
 if TYPE_CHECKING:
     from speechllm.model import SpeechLLM
@@ -106,10 +105,7 @@ class Recogniser:
         self._scorers = self._build_scorers()
         self._initial_state = None
         if self.options.initial_state is not None:
-            try:
-                self._initial_state = RWKV7State.load(Path(self.options.initial_state)).to(model.device)
-            except ValueError as error:
-                raise UserError(str(error)) from error
+            self._initial_state = load_state(self.options.initial_state, model.llm)
         self._states: dict[tuple[int, ...], LanguageModelState | None] = {}  # by the tokens before the audio
 
     def _build_scorers(self) -> list[Scorer]:
