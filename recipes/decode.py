@@ -30,10 +30,10 @@ from speechllm.data import Batch, build_eval_loader
 from speechllm.decode.options import add_search_options, search_options
 from speechllm.decode.recognise import RecogniseOptions, Recogniser, Speech
 from speechllm.errors import UserError
+from speechllm.linear import INFERENCE_WEIGHTS, pack_for_inference
 from speechllm.log import setup_logging
 from speechllm.model import SpeechLLM
 from speechllm.model_card import add_results
-from speechllm.rwkv7.linear import INFERENCE_WEIGHTS, pack_for_inference
 from speechllm.scoring import ErrorReport, Transcript, characters, score, transcripts, write_reports
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, opt
     device = Accelerator().device
     model = SpeechLLM.from_pretrained(model_dir).to(device)
     if device.type == "cpu" or llm_weights != "float32":
-        pack_for_inference(model, llm_weights)
+        pack_for_inference(model.llm, llm_weights)
+        pack_for_inference(model.encoder)
     recogniser = Recogniser(model, options)
     search, ctc_search = search_names(options)
     table: dict[tuple[str, str], dict[str, ErrorReport]] = defaultdict(dict)

@@ -113,8 +113,8 @@ def run_transcribe(args: argparse.Namespace) -> int:
     import torch
 
     from speechllm.decode.recognise import Recogniser
+    from speechllm.linear import pack_for_inference
     from speechllm.model import SpeechLLM
-    from speechllm.rwkv7.linear import pack_for_inference
 
     how = replace(search_options(args), fallback="ctc")
     inputs = Inputs(args.inputs, args.language, args.target_language, args.task)
@@ -125,7 +125,8 @@ def run_transcribe(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = SpeechLLM.from_pretrained(args.model).to(device)
     if device == "cpu" or args.llm_weights != "float32":
-        pack_for_inference(model, args.llm_weights)
+        pack_for_inference(model.llm, args.llm_weights)
+        pack_for_inference(model.encoder)
     timestamps = args.format in _FORMATS_WITH_WORD_TIMES and model.ctc_head is not None
     recognise = Recogniser(model, replace(how, timestamps=timestamps))
     return transcribe_all(inputs, recognise, options, output)

@@ -33,6 +33,7 @@ from speechllm.encoder.scaling import (
     swoosh_l,
     swoosh_r,
 )
+from speechllm.linear import Linear
 
 PER_STACK = (
     "downsampling_factor",
@@ -298,7 +299,7 @@ def attend(weights: Tensor, x: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, value_head_dim: int):
         super().__init__()
-        self.in_proj = nn.Linear(dim, num_heads * value_head_dim)
+        self.in_proj = Linear(dim, num_heads * value_head_dim)
         self.out_proj = scaled_linear(num_heads * value_head_dim, dim, initial_scale=0.05)
         self.whiten = whitening(7.5, ratio=3.0)
 
@@ -313,7 +314,7 @@ class NonlinAttention(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         hidden = 3 * dim // 4
-        self.in_proj = nn.Linear(dim, 3 * hidden)
+        self.in_proj = Linear(dim, 3 * hidden)
         self.balancer = Balancer(
             ScheduledFloat((0.0, 0.25), (20000.0, 0.05)),
             ScheduledFloat((0.0, 0.75), (20000.0, 0.95)),
@@ -334,7 +335,7 @@ class NonlinAttention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int, dropout: ScheduledFloat):
         super().__init__()
-        self.in_proj = nn.Linear(dim, hidden)
+        self.in_proj = Linear(dim, hidden)
         self.hidden_balancer = Balancer(0.3, 1.0, 0.75, 5.0)
         self.out_proj = scaled_linear(hidden, dim, initial_scale=0.1)
         self.dropout = dropout
@@ -384,7 +385,7 @@ class ChunkCausalConv(nn.Module):
 class ConvolutionModule(nn.Module):
     def __init__(self, dim: int, kernel: int, causal: bool):
         super().__init__()
-        self.in_proj = nn.Linear(dim, 2 * dim)
+        self.in_proj = Linear(dim, 2 * dim)
         self.balancer1 = Balancer(
             ScheduledFloat((0.0, 0.05), (8000.0, 0.025)), 1.0, 1.5, ScheduledFloat((0.0, 5.0), (8000.0, 10.0))
         )

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from speechllm.linear import Linear, linear_cross_entropy, product
 from speechllm.prompt import IGNORE
-from speechllm.rwkv7.linear import Linear, linear_cross_entropy, product
 from speechllm.rwkv7.state import RWKV7State
 from speechllm.rwkv7.wkv import row_lengths, wkv7
 
@@ -176,7 +176,7 @@ class TimeMix(nn.Module):
         self.g1, self.g2 = low_rank(ranks["gate"])
         self.k_k, self.k_a = vector(), vector()
         self.r_k = nn.Parameter(torch.empty(H, config.head_size))
-        self.receptance, self.key, self.value, self.output = (Linear(D, D) for _ in range(4))
+        self.receptance, self.key, self.value, self.output = (Linear(D, D, bias=False) for _ in range(4))
         self.ln_x = nn.GroupNorm(H, D, eps=_GROUP_NORM_EPS)
 
     def mixes(self) -> Tensor:
@@ -245,8 +245,8 @@ class ChannelMix(nn.Module):
     def __init__(self, config: RWKV7Config):
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
-        self.key = Linear(config.n_embd, config.ffn_size)
-        self.value = Linear(config.ffn_size, config.n_embd)
+        self.key = Linear(config.n_embd, config.ffn_size, bias=False)
+        self.value = Linear(config.ffn_size, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, prev: Tensor, rows: _Rows, wanted: Tensor | None) -> Tensor:
         """x (P, D), prev (N, D) -> (P, D), or (K, D) at the K ``wanted`` of the P positions."""
@@ -323,7 +323,7 @@ class RWKV7(nn.Module):
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = Linear(config.n_embd, config.vocab_size)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.register_parameter("initial_wkv", None)
         if not self.emb.weight.is_meta:  # else the weights are about to be loaded
             self.reset_parameters()
