@@ -9,9 +9,9 @@ All in float32, with random weights. Each row has a process to itself; figures a
 brackets the worst (tokens per second: the slowest; seconds: the fastest).
 
 Language models: every utterance is 10 s of audio (125 positions) in a prompt of 12 more, and 40 tokens are written for
-each, whatever they are: there is no end of text. The time is that from the embeddings to the last token; the
-encoder's is in its own table. Real-time factor: this time by the seconds of audio. Ratios are of tokens per second, to
-the package `rwkv`.
+each, whatever they are: there is no end of text. Seconds are those from the embeddings to the last token, reading the
+prompts included, the encoder not, which has its own table. Real-time factor: these by the seconds of audio. Tokens/s:
+those after each utterance's first, by the time that they take. Ratios: how many times as fast as the package `rwkv`.
 
 speechllm: `speechllm.decode.search` on RWKV-7, weights packed as for inference, greedy and with a beam of 4.
 rwkv: PyPI's package, by the author of RWKV: one row at a time, so that a batch is a loop over utterances; it reads
@@ -28,7 +28,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
+import statistics
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -69,24 +71,24 @@ def random_embeddings(rows: int, width: int) -> Tensor:
     return torch.randn(rows, POSITIONS, width, generator=torch.Generator().manual_seed(0))
 
 
-# ---- Language models: each a function that decodes so many utterances, for the search with so many hypotheses ---
+# ---- Language models: decode(utterances, hypotheses of each, tokens) -> how many tokens it wrote for each ------
 
 
 class SpeechLLM:
     searches = (1, BEAM)
     largest_batch = None
 
-    def __init__(self, folder: Path, config: RWKV7Config, tokens: int):
-        self.model, self.tokens = load_rwkv7(folder / WEIGHTS), tokens
+    def __init__(self, folder: Path, config: RWKV7Config):
+        self.model = load_rwkv7(folder / WEIGHTS)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         pack_for_inference(self.model)
 
-    def decode(self, batch: int, beam: int) -> list[int]:
+    def decode(self, batch: int, beam: int, tokens: int) -> list[int]:
         options = SearchOptions(
-            method="beam" if beam > 1 else "greedy", beam=beam, max_repeats=self.tokens, max_rows=batch * beam
+            method="beam" if beam > 1 else "greedy", beam=beam, max_repeats=tokens, max_rows=batch * beam
         )
         embeds = random_embeddings(batch, self.model.hidden_size)
-        prompts = [Prompt(row, max_tokens=self.tokens) for row in embeds]
+        prompts = [Prompt(row, max_tokens=tokens) for row in embeds]
         return [len(nbest[0].tokens) for _, nbest in search(self.model, prompts, options, NO_END)]
 
 
@@ -94,16 +96,16 @@ class RwkvPackage:
     searches = (1,)
     largest_batch = 8  # more of the same loop tells nothing
 
-    def __init__(self, folder: Path, config: RWKV7Config, tokens: int):
+    def __init__(self, folder: Path, config: RWKV7Config):
         os.environ["RWKV_V7_ON"] = "1"
         with contextlib.redirect_stdout(sys.stderr):
             from rwkv.model import RWKV
 
             self.model = RWKV(str(folder / WEIGHTS).removesuffix(".pth"), "cpu fp32")
-        self.vocab_size, self.tokens = config.vocab_size, tokens
+        self.vocab_size = config.vocab_size
         self.parameters = sum(t.numel() for t in self.model.z.values() if isinstance(t, Tensor))
 
-    def decode(self, batch: int, beam: int) -> list[int]:
+    def decode(self, batch: int, beam: int, tokens: int) -> list[int]:
         prompts = torch.randint(
             self.vocab_size, (batch, POSITIONS), generator=torch.Generator().manual_seed(0)
         ).tolist()
@@ -111,7 +113,7 @@ class RwkvPackage:
         for prompt in prompts:
             logits, state = self.model.forward(prompt, None)
             ids = [int(logits.argmax())]
-            while len(ids) < self.tokens:
+            while len(ids) < tokens:
                 logits, state = self.model.forward(ids[-1], state)
                 ids.append(int(logits.argmax()))
             written.append(len(ids))
@@ -122,7 +124,7 @@ class Transformers:
     searches = (1, BEAM)
     largest_batch = None
 
-    def __init__(self, folder: Path, config: RWKV7Config, tokens: int):
+    def __init__(self, folder: Path, config: RWKV7Config):
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
         torch.manual_seed(0)
@@ -146,15 +148,15 @@ class Transformers:
                 pad_token_id=0,
             )
         ).eval()
-        self.parameters, self.tokens = sum(p.numel() for p in self.model.parameters()), tokens
+        self.parameters = sum(p.numel() for p in self.model.parameters())
 
-    def decode(self, batch: int, beam: int) -> list[int]:
+    def decode(self, batch: int, beam: int, tokens: int) -> list[int]:
         embeds = random_embeddings(batch, self.model.config.hidden_size)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long)
         ids = self.model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
-            max_new_tokens=self.tokens,
+            max_new_tokens=tokens,
             do_sample=False,
             num_beams=beam,
         )
@@ -166,30 +168,37 @@ LANGUAGE_MODELS = {"speechllm": SpeechLLM, "rwkv": RwkvPackage, "transformers": 
 
 @dataclass(frozen=True)
 class Decoding:
-    """One of a language model's searches; a list of seconds and the highest memory in bytes for each batch size."""
+    """One of a language model's searches; lists have an entry for each batch size, None if it was not tried.
 
-    seconds: list[list[float]]
+    Attributes:
+      seconds: of the repetitions, for all tokens; first: the same for the first token of each utterance.
+      memory: the highest, in bytes.
+    """
+
+    seconds: list[list[float] | None]
+    first: list[list[float] | None]
     memory: list[int | None]
     parameters: int
 
 
 @torch.no_grad()
 def measure_decoding(name: str, beam: int, folder: Path, config: RWKV7Config, args: argparse.Namespace) -> Decoding:
-    model = LANGUAGE_MODELS[name](folder, config, args.tokens)
-    result = Decoding([], [], model.parameters)
+    model = LANGUAGE_MODELS[name](folder, config)
+    result = Decoding([], [], [], model.parameters)
     for batch in args.batches:
         if model.largest_batch is not None and batch > model.largest_batch:
-            result.seconds.append([])
-            result.memory.append(None)
+            for values in (result.seconds, result.first, result.memory):
+                values.append(None)
             continue
 
-        def run(batch=batch) -> None:
-            written = model.decode(batch, beam)
-            if written != [args.tokens] * batch:
-                raise RuntimeError(f"{name} wrote {written} tokens, not {args.tokens} for each of {batch} utterances")
+        def run(tokens: int = args.tokens, batch: int = batch) -> None:
+            written = model.decode(batch, beam, tokens)
+            if written != [tokens] * batch:
+                raise RuntimeError(f"{name} wrote {written} tokens, not {tokens} for each of {batch} utterances")
 
         result.memory.append(memory_of(run)[1])
         result.seconds.append(seconds(run, args.repeat))
+        result.first.append(seconds(functools.partial(run, 1), args.repeat))
         if args.profile:
             print_profile(f"{name}, beam {beam}, batch {batch}", run)
     return result
@@ -205,46 +214,58 @@ def bench_decoding(folder: Path, config: RWKV7Config, args: argparse.Namespace) 
             results[name, beam] = in_own_process(
                 measure_decoding, name, beam, folder, config, args, threads=args.threads
             )
-    reference = results.get(("rwkv", 1))
-    header = ["", "parameters, M"]
-    for batch in args.batches:
-        header += [f"batch {batch}: tokens/s", "ratio", "real-time factor", "memory, GB"]
+    for i, batch in enumerate(args.batches):
+        print(f"Batch {batch}\n")
+        print_table(
+            ["", "parameters, M", "tokens/s", "ratio", "seconds", "ratio", "real-time factor", "memory, GB"],
+            [decoding_row(name, beam, results, i, args) for name, beam in results],
+        )
     rows = []
-    for (name, beam), result in results.items():
-        title = f"{name}, greedy" if beam == 1 else f"{name}, beam {beam}"
-        if isinstance(result, Failure):
-            rows.append([title, result.reason, *[""] * (len(header) - 2)])
-            continue
-        rows.append([title, f"{result.parameters / 1e6:.1f}"])
-        for i, batch in enumerate(args.batches):
-            times = result.seconds[i]
-            if not times:
-                rows[-1] += ["-"] * 4
-                continue
-            speeds = [batch * args.tokens / t for t in times]
-            of_rwkv = "-"
-            if isinstance(reference, Decoding):
-                # a loop over utterances takes as long for each, however many there are
-                last = max(j for j in range(i + 1) if reference.seconds[j])
-                of_rwkv = ratio(speeds, [args.batches[last] * args.tokens / t for t in reference.seconds[last]])
-            factor = sorted(times)[len(times) // 2] / (batch * UTTERANCE_SECONDS)
-            rows[-1] += [median_and_least(speeds), of_rwkv, f"{factor:.3f}", f"{result.memory[i] / 1e9:.2f}"]
-    print_table(header, rows)
-
-    greedy_and_beam = [
-        (name, results[name, 1], results[name, BEAM])
-        for name, kind in LANGUAGE_MODELS.items()
-        if BEAM in kind.searches and isinstance(results.get((name, 1)), Decoding)
-    ]
-    rows = [
-        [name, *(ratio(b, g) for g, b in zip(greedy.seconds, beam.seconds, strict=True))]
-        for name, greedy, beam in greedy_and_beam
-        if isinstance(beam, Decoding)
-    ]
+    for name in LANGUAGE_MODELS:
+        greedy, beam = results.get((name, 1)), results.get((name, BEAM))
+        if isinstance(greedy, Decoding) and isinstance(beam, Decoding):
+            rows.append([name, *(ratio(b, g) for g, b in zip(greedy.seconds, beam.seconds, strict=True))])
     if rows:
-        print(f"Time of beam {BEAM} by that of greedy\n")
+        print(f"Seconds of beam {BEAM} by those of greedy\n")
         print_table(["", *(f"batch {batch}" for batch in args.batches)], rows)
     return list(results.values())
+
+
+def decoding_row(
+    name: str, beam: int, results: dict[tuple[str, int], Decoding | Failure], i: int, args: argparse.Namespace
+) -> list[str]:
+    """Of the i-th batch size."""
+    result, batch = results[name, beam], args.batches[i]
+    title = f"{name}, greedy" if beam == 1 else f"{name}, beam {beam}"
+    if isinstance(result, Failure):
+        return [title, result.reason, *[""] * 6]
+    row = [title, f"{result.parameters / 1e6:.1f}"]
+    if result.seconds[i] is None:
+        return [*row, *["-"] * 6]
+    speeds, times = tokens_per_second(result, i, args), result.seconds[i]
+    ratios = ["-", "-"]
+    reference = results.get(("rwkv", 1))
+    if isinstance(reference, Decoding):
+        # a loop over utterances takes as long for each of them, however many they are
+        last = max(j for j in range(i + 1) if reference.seconds[j] is not None)
+        of_rwkv = [t * batch / args.batches[last] for t in reference.seconds[last]]
+        ratios = [ratio(speeds, tokens_per_second(reference, last, args)), ratio(of_rwkv, times)]
+    factor = statistics.median(times) / (batch * UTTERANCE_SECONDS)
+    return [
+        *row,
+        median_and_least(speeds),
+        ratios[0],
+        median_and_least(times),
+        ratios[1],
+        f"{factor:.3f}",
+        f"{result.memory[i] / 1e9:.2f}",
+    ]
+
+
+def tokens_per_second(result: Decoding, i: int, args: argparse.Namespace) -> list[float]:
+    """Once the prompts are read."""
+    first = statistics.median(result.first[i])
+    return [args.batches[i] * (args.tokens - 1) / (t - first) for t in result.seconds[i]]
 
 
 # ---- The encoder ----------------------------------------------------------------------------------------------
@@ -299,7 +320,7 @@ def bench_encoder(args: argparse.Namespace) -> list[object]:
         if isinstance(result, Failure):
             table[-1] += [result.reason, *[""] * 5]
             continue
-        time = sorted(result.seconds)[len(result.seconds) // 2]
+        time = statistics.median(result.seconds)
         table[-1] += [
             median_and_least(result.seconds),
             f"{time / (rows * length):.4f}",

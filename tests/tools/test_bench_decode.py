@@ -1,5 +1,7 @@
 """The decoding benchmark measures what it says, on tiny models."""
 
+import re
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -30,21 +32,21 @@ def folder(bench, tmp_path):
 
 @pytest.mark.parametrize("name", ["speechllm", "transformers"])
 def test_every_search_writes_all_tokens(bench, folder, name):
-    model = bench.LANGUAGE_MODELS[name](folder, CONFIG, 7)
+    model = bench.LANGUAGE_MODELS[name](folder, CONFIG)
     for beam in model.searches:
         with torch.no_grad():
-            assert model.decode(3, beam) == [7, 7, 7]
+            assert model.decode(3, beam, 7) == [7, 7, 7]
 
 
 def test_models_have_about_the_same_size(bench, folder):
-    ours = bench.SpeechLLM(folder, CONFIG, 1).parameters
-    theirs = bench.Transformers(folder, CONFIG, 1).parameters
+    ours = bench.SpeechLLM(folder, CONFIG).parameters
+    theirs = bench.Transformers(folder, CONFIG).parameters
     assert theirs == pytest.approx(ours, rel=0.01)
 
 
 def test_what_a_search_does_not_write_is_a_failure(bench, folder, monkeypatch):
     args = Namespace(tokens=5, batches=[1], repeat=1, profile=False)
-    monkeypatch.setattr(bench.SpeechLLM, "decode", lambda self, batch, beam: [4])
+    monkeypatch.setattr(bench.SpeechLLM, "decode", lambda self, batch, beam, tokens: [4])
     with pytest.raises(RuntimeError, match=r"wrote \[4\] tokens, not 5"):
         bench.measure_decoding("speechllm", 1, folder, CONFIG, args)
 
@@ -55,31 +57,45 @@ def test_tables(bench, folder, capsys, monkeypatch):
     monkeypatch.setitem(bench.LANGUAGE_MODELS, "rwkv", FewUtterances)
     args = Namespace(tokens=4, batches=[1, 2], repeat=1, profile=False, skip=["transformers"], threads=1)
     bench.bench_decoding(folder, CONFIG, args)
-    speeds, times = (
-        [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
-        for table in capsys.readouterr().out.split("Time of beam")
+    out = capsys.readouterr().out
+    one, two, beams = (
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")][
+            2:
+        ]
+        for part in re.split("Batch 2|Seconds of beam", out)
     )
-    assert [row[0] for row in speeds[2:]] == ["speechllm, greedy", "speechllm, beam 4", "rwkv, greedy"]
-    greedy, _, reference = speeds[2:]
-    assert reference[3] == "1.00" and reference[6:] == ["-"] * 4
-    for batch in (0, 1):
-        tokens_per_second = [float(row[2 + 4 * batch].split()[0]) for row in (greedy, speeds[3])]
-        assert float(greedy[4 + 4 * batch]) == pytest.approx(4 / tokens_per_second[0] / 10, abs=6e-4)
-        slower = tokens_per_second[0] / tokens_per_second[1]
-        assert float(times[2][1 + batch]) == pytest.approx(slower, rel=0.02)
-        of_reference = tokens_per_second[0] / float(reference[2].split()[0])
-        assert float(greedy[3 + 4 * batch]) == pytest.approx(of_reference, rel=0.02, abs=0.01)
+    for table in (one, two):
+        assert [row[0] for row in table] == ["speechllm, greedy", "speechllm, beam 4", "rwkv, greedy"]
+    reference = float(one[2][4].split()[0])
+    assert one[2][3] == one[2][5] == "1.00" and two[2][2:] == ["-"] * 6
+    for batch, table in ((1, one), (2, two)):
+        greedy, beam = (float(row[4].split()[0]) for row in table[:2])
+        assert float(table[0][6]) == pytest.approx(greedy / (10 * batch), abs=6e-4)
+        assert float(table[0][5]) == pytest.approx(batch * reference / greedy, rel=0.02, abs=0.01)
+        assert float(beams[0][batch]) == pytest.approx(beam / greedy, rel=0.02)
+
+
+def rows_of(table):
+    lines = [line.strip("|") for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")] for line in lines[2:]]
 
 
 class FewUtterances:
+    """The longer the more tokens."""
+
     searches, largest_batch, parameters = (1,), 1, 0
 
-    def __init__(self, folder, config, tokens):
-        self.tokens = tokens
+    def __init__(self, folder, config):
+        pass
 
-    def decode(self, batch, beam):
-        torch.randn(300, 300) @ torch.randn(300, 300)
-        return [self.tokens] * batch
+    def decode(self, batch, beam, tokens):
+        time.sleep(0.05 * tokens)
+        return [tokens] * batch
+
+
+def test_tokens_per_second_leave_out_what_comes_before_the_second(bench):
+    args = Namespace(batches=[8], tokens=41)
+    assert bench.tokens_per_second(bench.Decoding([[5.0, 9.0]], [[1.0, 1.0]], [0], 0), 0, args) == [80.0, 40.0]
 
 
 def test_the_encoder_is_the_released_one(bench):
