@@ -339,8 +339,6 @@ def test_parts_that_do_not_fit(model, model_config, tmp_path):
     llm = LLMSection(rwkv7=RWKV7Config(n_layer=1, n_embd=32, head_size=16, vocab_size=100))
     with pytest.raises(ValueError, match="vocabulary of 100, the tokenizer .* of "):
         SpeechLLM.from_config(dataclasses.replace(model_config, llm=llm))
-    with pytest.raises(ValueError, match="either path .* or zipformer"):
-        EncoderSection(path="x", zipformer=model_config.encoder.zipformer)
     with pytest.raises(ValueError, match="freeze without path"):
         LLMSection(freeze=True, rwkv7=RWKV7Config(n_layer=1, n_embd=64, vocab_size=100))
     with pytest.raises(FileNotFoundError, match="no config.yaml"):

@@ -68,7 +68,7 @@ def rate_and_channels(cut) -> tuple[int, int]:
 @pytest.mark.parametrize("to", [".jsonl.gz", "shar"])
 def test_lhotse_reads_what_was_written_without_us(source, tmp_path, to):
     before = list(read_manifest(source))
-    write(source, tmp_path, to, features=True)
+    write(source, tmp_path, to, features="fbank")
     if to == "shar":
         assert len(list((tmp_path / "out").glob("cuts.*"))) == 2  # 4 utterances in shards of 3
         cuts = CutSet.from_shar(in_dir=tmp_path / "out")
@@ -144,6 +144,6 @@ def write_manifest_lines(folder, lines):
 def test_nothing_usable_leaves_nothing_behind(tmp_path, to, capsys):
     path = write_manifest(tmp_path / "m.jsonl", [{"audio_filepath": "0.wav", "duration": 1.0, "text": "x"}])
     output = tmp_path / "out.jsonl"
-    assert status(path, output, "--to", to, "--features") == 1
+    assert status(path, output, "--to", to, "--features", "fbank") == 1
     assert "no utterance can be used: 1 missing file" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["m.jsonl"]

@@ -61,10 +61,10 @@ def test_precomputed_features_are_those_of_the_worker(cut, tmp_path, in_memory):
     cut = cut.compute_and_store_features(fbank_extractor(), NumpyFilesWriter(tmp_path / "fbank"))
     if in_memory:
         cut = cut.move_to_memory(load_audio=False)
-    features = load_precomputed(cut)
+    features = load_precomputed(cut, "fbank")
     assert features.dtype == torch.float32
     torch.testing.assert_close(features, fbank(load_samples(cut)), rtol=0, atol=1e-5)
-    part = load_precomputed(cut.truncate(offset=0.4, duration=0.5))
+    part = load_precomputed(cut.truncate(offset=0.4, duration=0.5), "fbank")
     assert torch.equal(part, features[40:90])
 
 
@@ -88,17 +88,17 @@ def with_features(cut: MonoCut, array: np.ndarray, tmp_path, **changes) -> MonoC
 )
 def test_wrong_features_are_named(cut, tmp_path, array, changes, reason):
     with pytest.raises(UtteranceError, match=reason):
-        load_precomputed(with_features(cut, array, tmp_path, **changes))
+        load_precomputed(with_features(cut, array, tmp_path, **changes), "fbank")
 
 
 def test_absent_and_unreadable_features(cut, tmp_path):
     with pytest.raises(UtteranceError, match="wrong features: cut .* has none"):
-        load_precomputed(cut)
+        load_precomputed(cut, "fbank")
     broken = with_features(cut, np.zeros((124, 80)), tmp_path)
     (path,) = (tmp_path / "fbank").rglob("*.npy")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UtteranceError, match="unreadable features"):
-        load_precomputed(broken)
+        load_precomputed(broken, "fbank")
     path.unlink()
     with pytest.raises(UtteranceError, match="unreadable features"):
-        load_precomputed(broken)
+        load_precomputed(broken, "fbank")
