@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable
-from pathlib import Path, PosixPath, WindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -123,8 +123,9 @@ def _read_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True)
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-        # icefall's own checkpoints have the paths of the run beside the weights.
-        with torch.serialization.safe_globals([PosixPath, WindowsPath]):
+        # icefall's own checkpoints have paths beside the weights; their class is in another module in Python 3.13.
+        paths = [(PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
+        with torch.serialization.safe_globals(paths):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise UserError(

@@ -2,10 +2,10 @@
 
 "Robust speech recognition via large-scale weak supervision" (Radford et al., arXiv 2212.04356); its layers are those of
 transformers, and the names of the parameters too. Whisper was trained on audio padded to 30 seconds with silence, all
-of which attention sees. Here by default an utterance is as long as it is, and the padding of a batch is masked: it costs
-less, and is a little different from what released weights have seen. As the encoder of a language model Whisper is used
-both ways: without padding in SLAM-LLM (arXiv 2402.08846) and icefall's speech_llm/ASR_LLM, padded to 30 seconds in
-SALMONN (arXiv 2310.13289); here the latter is `pad_to_max_seconds`.
+of which attention sees. Here by default an utterance is as long as it is, and the padding of a batch is masked: that
+costs less, and is a little different from what released weights have seen. As the encoder of a language model Whisper
+is used both ways: without padding in SLAM-LLM (arXiv 2402.08846) and icefall's speech_llm/ASR_LLM, padded to 30 seconds
+in SALMONN (arXiv 2310.13289); here the latter is `pad_to_max_seconds`.
 """
 
 import dataclasses

@@ -10,8 +10,9 @@ from lhotse import CutSet, Recording
 
 from speechllm.cli import main
 from speechllm.data import SourceConfig, fbank, read_manifest
-from speechllm.data.audio import load_samples
+from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
 from speechllm.data.convert import convert_to_cuts, convert_to_shar
+from speechllm.data.features import extract_features
 from speechllm.data.manifest import describe_cut
 from speechllm.errors import UserError
 
@@ -78,6 +79,17 @@ def test_lhotse_reads_what_was_written_without_us(source, tmp_path, to):
         assert cut.load_audio().shape == (cut.num_channels, round(one.duration * cut.recording.sampling_rate))
         expected = fbank(load_samples(one))
         torch.testing.assert_close(torch.tensor(cut.load_features()), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("to", [".jsonl.gz", "shar"])
+def test_stored_features_have_the_kind_that_was_asked_for(source, tmp_path, to):
+    write(source, tmp_path, to, features="whisper128")
+    stored = SourceConfig(str(tmp_path / ("out" if to == "shar" else f"out{to}")))
+    for one, cut in zip(read_manifest(source), read_manifest(stored), strict=True):
+        expected = extract_features(load_samples(one), "whisper128")
+        torch.testing.assert_close(load_precomputed(cut, "whisper128"), expected, rtol=0, atol=1e-6)
+        with pytest.raises(UtteranceError, match="stored are whisper128, the encoder needs fbank"):
+            load_precomputed(cut, "fbank")
 
 
 @pytest.mark.parametrize(("audio_format", "formats"), [("wav", {"WAV"}), ("flac", {"FLAC"})])
