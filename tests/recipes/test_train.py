@@ -62,7 +62,7 @@ def test_exp_folder_is_as_icefall_users_expect(finished):
     assert (finished / "config.yaml").read_text().startswith("# recipes/train.py --config")
 
 
-def test_a_whisper_encoder_is_trained_in_part_and_resumed(experiment, tmp_path):
+def test_a_whisper_encoder_is_trained_in_part(experiment, tmp_path):
     from transformers import WhisperConfig, WhisperModel
 
     sizes = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
@@ -73,8 +73,7 @@ def test_a_whisper_encoder_is_trained_in_part_and_resumed(experiment, tmp_path):
         "--train.save_every_n", "1", "--train.valid_every_n", "2", "--optim.warmup_steps", "0",
         "--data.max_seconds", "27",
     ]  # fmt: skip
-    for steps in ("1", "2"):
-        run(*command(experiment, tmp_path / "exp", *settings, "--train.num_steps", steps))
+    run(*command(experiment, tmp_path / "exp", *settings, "--train.num_steps", "2"))
     one, two = (load_checkpoint(tmp_path / f"exp/checkpoint-{step}.pt") for step in (1, 2))
     assert set(one["base_weights"]) == {"encoder"} and one["base_weights"] == two["base_weights"]
     assert not any(name.startswith(("encoder.conv", "encoder.layers.0.")) for name in two["model"])
