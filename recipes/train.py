@@ -289,14 +289,19 @@ def train(
     from_stage_before = init_from_stage(model, init_dir) if init_dir is not None else set()
     logger.info("parameters: %s", describe_parameters(model))
 
+    check_longest(config.data, model)
+    feature_kind = model.encoder.feature_kind
+
     def training_data(max_duration: float) -> SpeechLoader:
         config.data.max_duration = max_duration
-        return build_train_loader(config.data, config.train.seed, rank, world_size, labels=model)
+        return build_train_loader(
+            config.data, config.train.seed, rank, world_size, labels=model, feature_kind=feature_kind
+        )
 
     train_loader = training_data(config.data.max_duration)
-    valid_loader = build_eval_loader(config.data, config.data.valid, rank, world_size)
+    valid_loader = build_eval_loader(config.data, config.data.valid, rank, world_size, feature_kind)
     checkpoint_path = exp_dir / start_from if start_from is not None else newest_checkpoint(exp_dir)
-    if checkpoint_path is None and init_dir is None and config.model.encoder.path is None:
+    if checkpoint_path is None and init_dir is None and config.model.encoder.is_new_zipformer:
         first = next(iter(train_loader)).to("cpu")
         init_from_data(model.encoder, first.features, first.feature_lens)
 
@@ -434,7 +439,7 @@ def train(
                     break
                 tokens = sum(len(bare.label_ids(text)) + 1 for batch in batches for text in batch.texts)
                 tokens = accelerator.reduce(torch.tensor(float(tokens), device=accelerator.device)).item()
-                if config.model.encoder.path is None:  # a released encoder has its schedules behind it
+                if config.model.encoder.is_new_zipformer:  # a released encoder has its schedules behind it
                     bare.encoder.set_batch_count(step * config.model.encoder.schedule_speed)
                 averages = Averages()
                 for i, batch in enumerate(batches):
@@ -560,6 +565,21 @@ def init_from_stage(model: SpeechLLM, init_dir: Path) -> set[str]:
     load_state_dict_strict(model, {**model.state_dict(), **state}, path)
     logger.info("starting from %s: %d tensors", path, len(state))
     return set(state)
+
+
+def check_longest(data: DataConfig, model: SpeechLLM) -> None:
+    """Whether the encoder can hear the longest utterances that are trained on.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    limit, slowest = model.encoder.max_seconds, data.augment.slowest
+    if data.max_seconds > limit * slowest:
+        played = f", played {slowest:g} times as fast" if slowest != 1 else ""
+        raise ConfigError(
+            f"data.max_seconds: {data.max_seconds:g}{played}, is longer than the {limit:g} s that the encoder "
+            f"({model.config.encoder.path or 'model.encoder.whisper'}) has positions for: set it to {limit * slowest:g}"
+        )
 
 
 def frozen_base_weights(model: SpeechLLM, carried: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -231,7 +231,11 @@ def add_data(commands: argparse._SubParsersAction) -> None:
         default="flac",
         help="of a Shar directory, in 16 bits; original keeps each file's, encoded again (default: %(default)s)",
     )
-    convert.add_argument("--features", action="store_true", help="store features too, for features_on: precomputed")
+    convert.add_argument(
+        "--features",
+        choices=("fbank", "whisper80", "whisper128"),
+        help="store features too, for features_on: precomputed: fbank for Zipformer, the others for Whisper encoders",
+    )
     convert.set_defaults(run=run_data_convert)
 
     preview = actions.add_parser(

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from speechllm.checkpoint import load_state_dict_strict
 from speechllm.config import ConfigError, load_config, save_config
 from speechllm.decode.formats import Recording
-from speechllm.decode.recognise import ENCODER_FRAME_SECONDS, RecogniseOptions, Recogniser, Speech
+from speechllm.decode.recognise import RecogniseOptions, Recogniser, Speech
 from speechllm.decode.result import Recognition
-from speechllm.encoder import Zipformer, ZipformerConfig, load_encoder
+from speechllm.encoder import WhisperEncoder, WhisperEncoderConfig, Zipformer, ZipformerConfig, load_encoder
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.llm import LanguageModel
@@ -50,21 +50,50 @@ from speechllm.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass
 class EncoderSection:
-    """`path`: a released encoder's folder; without it, one of the sizes in `zipformer` is trained from scratch.
+    """`path`: a released encoder's folder or file (see `load_encoder`): a Zipformer of icefall or Auden, or a Whisper.
+    Without it, one of the sizes in `zipformer` or in `whisper` is trained from scratch. `path` and `zipformer` together
+    are for weights without a config.json beside them.
 
-    `schedule_speed`: the schedules of the encoder's training (dropout, layer skip, balancers) span 4,000 to 20,000
-    steps of a large run; a short run passes through them so many times faster.
+    `freeze`: nothing of it is trained; `freeze_stacks: n`: its front end and the lowest n stacks (of Whisper: layers)
+    are not.
+    `pad_to_30s`: Whisper hears utterances with silence up to 30 s, as in its own training; otherwise as they are.
+    `schedule_speed`: the schedules of a Zipformer's training from scratch (dropout, layer skip, balancers) span 4,000
+    to 20,000 steps of a large run; a short run passes through them so many times faster.
     `checkpoint_layers`: activations are computed again in the backward pass: less memory, a third more work.
     """
 
     path: str | None = None
     freeze: bool = False
+    freeze_stacks: int = 0
+    pad_to_30s: bool = False
     schedule_speed: float = 1.0
     checkpoint_layers: bool = False
     zipformer: ZipformerConfig | None = None
+    whisper: WhisperEncoderConfig | None = None
 
     def __post_init__(self) -> None:
-        _check_source(self, "zipformer")
+        if self.zipformer is not None and self.whisper is not None:
+            raise ValueError("zipformer and whisper: give the sizes of one of them")
+        if not self.path and self.zipformer is None and self.whisper is None:
+            raise ValueError("give path (a released encoder), or zipformer or whisper (sizes to train from scratch)")
+        if self.path and self.whisper is not None:
+            raise ValueError("path and whisper: a released Whisper has its sizes in its config.json; leave out one")
+        if (self.freeze or self.freeze_stacks) and not self.path:
+            raise ValueError(f"{'freeze' if self.freeze else 'freeze_stacks'} without path would freeze random weights")
+        if self.freeze_stacks < 0:
+            raise ValueError(f"freeze_stacks must be at least 0, got {self.freeze_stacks}")
+        if self.freeze and self.freeze_stacks:
+            raise ValueError(f"freeze (all of it) and freeze_stacks: {self.freeze_stacks}: give one of them")
+        if self.pad_to_30s and self.zipformer is not None:
+            raise ValueError("pad_to_30s is for Whisper, but zipformer is given")
+        if self.schedule_speed != 1.0 and not self.is_new_zipformer:
+            why = "Whisper has no schedules" if self.whisper else f"the schedules of {self.path} are past their end"
+            raise ValueError(f"schedule_speed: {self.schedule_speed:g} is for a Zipformer from scratch: {why}")
+
+    @property
+    def is_new_zipformer(self) -> bool:
+        """Whether it is a Zipformer that begins with random weights."""
+        return self.zipformer is not None and not self.path
 
 
 @dataclass
@@ -123,11 +152,39 @@ class ModelConfig:
             raise ValueError(f"ctc_weight must be at least 0, got {self.ctc_weight}")
 
 
-def _check_source(section: EncoderSection | LLMSection, sizes: str) -> None:
+def _check_source(section: LLMSection, sizes: str) -> None:
     if bool(section.path) == bool(getattr(section, sizes)):
         raise ValueError(f"give either path (a checkpoint) or {sizes} (sizes to train from scratch)")
     if section.freeze and not section.path:
         raise ValueError("freeze without path would freeze random weights")
+
+
+def build_encoder(section: EncoderSection) -> Zipformer | WhisperEncoder:
+    """The encoder, as the configuration says: loaded or new, its lowest stacks frozen.
+
+    Raises:
+      UserError, FileNotFoundError: it does not load, or is none that the settings are for.
+    """
+    if section.path:
+        encoder = load_encoder(section.path, section.zipformer)
+    elif section.whisper is not None:
+        encoder = WhisperEncoder(section.whisper)
+    else:
+        encoder = Zipformer(section.zipformer)
+    encoder.checkpoint_layers = section.checkpoint_layers
+    if section.pad_to_30s:
+        if not isinstance(encoder, WhisperEncoder):
+            raise ConfigError(f"model.encoder.pad_to_30s is for Whisper, but {section.path} is a Zipformer")
+        encoder.pad_to_max_seconds = True
+    if section.freeze_stacks:
+        if section.freeze_stacks >= encoder.num_stacks:
+            raise ConfigError(
+                f"model.encoder.freeze_stacks: {section.freeze_stacks}, but {section.path} has {encoder.num_stacks}: "
+                f"give at most {encoder.num_stacks - 1}, or freeze: true for all of it"
+            )
+        for module in encoder.bottom(section.freeze_stacks):
+            module.requires_grad_(False)
+    return encoder
 
 
 class SpeechLLM(nn.Module):
@@ -136,7 +193,7 @@ class SpeechLLM(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        encoder: Zipformer,
+        encoder: Zipformer | WhisperEncoder,
         projector: Projector,
         llm: LanguageModel,
         tokenizer: Tokenizer,
@@ -163,8 +220,7 @@ class SpeechLLM(nn.Module):
           UserError, FileNotFoundError: a part does not load, or two parts do not fit together.
         """
         tokenizer = load_tokenizer(config.tokenizer)
-        encoder = load_encoder(config.encoder.path) if config.encoder.path else Zipformer(config.encoder.zipformer)
-        encoder.checkpoint_layers = config.encoder.checkpoint_layers
+        encoder = build_encoder(config.encoder)
         llm = load_rwkv7(config.llm.path) if config.llm.path else RWKV7(config.llm.rwkv7)
         if config.llm.adapter is not None:
             load_adapter(llm, config.llm.adapter)
@@ -196,7 +252,12 @@ class SpeechLLM(nn.Module):
     @property
     def seconds_per_position(self) -> float:
         """How much audio one position of the language model stands for."""
-        return ENCODER_FRAME_SECONDS * self.projector.downsample
+        return self.frame_seconds * self.projector.downsample
+
+    @property
+    def frame_seconds(self) -> float:
+        """How much audio one frame of the encoder's output stands for."""
+        return self.encoder.frame_seconds
 
     def _encoder_trains(self) -> bool:
         return any(p.requires_grad for p in self.encoder.parameters())
@@ -335,7 +396,9 @@ class SpeechLLM(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            found = [result for _, result in transcribe_inputs(inputs, Recogniser(self, options))]
+            recogniser = Recogniser(self, options)
+            results = transcribe_inputs(inputs, recogniser, feature_kind=self.encoder.feature_kind)
+            found = [result for _, result in results]
         finally:
             self.train(was_training)
         if errors := [result for result in found if isinstance(result, Exception)]:
@@ -363,9 +426,10 @@ class SpeechLLM(nn.Module):
             llm = LLMSection(path=str(Path(self.config.llm.path).absolute()), freeze=True, adapter="adapter")
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
-            config = dataclasses.replace(
-                self.config, tokenizer=".", encoder=EncoderSection(zipformer=self.encoder.config), llm=llm
-            )
+            encoder = EncoderSection(zipformer=self.encoder.config)
+            if isinstance(self.encoder, WhisperEncoder):
+                encoder = EncoderSection(whisper=self.encoder.config, pad_to_30s=self.encoder.pad_to_max_seconds)
+            config = dataclasses.replace(self.config, tokenizer=".", encoder=encoder, llm=llm)
             save_config(config, tmp / "config.yaml")
             weights = {k: v for k, v in self.state_dict().items() if not k.startswith("llm.")}
             if merged:

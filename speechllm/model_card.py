@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from speechllm.encoder import WhisperEncoder
 from speechllm.files import replaced_file
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ _RESULTS = "## Results"
 
 def model_card(model: SpeechLLM) -> str:
     """The card of a model, without results."""
-    parts = [("Zipformer encoder", model.encoder), ("projector", model.projector), ("RWKV-7 language model", model.llm)]
+    encoder = "Whisper encoder" if isinstance(model.encoder, WhisperEncoder) else "Zipformer encoder"
+    parts = [(encoder, model.encoder), ("projector", model.projector), ("RWKV-7 language model", model.llm)]
     if model.ctc_head is not None:
         parts.append(("CTC head", model.ctc_head))
     rows = "".join(f"| {name} | {_millions(part)} |\n" for name, part in parts)

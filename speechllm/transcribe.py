@@ -129,7 +129,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
         pack_for_inference(model.encoder)
     timestamps = args.format in _FORMATS_WITH_WORD_TIMES and model.ctc_head is not None
     recognise = Recogniser(model, replace(how, timestamps=timestamps))
-    return transcribe_all(inputs, recognise, options, output)
+    return transcribe_all(inputs, recognise, options, output, model.encoder.feature_kind)
 
 
 @dataclass(frozen=True)
@@ -327,6 +327,7 @@ def transcribe_inputs(
     recognise: Recogniser,
     options: SegmentOptions | None = None,
     on_progress: Callable[[float], None] = lambda seconds: None,
+    feature_kind: str = "fbank",
 ) -> Iterator[tuple[AudioInput, Recording | UserError]]:
     """Each input with its result, or why it has none, in order, as soon as all before it are done.
 
@@ -337,6 +338,7 @@ def transcribe_inputs(
         inputs: drawn lazily.
         recognise: such as a `speechllm.decode.recognise.Recogniser`.
         on_progress: called with the seconds of audio of each batch that is recognised.
+        feature_kind: that of the model's encoder; see `speechllm.data.features.MEL_BINS`.
     """
     from speechllm.data.source import DataError
     from speechllm.decode.formats import Recording
@@ -346,7 +348,8 @@ def transcribe_inputs(
     in_work: deque[list[_Part]] = deque()
 
     def batches() -> Iterator[Speech]:
-        for parts in _batches(_parts(inputs, unfinished, options.max_seconds), options.batch_seconds):
+        segments = _parts(inputs, unfinished, options.max_seconds, feature_kind)
+        for parts in _batches(segments, options.batch_seconds):
             in_work.append(parts)
             yield _speech(parts)
 
@@ -368,10 +371,12 @@ def transcribe_inputs(
     yield from finished()
 
 
-def _parts(inputs: Iterable[AudioInput], unfinished: deque[_Progress], max_seconds: float) -> Iterator[_Part]:
+def _parts(
+    inputs: Iterable[AudioInput], unfinished: deque[_Progress], max_seconds: float, feature_kind: str
+) -> Iterator[_Part]:
     """The segments with sound of all inputs. Each input is added to `unfinished` when it is opened."""
     from speechllm.data.audio import UtteranceError
-    from speechllm.data.features import SAMPLE_RATE, fbank
+    from speechllm.data.features import SAMPLE_RATE, extract_features
     from speechllm.data.pauses import split_at_pauses
     from speechllm.data.source import DataError
 
@@ -387,7 +392,8 @@ def _parts(inputs: Iterable[AudioInput], unfinished: deque[_Progress], max_secon
         try:
             for segment in split_at_pauses(blocks(), max_seconds):
                 duration = len(segment.samples) / SAMPLE_RATE
-                part = _Part(segment.start, duration, segment.overlap, input, fbank(segment.samples))
+                features = extract_features(segment.samples, feature_kind)
+                part = _Part(segment.start, duration, segment.overlap, input, features)
                 progress.parts.append(part)
                 yield part
         except (UtteranceError, DataError) as error:
@@ -584,7 +590,13 @@ class Output:
         return ""
 
 
-def transcribe_all(inputs: Iterable[AudioInput], recognise: Recogniser, options: SegmentOptions, output: Output) -> int:
+def transcribe_all(
+    inputs: Iterable[AudioInput],
+    recognise: Recogniser,
+    options: SegmentOptions,
+    output: Output,
+    feature_kind: str = "fbank",
+) -> int:
     """Transcribes what is not done yet, with a progress bar on a terminal; returns 1 when something failed, else 0.
 
     `inputs` are iterated over twice: to count them, and to transcribe them.
@@ -624,7 +636,7 @@ def transcribe_all(inputs: Iterable[AudioInput], recognise: Recogniser, options:
         bar.set_postfix_str(f"{seconds / 60:.1f} min of audio")
 
     with bar:
-        for input, found in transcribe_inputs(to_do(), recognise, options, on_progress):
+        for input, found in transcribe_inputs(to_do(), recognise, options, on_progress, feature_kind):
             if isinstance(found, Exception):
                 report(found)
                 continue

@@ -9,6 +9,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import WhisperConfig, WhisperModel
 
 from speechllm.checkpoint import (
     CheckpointError,
@@ -17,9 +18,11 @@ from speechllm.checkpoint import (
     save_checkpoint,
     trained_state_dict,
 )
-from speechllm.config import from_dict, to_dict
+from speechllm.config import ConfigError, from_dict, to_dict
 from speechllm.data import DataError
-from speechllm.encoder import init_from_data, save_encoder
+from speechllm.data.features import extract_features
+from speechllm.encoder import WhisperEncoderConfig, ZipformerConfig, init_from_data, save_encoder
+from speechllm.errors import UserError
 from speechllm.model import EncoderSection, LLMSection, ModelConfig, SpeechLLM
 from speechllm.optim import OptimConfig, build_optimizer
 from speechllm.rwkv7 import RWKV7Config, RWKV7State, TuneConfig, load_adapter, load_rwkv7, save_rwkv7
@@ -194,6 +197,41 @@ def test_frozen_means_frozen(model, model_config, batch, tmp_path):
     assert trained == sum(p.requires_grad for p in frozen.parameters())
 
 
+@pytest.fixture(params=["zipformer", "whisper"])
+def partly_frozen(request, model, model_config, whisper_config, tmp_path):
+    """A model whose encoder's front end and lowest stack are frozen, in training mode."""
+    if request.param == "zipformer":
+        save_encoder(model.encoder, tmp_path / "encoder")
+    else:
+        layers = WhisperConfig(
+            **to_dict(whisper_config.encoder.whisper), decoder_layers=1, vocab_size=60, pad_token_id=0
+        )
+        WhisperModel(layers).save_pretrained(tmp_path / "encoder")
+    section = EncoderSection(path=str(tmp_path / "encoder"), freeze_stacks=1)
+    return SpeechLLM.from_config(dataclasses.replace(model_config, encoder=section)).train()
+
+
+def test_partly_frozen_means_frozen(partly_frozen, batch):
+    encoder = partly_frozen.encoder
+    bottom = encoder.bottom(1)
+    assert encoder.training and not any(m.training for module in bottom for m in module.modules())
+    outputs = []
+    for module in bottom:
+        module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    partly_frozen(*batch)["loss"].backward()
+    frozen = {id(p) for module in bottom for p in module.parameters()}
+    for name, p in partly_frozen.named_parameters():
+        assert (p.grad is None) == (id(p) in frozen), name
+    optimized = [p for group in build_optimizer(partly_frozen, OptimConfig()).param_groups for p in group["params"]]
+    assert len(optimized) == sum(id(p) not in frozen for p in partly_frozen.parameters())
+    # Nothing of them is kept for the gradient, and they compute what they do in evaluation mode.
+    assert not any(output.requires_grad for output in outputs)
+    partly_frozen.eval()
+    partly_frozen(*batch)
+    trained, evaluated = outputs[: len(bottom)], outputs[len(bottom) :]
+    assert all(torch.equal(a, b) for a, b in zip(trained, evaluated, strict=True))
+
+
 def test_only_the_projector_is_trained_between_frozen_parts(model, model_config, batch, tmp_path):
     save_encoder(model.encoder, tmp_path / "encoder")
     save_rwkv7(model.llm, tmp_path / "llm")
@@ -226,6 +264,105 @@ def test_saved_and_loaded_is_the_same(model, batch, tmp_path):
         "model.safetensors",
         "tokenizer.model",
     ]
+
+
+@pytest.fixture
+def whisper_config(model_config):
+    whisper = WhisperEncoderConfig(d_model=24, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32)
+    return dataclasses.replace(model_config, encoder=EncoderSection(whisper=whisper))
+
+
+def test_a_whisper_encoder_takes_the_place_of_a_zipformer(whisper_config, batch, tmp_path):
+    """It learns, a batch has what each utterance has alone, and it is the same after saving and loading."""
+    torch.manual_seed(0)
+    features, lens, texts, languages = batch
+    model = SpeechLLM.from_config(whisper_config)
+    assert model.encoder.feature_kind == "whisper80"
+    assert model.seconds_per_position == pytest.approx(0.02 * model.projector.downsample)
+    optimizer = build_optimizer(model, OptimConfig(lr=5e-3))
+    for _ in range(100):
+        out = model(*batch)
+        (out["loss"] / out["tokens"]).backward()
+        assert all(p.grad is not None for p in model.parameters())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    assert [r.text for r in model.recognise(features, lens, languages)] == texts
+    whole = model(*batch)["loss"]
+    rows = [model(features[i, None, :n], lens[i, None], [texts[i]], [languages[i]])["loss"] for i, n in enumerate(lens)]
+    torch.testing.assert_close(whole, sum(rows), rtol=1e-4, atol=1e-4)
+    for model.encoder.pad_to_max_seconds in (False, True):
+        model.save_pretrained(tmp_path / "model")
+        loaded = SpeechLLM.from_pretrained(tmp_path / "model")
+        assert torch.equal(loaded(*batch)["loss"], model(*batch)["loss"])
+        assert loaded.encoder.pad_to_max_seconds == model.encoder.pad_to_max_seconds
+    assert "| Whisper encoder |" in (tmp_path / "model/README.md").read_text()
+
+
+def test_transcribe_computes_the_features_of_the_encoder(whisper_config, monkeypatch):
+    model = SpeechLLM.from_config(whisper_config).eval()
+    samples = 0.1 * torch.randn(16000, generator=torch.Generator().manual_seed(0))
+    heard = []
+    monkeypatch.setattr(model.encoder, "forward", lambda features, lens: heard.append(features) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.transcribe([samples], language="en")
+    torch.testing.assert_close(heard[0][0], extract_features(samples, "whisper80"))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({}, "give path .* or zipformer or whisper"),
+        ({"zipformer": {}, "whisper": {}}, "zipformer and whisper: give the sizes of one"),
+        ({"path": "x", "whisper": {}}, "path and whisper: .* config.json"),
+        ({"zipformer": {}, "freeze": True}, "freeze without path"),
+        ({"whisper": {}, "freeze_stacks": 1}, "freeze_stacks without path"),
+        ({"path": "x", "freeze_stacks": -1}, "freeze_stacks must be at least 0, got -1"),
+        ({"path": "x", "freeze": True, "freeze_stacks": 1}, "freeze .* and freeze_stacks: 1: give one"),
+        ({"zipformer": {}, "pad_to_30s": True}, "pad_to_30s is for Whisper, but zipformer"),
+        ({"whisper": {}, "schedule_speed": 2.0}, "schedule_speed: 2 .*: Whisper has no schedules"),
+        ({"path": "x", "zipformer": {}, "schedule_speed": 2.0}, "schedule_speed: 2 .*: the schedules of x are past"),
+        ({"whisper": {"num_mel_bins": 64}}, "whisper: .*num_mel_bins is 64, but must be 80 or 128"),
+    ],
+)
+def test_encoder_settings_that_contradict_each_other(section, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict(EncoderSection, section, "my.yaml")
+
+
+def test_encoder_settings_that_the_encoder_is_not_for(model, model_config, tmp_path):
+    path = str(tmp_path / "encoder")
+    save_encoder(model.encoder, path)
+    for change, message in (
+        ({"freeze_stacks": 2}, r"freeze_stacks: 2, but .*/encoder has 2: give at most 1, or freeze: true"),
+        ({"pad_to_30s": True}, r"pad_to_30s is for Whisper, but .*/encoder is a Zipformer"),
+        ({"zipformer": ZipformerConfig()}, r"model.encoder.zipformer contradicts .*config.json \(.*encoder_dim: "),
+    ):
+        with pytest.raises(UserError, match=message):
+            SpeechLLM.from_config(dataclasses.replace(model_config, encoder=EncoderSection(path=path, **change)))
+    # weights alone, with the sizes beside their path
+    (tmp_path / "encoder/config.json").unlink()
+    section = from_dict(EncoderSection, {"path": path, "zipformer": to_dict(model.encoder.config), "freeze_stacks": 1})
+    loaded = SpeechLLM.from_config(dataclasses.replace(model_config, encoder=section))
+    assert torch.equal(loaded.encoder.encoder_embed.out.weight, model.encoder.encoder_embed.out.weight)
+
+
+def test_a_causal_encoder_is_a_setting(model_config, batch):
+    """What comes after a chunk has no influence on it, but for the few frames that the front end looks ahead."""
+    sizes = to_dict(model_config.encoder.zipformer) | {
+        "causal": True, "chunk_size": [8], "left_context_frames": [16]
+    }  # fmt: skip
+    model_config.encoder = from_dict(EncoderSection, {"zipformer": sizes})
+    torch.manual_seed(0)
+    encoder = SpeechLLM.from_config(model_config).eval().encoder
+    features, lens = batch[0][:1], batch[1][:1]
+    later = features.clone()
+    later[:, 80:] += 3.0
+    with torch.no_grad():
+        (out, _), (other, _) = encoder(features, lens), encoder(later, lens)
+    same = (out == other).all(-1)[0].tolist()
+    assert sum(same) >= 12 and all(same[:12]) and not any(same[20:])  # of 28 frames of 40 ms, 4 to a chunk
 
 
 @pytest.fixture
@@ -339,8 +476,6 @@ def test_parts_that_do_not_fit(model, model_config, tmp_path):
     llm = LLMSection(rwkv7=RWKV7Config(n_layer=1, n_embd=32, head_size=16, vocab_size=100))
     with pytest.raises(ValueError, match="vocabulary of 100, the tokenizer .* of "):
         SpeechLLM.from_config(dataclasses.replace(model_config, llm=llm))
-    with pytest.raises(ValueError, match="either path .* or zipformer"):
-        EncoderSection(path="x", zipformer=model_config.encoder.zipformer)
     with pytest.raises(ValueError, match="freeze without path"):
         LLMSection(freeze=True, rwkv7=RWKV7Config(n_layer=1, n_embd=64, vocab_size=100))
     with pytest.raises(FileNotFoundError, match="no config.yaml"):

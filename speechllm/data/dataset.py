@@ -14,7 +14,7 @@ from torch import Tensor
 
 from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
 from speechllm.data.augment import Augmenter, SpecAugmentConfig
-from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, fbank, fbank_padded
+from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, extract_features, extract_features_padded
 from speechllm.data.index import Corpus
 from speechllm.data.manifest import describe_cut
 from speechllm.data.specaugment import spec_augment
@@ -48,7 +48,7 @@ class _Batch:
 class Batch(_Batch):
     """What the model sees of N utterances.
 
-    `features` (N, T, 80) float32, zero beyond `feature_lens` (N,) int64. For the other fields see `_Batch`.
+    `features` (N, T, F) float32, zero beyond `feature_lens` (N,) int64. For the other fields see `_Batch`.
     """
 
     features: Tensor
@@ -77,18 +77,20 @@ class WaveformBatch(_Batch):
     """A batch whose features are still to be computed, on the device that it is moved to.
 
     `samples` (N, S) float32, 16 kHz, zero beyond `sample_lens` (N,) int64. `spec_augment` (None for none) draws from
-    each utterance's own of the `generators`.
+    each utterance's own of the `generators`. `feature_kind`: see `speechllm.data.features.MEL_BINS`.
     """
 
     samples: Tensor
     sample_lens: Tensor
     spec_augment: SpecAugmentConfig | None
     generators: list[np.random.Generator]
+    feature_kind: str
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with features, on `device`."""
         lens = self.sample_lens.to(device, non_blocking=True)
-        features, feature_lens = fbank_padded(self.samples.to(device, non_blocking=True), lens)
+        samples = self.samples.to(device, non_blocking=True)
+        features, feature_lens = extract_features_padded(samples, lens, self.feature_kind)
         if self.spec_augment is not None:
             for row, frames, rng in zip(features, feature_lens.tolist(), self.generators, strict=True):
                 row[:frames] = spec_augment(row[:frames], self.spec_augment, rng)
@@ -142,6 +144,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         seed: the augmentation of an utterance depends on this, the epoch, its passes and its id, on nothing else.
         features_on: `worker` computes features here, `device` leaves that to `WaveformBatch.to`, `precomputed` reads
             those of the manifest.
+        feature_kind: see `speechllm.data.features.MEL_BINS`.
         allow_empty_text: for test sets, where an empty reference is a statement; in training it is an error.
     """
 
@@ -153,6 +156,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         augmenter: Augmenter | None,
         seed: int,
         features_on: str,
+        feature_kind: str,
         allow_empty_text: bool,
     ) -> None:
         self._corpus = corpus
@@ -160,6 +164,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         self._augmenter = augmenter
         self._seed = seed
         self._features_on = features_on
+        self._feature_kind = feature_kind
         self._allow_empty_text = allow_empty_text
 
     def __getitem__(self, plan: BatchPlan) -> tuple[Batch | WaveformBatch | None, list[Skipped]]:
@@ -186,7 +191,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         rng = augmentation_rng(self._seed, epoch, times, cut.id)
         samples, features = None, None
         if self._features_on == "precomputed":
-            features = load_precomputed(cut)
+            features = load_precomputed(cut, self._feature_kind)
             duration = len(features) * FRAME_SHIFT
         else:
             samples = load_samples(cut, speed)
@@ -194,7 +199,7 @@ class SpeechDataset(torch.utils.data.Dataset):
                 samples = self._augmenter.samples(samples, rng)
             duration = len(samples) / SAMPLE_RATE
             if self._features_on == "worker":
-                features = fbank(samples)
+                features = extract_features(samples, self._feature_kind)
         if features is not None and self._augmenter is not None:
             features = self._augmenter.features(features, rng)
         target_language = entry.target_lang if entry.task == "ast" else None
@@ -205,7 +210,8 @@ class SpeechDataset(torch.utils.data.Dataset):
             return collate(utterances)
         samples, lens = _padded([torch.from_numpy(u.samples) for u in utterances])
         config = self._augmenter.config.spec_augment if self._augmenter is not None else None
-        return WaveformBatch(*_fields(utterances), samples, lens, config, [u.rng for u in utterances])
+        generators = [u.rng for u in utterances]
+        return WaveformBatch(*_fields(utterances), samples, lens, config, generators, self._feature_kind)
 
 
 def augmentation_rng(seed: int, epoch: int, times: int, id: str) -> np.random.Generator:
@@ -215,7 +221,7 @@ def augmentation_rng(seed: int, epoch: int, times: int, id: str) -> np.random.Ge
 
 @dataclass(frozen=True)
 class Utterance:
-    """One utterance before padding: `samples` (S,) or `features` (T, 80), `duration` in seconds, and the generator from
+    """One utterance before padding: `samples` (S,) or `features` (T, F), `duration` in seconds, and the generator from
     which SpecAugment draws."""
 
     id: str

@@ -53,6 +53,7 @@ _LABELS_AT_ONCE = 10000
 class Labels(Protocol):
     """What the data side asks of the model about labels; `SpeechLLM` has it."""
 
+    frame_seconds: float
     seconds_per_position: float
 
     def label_lengths(self, texts: Sequence[str]) -> list[int]:

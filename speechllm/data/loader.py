@@ -46,7 +46,7 @@ class DataConfig:
     `text`: steps of normalisation (`speechllm.text`) that the targets go through.
 
     Used in training are utterances between `min_seconds` and `max_seconds`, with at most `max_chars_per_second`,
-    `max_tokens_per_second`, `max_tokens_per_frame` (40 ms of the encoder's output; CTC needs at most 1) in their label.
+    `max_tokens_per_second`, `max_tokens_per_frame` (of the encoder's output; CTC needs at most 1) in their label.
 
     Batches: rows padded to the longest have at most `max_duration` seconds, where a row as long as
     `quadratic_duration` counts twice; at most `max_cuts` rows; at most `max_positions` positions of the language model
@@ -145,6 +145,7 @@ class DataConfig:
             self.max_tokens_per_second,
             self.max_tokens_per_frame,
             self.max_positions,
+            frame_seconds=labels.frame_seconds if labels is not None else 0.04,
             seconds_per_position=labels.seconds_per_position if labels is not None else 0.0,
             fastest=self.augment.fastest,
             slowest=self.augment.slowest,
@@ -428,12 +429,18 @@ class SpeechLoader:
 
 
 def build_train_loader(
-    config: DataConfig, seed: int, rank: int = 0, world_size: int = 1, labels: Labels | None = None
+    config: DataConfig,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    labels: Labels | None = None,
+    feature_kind: str = "fbank",
 ) -> SpeechLoader:
     """The training data: mixed, bucketed and augmented.
 
     Args:
         labels: the model, where the configuration limits tokens or positions.
+        feature_kind: that of the model's encoder; see `speechllm.data.features.MEL_BINS`.
 
     Raises:
         DataError: no training sources, none of their utterances within the limits, or no noise in the noise manifests.
@@ -465,6 +472,7 @@ def build_train_loader(
             augmenter=Augmenter(config.augment, voices),
             seed=seed,
             features_on=config.features_on,
+            feature_kind=feature_kind,
             allow_empty_text=False,
         ),
         epochs,
@@ -475,7 +483,11 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    config: DataConfig, sources: list[SourceConfig], rank: int = 0, world_size: int = 1
+    config: DataConfig,
+    sources: list[SourceConfig],
+    rank: int = 0,
+    world_size: int = 1,
+    feature_kind: str = "fbank",
 ) -> SpeechLoader:
     """Validation or test data: each utterance once, as it is, shortest first, in the same batches each time.
 
@@ -493,6 +505,7 @@ def build_eval_loader(
             augmenter=None,
             seed=0,
             features_on=config.features_on,
+            feature_kind=feature_kind,
             allow_empty_text=True,
         ),
         EvaluationEpochs(config, corpus, rank, world_size),

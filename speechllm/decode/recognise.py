@@ -25,8 +25,6 @@ from speechllm.llm import LanguageModelState
 if TYPE_CHECKING:
     from speechllm.model import SpeechLLM
 
-ENCODER_FRAME_SECONDS = 0.04  # features at 100 Hz, a quarter of them behind the encoder
-
 
 @dataclass(frozen=True)
 class RecogniseOptions:
@@ -222,4 +220,4 @@ class Recogniser:
         (spans,) = forced_align(log_probs[None], lens, [tokens], self.model.blank_id)
         if spans is None:  # more tokens than frames: whatever it is, it was not said
             return None
-        return words_from_alignment(spans, self.model.tokenizer, ENCODER_FRAME_SECONDS, len(log_probs))
+        return words_from_alignment(spans, self.model.tokenizer, self.model.frame_seconds, len(log_probs))

@@ -586,12 +586,13 @@ class StackedEncoder(nn.Module):
         feature_masks = self.feature_masks(x)
         for i, stack in enumerate(self.encoders):
             dim = config.encoder_dim[i]
+            feature_mask = feature_masks[i] if stack.training else None  # none in a frozen stack
             x = x[..., :dim] if dim <= x.shape[-1] else F.pad(x, (0, dim - x.shape[-1]))
             factor = config.downsampling_factor[i]
             if factor == 1:
-                x = stack(x, rates[factor], feature_masks[i], checkpointed)
+                x = stack(x, rates[factor], feature_mask, checkpointed)
             else:
-                x = stack(x, lens, rates[factor], feature_masks[i], checkpointed)
+                x = stack(x, lens, rates[factor], feature_mask, checkpointed)
             outputs.append(x)
         # The widest output; what the last stack lacks comes from the last one before it that has it.
         pieces = [x]
@@ -654,13 +655,38 @@ class StackedEncoder(nn.Module):
         return masks
 
 
+def shortest_and_longest(features: Tensor, feature_lens: Tensor, dim: int, min_frames: int) -> tuple[int, int]:
+    """The least and the largest of `feature_lens` (N,), those of an encoder's input `features` (N, T, dim).
+
+    Raises:
+        ValueError: if shapes or lengths do not fit, or an utterance is too short.
+    """
+    if features.dim() != 3 or features.shape[2] != dim or len(features) != len(feature_lens):
+        raise ValueError(
+            f"features must be (N, T, {dim}) with N lengths, but are {tuple(features.shape)} with {len(feature_lens)}"
+        )
+    shortest, longest = (int(v) for v in feature_lens.aminmax())
+    if shortest < min_frames:
+        raise ValueError(
+            f"an utterance has {shortest} feature frames, but the encoder needs at least {min_frames}; leave out such "
+            "short ones"
+        )
+    if longest > features.shape[1]:
+        raise ValueError(f"feature_lens say {longest} frames, but features have {features.shape[1]} only")
+    return shortest, longest
+
+
 class Zipformer(nn.Module):
     """The encoder, front end included. Call it as `encoder(features, feature_lens)`.
 
     Attributes:
         config: its ZipformerConfig.
         output_dim: D, the width of its output.
+        frame_seconds: how much audio a frame of its output stands for.
+        feature_kind: the features it reads, of those in `speechllm.data.features`.
         min_frames: the shortest utterance it can encode, in feature frames.
+        max_seconds: the longest.
+        num_stacks: how many stacks of layers it has.
         checkpoint_layers: in training, keep only the inputs of the front end and of each layer, and compute the
             rest again for the gradient (activation checkpointing, arXiv 1604.06174): a third more work, and
             memory that hardly grows with depth. Every number stays the same, random ones included, as long as
@@ -670,13 +696,17 @@ class Zipformer(nn.Module):
     it.
     """
 
+    feature_kind = "fbank"
     min_frames = subsampling.MIN_FRAMES
+    max_seconds = math.inf
 
     def __init__(self, config: ZipformerConfig):
         super().__init__()
         self.config = config
         self.checkpoint_layers = False
         self.output_dim = max(config.encoder_dim)
+        self.frame_seconds = 0.02 * config.output_downsampling_factor
+        self.num_stacks = len(config.encoder_dim)
         dropout = ScheduledFloat((0.0, 0.3), (20000.0, 0.1)) if config.dropout is None else constant(config.dropout)
         self.encoder_embed = subsampling.Conv2dSubsampling(
             config.feature_dim, config.encoder_dim[0], tuple(config.subsampling_channels), dropout
@@ -692,6 +722,10 @@ class Zipformer(nn.Module):
         self.model_batch_count.fill_(batch_count)
         for schedule in scheduled_floats(self):
             schedule.set_batch_count(batch_count)
+
+    def bottom(self, num_stacks: int) -> list[nn.Module]:
+        """The front end and the lowest stacks."""
+        return [self.encoder_embed, *self.encoder.encoders[:num_stacks]]
 
     def output_lens(self, feature_lens: Tensor) -> Tensor:
         """How many output frames utterances of these many feature frames give; (N,) -> (N,)"""
@@ -718,22 +752,8 @@ class Zipformer(nn.Module):
         Raises:
             ValueError: if shapes or lengths do not fit, or an utterance is too short.
         """
-        config = self.config
-        if features.dim() != 3 or features.shape[2] != config.feature_dim or len(features) != len(feature_lens):
-            raise ValueError(
-                f"features must be (N, T, {config.feature_dim}) with N lengths, but are "
-                f"{tuple(features.shape)} with {len(feature_lens)}"
-            )
+        shortest, longest = shortest_and_longest(features, feature_lens, self.config.feature_dim, self.min_frames)
         feature_lens = feature_lens.to(features.device)
-        shortest, longest = (int(v) for v in feature_lens.aminmax())
-        if shortest < self.min_frames:
-            raise ValueError(
-                f"an utterance has {shortest} feature frames, but the encoder needs at least "
-                f"{self.min_frames}; leave out such short ones"
-            )
-        if longest > features.shape[1]:
-            raise ValueError(f"feature_lens say {longest} frames, but features have {features.shape[1]} only")
-
         features = features[:, :longest]
         lens = subsampling.output_lens(feature_lens)
         valid = None

@@ -10,8 +10,9 @@ from lhotse import CutSet, Recording
 
 from speechllm.cli import main
 from speechllm.data import SourceConfig, fbank, read_manifest
-from speechllm.data.audio import load_samples
+from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
 from speechllm.data.convert import convert_to_cuts, convert_to_shar
+from speechllm.data.features import extract_features
 from speechllm.data.manifest import describe_cut
 from speechllm.errors import UserError
 
@@ -68,7 +69,7 @@ def rate_and_channels(cut) -> tuple[int, int]:
 @pytest.mark.parametrize("to", [".jsonl.gz", "shar"])
 def test_lhotse_reads_what_was_written_without_us(source, tmp_path, to):
     before = list(read_manifest(source))
-    write(source, tmp_path, to, features=True)
+    write(source, tmp_path, to, features="fbank")
     if to == "shar":
         assert len(list((tmp_path / "out").glob("cuts.*"))) == 2  # 4 utterances in shards of 3
         cuts = CutSet.from_shar(in_dir=tmp_path / "out")
@@ -78,6 +79,17 @@ def test_lhotse_reads_what_was_written_without_us(source, tmp_path, to):
         assert cut.load_audio().shape == (cut.num_channels, round(one.duration * cut.recording.sampling_rate))
         expected = fbank(load_samples(one))
         torch.testing.assert_close(torch.tensor(cut.load_features()), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("to", [".jsonl.gz", "shar"])
+def test_stored_features_have_the_kind_that_was_asked_for(source, tmp_path, to):
+    write(source, tmp_path, to, features="whisper128")
+    stored = SourceConfig(str(tmp_path / ("out" if to == "shar" else f"out{to}")))
+    for one, cut in zip(read_manifest(source), read_manifest(stored), strict=True):
+        expected = extract_features(load_samples(one), "whisper128")
+        torch.testing.assert_close(load_precomputed(cut, "whisper128"), expected, rtol=0, atol=1e-6)
+        with pytest.raises(UtteranceError, match="stored are whisper128, the encoder needs fbank"):
+            load_precomputed(cut, "fbank")
 
 
 @pytest.mark.parametrize(("audio_format", "formats"), [("wav", {"WAV"}), ("flac", {"FLAC"})])
@@ -144,6 +156,6 @@ def write_manifest_lines(folder, lines):
 def test_nothing_usable_leaves_nothing_behind(tmp_path, to, capsys):
     path = write_manifest(tmp_path / "m.jsonl", [{"audio_filepath": "0.wav", "duration": 1.0, "text": "x"}])
     output = tmp_path / "out.jsonl"
-    assert status(path, output, "--to", to, "--features") == 1
+    assert status(path, output, "--to", to, "--features", "fbank") == 1
     assert "no utterance can be used: 1 missing file" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["m.jsonl"]

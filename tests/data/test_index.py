@@ -21,6 +21,7 @@ from .conftest import write_manifest
 class LetterLabels:
     """A token for every letter."""
 
+    frame_seconds = 0.04
     seconds_per_position = 0.08
 
     def label_lengths(self, texts):

@@ -29,7 +29,7 @@ from speechllm.data import (
     build_train_loader,
     fbank,
 )
-from speechllm.data.features import fbank_extractor, num_frames
+from speechllm.data.features import MEL_BINS, fbank_extractor, num_frames
 from speechllm.data.sampling import curriculum_limit
 
 from .conftest import write_manifest, write_tone
@@ -200,15 +200,16 @@ def test_repeated_utterances_are_augmented_anew(corpus):
     assert sum(len(a) != len(b) or not torch.equal(a, b) for a, b in rows.values()) > 15
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_features_on_the_device_are_those_of_the_worker(corpus, num_workers):
-    in_worker = list(build_train_loader(config(corpus), seed=1))
-    on_device = build_train_loader(replace(config(corpus), features_on="device", num_workers=num_workers), seed=1)
+@pytest.mark.parametrize(("num_workers", "kind"), [(0, "fbank"), (1, "fbank"), (0, "whisper128")])
+def test_features_on_the_device_are_those_of_the_worker(corpus, num_workers, kind):
+    in_worker = list(build_train_loader(config(corpus), seed=1, feature_kind=kind))
+    settings = replace(config(corpus), features_on="device", num_workers=num_workers)
+    on_device = build_train_loader(settings, seed=1, feature_kind=kind)
     for expected, batch in zip(in_worker, on_device, strict=True):
         assert isinstance(batch, WaveformBatch) and len(batch) == len(expected)
         assert len(pickle.dumps(batch)) < 1.1 * batch.samples.nbytes + 2000 * len(batch)  # no noise travels along
         got = batch.to("cpu")
-        assert isinstance(got, Batch)
+        assert isinstance(got, Batch) and got.features.shape[2] == MEL_BINS[kind]
         torch.testing.assert_close(got.features, expected.features, rtol=0, atol=1e-3)
         assert torch.equal(got.feature_lens, expected.feature_lens)
         assert (got.ids, got.texts, got.durations) == (expected.ids, expected.texts, expected.durations)

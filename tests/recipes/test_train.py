@@ -62,6 +62,26 @@ def test_exp_folder_is_as_icefall_users_expect(finished):
     assert (finished / "config.yaml").read_text().startswith("# recipes/train.py --config")
 
 
+def test_a_whisper_encoder_is_trained_in_part(experiment, tmp_path):
+    from transformers import WhisperConfig, WhisperModel
+
+    sizes = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    whisper = WhisperModel(WhisperConfig(**sizes, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16))
+    whisper.save_pretrained(tmp_path / "whisper")
+    settings = [
+        "--model.encoder", f"{{path: {tmp_path / 'whisper'}, freeze_stacks: 1}}", "--data.num_workers", "0",
+        "--train.save_every_n", "1", "--train.valid_every_n", "2", "--optim.warmup_steps", "0",
+        "--data.max_seconds", "27",
+    ]  # fmt: skip
+    run(*command(experiment, tmp_path / "exp", *settings, "--train.num_steps", "2"))
+    one, two = (load_checkpoint(tmp_path / f"exp/checkpoint-{step}.pt") for step in (1, 2))
+    assert set(one["base_weights"]) == {"encoder"} and one["base_weights"] == two["base_weights"]
+    assert not any(name.startswith(("encoder.conv", "encoder.layers.0.")) for name in two["model"])
+    assert not torch.equal(one["model"]["encoder.layers.1.fc1.weight"], two["model"]["encoder.layers.1.fc1.weight"])
+    failed = run(*command(experiment, tmp_path / "exp", *settings, "--data.max_seconds", "30"), check=False)
+    assert failed.returncode and "data.max_seconds: 30, played 0.9 times as fast, is longer than" in failed.stderr
+
+
 def test_two_processes_learn_as_one_with_the_same_global_batch(experiment, tmp_path):
     """A step is the whole epoch, so that it has the same utterances whatever the order."""
     torch.manual_seed(0)
