@@ -7,6 +7,9 @@ An auxiliary CTC head on the encoder (arXiv 1609.06773) helps a model trained fr
 transcripts only: the encoder sees no prompt, so it cannot know that a translation is wanted.
 
 In a batch the rows with a target language are to be translated, the others to be transcribed.
+
+With `more_encoders` the audio is what each encoder's projector gives, one after another, as MoWE-Audio (arXiv
+2409.06635) puts weak encoders beside a strong one. The CTC head stays on the first.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.llm import LanguageModel
 from speechllm.model_card import model_card
-from speechllm.projector import Projector, ProjectorConfig
+from speechllm.projector import Projector, ProjectorConfig, WeightedStacks, build_projector, one_after_another
 from speechllm.prompt import PromptConfig, splice
 from speechllm.rwkv7 import (
     RWKV7,
@@ -105,10 +108,21 @@ class LLMSection:
 
 
 @dataclass
+class MoreEncoder:
+    """One more encoder, and its own projector."""
+
+    encoder: EncoderSection
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+
+
+@dataclass
 class ModelConfig:
     """Everything that defines a model. `tokenizer` is `rwkv` or the folder of a sentencepiece model.
 
     `ctc_weight` scales the CTC loss of a linear head on the encoder; 0 builds no head.
+    `more_encoders`: their embeddings stand behind the encoder's, in this order. `encoder_dropout`: in training each
+    encoder is left out of an utterance with this probability, but never all (as ModDrop, arXiv 1501.00102, drops whole
+    modalities); in decoding all are there.
     """
 
     tokenizer: str
@@ -117,10 +131,27 @@ class ModelConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     ctc_weight: float = 0.0
+    more_encoders: list[MoreEncoder] = field(default_factory=list)
+    encoder_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.ctc_weight < 0:
             raise ValueError(f"ctc_weight must be at least 0, got {self.ctc_weight}")
+        if not 0 <= self.encoder_dropout < 1:
+            raise ValueError(f"encoder_dropout must be in [0, 1), got {self.encoder_dropout}")
+        if self.encoder_dropout and not self.more_encoders:
+            raise ValueError("encoder_dropout leaves out one of several encoders, but there are no more_encoders")
+
+    @property
+    def projectors(self) -> dict[str, ProjectorConfig]:
+        """Those of all encoders, by their keys."""
+        more = {f"more_encoders[{i}].projector": more.projector for i, more in enumerate(self.more_encoders)}
+        return {"projector": self.projector, **more}
+
+    @property
+    def seconds_per_position(self) -> float:
+        """How much audio one position of the language model stands for, the positions of all encoders counted."""
+        return ENCODER_FRAME_SECONDS / sum(1 / projector.downsample for projector in self.projectors.values())
 
 
 def _check_source(section: EncoderSection | LLMSection, sizes: str) -> None:
@@ -128,6 +159,23 @@ def _check_source(section: EncoderSection | LLMSection, sizes: str) -> None:
         raise ValueError(f"give either path (a checkpoint) or {sizes} (sizes to train from scratch)")
     if section.freeze and not section.path:
         raise ValueError("freeze without path would freeze random weights")
+
+
+def _build_encoder(section: EncoderSection) -> Zipformer:
+    encoder = load_encoder(section.path) if section.path else Zipformer(section.zipformer)
+    encoder.checkpoint_layers = section.checkpoint_layers
+    return encoder
+
+
+def _encode(encoder: Zipformer, projector: Projector, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, ...]:
+    """encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,) of one encoder and its projector."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())):
+        if isinstance(projector, WeightedStacks):
+            encoder_out, lens, projected = encoder(features, feature_lens, return_stacks=True)
+        else:
+            encoder_out, lens = encoder(features, feature_lens)
+            projected = encoder_out
+    return encoder_out, lens, *projector(projected, lens)
 
 
 class SpeechLLM(nn.Module):
@@ -140,6 +188,7 @@ class SpeechLLM(nn.Module):
         projector: Projector,
         llm: LanguageModel,
         tokenizer: Tokenizer,
+        more_encoders: Sequence[tuple[Zipformer, Projector]] = (),
     ) -> None:
         super().__init__()
         self.config = config
@@ -147,11 +196,12 @@ class SpeechLLM(nn.Module):
         self.encoder = encoder
         self.projector = projector
         self.llm = llm
+        self.more_encoders = nn.ModuleList(nn.ModuleDict({"encoder": e, "projector": p}) for e, p in more_encoders)
         # Blank is the last class, so the others keep the tokenizer's ids.
         self.blank_id = tokenizer.vocab_size
         self.ctc_head = nn.Linear(encoder.output_dim, self.blank_id + 1) if config.ctc_weight else None
-        for part, frozen in ((encoder, config.encoder.freeze), (llm, config.llm.freeze)):
-            if frozen:
+        for part, section in [(llm, config.llm), *((e, section) for _, section, e in self.encoders())]:
+            if section.freeze:
                 part.requires_grad_(False)
         self.train()
 
@@ -163,8 +213,7 @@ class SpeechLLM(nn.Module):
           UserError, FileNotFoundError: a part does not load, or two parts do not fit together.
         """
         tokenizer = load_tokenizer(config.tokenizer)
-        encoder = load_encoder(config.encoder.path) if config.encoder.path else Zipformer(config.encoder.zipformer)
-        encoder.checkpoint_layers = config.encoder.checkpoint_layers
+        encoder = _build_encoder(config.encoder)
         llm = load_rwkv7(config.llm.path) if config.llm.path else RWKV7(config.llm.rwkv7)
         if config.llm.adapter is not None:
             load_adapter(llm, config.llm.adapter)
@@ -176,8 +225,18 @@ class SpeechLLM(nn.Module):
                 f"the language model ({config.llm.path or 'llm.rwkv7'}) has a vocabulary of {llm.vocab_size}, "
                 f"the tokenizer {config.tokenizer} of {tokenizer.vocab_size}: they must belong together"
             )
-        projector = Projector(config.projector, encoder.output_dim, llm.hidden_size)
-        return cls(config, encoder, projector, llm, tokenizer)
+        projector = build_projector(config.projector, encoder.output_dim, llm.hidden_size, encoder.num_stacks)
+        more_encoders = []
+        for i, more in enumerate(config.more_encoders):
+            other = _build_encoder(more.encoder)
+            if other.config.feature_dim != encoder.config.feature_dim:
+                raise ConfigError(
+                    f"model.more_encoders[{i}].encoder reads features of {other.config.feature_dim} bins, "
+                    f"model.encoder of {encoder.config.feature_dim}: all encoders read the same features"
+                )
+            sizes = other.output_dim, llm.hidden_size, other.num_stacks
+            more_encoders.append((other, build_projector(more.projector, *sizes)))
+        return cls(config, encoder, projector, llm, tokenizer, more_encoders)
 
     def train(self, mode: bool = True) -> SpeechLLM:
         """Frozen parts stay in evaluation mode."""
@@ -191,21 +250,41 @@ class SpeechLLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.projector.out_proj.weight.device
+        return next(self.projector.parameters()).device
 
     @property
     def seconds_per_position(self) -> float:
-        """How much audio one position of the language model stands for."""
-        return ENCODER_FRAME_SECONDS * self.projector.downsample
+        """See `ModelConfig.seconds_per_position`."""
+        return self.config.seconds_per_position
 
-    def _encoder_trains(self) -> bool:
-        return any(p.requires_grad for p in self.encoder.parameters())
+    def encoders(self) -> list[tuple[str, EncoderSection, Zipformer]]:
+        """Name as a part of the model, configuration and module of each encoder, the first one first."""
+        more = zip(self.config.more_encoders, self.more_encoders, strict=True)
+        return [
+            ("encoder", self.config.encoder, self.encoder),
+            *((f"more_encoders.{i}.encoder", c.encoder, part["encoder"]) for i, (c, part) in enumerate(more)),
+        ]
 
     def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """features (N, T, F), (N,) -> encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_trains()):
-            encoder_out, encoder_out_lens = self.encoder(features, feature_lens)
-        return encoder_out, encoder_out_lens, *self.projector(encoder_out, encoder_out_lens)
+        """features (N, T, F), (N,) -> encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,).
+
+        encoder_out is the first encoder's; the audio is that of all.
+        """
+        encoder_out, encoder_out_lens, *first = _encode(self.encoder, self.projector, features, feature_lens)
+        if not self.more_encoders:
+            return encoder_out, encoder_out_lens, *first
+        parts = [_encode(more["encoder"], more["projector"], features, feature_lens) for more in self.more_encoders]
+        embeds, lens = zip(first, *(part[2:] for part in parts), strict=True)
+        if self.training and self.config.encoder_dropout:
+            lens = self._with_encoder_dropout(torch.stack(lens))
+        return encoder_out, encoder_out_lens, *one_after_another(embeds, lens)
+
+    def _with_encoder_dropout(self, lens: Tensor) -> Tensor:
+        """lens (E, N) of E encoders' audio, 0 for those that are left out of an utterance."""
+        kept = torch.rand(lens.shape, device=lens.device) >= self.config.encoder_dropout
+        one = torch.randint(len(lens), lens.shape[1:], device=lens.device)  # is there if no other is
+        kept |= ~kept.any(0) & (torch.arange(len(lens), device=lens.device)[:, None] == one)
+        return lens * kept
 
     def prompted(
         self,
@@ -364,7 +443,14 @@ class SpeechLLM(nn.Module):
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
             config = dataclasses.replace(
-                self.config, tokenizer=".", encoder=EncoderSection(zipformer=self.encoder.config), llm=llm
+                self.config,
+                tokenizer=".",
+                encoder=EncoderSection(zipformer=self.encoder.config),
+                llm=llm,
+                more_encoders=[
+                    MoreEncoder(EncoderSection(zipformer=part["encoder"].config), more.projector)
+                    for more, part in zip(self.config.more_encoders, self.more_encoders, strict=True)
+                ],
             )
             save_config(config, tmp / "config.yaml")
             weights = {k: v for k, v in self.state_dict().items() if not k.startswith("llm.")}

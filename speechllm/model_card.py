@@ -21,6 +21,8 @@ _RESULTS = "## Results"
 def model_card(model: SpeechLLM) -> str:
     """The card of a model, without results."""
     parts = [("Zipformer encoder", model.encoder), ("projector", model.projector), ("RWKV-7 language model", model.llm)]
+    for i, more in enumerate(model.more_encoders, start=2):
+        parts += [(f"encoder {i}", more["encoder"]), (f"projector {i}", more["projector"])]
     if model.ctc_head is not None:
         parts.append(("CTC head", model.ctc_head))
     rows = "".join(f"| {name} | {_millions(part)} |\n" for name, part in parts)
