@@ -258,7 +258,7 @@ def train_stages(args: argparse.Namespace, overrides: list[str], find_max_durati
         for name, changes in config.stages.items()
     }
     for (name, stage), (then, next_stage) in pairwise(stages.items()):
-        check_same_projectors(args.config, name, stage.model, then, next_stage.model)
+        check_same_projectors(args.config, f"stages.{name}", stage.model, f"stages.{then}", next_stage.model)
     stages = {name: stage for name, stage in stages.items() if args.stage in (None, name)}
     if len({stage.train.mixed_precision for stage in stages.values()}) > 1:
         raise ConfigError(f"{args.config}: stages with another train.mixed_precision; run them one by one with --stage")
@@ -282,13 +282,13 @@ def check_same_projectors(source: str, name: str, model: ModelConfig, then: str,
     """
     for key, projector in model.projectors.items():
         if key not in next_model.projectors:
-            raise ConfigError(f"{source}: stages.{name} trains model.{key}, but stages.{then} has no such encoder")
+            raise ConfigError(f"{source}: {name} trains model.{key}, but {then} has no such encoder")
         before, after = to_dict(projector), to_dict(next_model.projectors[key])
         for field_name, value in before.items():
             if after[field_name] != value:
                 raise ConfigError(
-                    f"{source}: stages.{then} has model.{key}.{field_name}: {after[field_name]}, but goes on from the "
-                    f"projector of stages.{name}, which has {value}; use one for both, or train them as two experiments"
+                    f"{source}: {then} has model.{key}.{field_name}: {after[field_name]}, but goes on from the "
+                    f"projector of {name}, which has {value}; use one for both, or train them as two experiments"
                 )
 
 
@@ -333,8 +333,12 @@ def train(
     train_loader = training_data(config.data.max_duration)
     valid_loader = build_eval_loader(config.data, config.data.valid, rank, world_size)
     checkpoint_path = exp_dir / start_from if start_from is not None else newest_checkpoint(exp_dir)
-    new_encoders = [encoder for _, section, encoder in model.encoders() if section.path is None]
-    if checkpoint_path is None and init_dir is None and new_encoders:
+    new_encoders = [
+        encoder
+        for name, section, encoder in model.encoders()
+        if section.path is None and not any(key.startswith(f"{name}.") for key in from_stage_before)
+    ]
+    if checkpoint_path is None and new_encoders:
         first = next(iter(train_loader)).to("cpu")
         for encoder in new_encoders:
             init_from_data(encoder, first.features, first.feature_lens)
@@ -601,7 +605,7 @@ def init_from_stage(model: SpeechLLM, init_dir: Path) -> set[str]:
         raise CheckpointError(f"{init_dir}: no checkpoint to start from; train that stage first")
     content = load_checkpoint(path)
     before = from_dict(ModelConfig, content["config"]["model"], str(path))
-    check_same_projectors(str(path), init_dir.name, before, "the next", model.config)
+    check_same_projectors(str(path), "this checkpoint", before, "the stage", model.config)
     state = content["model"]
     load_state_dict_strict(model, {**model.state_dict(), **state}, path)
     logger.info("starting from %s: %d tensors", path, len(state))
