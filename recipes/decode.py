@@ -80,7 +80,7 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, opt
         batches: deque[Batch] = deque()  # that are being searched
 
         def speech(sources=sources, name=name, batches=batches) -> Iterator[Speech]:
-            loader = build_eval_loader(config.data, sources, feature_kind=model.encoder.feature_kind)
+            loader = build_eval_loader(config.data, sources, feature_kind=model.feature_kind)
             for batch in tqdm(loader, desc=name, unit="batch", disable=None):
                 batches.append(batch)
                 yield Speech(batch.features, batch.feature_lens, batch.languages, batch.target_languages)

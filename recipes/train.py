@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ from speechllm.checkpoint import (
     set_rng_state,
     trained_state_dict,
 )
-from speechllm.config import ConfigError, load_config, override, parse_overrides, save_config, to_dict
+from speechllm.config import ConfigError, from_dict, load_config, override, parse_overrides, save_config, to_dict
 from speechllm.data import Batch, DataConfig, SpeechLoader, build_eval_loader, build_train_loader
 from speechllm.diagnostics import ActivationStatistics
 from speechllm.encoder import init_from_data
@@ -239,8 +239,10 @@ def train_stages(args: argparse.Namespace, overrides: list[str], find_max_durati
             source="command line",
         )
         for name, changes in config.stages.items()
-        if args.stage in (None, name)
     }
+    for (name, stage), (then, next_stage) in pairwise(stages.items()):
+        check_same_projectors(args.config, f"stages.{name}", stage.model, f"stages.{then}", next_stage.model)
+    stages = {name: stage for name, stage in stages.items() if args.stage in (None, name)}
     if len({stage.train.mixed_precision for stage in stages.values()}) > 1:
         raise ConfigError(f"{args.config}: stages with another train.mixed_precision; run them one by one with --stage")
     if options["start_from"] is not None and len(stages) > 1:
@@ -253,6 +255,24 @@ def train_stages(args: argparse.Namespace, overrides: list[str], find_max_durati
         if not train(stage, args.exp_dir / name, init_dir=before, **options):
             break
     PartialState().destroy_process_group()
+
+
+def check_same_projectors(source: str, name: str, model: ModelConfig, then: str, next_model: ModelConfig) -> None:
+    """A stage goes on with the projectors of the one before it; it may have encoders more.
+
+    Raises:
+      ConfigError: names both stages, the key and what differs.
+    """
+    for key, projector in model.projectors.items():
+        if key not in next_model.projectors:
+            raise ConfigError(f"{source}: {name} trains model.{key}, but {then} has no such encoder")
+        before, after = to_dict(projector), to_dict(next_model.projectors[key])
+        for field_name, value in before.items():
+            if after[field_name] != value:
+                raise ConfigError(
+                    f"{source}: {then} has model.{key}.{field_name}: {after[field_name]}, but goes on from the "
+                    f"projector of {name}, which has {value}; use one for both, or train them as two experiments"
+                )
 
 
 def start_checkpoint(epoch: int | None, step: int | None) -> str | None:
@@ -289,8 +309,8 @@ def train(
     from_stage_before = init_from_stage(model, init_dir) if init_dir is not None else set()
     logger.info("parameters: %s", describe_parameters(model))
 
-    check_longest(config.data, model)
-    feature_kind = model.encoder.feature_kind
+    check_lengths(config.data, model)
+    feature_kind = model.feature_kind
 
     def training_data(max_duration: float) -> SpeechLoader:
         config.data.max_duration = max_duration
@@ -301,9 +321,15 @@ def train(
     train_loader = training_data(config.data.max_duration)
     valid_loader = build_eval_loader(config.data, config.data.valid, rank, world_size, feature_kind)
     checkpoint_path = exp_dir / start_from if start_from is not None else newest_checkpoint(exp_dir)
-    if checkpoint_path is None and init_dir is None and config.model.encoder.is_new_zipformer:
+    new_encoders = [
+        encoder
+        for name, section, encoder in model.encoders()
+        if section.is_new_zipformer and not any(key.startswith(f"{name}.") for key in from_stage_before)
+    ]
+    if checkpoint_path is None and new_encoders:
         first = next(iter(train_loader)).to("cpu")
-        init_from_data(model.encoder, first.features, first.feature_lens)
+        for encoder in new_encoders:
+            init_from_data(encoder, model.features_of(encoder, first.features), first.feature_lens)
 
     # ---- optimiser ------------------------------------------------------------------------------------------
     freeze_parameters(model, config.optim.freeze)
@@ -408,7 +434,9 @@ def train(
         smoothing=0.05,
     )
     if print_diagnostics:  # what is computed twice would be counted twice
-        bare.llm.checkpoint_blocks = bare.encoder.checkpoint_layers = False
+        bare.llm.checkpoint_blocks = False
+        for _, _, encoder in bare.encoders():
+            encoder.checkpoint_layers = False
     stopping = StopSignal()
     model.train()
     if find_max_duration and checkpoint_path is None:
@@ -439,8 +467,9 @@ def train(
                     break
                 tokens = sum(len(bare.label_ids(text)) + 1 for batch in batches for text in batch.texts)
                 tokens = accelerator.reduce(torch.tensor(float(tokens), device=accelerator.device)).item()
-                if config.model.encoder.is_new_zipformer:  # a released encoder has its schedules behind it
-                    bare.encoder.set_batch_count(step * config.model.encoder.schedule_speed)
+                for _, section, encoder in bare.encoders():
+                    if section.is_new_zipformer:  # a released encoder has its schedules behind it
+                        encoder.set_batch_count(step * section.schedule_speed)
                 averages = Averages()
                 for i, batch in enumerate(batches):
                     batch = batch.to(accelerator.device)
@@ -557,28 +586,48 @@ def init_from_stage(model: SpeechLLM, init_dir: Path) -> set[str]:
 
     Raises:
       CheckpointError: there is no checkpoint, or it has weights that the model has not.
+      ConfigError: it is of a model with other projectors.
     """
     path = newest_checkpoint(init_dir)
     if path is None:
         raise CheckpointError(f"{init_dir}: no checkpoint to start from; train that stage first")
-    state = load_checkpoint(path)["model"]
+    content = load_checkpoint(path)
+    before = from_dict(ModelConfig, content["config"]["model"], str(path))
+    check_same_projectors(str(path), "this checkpoint", before, "the stage", model.config)
+    state = content["model"]
     load_state_dict_strict(model, {**model.state_dict(), **state}, path)
     logger.info("starting from %s: %d tensors", path, len(state))
     return set(state)
 
 
-def check_longest(data: DataConfig, model: SpeechLLM) -> None:
-    """Whether the encoder can hear the longest utterances that are trained on.
+def check_lengths(data: DataConfig, model: SpeechLLM) -> None:
+    """Whether encoders and projectors fit the lengths of the utterances that are trained on.
 
     Raises:
-      ConfigError: it cannot.
+      ConfigError: an encoder cannot hear the longest; all of them are shorter than a position of the language model, or
+        the shortest leaves none for a label.
     """
-    limit, slowest = model.encoder.max_seconds, data.augment.slowest
-    if data.max_seconds > limit * slowest:
-        played = f", played {slowest:g} times as fast" if slowest != 1 else ""
+    slowest = data.augment.slowest
+    for name, section, encoder in model.encoders():
+        if data.max_seconds > encoder.max_seconds * slowest:
+            played = f", played {slowest:g} times as fast" if slowest != 1 else ""
+            raise ConfigError(
+                f"data.max_seconds: {data.max_seconds:g}{played}, is longer than the {encoder.max_seconds:g} s that "
+                f"the encoder ({section.path or f'model.{name}.whisper'}) has positions for: set it to "
+                f"{encoder.max_seconds * slowest:g}"
+            )
+    seconds = model.seconds_per_position
+    keys = ", ".join(f"model.{key}.downsample: {p.downsample}" for key, p in model.config.projectors.items())
+    if seconds > data.max_seconds:
         raise ConfigError(
-            f"data.max_seconds: {data.max_seconds:g}{played}, is longer than the {limit:g} s that the encoder "
-            f"({model.config.encoder.path or 'model.encoder.whisper'}) has positions for: set it to {limit * slowest:g}"
+            f"{keys} makes one position of {seconds:g} s of audio, but no utterance is longer than "
+            f"data.max_seconds: {data.max_seconds:g}"
+        )
+    shortest = math.ceil(data.min_seconds / seconds)
+    if data.max_positions is not None and shortest + 2 > data.max_positions:
+        raise ConfigError(
+            f"data.max_positions: {data.max_positions} leaves no position for a label and its end of text: "
+            f"with {keys} the shortest audio (data.min_seconds: {data.min_seconds:g}) takes {shortest}"
         )
 
 
@@ -589,8 +638,7 @@ def frozen_base_weights(model: SpeechLLM, carried: Sequence[str]) -> dict[str, d
       ConfigError: weights are frozen that come from no file.
     """
     bases = {}
-    for name, section in (("encoder", model.config.encoder), ("llm", model.config.llm)):
-        part = getattr(model, name)
+    for name, section, part in [*model.encoders(), ("llm", model.config.llm, model.llm)]:
         frozen = [n for n, p in part.named_parameters(prefix=name) if not p.requires_grad and n not in carried]
         if frozen and section.path is None:
             raise ConfigError(f"optim.freeze: {frozen[0]} comes from no file (model.{name}.path) and no stage before")
@@ -744,6 +792,8 @@ def describe_parameters(model: SpeechLLM) -> str:
     parts = []
     for name, part in model.named_children():
         count = sum(p.numel() for p in part.parameters())
+        if not count:
+            continue
         trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
         note = "" if trained == count else " (frozen)" if trained == 0 else f" ({trained / 1e6:.2f} M trained)"
         parts.append(f"{name} {count / 1e6:.2f} M{note}")

@@ -7,6 +7,9 @@ An auxiliary CTC head on the encoder (arXiv 1609.06773) helps a model trained fr
 transcripts only: the encoder sees no prompt, so it cannot know that a translation is wanted.
 
 In a batch the rows with a target language are to be translated, the others to be transcribed.
+
+With `more_encoders` the audio is what each encoder's projector gives, one after another, as MoWE-Audio (arXiv
+2409.06635) puts weak encoders beside a strong one. The CTC head stays on the first.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.llm import LanguageModel
 from speechllm.model_card import model_card
-from speechllm.projector import Projector, ProjectorConfig
+from speechllm.projector import Projector, ProjectorConfig, WeightedStacks, build_projector, one_after_another
 from speechllm.prompt import PromptConfig, splice
 from speechllm.rwkv7 import (
     RWKV7,
@@ -46,6 +49,8 @@ from speechllm.rwkv7 import (
 )
 from speechllm.rwkv7.wkv import BACKENDS
 from speechllm.tokenizer import Tokenizer, load_tokenizer
+
+Encoder = Zipformer | WhisperEncoder
 
 
 @dataclass
@@ -134,10 +139,21 @@ class LLMSection:
 
 
 @dataclass
+class MoreEncoder:
+    """One more encoder, and its own projector."""
+
+    encoder: EncoderSection
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+
+
+@dataclass
 class ModelConfig:
     """Everything that defines a model. `tokenizer` is `rwkv` or the folder of a sentencepiece model.
 
     `ctc_weight` scales the CTC loss of a linear head on the encoder; 0 builds no head.
+    `more_encoders`: their embeddings stand behind the encoder's, in this order. `encoder_dropout`: in training each
+    encoder is left out of an utterance with this probability, but never all (as ModDrop, arXiv 1501.00102, drops whole
+    modalities); in decoding all are there.
     """
 
     tokenizer: str
@@ -146,10 +162,22 @@ class ModelConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     ctc_weight: float = 0.0
+    more_encoders: list[MoreEncoder] = field(default_factory=list)
+    encoder_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.ctc_weight < 0:
             raise ValueError(f"ctc_weight must be at least 0, got {self.ctc_weight}")
+        if not 0 <= self.encoder_dropout < 1:
+            raise ValueError(f"encoder_dropout must be in [0, 1), got {self.encoder_dropout}")
+        if self.encoder_dropout and not self.more_encoders:
+            raise ValueError("encoder_dropout leaves out one of several encoders, but there are no more_encoders")
+
+    @property
+    def projectors(self) -> dict[str, ProjectorConfig]:
+        """Those of all encoders, by their keys."""
+        more = {f"more_encoders[{i}].projector": more.projector for i, more in enumerate(self.more_encoders)}
+        return {"projector": self.projector, **more}
 
 
 def _check_source(section: LLMSection, sizes: str) -> None:
@@ -159,7 +187,7 @@ def _check_source(section: LLMSection, sizes: str) -> None:
         raise ValueError("freeze without path would freeze random weights")
 
 
-def build_encoder(section: EncoderSection) -> Zipformer | WhisperEncoder:
+def build_encoder(section: EncoderSection) -> Encoder:
     """The encoder, as the configuration says: loaded or new, its lowest stacks frozen.
 
     Raises:
@@ -187,16 +215,35 @@ def build_encoder(section: EncoderSection) -> Zipformer | WhisperEncoder:
     return encoder
 
 
+def _saved_section(encoder: Encoder) -> EncoderSection:
+    """What `save_pretrained` writes: all weights are in the folder."""
+    if isinstance(encoder, WhisperEncoder):
+        return EncoderSection(whisper=encoder.config, pad_to_30s=encoder.pad_to_max_seconds)
+    return EncoderSection(zipformer=encoder.config)
+
+
+def _encode(encoder: Encoder, projector: Projector, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, ...]:
+    """encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,) of one encoder and its projector."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())):
+        if isinstance(projector, WeightedStacks):
+            encoder_out, lens, projected = encoder(features, feature_lens, return_stacks=True)
+        else:
+            encoder_out, lens = encoder(features, feature_lens)
+            projected = encoder_out
+    return encoder_out, lens, *projector(projected, lens)
+
+
 class SpeechLLM(nn.Module):
     """See the module's docstring. Build one with `from_config` (training) or `from_pretrained` (use)."""
 
     def __init__(
         self,
         config: ModelConfig,
-        encoder: Zipformer | WhisperEncoder,
+        encoder: Encoder,
         projector: Projector,
         llm: LanguageModel,
         tokenizer: Tokenizer,
+        more_encoders: Sequence[tuple[Encoder, Projector]] = (),
     ) -> None:
         super().__init__()
         self.config = config
@@ -204,11 +251,12 @@ class SpeechLLM(nn.Module):
         self.encoder = encoder
         self.projector = projector
         self.llm = llm
+        self.more_encoders = nn.ModuleList(nn.ModuleDict({"encoder": e, "projector": p}) for e, p in more_encoders)
         # Blank is the last class, so the others keep the tokenizer's ids.
         self.blank_id = tokenizer.vocab_size
         self.ctc_head = nn.Linear(encoder.output_dim, self.blank_id + 1) if config.ctc_weight else None
-        for part, frozen in ((encoder, config.encoder.freeze), (llm, config.llm.freeze)):
-            if frozen:
+        for part, section in [(llm, config.llm), *((e, section) for _, section, e in self.encoders())]:
+            if section.freeze:
                 part.requires_grad_(False)
         self.train()
 
@@ -232,8 +280,18 @@ class SpeechLLM(nn.Module):
                 f"the language model ({config.llm.path or 'llm.rwkv7'}) has a vocabulary of {llm.vocab_size}, "
                 f"the tokenizer {config.tokenizer} of {tokenizer.vocab_size}: they must belong together"
             )
-        projector = Projector(config.projector, encoder.output_dim, llm.hidden_size)
-        return cls(config, encoder, projector, llm, tokenizer)
+        projector = build_projector(config.projector, encoder.output_dim, llm.hidden_size, encoder.num_stacks)
+        more_encoders = []
+        for i, more in enumerate(config.more_encoders):
+            other = build_encoder(more.encoder)
+            if other.feature_kind == encoder.feature_kind and other.feature_dim != encoder.feature_dim:
+                raise ConfigError(
+                    f"model.more_encoders[{i}].encoder reads features of {other.feature_dim} bins, model.encoder of "
+                    f"{encoder.feature_dim}: encoders read the same {encoder.feature_kind} features"
+                )
+            sizes = other.output_dim, llm.hidden_size, other.num_stacks
+            more_encoders.append((other, build_projector(more.projector, *sizes)))
+        return cls(config, encoder, projector, llm, tokenizer, more_encoders)
 
     def train(self, mode: bool = True) -> SpeechLLM:
         """Frozen parts stay in evaluation mode."""
@@ -247,26 +305,62 @@ class SpeechLLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.projector.out_proj.weight.device
+        return next(self.projector.parameters()).device
 
     @property
     def seconds_per_position(self) -> float:
-        """How much audio one position of the language model stands for."""
-        return self.frame_seconds * self.projector.downsample
+        """How much audio one position of the language model stands for, the positions of all encoders counted."""
+        parts = [(self.encoder, self.projector), *((more["encoder"], more["projector"]) for more in self.more_encoders)]
+        return 1 / sum(1 / (encoder.frame_seconds * projector.downsample) for encoder, projector in parts)
 
     @property
     def frame_seconds(self) -> float:
-        """How much audio one frame of the encoder's output stands for."""
+        """How much audio one frame of the first encoder's output stands for."""
         return self.encoder.frame_seconds
 
-    def _encoder_trains(self) -> bool:
-        return any(p.requires_grad for p in self.encoder.parameters())
+    @property
+    def feature_kind(self) -> str:
+        """The features that the encoders read (see `speechllm.data.features`): of several kinds side by side."""
+        return "+".join(dict.fromkeys(encoder.feature_kind for _, _, encoder in self.encoders()))
+
+    def features_of(self, encoder: Encoder, features: Tensor) -> Tensor:
+        """What one of the encoders reads of features (N, T, F) of all kinds."""
+        bins = {
+            other.feature_kind: other.feature_dim for _, _, other in self.encoders()
+        }  # in the order of feature_kind
+        return dict(zip(bins, features.split(list(bins.values()), dim=2), strict=True))[encoder.feature_kind]
+
+    def encoders(self) -> list[tuple[str, EncoderSection, Encoder]]:
+        """Name as a part of the model, configuration and module of each encoder, the first one first."""
+        more = zip(self.config.more_encoders, self.more_encoders, strict=True)
+        return [
+            ("encoder", self.config.encoder, self.encoder),
+            *((f"more_encoders.{i}.encoder", c.encoder, part["encoder"]) for i, (c, part) in enumerate(more)),
+        ]
 
     def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """features (N, T, F), (N,) -> encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_trains()):
-            encoder_out, encoder_out_lens = self.encoder(features, feature_lens)
-        return encoder_out, encoder_out_lens, *self.projector(encoder_out, encoder_out_lens)
+        """features (N, T, F), (N,) -> encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,).
+
+        encoder_out is the first encoder's; the audio is that of all.
+        """
+        if not self.more_encoders:
+            return _encode(self.encoder, self.projector, features, feature_lens)
+        pairs = [(self.encoder, self.projector), *((more["encoder"], more["projector"]) for more in self.more_encoders)]
+        (encoder_out, encoder_out_lens, *first), *parts = (
+            _encode(encoder, projector, self.features_of(encoder, features), feature_lens)
+            for encoder, projector in pairs
+        )
+        embeds, lens = zip(first, *(part[2:] for part in parts), strict=True)
+        if self.training and self.config.encoder_dropout:
+            lens = self._with_encoder_dropout(torch.stack(lens))
+        return encoder_out, encoder_out_lens, *one_after_another(embeds, lens)
+
+    def _with_encoder_dropout(self, lens: Tensor) -> Tensor:
+        """lens (E, N) of E encoders' audio, 0 for those that are left out of an utterance."""
+        kept = torch.rand(lens.shape, device=lens.device) >= self.config.encoder_dropout
+        one = torch.randint(len(lens), lens.shape[1:], device=lens.device)  # is there if no other is
+        kept |= ~kept.any(0) & (torch.arange(len(lens), device=lens.device)[:, None] == one)
+        return lens * kept
 
     def prompted(
         self,
@@ -397,7 +491,7 @@ class SpeechLLM(nn.Module):
         self.eval()
         try:
             recogniser = Recogniser(self, options)
-            results = transcribe_inputs(inputs, recogniser, feature_kind=self.encoder.feature_kind)
+            results = transcribe_inputs(inputs, recogniser, feature_kind=self.feature_kind)
             found = [result for _, result in results]
         finally:
             self.train(was_training)
@@ -426,10 +520,16 @@ class SpeechLLM(nn.Module):
             llm = LLMSection(path=str(Path(self.config.llm.path).absolute()), freeze=True, adapter="adapter")
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
-            encoder = EncoderSection(zipformer=self.encoder.config)
-            if isinstance(self.encoder, WhisperEncoder):
-                encoder = EncoderSection(whisper=self.encoder.config, pad_to_30s=self.encoder.pad_to_max_seconds)
-            config = dataclasses.replace(self.config, tokenizer=".", encoder=encoder, llm=llm)
+            config = dataclasses.replace(
+                self.config,
+                tokenizer=".",
+                encoder=_saved_section(self.encoder),
+                llm=llm,
+                more_encoders=[
+                    MoreEncoder(_saved_section(part["encoder"]), more.projector)
+                    for more, part in zip(self.config.more_encoders, self.more_encoders, strict=True)
+                ],
+            )
             save_config(config, tmp / "config.yaml")
             weights = {k: v for k, v in self.state_dict().items() if not k.startswith("llm.")}
             if merged:

@@ -21,8 +21,10 @@ _RESULTS = "## Results"
 
 def model_card(model: SpeechLLM) -> str:
     """The card of a model, without results."""
-    encoder = "Whisper encoder" if isinstance(model.encoder, WhisperEncoder) else "Zipformer encoder"
-    parts = [(encoder, model.encoder), ("projector", model.projector), ("RWKV-7 language model", model.llm)]
+    parts = [(_encoder_name(model.encoder), model.encoder), ("projector", model.projector)]
+    for i, more in enumerate(model.more_encoders, start=2):
+        parts += [(f"{_encoder_name(more['encoder'])} {i}", more["encoder"]), (f"projector {i}", more["projector"])]
+    parts.append(("RWKV-7 language model", model.llm))
     if model.ctc_head is not None:
         parts.append(("CTC head", model.ctc_head))
     rows = "".join(f"| {name} | {_millions(part)} |\n" for name, part in parts)
@@ -66,6 +68,10 @@ def add_results(folder: str | Path, table: str) -> None:
     card = card.partition(f"\n{_RESULTS}\n")[0]
     with replaced_file(path) as tmp:
         tmp.write_text(f"{card}\n{_RESULTS}\n\n```\n{table.strip()}\n```\n", encoding="utf-8")
+
+
+def _encoder_name(encoder: nn.Module) -> str:
+    return "Whisper encoder" if isinstance(encoder, WhisperEncoder) else "Zipformer encoder"
 
 
 def _millions(part: nn.Module) -> str:

@@ -129,7 +129,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
         pack_for_inference(model.encoder)
     timestamps = args.format in _FORMATS_WITH_WORD_TIMES and model.ctc_head is not None
     recognise = Recogniser(model, replace(how, timestamps=timestamps))
-    return transcribe_all(inputs, recognise, options, output, model.encoder.feature_kind)
+    return transcribe_all(inputs, recognise, options, output, model.feature_kind)
 
 
 @dataclass(frozen=True)

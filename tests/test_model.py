@@ -20,11 +20,12 @@ from speechllm.checkpoint import (
 )
 from speechllm.config import ConfigError, from_dict, to_dict
 from speechllm.data import DataError
-from speechllm.data.features import extract_features
+from speechllm.data.features import extract_features, extract_features_padded
 from speechllm.encoder import WhisperEncoderConfig, ZipformerConfig, init_from_data, save_encoder
 from speechllm.errors import UserError
-from speechllm.model import EncoderSection, LLMSection, ModelConfig, SpeechLLM
+from speechllm.model import EncoderSection, LLMSection, ModelConfig, MoreEncoder, SpeechLLM
 from speechllm.optim import OptimConfig, build_optimizer
+from speechllm.projector import ProjectorConfig
 from speechllm.rwkv7 import RWKV7Config, RWKV7State, TuneConfig, load_adapter, load_rwkv7, save_rwkv7
 
 
@@ -308,6 +309,32 @@ def test_transcribe_computes_the_features_of_the_encoder(whisper_config, monkeyp
     with pytest.raises(ZeroDivisionError):
         model.transcribe([samples], language="en")
     torch.testing.assert_close(heard[0][0], extract_features(samples, "whisper80"))
+
+
+def test_encoders_of_two_kinds_side_by_side(model_config, whisper_config, tmp_path):
+    """Each reads its own features; of Whisper here the weighted layers."""
+    more = MoreEncoder(whisper_config.encoder, ProjectorConfig(layer_weights=True))
+    model = SpeechLLM.from_config(dataclasses.replace(model_config, more_encoders=[more]))
+    assert model.feature_kind == "fbank+whisper80"
+    samples = 0.1 * torch.randn(2, 24000, generator=torch.Generator().manual_seed(0))
+    lens = torch.tensor([24000, 17000])
+    features, feature_lens = extract_features_padded(samples, lens, model.feature_kind)
+    heard = [model.features_of(encoder, features) for _, _, encoder in model.encoders()]
+    for got, kind in zip(heard, ("fbank", "whisper80"), strict=True):
+        assert torch.equal(got, extract_features_padded(samples, lens, kind)[0])
+    out = model(features, feature_lens, ["one two", "tres"], ["en", "es"])
+    out["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    _, _, embeds, embed_lens = model.encode(features, feature_lens)
+    for i, n in enumerate(lens):
+        alone = extract_features(samples[i, :n], model.feature_kind)[None]
+        _, _, expected, _ = model.encode(alone, torch.tensor([alone.shape[1]]))
+        torch.testing.assert_close(embeds[i, : embed_lens[i]], expected[0], rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "model")
+    loaded = SpeechLLM.from_pretrained(tmp_path / "model")
+    (recording,) = loaded.transcribe([samples[0]], language="en")
+    assert recording.text == model.transcribe([samples[0]], language="en")[0].text
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,8 @@ def load_precomputed(cut: Cut, kind: str) -> Tensor:
     if (stored := stored_kind(cut)) != kind:
         raise UtteranceError(
             "wrong features",
-            f"cut {cut.id}: stored are {stored}, the encoder needs {kind}: store those (speechllm data convert "
-            f"--features {kind}), or compute them with data.features_on: worker",
+            f"cut {cut.id}: stored are {stored}, the model needs {kind}: compute them with data.features_on: worker, "
+            "or store those of one kind with speechllm data convert --features KIND",
         )
     try:
         cut = with_tar_data(cut)

@@ -14,7 +14,8 @@ SAMPLE_RATE = 16000
 NUM_MEL_BINS = 80
 FRAME_SHIFT = 0.01
 _SHIFT = round(FRAME_SHIFT * SAMPLE_RATE)
-# The kinds of features, and how many mel bins each has. All have a frame every 10 ms, `num_frames` of them.
+# The kinds of features, and how many mel bins each has. All have a frame every 10 ms, `num_frames` of them; for several
+# encoders, those of several kinds stand side by side: "fbank+whisper80".
 MEL_BINS = {"fbank": NUM_MEL_BINS, "whisper80": 80, "whisper128": 128}
 _WHISPER_WINDOW = 400  # samples
 # Samples that the last frame may reach beyond the end of the utterance; they are those before the end, mirrored.
@@ -48,11 +49,13 @@ def extract_features(samples: np.ndarray | Tensor, kind: str) -> Tensor:
 
     Args:
         samples: (num_samples,) float32 in [-1, 1], 16 kHz mono; at least 25 ms.
-        kind: of `MEL_BINS`.
+        kind: of `MEL_BINS`, or several with + between.
 
     Returns:
-        (num_frames(num_samples), MEL_BINS[kind]) float32.
+        (num_frames(num_samples), MEL_BINS[kind]) float32, of several kinds side by side.
     """
+    if "+" in kind:
+        return torch.cat([extract_features(samples, one) for one in kind.split("+")], dim=1)
     if kind == "fbank":
         return fbank(samples)
     samples = torch.as_tensor(samples).reshape(1, -1)
@@ -65,11 +68,15 @@ def extract_features_padded(samples: Tensor, sample_lens: Tensor, kind: str) -> 
     Args:
         samples: (N, S) float32 in [-1, 1], 16 kHz mono; what lies beyond a length has no influence.
         sample_lens: (N,) int64, at least 400 (25 ms) and at most S each.
-        kind: of `MEL_BINS`.
+        kind: of `MEL_BINS`, or several with + between.
 
     Returns:
-        features (N, num_frames(S), MEL_BINS[kind]) float32, zero beyond feature_lens, and feature_lens (N,) int64.
+        features (N, num_frames(S), MEL_BINS[kind]) float32, of several kinds side by side, zero beyond feature_lens;
+        and feature_lens (N,) int64.
     """
+    if "+" in kind:
+        parts = [extract_features_padded(samples, sample_lens, one) for one in kind.split("+")]
+        return torch.cat([features for features, _ in parts], dim=2), parts[0][1]
     if kind == "fbank":
         return fbank_padded(samples, sample_lens)
     return whisper_padded(samples, sample_lens, MEL_BINS[kind])

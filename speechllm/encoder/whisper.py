@@ -78,8 +78,8 @@ class WhisperEncoder(nn.Module):
 
     Attributes:
         config: its WhisperEncoderConfig.
-        output_dim, frame_seconds, feature_kind, min_frames, max_seconds, num_stacks, checkpoint_layers: as Zipformer
-            has them; a stack is one layer.
+        output_dim, frame_seconds, feature_kind, feature_dim, min_frames, max_seconds, num_stacks, checkpoint_layers: as
+            Zipformer has them; a stack is one layer.
         pad_to_max_seconds: silence is put after each utterance, up to `max_seconds`, and attention sees it, as in
             Whisper's own training. The output has the utterance's length all the same.
     """
@@ -96,6 +96,7 @@ class WhisperEncoder(nn.Module):
         self.checkpoint_layers = False
         self.pad_to_max_seconds = False
         self.output_dim = config.d_model
+        self.feature_dim = config.num_mel_bins
         self.feature_kind = _FEATURE_KINDS[config.num_mel_bins]
         self.max_seconds = config.max_source_positions * self.frame_seconds
         self.num_stacks = config.encoder_layers
@@ -126,15 +127,17 @@ class WhisperEncoder(nn.Module):
         """How many output frames utterances of these many feature frames give; (N,) -> (N,)"""
         return (feature_lens + 1) // 2
 
-    def forward(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, feature_lens: Tensor, return_stacks: bool = False) -> tuple[Tensor, ...]:
         """
         Args:
             features: of its `feature_kind`, 100 frames a second, (N, T, num_mel_bins); anything may lie beyond the
                 lengths.
             feature_lens: (N,), in frames, each from 1 to T.
+            return_stacks: give the outputs of all layers too.
 
         Returns:
-            encoder_out (N, T', D), encoder_out_lens (N,)
+            encoder_out (N, T', D), encoder_out_lens (N,); with `return_stacks` also (S, N, T', D), the outputs of the S
+            layers, of which the last is encoder_out.
 
         Raises:
             ValueError: if shapes or lengths do not fit.
@@ -162,9 +165,13 @@ class WhisperEncoder(nn.Module):
         checkpointed = self.checkpoint_layers and torch.is_grad_enabled()
         x = run(self.front_end, features, valid, checkpointed=checkpointed)
         x = F.dropout(x + self.embed_positions[: x.shape[1]], config.dropout, self.training)
+        t_out = int(lens.max())
+        outputs = []
         for layer in self.layers:
             x = run(layer, x, attended, checkpointed=checkpointed)
-        return self.layer_norm(x[:, : int(lens.max())]), lens
+            outputs.append(x[:, :t_out])
+        outputs[-1] = self.layer_norm(outputs[-1])
+        return (outputs[-1], lens, torch.stack(outputs)) if return_stacks else (outputs[-1], lens)
 
     def front_end(self, features: Tensor, valid: Tensor | None) -> Tensor:
         """(N, T, num_mel_bins) -> (N, (T + 1) // 2, D); `valid` (N, T, 1) is False on padding, None without any."""

@@ -568,8 +568,17 @@ class StackedEncoder(nn.Module):
         )
         self.downsample_output = Downsample(config.output_downsampling_factor)
 
-    def forward(self, x: Tensor, lens: Tensor, chunk_size: int, left_context_frames: int, checkpointed: bool) -> Tensor:
-        """x (N, T, D0), lens (N,) -> (N, T', D) with T' = T / output_downsampling_factor, rounded up"""
+    def forward(
+        self,
+        x: Tensor,
+        lens: Tensor,
+        chunk_size: int,
+        left_context_frames: int,
+        checkpointed: bool,
+        return_stacks: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (N, T, D0), lens (N,) -> (N, T', D) with T' = T / output_downsampling_factor, rounded up; on demand also
+        (S, N, T', D), what would be the output after each stack."""
         config = self.config
         t = x.shape[1]
         if chunk_size >= t:
@@ -594,16 +603,14 @@ class StackedEncoder(nn.Module):
             else:
                 x = stack(x, lens, rates[factor], feature_mask, checkpointed)
             outputs.append(x)
-        # The widest output; what the last stack lacks comes from the last one before it that has it.
-        pieces = [x]
-        dim = x.shape[-1]
-        for out in reversed(outputs):
-            if out.shape[-1] > dim:
-                pieces.append(out[..., dim:])
-                dim = out.shape[-1]
-        x = torch.cat(pieces, dim=-1) if len(pieces) > 1 else x
-        x = self.downsample_output(x, lens)
-        return x[:, : -(-t // config.output_downsampling_factor)]
+        t_out = -(-t // config.output_downsampling_factor)
+        encoder_out = self.downsample_output(_widest(outputs), lens)[:, :t_out]
+        if not return_stacks:
+            return encoder_out
+        widened = [_widest(outputs[: i + 1]) for i in range(len(outputs) - 1)]
+        widened = [F.pad(out, (0, encoder_out.shape[-1] - out.shape[-1])) for out in widened]
+        below = [self.downsample_output(out, lens)[:, :t_out] for out in widened]
+        return encoder_out, torch.stack([*below, encoder_out])
 
     def frames_at(
         self, factor: int, x: Tensor, lens: Tensor, padded: bool, chunk_size: int, left_context_frames: int
@@ -676,6 +683,18 @@ def shortest_and_longest(features: Tensor, feature_lens: Tensor, dim: int, min_f
     return shortest, longest
 
 
+def _widest(outputs: list[Tensor]) -> Tensor:
+    """The last stack's output, widened: what it lacks comes from the last one before it that has it."""
+    x = outputs[-1]
+    pieces = [x]
+    dim = x.shape[-1]
+    for out in reversed(outputs):
+        if out.shape[-1] > dim:
+            pieces.append(out[..., dim:])
+            dim = out.shape[-1]
+    return torch.cat(pieces, dim=-1) if len(pieces) > 1 else x
+
+
 class Zipformer(nn.Module):
     """The encoder, front end included. Call it as `encoder(features, feature_lens)`.
 
@@ -683,7 +702,7 @@ class Zipformer(nn.Module):
         config: its ZipformerConfig.
         output_dim: D, the width of its output.
         frame_seconds: how much audio a frame of its output stands for.
-        feature_kind: the features it reads, of those in `speechllm.data.features`.
+        feature_kind, feature_dim: the features it reads, of those in `speechllm.data.features`, and their width.
         min_frames: the shortest utterance it can encode, in feature frames.
         max_seconds: the longest.
         num_stacks: how many stacks of layers it has.
@@ -705,6 +724,7 @@ class Zipformer(nn.Module):
         self.config = config
         self.checkpoint_layers = False
         self.output_dim = max(config.encoder_dim)
+        self.feature_dim = config.feature_dim
         self.frame_seconds = 0.02 * config.output_downsampling_factor
         self.num_stacks = len(config.encoder_dim)
         dropout = ScheduledFloat((0.0, 0.3), (20000.0, 0.1)) if config.dropout is None else constant(config.dropout)
@@ -737,7 +757,8 @@ class Zipformer(nn.Module):
         feature_lens: Tensor,
         chunk_size: int | None = None,
         left_context_frames: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        return_stacks: bool = False,
+    ) -> tuple[Tensor, ...]:
         """
         Args:
             features: log-mel features, 100 frames a second, (N, T, feature_dim); anything may lie beyond the
@@ -745,9 +766,12 @@ class Zipformer(nn.Module):
             feature_lens: (N,), in frames, each from `min_frames` to T.
             chunk_size, left_context_frames: for causal models, see ZipformerConfig; by default what that
                 says.
+            return_stacks: give the outputs of all stacks too.
 
         Returns:
-            encoder_out (N, T', D), encoder_out_lens (N,)
+            encoder_out (N, T', D), encoder_out_lens (N,); with `return_stacks` also stack_outs (S, N, T', D): after
+            each of the S stacks, what the output would be if it were the last, zero in dimensions that no stack so far
+            has. The last is encoder_out.
 
         Raises:
             ValueError: if shapes or lengths do not fit, or an utterance is too short.
@@ -764,7 +788,11 @@ class Zipformer(nn.Module):
         checkpointed = self.checkpoint_layers and torch.is_grad_enabled()
         x = run(self.encoder_embed, features, valid, checkpointed=checkpointed)
         chunk_size, left_context_frames = self.context(chunk_size, left_context_frames)
-        return self.encoder(x, lens, chunk_size, left_context_frames, checkpointed), self.output_lens(feature_lens)
+        out = self.encoder(x, lens, chunk_size, left_context_frames, checkpointed, return_stacks)
+        if return_stacks:
+            encoder_out, stack_outs = out
+            return encoder_out, self.output_lens(feature_lens), stack_outs
+        return out, self.output_lens(feature_lens)
 
     def context(self, chunk_size: int | None, left_context_frames: int | None) -> tuple[int, int]:
         """Chunk size and left context for a batch: as asked for, drawn in training, the widest otherwise."""

@@ -35,7 +35,13 @@ def test_what_is_shown_is_what_the_model_gets(corpus, tmp_path):
     )
     cuts = {cut.id: cut for cut in read_manifest(source)}
     dataset = SpeechDataset(
-        None, text_steps=[], augmenter=Augmenter(augment), seed=5, features_on="worker", allow_empty_text=False
+        None,
+        text_steps=[],
+        augmenter=Augmenter(augment),
+        seed=5,
+        features_on="worker",
+        feature_kind="fbank",
+        allow_empty_text=False,
     )
     made = list(write_previews([source], tmp_path / "out", count=4, seed=5, augment=augment))
     assert len({preview.id for preview in made}) == 4

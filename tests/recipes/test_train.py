@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from speechllm.checkpoint import load_checkpoint
-from speechllm.config import from_dict
+from speechllm.checkpoint import load_checkpoint, save_checkpoint
+from speechllm.config import ConfigError, from_dict, override, to_dict
 from speechllm.data import Batch
 from speechllm.encoder import save_encoder
 from speechllm.errors import UserError
@@ -301,6 +301,15 @@ def test_transcribe_command(finished, experiment):
         (["--model.tokenizer", "/nowhere"], "tokenizer '/nowhere': no such file or folder"),
         (["--train.mixed_precision", "fp8"], "mixed_precision must be bf16, fp16 or null"),
         (["--stage", "nowhere"], "--stage: nowhere is none of"),
+        (
+            ["--stages", "{a: {}, b: {model.projector.kind: transformer}}", "--stage", "b"],
+            "stages.b has model.projector.kind: transformer, but goes on from the projector of stages.a, which has mlp",
+        ),
+        (["--model.projector.downsample", "1000"], "model.projector.downsample: 1000 makes one position of 40 s"),
+        (
+            ["--data.min_seconds", "1", "--data.max_positions", "14"],
+            "data.max_positions: 14 leaves no position for a label and its end of text: with model.projector.",
+        ),
         (["--optim.freeze", "[projector.nothing]"], "projector.nothing"),
         (["--max-duration", "auto"], "--max-duration auto needs a GPU"),
         (["--start-batch", "3"], "checkpoint-3.pt: no such checkpoint"),
@@ -309,6 +318,21 @@ def test_transcribe_command(finished, experiment):
 def test_mistakes_are_one_line(experiment, tmp_path, settings, said):
     result = run(*command(experiment, tmp_path / "exp", *settings), check=False)
     assert result.returncode == 1 and said in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_stage_does_not_begin_with_another_projector(model_config, tmp_path, monkeypatch):
+    """Of the same names and shapes, so that the weights alone do not tell; an encoder more is no harm."""
+    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
+    train = importlib.import_module("train")
+    model = SpeechLLM.from_config(model_config)
+    content = {"model": model.state_dict(), "step": 1, "config": {"model": to_dict(model_config)}}
+    save_checkpoint(tmp_path / "checkpoint-1.pt", content)
+    encoder = {"zipformer": to_dict(model_config.encoder.zipformer)}
+    more = override(model_config, {"more_encoders": [{"encoder": encoder}]}, "test")
+    assert train.init_from_stage(SpeechLLM.from_config(more), tmp_path) == set(content["model"])
+    other = SpeechLLM.from_config(override(model_config, {"projector.kind": "transformer"}, "test"))
+    with pytest.raises(ConfigError, match="checkpoint-1.pt: .*projector.kind: transformer, but .* which has mlp"):
+        train.init_from_stage(other, tmp_path)
 
 
 def test_a_checkpoint_of_another_shape(experiment, finished):
