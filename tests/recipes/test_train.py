@@ -311,9 +311,7 @@ def test_a_stage_does_not_begin_with_another_projector(model_config, tmp_path, m
     more = override(model_config, {"more_encoders": [{"encoder": encoder}]}, "test")
     assert train.init_from_stage(SpeechLLM.from_config(more), tmp_path) == set(content["model"])
     other = SpeechLLM.from_config(override(model_config, {"projector.kind": "transformer"}, "test"))
-    with pytest.raises(
-        ConfigError, match="checkpoint-1.pt: .*projector.kind: transformer, but .* which has mlp"
-    ):
+    with pytest.raises(ConfigError, match="checkpoint-1.pt: .*projector.kind: transformer, but .* which has mlp"):
         train.init_from_stage(other, tmp_path)
 
 
