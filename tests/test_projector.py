@@ -209,7 +209,7 @@ def test_more_encoders_are_saved_and_loaded(three_encoders, batch, tmp_path):
     assert loaded.config.encoder_dropout == 0.6
     for name, value in loaded(*batch).items():
         assert torch.equal(value, model(*batch)[name])
-    assert "| encoder 3 |" in (tmp_path / "model" / "README.md").read_text()
+    assert "| Zipformer encoder 3 |" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_one_of_several_encoders_may_be_frozen(three_encoders, model_config, batch, tmp_path):
