@@ -20,7 +20,8 @@ _RESULTS = "## Results"
 
 def model_card(model: SpeechLLM) -> str:
     """The card of a model, without results."""
-    parts = [("Zipformer encoder", model.encoder), ("projector", model.projector), ("RWKV-7 language model", model.llm)]
+    llm_name = f"{model.llm.name} language model"
+    parts = [("Zipformer encoder", model.encoder), ("projector", model.projector), (llm_name, model.llm)]
     if model.ctc_head is not None:
         parts.append(("CTC head", model.ctc_head))
     rows = "".join(f"| {name} | {_millions(part)} |\n" for name, part in parts)

@@ -35,12 +35,14 @@ def shard_language_model(model: SpeechLLM, device: torch.device) -> None:
     same number of calls on each: `gathered` is for what they do by themselves.
 
     Raises:
-      ConfigError: there is one process only, or the language model is quantised.
+      ConfigError: there is one process only, or the language model is quantised or not RWKV-7.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         raise ConfigError("train.fsdp: there is one process only, so nothing to share out; see --world-size")
     if model.config.llm.tune is not None and model.config.llm.tune.quantize != "none":
         raise ConfigError("train.fsdp: a quantised language model cannot be sharded; set model.llm.tune.quantize: none")
+    if not hasattr(model.llm, "blocks"):
+        raise ConfigError(f"train.fsdp: is for RWKV-7; the language model is {model.llm.name}")
     for part in model.children():
         if part is not model.llm:
             part.to(device)

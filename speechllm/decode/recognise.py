@@ -21,7 +21,7 @@ from speechllm.decode.search import Prompt, Scorer, SearchOptions, search
 from speechllm.decode.timestamps import words_from_alignment
 from speechllm.errors import UserError
 from speechllm.llm import LanguageModelState
-from speechllm.rwkv7 import RWKV7State
+from speechllm.rwkv7 import RWKV7, RWKV7State
 
 if TYPE_CHECKING:
     from speechllm.model import SpeechLLM
@@ -42,7 +42,8 @@ class RecogniseOptions:
       timestamps: find the words' times with the CTC head.
       hotwords: a file of phrases that the search prefers (see `context.Hotwords.from_file`), and their weight.
       ngram: a kenlm model that takes part in the search, and its weight.
-      initial_state: a state file (`RWKV7State.save`), tuned or of a text read before, that prompts go on from.
+      initial_state: a state file of RWKV-7 (`RWKV7State.save`), tuned or of a text read before, that prompts go on
+        from.
 
     Raises:
       UserError: a value is out of range.
@@ -106,6 +107,8 @@ class Recogniser:
         self._scorers = self._build_scorers()
         self._initial_state = None
         if self.options.initial_state is not None:
+            if not isinstance(model.llm, RWKV7):
+                raise UserError(f"initial_state: is for RWKV-7; the language model is {model.llm.name}")
             try:
                 self._initial_state = RWKV7State.load(Path(self.options.initial_state)).to(model.device)
             except ValueError as error:
