@@ -121,7 +121,7 @@ class LLMSection:
 
 @dataclass
 class ModelConfig:
-    """Everything that defines a model. `tokenizer` is `rwkv` or the folder of a sentencepiece model.
+    """Everything that defines a model. `tokenizer` is `rwkv`, or the folder of a sentencepiece or Hugging Face model.
 
     `ctc_weight` scales the CTC loss of a linear head on the encoder; 0 builds no head.
     """
