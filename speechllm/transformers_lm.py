@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,8 @@ class TransformersLM(nn.Module):
     """A causal language model of transformers, to be used as `speechllm.llm.LanguageModel` says.
 
     Args:
-      causal_lm: a model of transformers that `_check_supported` has let pass.
+      causal_lm: a model of transformers; `new_transformers_lm` and `load_transformers_lm` refuse those that cannot be
+        served.
 
     Attributes:
       config: `model_type` and all settings, as `new_transformers_lm` takes them.
@@ -131,7 +132,7 @@ class TransformersLM(nn.Module):
         self._checkpoint_blocks = on
         if on:
             self.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
-        elif self.causal_lm.is_activation_checkpointing:
+        else:
             self.causal_lm.activation_checkpointing_disable()
 
     def untuned(self) -> TransformersLM:
@@ -349,7 +350,6 @@ def transformers_config(settings: dict[str, Any]) -> PreTrainedConfig:
     Raises:
       UserError: an unknown type or setting, a value of the wrong type, a model that `TransformersLM` does not serve.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     settings = dict(settings)
@@ -362,12 +362,7 @@ def transformers_config(settings: dict[str, Any]) -> PreTrainedConfig:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"{name}: {model_type} has no such setting in transformers{hint}")
-    try:
-        config = AutoConfig.for_model(model_type, **settings)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{model_type}: {e}") from e
-    _check_supported(config, model_type)
-    return config
+    return _supported(lambda: AutoConfig.for_model(model_type, **settings), model_type)
 
 
 def is_transformers_folder(path: str | Path) -> bool:
@@ -391,7 +386,6 @@ def load_transformers_lm(path: str | Path) -> TransformersLM:
       UserError: the folder is not of a causal language model that `TransformersLM` serves, is quantised, or weights are
         missing, unexpected or of another shape; the message lists the names.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -399,11 +393,10 @@ def load_transformers_lm(path: str | Path) -> TransformersLM:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path / 'config.json'}: no such file; a model folder has it beside its weights")
     _check_model_type(_read_model_type(path / "config.json"), str(path / "config.json"))
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{path / 'config.json'}: {e}") from e
-    _check_supported(config, str(path / "config.json"))
+    config = _supported(
+        lambda: AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True),
+        str(path / "config.json"),
+    )
     if not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         raise FileNotFoundError(
             f"{path}: neither model.safetensors nor model.safetensors.index.json; other formats are not read"
@@ -451,8 +444,15 @@ def _check_model_type(model_type: Any, source: str) -> None:
         )
 
 
-def _check_supported(config: PreTrainedConfig, source: str) -> None:
+def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedConfig:
+    """The configuration that `make` gives, of a model that `TransformersLM` serves."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
+
+    try:
+        config = make()
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{source}: {e}") from e
 
     def refuse(reason: str) -> None:
         raise UserError(f"{source}: {config.model_type} is not supported: {reason}")
@@ -471,3 +471,4 @@ def _check_supported(config: PreTrainedConfig, source: str) -> None:
         inspect.signature(model_class.forward).parameters
     ):
         refuse(f"its forward does not take {', '.join(sorted(lacking))}")
+    return config

@@ -510,7 +510,7 @@ def _export(adapter: PeftModel) -> tuple[PeftConfig, dict[str, Tensor]]:
     import peft
 
     live = adapter.peft_config[_TRAINED]
-    config = replace(live)
+    config = replace(live, base_model_name_or_path=None)
     if config.peft_type == peft.PeftType.ADALORA:
         # The ranks that were taken away are stored as the zeros they are: in the compact form peft takes a matrix
         # that is left without any for a damaged one.
