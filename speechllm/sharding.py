@@ -35,14 +35,12 @@ def shard_language_model(model: SpeechLLM, device: torch.device) -> None:
     same number of calls on each: `gathered` is for what they do by themselves.
 
     Raises:
-      ConfigError: there is one process only, or the language model is quantised or not RWKV-7.
+      ConfigError: there is one process only, or the language model is quantised.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         raise ConfigError("train.fsdp: there is one process only, so nothing to share out; see --world-size")
     if model.config.llm.tune is not None and model.config.llm.tune.quantize != "none":
         raise ConfigError("train.fsdp: a quantised language model cannot be sharded; set model.llm.tune.quantize: none")
-    if not hasattr(model.llm, "blocks"):
-        raise ConfigError(f"train.fsdp: is for RWKV-7; the language model is {model.llm.name}")
     for part in model.children():
         if part is not model.llm:
             part.to(device)
@@ -52,7 +50,7 @@ def shard_language_model(model: SpeechLLM, device: torch.device) -> None:
         tensor.data.copy_(on_device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     elsewhere = {p for part in model.children() if part is not model.llm for p in part.parameters()}
-    layers = [layer for block in model.llm.blocks for layer in (block.att, block.ffn)]
+    layers = model.llm.layers()
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=elsewhere)

@@ -135,6 +135,12 @@ class TransformersLM(nn.Module):
         else:
             self.causal_lm.activation_checkpointing_disable()
 
+    def layers(self) -> list[nn.Module]:
+        """What computes one after the other, most of the model."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+
     def untuned(self) -> TransformersLM:
         """A model of the same sizes, to be loaded: its values are not set."""
         with torch.device("meta"):

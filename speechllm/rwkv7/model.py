@@ -357,6 +357,10 @@ class RWKV7(nn.Module):
             raise ValueError(f"initial state: wkv has shape {tuple(wkv.shape)}, this model needs {expected}")
         self.initial_wkv = nn.Parameter(wkv.squeeze(1).detach().clone())
 
+    def layers(self) -> list[nn.Module]:
+        """What computes one after the other, most of the model: the two halves of every block."""
+        return [layer for block in self.blocks for layer in (block.att, block.ffn)]
+
     def untuned(self) -> "RWKV7":
         """A model of the same sizes on the meta device, to be loaded."""
         with torch.device("meta"):
