@@ -190,7 +190,9 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     check.add_argument("--config", type=Path, help="check all that this configuration trains, validates and tests on")
     add_source_options(check)
     check.add_argument(
-        "--tokenizer", help="count its tokens: rwkv, a sentencepiece model, or a folder with one (default: of --config)"
+        "--tokenizer",
+        help="count its tokens: rwkv, a sentencepiece model, or the folder of one or of a Hugging Face model "
+        "(default: of --config)",
     )
     check.add_argument(
         "--audio",

@@ -232,7 +232,8 @@ def pack_for_inference(model: nn.Module, weights: str = "float32") -> nn.Module:
       the model, in eval mode.
 
     Raises:
-      UserError: other ``weights``; the model is not on the CPU.
+      UserError: other ``weights``; the model is not on the CPU; there is no RWKV-7, whose ``weights`` could be
+        other than float32.
     """
     if weights not in INFERENCE_WEIGHTS:
         raise UserError(f"pack_for_inference: unknown weights {weights!r}, choose from {', '.join(INFERENCE_WEIGHTS)}")
@@ -242,4 +243,6 @@ def pack_for_inference(model: nn.Module, weights: str = "float32") -> nn.Module:
                 if child.weight.device.type != "cpu":
                     raise UserError(f"pack_for_inference: {name} is on {child.weight.device}; packing is for the CPU")
                 setattr(module, name, PackedLinear(child, weights))
+    if weights != "float32" and not any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise UserError(f"pack_for_inference: weights {weights!r} are for RWKV-7, which the model does not have")
     return model.requires_grad_(False).eval()

@@ -18,6 +18,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,13 @@ from speechllm.rwkv7 import (
 )
 from speechllm.rwkv7.wkv import BACKENDS
 from speechllm.tokenizer import Tokenizer, load_tokenizer
+from speechllm.transformers_lm import (
+    TransformersLM,
+    is_transformers_folder,
+    load_transformers_lm,
+    new_transformers_lm,
+    transformers_config,
+)
 
 Encoder = Zipformer | WhisperEncoder
 
@@ -103,12 +111,13 @@ class EncoderSection:
 
 @dataclass
 class LLMSection:
-    """`path`: an RWKV-7 checkpoint; without it, one of the sizes in `rwkv7` is trained from scratch.
+    """`path`: an RWKV-7 checkpoint, or a folder of any causal language model of Hugging Face transformers; without it,
+    one of the sizes in `rwkv7`, or of the `model_type` and settings in `transformers`, is trained from scratch.
 
     `adapter`: a folder with what was tuned before (a PEFT adapter or a state), put on the checkpoint and not trained.
     `tune`: what of the checkpoint trains, and how; without it everything does, or with `freeze` nothing.
     `checkpoint_blocks`: activations are computed again in the backward pass: less memory, a third more work.
-    `wkv_backend`: see `rwkv7.wkv.wkv7`.
+    `wkv_backend`: of RWKV-7, see `rwkv7.wkv.wkv7`.
     """
 
     path: str | None = None
@@ -118,9 +127,15 @@ class LLMSection:
     checkpoint_blocks: bool = False
     wkv_backend: str = "auto"
     rwkv7: RWKV7Config | None = None
+    transformers: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        _check_source(self, "rwkv7")
+        _check_source(self, ("rwkv7", "transformers"))
+        if self.transformers is not None:
+            try:
+                transformers_config(self.transformers)
+            except UserError as e:
+                raise ValueError(f"transformers: {e}") from e
         if self.wkv_backend not in BACKENDS:
             raise ValueError(f"wkv_backend: unknown {self.wkv_backend!r}, choose from {', '.join(BACKENDS)}")
         if self.tune is not None and not self.path:
@@ -148,7 +163,7 @@ class MoreEncoder:
 
 @dataclass
 class ModelConfig:
-    """Everything that defines a model. `tokenizer` is `rwkv` or the folder of a sentencepiece model.
+    """Everything that defines a model. `tokenizer` is `rwkv`, or the folder of a sentencepiece or Hugging Face model.
 
     `ctc_weight` scales the CTC loss of a linear head on the encoder; 0 builds no head.
     `more_encoders`: their embeddings stand behind the encoder's, in this order. `encoder_dropout`: in training each
@@ -180,9 +195,9 @@ class ModelConfig:
         return {"projector": self.projector, **more}
 
 
-def _check_source(section: LLMSection, sizes: str) -> None:
-    if bool(section.path) == bool(getattr(section, sizes)):
-        raise ValueError(f"give either path (a checkpoint) or {sizes} (sizes to train from scratch)")
+def _check_source(section: LLMSection, sizes: Sequence[str]) -> None:
+    if sum(bool(getattr(section, name)) for name in ("path", *sizes)) != 1:
+        raise ValueError(f"give either path (a checkpoint) or {' or '.join(sizes)} (sizes to train from scratch)")
     if section.freeze and not section.path:
         raise ValueError("freeze without path would freeze random weights")
 
@@ -233,6 +248,21 @@ def _encode(encoder: Encoder, projector: Projector, features: Tensor, feature_le
     return encoder_out, lens, *projector(projected, lens)
 
 
+def _language_model(section: LLMSection) -> RWKV7 | TransformersLM:
+    if section.rwkv7 is not None:
+        return RWKV7(section.rwkv7, section.wkv_backend)
+    if section.path is not None and not is_transformers_folder(section.path):
+        return load_rwkv7(section.path, wkv_backend=section.wkv_backend)
+    llm = new_transformers_lm(section.transformers) if section.transformers else load_transformers_lm(section.path)
+    if section.wkv_backend != "auto":
+        raise ConfigError(f"llm.wkv_backend: {section.wkv_backend} is for RWKV-7; the language model is {llm.name}")
+    return llm
+
+
+def _tied_weights(llm: RWKV7 | TransformersLM) -> dict[str, str]:
+    return llm.tied_weights() if isinstance(llm, TransformersLM) else {}
+
+
 class SpeechLLM(nn.Module):
     """See the module's docstring. Build one with `from_config` (training) or `from_pretrained` (use)."""
 
@@ -269,15 +299,15 @@ class SpeechLLM(nn.Module):
         """
         tokenizer = load_tokenizer(config.tokenizer)
         encoder = build_encoder(config.encoder)
-        llm = load_rwkv7(config.llm.path) if config.llm.path else RWKV7(config.llm.rwkv7)
+        llm = _language_model(config.llm)
         if config.llm.adapter is not None:
             load_adapter(llm, config.llm.adapter)
         if config.llm.tune is not None:
             tune(llm, config.llm.tune)
-        llm.checkpoint_blocks, llm.wkv_backend = config.llm.checkpoint_blocks, config.llm.wkv_backend
+        llm.checkpoint_blocks = config.llm.checkpoint_blocks
         if llm.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
-                f"the language model ({config.llm.path or 'llm.rwkv7'}) has a vocabulary of {llm.vocab_size}, "
+                f"the language model ({config.llm.path or llm.name}) has a vocabulary of {llm.vocab_size}, "
                 f"the tokenizer {config.tokenizer} of {tokenizer.vocab_size}: they must belong together"
             )
         projector = build_projector(config.projector, encoder.output_dim, llm.hidden_size, encoder.num_stacks)
@@ -515,7 +545,8 @@ class SpeechLLM(nn.Module):
         has_adapter = self.config.llm.tune is not None and self.config.llm.tune.freezes_base
         if not merged and not has_adapter:
             raise UserError("merged=False: the language model has no adapter (model.llm.tune) beside a frozen base")
-        llm = LLMSection(rwkv7=self.llm.config)
+        sizes = "rwkv7" if isinstance(self.llm, RWKV7) else "transformers"
+        llm = LLMSection(**{sizes: self.llm.config})
         if not merged:
             llm = LLMSection(path=str(Path(self.config.llm.path).absolute()), freeze=True, adapter="adapter")
         with replaced_folder(folder) as tmp:
@@ -533,7 +564,8 @@ class SpeechLLM(nn.Module):
             save_config(config, tmp / "config.yaml")
             weights = {k: v for k, v in self.state_dict().items() if not k.startswith("llm.")}
             if merged:
-                weights |= {f"llm.{k}": v for k, v in merged_state_dict(self.llm).items()}
+                tied = _tied_weights(self.llm)
+                weights |= {f"llm.{k}": v for k, v in merged_state_dict(self.llm).items() if k not in tied}
             save_file({k: v.contiguous() for k, v in weights.items()}, tmp / "model.safetensors")
             if has_adapter:
                 save_adapter(self.llm, tmp / "adapter", base=self.config.llm.path)
@@ -567,5 +599,9 @@ class SpeechLLM(nn.Module):
                 model = cls.from_config(config)
                 if "llm.initial_wkv" in weights:
                     model.llm.add_initial_state()
+            tied = _tied_weights(model.llm)
+            weights |= {f"llm.{name}": weights[f"llm.{first}"] for name, first in tied.items()}
         load_state_dict_strict(model, weights, path, assign=True)
+        if isinstance(model.llm, TransformersLM):
+            model.llm.tie_weights()
         return model.eval()

@@ -24,7 +24,7 @@ def model_card(model: SpeechLLM) -> str:
     parts = [(_encoder_name(model.encoder), model.encoder), ("projector", model.projector)]
     for i, more in enumerate(model.more_encoders, start=2):
         parts += [(f"{_encoder_name(more['encoder'])} {i}", more["encoder"]), (f"projector {i}", more["projector"])]
-    parts.append(("RWKV-7 language model", model.llm))
+    parts.append((f"{model.llm.name} language model", model.llm))
     if model.ctc_head is not None:
         parts.append(("CTC head", model.ctc_head))
     rows = "".join(f"| {name} | {_millions(part)} |\n" for name, part in parts)

@@ -7,14 +7,21 @@ from pathlib import Path
 import torch
 
 from speechllm.errors import UserError
+from speechllm.llm import LanguageModel
 from speechllm.rwkv7 import RWKV7, RWKV7State
 
 _TOKENS_AT_ONCE = 1024  # memory does not grow with the text
 
 
 @torch.no_grad()
-def state_of_text(llm: RWKV7, token_ids: list[int]) -> RWKV7State:
-    """The state of one row that has read `token_ids`, of which there is one at least."""
+def state_of_text(llm: LanguageModel, token_ids: list[int]) -> RWKV7State:
+    """The state of one row that has read `token_ids`, of which there is one at least.
+
+    Raises:
+      UserError: the language model is no RWKV-7: what others remember grows with the text.
+    """
+    if not isinstance(llm, RWKV7):
+        raise UserError(f"state files are for RWKV-7; the language model is {llm.name}")
     device = llm.emb.weight.device
     state = None
     for piece in torch.tensor([token_ids], device=device).split(_TOKENS_AT_ONCE, dim=1):
@@ -23,20 +30,20 @@ def state_of_text(llm: RWKV7, token_ids: list[int]) -> RWKV7State:
     return state
 
 
-def load_state(path: str | Path, llm: RWKV7) -> RWKV7State:
+def load_state(path: str | Path, llm: LanguageModel) -> RWKV7State:
     """The state of one row in a file (`RWKV7State.save`), on the model's device.
 
     Raises:
       FileNotFoundError: there is no such file.
-      UserError: it is no state, or one of several rows, or of a model of another size.
+      UserError: it is no state, or one of several rows, or of a model of another size; the language model is no RWKV-7.
     """
+    expected = state_of_text(llm, [0])
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such state file")
     try:
         state = RWKV7State.load(path)
     except ValueError as error:
         raise UserError(str(error)) from error
-    expected = state_of_text(llm, [0])
     for name in state.__dataclass_fields__:
         has, needs = (list(getattr(x, name).shape) for x in (state, expected))
         if has != needs:

@@ -39,7 +39,8 @@ class RecogniseOptions:
       timestamps: find the words' times with the CTC head.
       hotwords: a file of phrases that the search prefers (see `context.Hotwords.from_file`), and their weight.
       ngram: a kenlm model that takes part in the search, and its weight.
-      initial_state: a state file (`RWKV7State.save`), tuned or of a text read before, that prompts go on from.
+      initial_state: a state file of RWKV-7 (`RWKV7State.save`), tuned or of a text read before, that prompts go on
+        from.
 
     Raises:
       UserError: a value is out of range.

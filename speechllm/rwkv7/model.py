@@ -316,6 +316,8 @@ class RWKV7(nn.Module):
         (activation checkpointing, arXiv 1604.06174): a third more work, and memory that hardly grows with depth.
     """
 
+    name = "RWKV-7"
+
     def __init__(self, config: RWKV7Config, wkv_backend: str = "auto"):
         super().__init__()
         self.config, self.wkv_backend = config, wkv_backend
@@ -354,6 +356,18 @@ class RWKV7(nn.Module):
         if wkv.shape != expected:
             raise ValueError(f"initial state: wkv has shape {tuple(wkv.shape)}, this model needs {expected}")
         self.initial_wkv = nn.Parameter(wkv.squeeze(1).detach().clone())
+
+    def layers(self) -> list[nn.Module]:
+        """What computes one after the other, most of the model: the two halves of every block."""
+        return [layer for block in self.blocks for layer in (block.att, block.ffn)]
+
+    def untuned(self) -> "RWKV7":
+        """A model of the same sizes on the meta device, to be loaded."""
+        with torch.device("meta"):
+            model = RWKV7(self.config)
+            if self.initial_wkv is not None:
+                model.add_initial_state()
+        return model
 
     @property
     def _head_shape(self) -> tuple[int, int, int]:

@@ -18,7 +18,10 @@ from speechllm.encoder import save_encoder
 from speechllm.errors import UserError
 from speechllm.model import ModelConfig, SpeechLLM
 from speechllm.rwkv7 import RWKV7, RWKV7Config, load_adapter, load_rwkv7, save_rwkv7
+from tests.conftest import SENTENCES
+from tests.hf_tokenizers import train_byte_level
 from tests.recipes.conftest import REPOSITORY
+from tests.tiny_llms import tiny_llm
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
@@ -150,6 +153,39 @@ def test_stages_start_from_one_another(experiment, tmp_path):
     assert torch.equal(model.projector.out_proj.weight, first["model"]["projector.out_proj.weight"])
     # started again there is nothing to do
     assert "resuming from" in run(*command(path, tmp_path / "exp", "--stage", "adapter")).stderr
+
+
+def test_a_language_model_of_transformers_is_trained_and_tuned(experiment, tmp_path):
+    """Its folder has its tokenizer too, as on the Hugging Face hub; two stages, an average, decoding."""
+    tags = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|en|>"]
+    train_byte_level(SENTENCES * 20, tmp_path / "lm", 300, tags)
+    tiny_llm("qwen3", vocab_size=310).causal_lm.save_pretrained(tmp_path / "lm")
+    config = yaml.safe_load(experiment.read_text())
+    config["model"] |= {"tokenizer": str(tmp_path / "lm"), "llm": {"path": str(tmp_path / "lm"), "freeze": True}}
+    config["model"]["prompt"] = {
+        "before_audio": "<|im_start|>user\n",
+        "after_audio": "<|{lang}|><|im_end|>\n<|im_start|>assistant\n",
+        "before_label": "",
+    }
+    config["train"] |= {"num_steps": 3, "valid_every_n": 3, "scan_largest_batches": False}
+    lora = {"model.llm.freeze": False, "model.llm.tune": {"method": "lora", "rank": 2}}
+    config["stages"] = {"projector": {}, "adapter": lora | {"model.llm.checkpoint_blocks": True}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    run(*command(path, tmp_path / "exp"))
+    first, second = (load_checkpoint(tmp_path / "exp" / name / "checkpoint-3.pt") for name in config["stages"])
+    assert not any(name.startswith("llm.") for name in first["model"])
+    trained = [name for name in second["model"] if name.startswith("llm.")]
+    assert trained and all(".lora_" in name for name in trained)
+    assert second["base_weights"]["llm"]["path"] == str(tmp_path / "lm")
+    model = tmp_path / "exp" / "adapter" / "iter-3-avg-1"
+    run(sys.executable, "tools/average_ckpt.py", "--exp-dir", str(model.parent), "--iter", "3", "--avg", "1")
+    decode = ["recipes/decode.py", "--config", str(path), "--exp-dir", str(model.parent), "--model", str(model)]
+    assert "beam_search_4 WER %" in run(sys.executable, *decode, "--search", "beam").stdout
+    refused = run(sys.executable, *decode, "--initial-state", "state.safetensors", check=False)
+    assert (
+        refused.returncode == 1 and "error: state files are for RWKV-7; the language model is qwen3" in refused.stderr
+    )
 
 
 def test_epochs_bound_a_run_and_are_places_to_go_on_from(experiment, tmp_path):
