@@ -12,8 +12,8 @@ from torch import Tensor
 
 @dataclass
 class CRCTCConfig:
-    """CR-CTC: each utterance is heard in two views, masked differently by `data.augment.spec_augment`, and what CTC makes
-    of one has to agree with what it makes of the other.
+    """CR-CTC: each utterance is heard in two views, masked differently by `data.augment.spec_augment`, and what CTC
+    makes of one has to agree with what it makes of the other.
 
     The paper masks 2.5 times as much time as without it (with lhotse's defaults `time_masks: 25` and
     `max_time_fraction: 0.375`), in batches of half as many utterances, and trains for half as many epochs.

@@ -1,7 +1,7 @@
-"""A transducer (Graves, arXiv 1211.3711) on an encoder: stateless decoder (arXiv 2109.07513), joiner and loss.
+"""A transducer (arXiv 1211.3711) on an encoder: stateless decoder (arXiv 2109.07513), joiner and loss.
 
-Decoder and joiner are those of icefall's zipformer recipe: an embedding and a convolution over the last tokens; a sum of
-projections of encoder and decoder, tanh, and a linear layer.
+Decoder and joiner are those of icefall's zipformer recipe: an embedding and a convolution over the last tokens; a sum
+of projections of encoder and decoder, tanh, and a linear layer.
 """
 
 from __future__ import annotations
@@ -68,11 +68,12 @@ class Transducer(nn.Module):
         return self.decoder_proj(self.conv(embeds).transpose(1, 2).relu())
 
     def join(self, audio: Tensor, text: Tensor) -> Tensor:
-        """Both (..., joiner_dim), `audio` out of `encoder_proj`, `text` out of `read` -> logits (..., num_tokens + 1)."""
+        """Both (..., joiner_dim), `audio` from `encoder_proj`, `text` from `read` -> logits (..., num_tokens + 1)."""
         return self.output((audio + text).tanh())
 
     def forward(self, encoder_out: Tensor, encoder_out_lens: Tensor, label_ids: Sequence[Sequence[int]]) -> Tensor:
-        """Losses (N,), float32: -log p(label | audio), summed over all alignments; a frame may have any number of tokens.
+        """Losses (N,), float32: -log p(label | audio), summed over all alignments; a frame may have any number
+        of tokens.
 
         The logits of so many frames as `_LOGITS_AT_ONCE` allows are held at a time, and computed again in the backward
         pass: memory does not grow with T * U * V.
@@ -86,7 +87,8 @@ class Transducer(nn.Module):
         tokens = pad_sequence(rows, batch_first=True, padding_value=self.blank_id).to(device)
         labels = tokens[:, self.context_size :]  # (N, U)
         audio, text = self.encoder_proj(encoder_out), self.read(tokens)
-        step = max(1, _LOGITS_AT_ONCE // (n * text.shape[1] * (self.blank_id + 1)))
+        widest = max(audio.shape[-1], self.blank_id + 1)  # of the joiner's two layers
+        step = max(1, _LOGITS_AT_ONCE // (n * text.shape[1] * widest))
         slices = [
             checkpoint(self._scores, part, text, labels, use_reentrant=False, preserve_rng_state=False)
             for part in audio.split(step, dim=1)
@@ -96,7 +98,7 @@ class Transducer(nn.Module):
         return -alignments_log_prob(blank_scores, label_scores, encoder_out_lens.to(device), label_lens)
 
     def _scores(self, audio: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Log probabilities of blank (N, T, U + 1), and of the label's next token (N, T, U), at each frame and place."""
+        """Log probabilities of blank (N, T, U + 1) and of the label's next token (N, T, U)."""
         logits = self.join(audio[:, :, None], text[:, None]).float()
         scale = logits.logsumexp(-1)
         next_tokens = labels[:, None, :, None].expand(-1, logits.shape[1], -1, -1)

@@ -52,7 +52,9 @@ def test_the_loss_is_the_sum_over_all_alignments(transducer, monkeypatch, logits
     encoder_out, lens = audio()
     with torch.no_grad():
         losses = transducer(encoder_out, lens, LABELS)
-        expected = [by_all_alignments(transducer, row[:n], ids) for row, n, ids in zip(encoder_out, lens, LABELS)]
+        expected = [
+            by_all_alignments(transducer, row[:n], ids) for row, n, ids in zip(encoder_out, lens, LABELS, strict=True)
+        ]
     torch.testing.assert_close(losses, torch.tensor(expected))
 
 
@@ -64,7 +66,9 @@ def test_other_contexts(context_size):
     encoder_out, lens = audio()
     with torch.no_grad():
         losses = model(encoder_out, lens, LABELS)
-        expected = [by_all_alignments(model, row[:n], ids) for row, n, ids in zip(encoder_out, lens, LABELS)]
+        expected = [
+            by_all_alignments(model, row[:n], ids) for row, n, ids in zip(encoder_out, lens, LABELS, strict=True)
+        ]
     torch.testing.assert_close(losses, torch.tensor(expected))
 
 
@@ -104,7 +108,6 @@ def test_padding_and_other_rows_have_no_influence(transducer):
 
 
 def test_long_audio_keeps_its_precision():
-    """A second of float32 sums over thousands of blanks would be wrong in the third digit."""
     frames, tokens = 3000, 40
     generator = torch.Generator().manual_seed(0)
     blank = -5 * torch.rand(1, frames, tokens + 1, generator=generator)

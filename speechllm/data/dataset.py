@@ -17,7 +17,7 @@ from speechllm.data.augment import Augmenter, SpecAugmentConfig
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, fbank, fbank_padded
 from speechllm.data.index import Corpus
 from speechllm.data.manifest import describe_cut
-from speechllm.data.specaugment import spec_augment
+from speechllm.data.specaugment import spec_augment, spec_augment_twice
 from speechllm.text import normalize_text
 
 FEATURES_ON = ("worker", "device", "precomputed")
@@ -48,7 +48,8 @@ class _Batch:
 class Batch(_Batch):
     """What the model sees of N utterances.
 
-    `features` (N, T, 80) float32, zero beyond `feature_lens` (N,) int64. For the other fields see `_Batch`.
+    `features` (N, T, 80) float32, zero beyond `feature_lens` (N,) int64. With two views of each utterance (see
+    `build_train_loader`) both are 2 N long, the second views behind all the first. For the other fields see `_Batch`.
     """
 
     features: Tensor
@@ -77,19 +78,26 @@ class WaveformBatch(_Batch):
     """A batch whose features are still to be computed, on the device that it is moved to.
 
     `samples` (N, S) float32, 16 kHz, zero beyond `sample_lens` (N,) int64. `spec_augment` (None for none) draws from
-    each utterance's own of the `generators`.
+    each utterance's own of the `generators`, `two_views` of each or one.
     """
 
     samples: Tensor
     sample_lens: Tensor
     spec_augment: SpecAugmentConfig | None
     generators: list[np.random.Generator]
+    two_views: bool = False
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with features, on `device`."""
         lens = self.sample_lens.to(device, non_blocking=True)
         features, feature_lens = fbank_padded(self.samples.to(device, non_blocking=True), lens)
-        if self.spec_augment is not None:
+        if self.two_views:
+            first, second = features, features.clone()
+            for i, (frames, rng) in enumerate(zip(feature_lens.tolist(), self.generators, strict=True)):
+                views = spec_augment_twice(features[i, :frames].clone(), self.spec_augment, rng)
+                first[i, :frames], second[i, :frames] = views
+            features, feature_lens = torch.cat([first, second]), feature_lens.repeat(2)
+        elif self.spec_augment is not None:
             for row, frames, rng in zip(features, feature_lens.tolist(), self.generators, strict=True):
                 row[:frames] = spec_augment(row[:frames], self.spec_augment, rng)
         return Batch(
@@ -143,6 +151,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         features_on: `worker` computes features here, `device` leaves that to `WaveformBatch.to`, `precomputed` reads
             those of the manifest.
         allow_empty_text: for test sets, where an empty reference is a statement; in training it is an error.
+        two_views: of each utterance, with other masks of SpecAugment; needs an `augmenter` that has it.
     """
 
     def __init__(
@@ -154,6 +163,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         seed: int,
         features_on: str,
         allow_empty_text: bool,
+        two_views: bool = False,
     ) -> None:
         self._corpus = corpus
         self._text_steps = text_steps
@@ -161,6 +171,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         self._seed = seed
         self._features_on = features_on
         self._allow_empty_text = allow_empty_text
+        self._two_views = two_views
 
     def __getitem__(self, plan: BatchPlan) -> tuple[Batch | WaveformBatch | None, list[Skipped]]:
         good, skipped = [], []
@@ -195,17 +206,20 @@ class SpeechDataset(torch.utils.data.Dataset):
             duration = len(samples) / SAMPLE_RATE
             if self._features_on == "worker":
                 features = fbank(samples)
-        if features is not None and self._augmenter is not None:
+        second_view = None
+        if features is not None and self._two_views:
+            features, second_view = self._augmenter.two_views(features, rng)
+        elif features is not None and self._augmenter is not None:
             features = self._augmenter.features(features, rng)
         target_language = entry.target_lang if entry.task == "ast" else None
-        return Utterance(cut.id, samples, features, text, entry.lang, target_language, duration, rng)
+        return Utterance(cut.id, samples, features, text, entry.lang, target_language, duration, rng, second_view)
 
     def _collate(self, utterances: list[Utterance]) -> Batch | WaveformBatch:
         if self._features_on != "device":
             return collate(utterances)
         samples, lens = _padded([torch.from_numpy(u.samples) for u in utterances])
         config = self._augmenter.config.spec_augment if self._augmenter is not None else None
-        return WaveformBatch(*_fields(utterances), samples, lens, config, [u.rng for u in utterances])
+        return WaveformBatch(*_fields(utterances), samples, lens, config, [u.rng for u in utterances], self._two_views)
 
 
 def augmentation_rng(seed: int, epoch: int, times: int, id: str) -> np.random.Generator:
@@ -215,8 +229,8 @@ def augmentation_rng(seed: int, epoch: int, times: int, id: str) -> np.random.Ge
 
 @dataclass(frozen=True)
 class Utterance:
-    """One utterance before padding: `samples` (S,) or `features` (T, 80), `duration` in seconds, and the generator from
-    which SpecAugment draws."""
+    """One utterance before padding: `samples` (S,) or `features` (T, 80), perhaps in a `second_view`, `duration` in
+    seconds, and the generator from which SpecAugment draws."""
 
     id: str
     samples: np.ndarray | None
@@ -226,12 +240,14 @@ class Utterance:
     target_language: str | None
     duration: float
     rng: np.random.Generator | None = None
+    second_view: Tensor | None = None
 
 
 def collate(utterances: Iterable[Utterance]) -> Batch:
     """Pad utterances with zeros on the right to one batch."""
     utterances = list(utterances)
-    return Batch(*_fields(utterances), *_padded([u.features for u in utterances]))
+    views = [u.features for u in utterances] + [u.second_view for u in utterances if u.second_view is not None]
+    return Batch(*_fields(utterances), *_padded(views))
 
 
 def _fields(utterances: list[Utterance]) -> tuple[list, ...]:
