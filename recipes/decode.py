@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Decode test sets with a trained SpeechLLM and score them: the decode loop of every recipe.
+"""Decode test sets with a trained model and score them: the decode loop of every recipe.
 
     python recipes/decode.py --config configs/digits.yaml --exp-dir recipes/digits/exp --model recipes/digits/exp/AVG
 
---model is a folder written by tools/average_ckpt.py. Each set under `data.test` is decoded by the search that is asked
-for and, where the model has a CTC head, by CTC as well. EXP_DIR/greedy_search (or beam_search_4, ...) and
-EXP_DIR/ctc_greedy_search receive, as in icefall, recogs-SET-MODEL.txt, errs-SET-MODEL.txt, wer-summary-SET-MODEL.txt
-and wer-by-language-SET-MODEL.txt. WER and CER by language are printed, and put into the model's card (README.md);
-translations are in groups such as en>zh, and CTC has none of them. A text that a guard has stopped, because it repeats
-itself or is too long for its audio, is cut there; how many is logged.
+--model is a folder written by tools/average_ckpt.py. An encoder alone (trained with model.llm: null) is decoded by its
+transducer's greedy search, if it has one, and by CTC, if it has that. Each set under `data.test` is decoded by the
+search that is asked for and, where the model has a CTC head, by CTC as well. EXP_DIR/greedy_search (or beam_search_4,
+...) and EXP_DIR/ctc_greedy_search receive, as in icefall, recogs-SET-MODEL.txt, errs-SET-MODEL.txt,
+wer-summary-SET-MODEL.txt and wer-by-language-SET-MODEL.txt. WER and CER by language are printed, and put into the
+model's card (README.md); translations are in groups such as en>zh, and CTC has none of them. A text that a guard has
+stopped, because it repeats itself or is too long for its audio, is cut there; how many is logged.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from train import Config  # recipes/train.py: one experiment file for both
 
+from speechllm.build import load_model, pack_model
 from speechllm.config import ConfigError, load_config
 from speechllm.data import Batch, build_eval_loader
 from speechllm.decode.options import add_search_options, search_options
-from speechllm.decode.recognise import RecogniseOptions, Recogniser, Speech
+from speechllm.decode.recognise import RecogniseOptions, Speech
 from speechllm.errors import UserError
-from speechllm.linear import INFERENCE_WEIGHTS, pack_for_inference
+from speechllm.linear import INFERENCE_WEIGHTS
 from speechllm.log import setup_logging
-from speechllm.model import SpeechLLM
 from speechllm.model_card import add_results
 from speechllm.scoring import ErrorReport, Transcript, characters, score, transcripts, write_reports
 
@@ -67,12 +68,13 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, opt
         raise ConfigError("data.test names no test set")
     setup_logging(exp_dir / "log", "log-decode")
     device = Accelerator().device
-    model = SpeechLLM.from_pretrained(model_dir).to(device)
+    model = load_model(model_dir).to(device)
     if device.type == "cpu" or llm_weights != "float32":
-        pack_for_inference(model.llm, llm_weights)
-        pack_for_inference(model.encoder)
-    recogniser = Recogniser(model, options)
+        pack_model(model, llm_weights)
+    recogniser = model.recogniser(options)
     search, ctc_search = search_names(options)
+    if model.llm is None and model.transducer is None:
+        search = ctc_search
     table: dict[tuple[str, str], dict[str, ErrorReport]] = defaultdict(dict)
     for name, sources in config.data.test.items():
         results: dict[str, list[Transcript]] = defaultdict(list)  # by search
@@ -110,7 +112,7 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, opt
 
 
 def search_names(options: RecogniseOptions) -> tuple[str, str]:
-    """Names of the folders for what the language model's search and the CTC head's find."""
+    """Names of the folders for what the language model's (or the transducer's) search and the CTC head's find."""
     search = options.search
     name = f"beam_search_{search.beam}" if search.method == "beam" else f"{search.method}_search"
     for part, used in (("ctc", options.ctc_weight), ("hotwords", options.hotwords), ("ngram", options.ngram)):

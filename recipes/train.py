@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a SpeechLLM: the training loop of every recipe, to be read from top to bottom.
+"""Train a SpeechLLM, or an encoder alone: the training loop of every recipe, to be read from top to bottom.
 
     python recipes/train.py --config configs/digits.yaml --exp-dir recipes/digits/exp [--section.key value ...]
     python recipes/train.py --world-size 8 ...                      # data parallel; or torchrun, accelerate launch
@@ -7,6 +7,9 @@
 A run that was stopped, at whatever moment, goes on from the newest checkpoint in --exp-dir when the same command
 is given again. SIGTERM saves first. The folder receives, as in icefall: epoch-N.pt, checkpoint-STEP.pt,
 best-valid-loss.pt, best-valid-wer.pt, log/, tensorboard/, and config.yaml (what was run).
+
+Without a language model (`model.llm: null`) the encoder is trained by CTC, CR-CTC or a transducer (`model.ctc_weight`,
+`cr_ctc`, `transducer`).
 
 A configuration with `stages` is trained stage by stage, each in a folder of its name in --exp-dir, each from what the
 last one has trained.
@@ -45,6 +48,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import speechllm
+from speechllm.build import build_model
 from speechllm.checkpoint import (
     CheckpointError,
     RunningAverage,
@@ -64,6 +68,7 @@ from speechllm.config import ConfigError, from_dict, load_config, override, pars
 from speechllm.data import Batch, DataConfig, SpeechLoader, build_eval_loader, build_train_loader
 from speechllm.diagnostics import ActivationStatistics
 from speechllm.encoder import init_from_data
+from speechllm.encoder_model import EncoderModel
 from speechllm.errors import UserError
 from speechllm.files import describe_write_error, replaced_file
 from speechllm.log import setup_logging
@@ -145,6 +150,20 @@ class Config:
     def __post_init__(self) -> None:
         if self.train.ctc_only_steps and not self.model.ctc_weight:
             raise ValueError("train.ctc_only_steps needs a CTC head: set model.ctc_weight above 0")
+        if self.model.llm is None:
+            for name, given in (
+                ("train.ctc_only_steps", self.train.ctc_only_steps),
+                ("train.fsdp", self.train.fsdp),
+                ("data.max_positions", self.data.max_positions is not None),
+            ):
+                if given:
+                    raise ValueError(f"{name} is about the language model, and model.llm is null: leave out {name}")
+        spec_augment = self.data.augment.spec_augment
+        if self.model.cr_ctc is not None and (spec_augment is None or spec_augment.probability == 0):
+            raise ValueError(
+                "model.cr_ctc compares two views of an utterance, which differ by SpecAugment: set "
+                "data.augment.spec_augment, with a probability above 0"
+            )
         if self.train.fsdp and self.optim.name != "adamw":
             raise ValueError(f"train.fsdp: optim.name: {self.optim.name} looks at whole tensors; use adamw")
         if self.train.fsdp and self.train.mixed_precision == "fp16":
@@ -305,7 +324,7 @@ def train(
     logger.info("device: %s, processes: %d", accelerator.device, world_size)
 
     # ---- data and model -------------------------------------------------------------------------------------
-    model = SpeechLLM.from_config(config.model)
+    model = build_model(config.model)
     from_stage_before = init_from_stage(model, init_dir) if init_dir is not None else set()
     logger.info("parameters: %s", describe_parameters(model))
 
@@ -315,7 +334,13 @@ def train(
     def training_data(max_duration: float) -> SpeechLoader:
         config.data.max_duration = max_duration
         return build_train_loader(
-            config.data, config.train.seed, rank, world_size, labels=model, feature_kind=feature_kind
+            config.data,
+            config.train.seed,
+            rank,
+            world_size,
+            labels=model,
+            feature_kind=feature_kind,
+            two_views=model.needs_two_views,
         )
 
     train_loader = training_data(config.data.max_duration)
@@ -434,9 +459,10 @@ def train(
         smoothing=0.05,
     )
     if print_diagnostics:  # what is computed twice would be counted twice
-        bare.llm.checkpoint_blocks = False
         for _, _, encoder in bare.encoders():
             encoder.checkpoint_layers = False
+        if bare.llm is not None:
+            bare.llm.checkpoint_blocks = False
     stopping = StopSignal()
     model.train()
     if find_max_duration and checkpoint_path is None:
@@ -578,7 +604,7 @@ def train(
     return True
 
 
-def init_from_stage(model: SpeechLLM, init_dir: Path) -> set[str]:
+def init_from_stage(model: SpeechLLM | EncoderModel, init_dir: Path) -> set[str]:
     """Load what the stages before have trained, from the last checkpoint in `init_dir`.
 
     Returns:
@@ -600,7 +626,7 @@ def init_from_stage(model: SpeechLLM, init_dir: Path) -> set[str]:
     return set(state)
 
 
-def check_lengths(data: DataConfig, model: SpeechLLM) -> None:
+def check_lengths(data: DataConfig, model: SpeechLLM | EncoderModel) -> None:
     """Whether encoders and projectors fit the lengths of the utterances that are trained on.
 
     Raises:
@@ -616,6 +642,8 @@ def check_lengths(data: DataConfig, model: SpeechLLM) -> None:
                 f"the encoder ({section.path or f'model.{name}.whisper'}) has positions for: set it to "
                 f"{encoder.max_seconds * slowest:g}"
             )
+    if model.llm is None:
+        return
     seconds = model.seconds_per_position
     keys = ", ".join(f"model.{key}.downsample: {p.downsample}" for key, p in model.config.projectors.items())
     if seconds > data.max_seconds:
@@ -631,20 +659,21 @@ def check_lengths(data: DataConfig, model: SpeechLLM) -> None:
         )
 
 
-def frozen_base_weights(model: SpeechLLM, carried: Sequence[str]) -> dict[str, dict[str, str]]:
+def frozen_base_weights(model: SpeechLLM | EncoderModel, carried: Sequence[str]) -> dict[str, dict[str, str]]:
     """Path and hash of the files that frozen weights are from: checkpoints do not have these.
 
     Raises:
       ConfigError: weights are frozen that come from no file.
     """
     bases = {}
-    for name, section, part in [*model.encoders(), ("llm", model.config.llm, model.llm)]:
+    language_model = [] if model.llm is None else [("llm", model.config.llm, model.llm)]
+    for name, section, part in [*model.encoders(), *language_model]:
         frozen = [n for n, p in part.named_parameters(prefix=name) if not p.requires_grad and n not in carried]
         if frozen and section.path is None:
             raise ConfigError(f"optim.freeze: {frozen[0]} comes from no file (model.{name}.path) and no stage before")
         if frozen:
             bases[name] = {"path": section.path, "sha256": file_hash(section.path)}
-    if (adapter := model.config.llm.adapter) is not None:
+    if model.llm is not None and (adapter := model.config.llm.adapter) is not None:
         bases["adapter"] = {"path": adapter, "sha256": file_hash(adapter)}
     return bases
 
@@ -762,8 +791,8 @@ def validate(
     averages = Averages(accelerator.reduce(averages.values.float().to(accelerator.device)).double().cpu())
     results = sorted(gather_object(results), key=lambda result: result.id)
     scalars = {**averages.items(), "wer": 100 * score(results).rate, "cer": 100 * score(results, characters).rate}
-    if bare.ctc_head is not None:
-        scalars["ctc_wer"] = 100 * score(gather_object(ctc_results)).rate
+    if ctc_results := gather_object(ctc_results):
+        scalars["ctc_wer"] = 100 * score(ctc_results).rate
     shown = results[:: max(1, len(results) // 5)][:5]
     return scalars, "\n".join(f"{result.id}:\n  ref: {result.ref}\n  hyp: {result.hyp}" for result in shown)
 
@@ -787,7 +816,7 @@ def plot_if_possible(exp_dir: Path) -> None:
         plot_runs([read_run(exp_dir)], exp_dir / "plot.png")
 
 
-def describe_parameters(model: SpeechLLM) -> str:
+def describe_parameters(model: SpeechLLM | EncoderModel) -> str:
     """`encoder 1.2 M, projector 0.05 M (frozen), ...`"""
     parts = []
     for name, part in model.named_children():

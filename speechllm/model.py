@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from speechllm.checkpoint import load_state_dict_strict
 from speechllm.config import ConfigError, load_config, save_config
+from speechllm.ctc import CRCTCConfig, ctc_losses
 from speechllm.decode.formats import Recording
 from speechllm.decode.recognise import RecogniseOptions, Recogniser, Speech
 from speechllm.decode.result import Recognition
@@ -50,6 +50,7 @@ from speechllm.rwkv7 import (
 )
 from speechllm.rwkv7.wkv import BACKENDS
 from speechllm.tokenizer import Tokenizer, load_tokenizer
+from speechllm.transducer import TransducerConfig
 from speechllm.transformers_lm import (
     TransformersLM,
     is_transformers_folder,
@@ -169,16 +170,21 @@ class ModelConfig:
     `more_encoders`: their embeddings stand behind the encoder's, in this order. `encoder_dropout`: in training each
     encoder is left out of an utterance with this probability, but never all (as ModDrop, arXiv 1501.00102, drops whole
     modalities); in decoding all are there.
+
+    Without a language model (`llm: null`) the encoder is trained by itself (`encoder_model.EncoderModel`), by CTC, with
+    consistency regularisation (`cr_ctc`) or not, by a `transducer`, or by several of these.
     """
 
     tokenizer: str
     encoder: EncoderSection
-    llm: LLMSection
+    llm: LLMSection | None = None
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     ctc_weight: float = 0.0
     more_encoders: list[MoreEncoder] = field(default_factory=list)
     encoder_dropout: float = 0.0
+    cr_ctc: CRCTCConfig | None = None
+    transducer: TransducerConfig | None = None
 
     def __post_init__(self) -> None:
         if self.ctc_weight < 0:
@@ -187,6 +193,30 @@ class ModelConfig:
             raise ValueError(f"encoder_dropout must be in [0, 1), got {self.encoder_dropout}")
         if self.encoder_dropout and not self.more_encoders:
             raise ValueError("encoder_dropout leaves out one of several encoders, but there are no more_encoders")
+        if self.llm is None:
+            self._check_encoder_alone()
+        else:
+            for name in ("cr_ctc", "transducer"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} trains an encoder without a language model, and llm is given: leave out one of them"
+                    )
+
+    def _check_encoder_alone(self) -> None:
+        if not self.ctc_weight and self.transducer is None:
+            raise ValueError(
+                "llm is null, and neither ctc_weight is above 0 nor transducer given: there is nothing to train the "
+                "encoder with"
+            )
+        if self.cr_ctc is not None and not self.ctc_weight:
+            raise ValueError("cr_ctc makes what CTC says of two views agree, but ctc_weight is 0: set it above 0")
+        for name, default in (
+            ("projector", ProjectorConfig()),
+            ("prompt", PromptConfig()),
+            ("more_encoders", []),
+        ):
+            if getattr(self, name) != default:
+                raise ValueError(f"{name} leads to the language model, and llm is null: leave out {name}")
 
     @property
     def projectors(self) -> dict[str, ProjectorConfig]:
@@ -263,8 +293,18 @@ def _tied_weights(llm: RWKV7 | TransformersLM) -> dict[str, str]:
     return llm.tied_weights() if isinstance(llm, TransformersLM) else {}
 
 
+def keep_frozen_in_eval(model: nn.Module) -> None:
+    """Put the modules that have no trained parameter into evaluation mode."""
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+
+
 class SpeechLLM(nn.Module):
     """See the module's docstring. Build one with `from_config` (training) or `from_pretrained` (use)."""
+
+    needs_two_views = False
 
     def __init__(
         self,
@@ -297,6 +337,8 @@ class SpeechLLM(nn.Module):
         Raises:
           UserError, FileNotFoundError: a part does not load, or two parts do not fit together.
         """
+        if config.llm is None:
+            raise ConfigError("model.llm: null: without a language model it is an EncoderModel, not a SpeechLLM")
         tokenizer = load_tokenizer(config.tokenizer)
         encoder = build_encoder(config.encoder)
         llm = _language_model(config.llm)
@@ -327,10 +369,7 @@ class SpeechLLM(nn.Module):
         """Frozen parts stay in evaluation mode."""
         super().train(mode)
         if mode:
-            for module in self.modules():
-                parameters = list(module.parameters())
-                if parameters and not any(p.requires_grad for p in parameters):
-                    module.eval()
+            keep_frozen_in_eval(self)
         return self
 
     @property
@@ -468,18 +507,7 @@ class SpeechLLM(nn.Module):
 
     def ctc_losses(self, encoder_out: Tensor, encoder_out_lens: Tensor, label_ids: Sequence[Sequence[int]]) -> Tensor:
         """CTC losses (N,); that of a label that has more tokens than its audio has frames is 0."""
-        log_probs = self.ctc_head(encoder_out).float().log_softmax(-1)
-        targets = torch.tensor([t for ids in label_ids for t in ids], dtype=torch.long)
-        target_lens = torch.tensor([len(ids) for ids in label_ids])
-        return F.ctc_loss(
-            log_probs.transpose(0, 1),
-            targets.to(log_probs.device),
-            encoder_out_lens,
-            target_lens.to(log_probs.device),
-            blank=self.blank_id,
-            reduction="none",
-            zero_infinity=True,
-        )
+        return ctc_losses(self.ctc_head(encoder_out), encoder_out_lens, label_ids, self.blank_id)
 
     def recognise(
         self,
@@ -494,7 +522,15 @@ class SpeechLLM(nn.Module):
         Rows with a target language are translated; the CTC head cannot, and has no text for them.
         """
         speech = Speech(features, feature_lens, languages, target_languages or [None] * len(languages))
-        return next(Recogniser(self, options)([speech]))
+        return next(self.recogniser(options)([speech]))
+
+    def recogniser(self, options: RecogniseOptions | None = None) -> Recogniser:
+        """Recognises any number of batches, which it searches together.
+
+        Raises:
+          UserError: the options ask for what the model does not have.
+        """
+        return Recogniser(self, options)
 
     def transcribe(
         self,
@@ -514,20 +550,9 @@ class SpeechLLM(nn.Module):
           DataError: a file cannot be read; the message names it.
           UserError: the prompt has a slot for a language that is not given; samples of another shape.
         """
-        from speechllm.transcribe import audio_input, transcribe_inputs  # the model itself needs no lhotse
+        from speechllm.transcribe import transcribe_audio  # the model itself needs no lhotse
 
-        inputs = [audio_input(a, f"audio[{i}]", language, target_language) for i, a in enumerate(audio)]
-        was_training = self.training
-        self.eval()
-        try:
-            recogniser = Recogniser(self, options)
-            results = transcribe_inputs(inputs, recogniser, feature_kind=self.feature_kind)
-            found = [result for _, result in results]
-        finally:
-            self.train(was_training)
-        if errors := [result for result in found if isinstance(result, Exception)]:
-            raise errors[0]
-        return found
+        return transcribe_audio(self, audio, language, target_language, options)
 
     def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
         """Write the whole model: config.yaml, model.safetensors, tokenizer, README.md. Replaces `folder` in one move.
@@ -582,6 +607,11 @@ class SpeechLLM(nn.Module):
         if not (folder / "config.yaml").is_file():
             raise FileNotFoundError(f"{folder}: no config.yaml: not a folder written by save_pretrained")
         config = load_config(ModelConfig, folder / "config.yaml")
+        if config.llm is None:
+            raise UserError(
+                f"{folder}: holds an encoder without a language model: load it as an EncoderModel, or train a language "
+                "model on it (model.encoder.path)"
+            )
         config = dataclasses.replace(config, tokenizer=str(folder / config.tokenizer))
         path = folder / "model.safetensors"
         weights = load_file(path)

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from speechllm.decode.formats import Recording, Segment
-    from speechllm.decode.recognise import Speech
+    from speechllm.decode.recognise import RecogniseOptions, Speech
     from speechllm.decode.result import Recognition
+    from speechllm.encoder_model import EncoderModel
+    from speechllm.model import SpeechLLM
 
     Recogniser = Callable[[Iterable[Speech]], Iterator[list[Recognition]]]
 
@@ -112,9 +114,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from speechllm.decode.recognise import Recogniser
-    from speechllm.linear import pack_for_inference
-    from speechllm.model import SpeechLLM
+    from speechllm.build import load_model, pack_model
 
     how = replace(search_options(args), fallback="ctc")
     inputs = Inputs(args.inputs, args.language, args.target_language, args.task)
@@ -123,12 +123,11 @@ def run_transcribe(args: argparse.Namespace) -> int:
     output.check(args.inputs)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = SpeechLLM.from_pretrained(args.model).to(device)
+    model = load_model(args.model).to(device)
     if device == "cpu" or args.llm_weights != "float32":
-        pack_for_inference(model.llm, args.llm_weights)
-        pack_for_inference(model.encoder)
+        pack_model(model, args.llm_weights)
     timestamps = args.format in _FORMATS_WITH_WORD_TIMES and model.ctc_head is not None
-    recognise = Recogniser(model, replace(how, timestamps=timestamps))
+    recognise = model.recogniser(replace(how, timestamps=timestamps))
     return transcribe_all(inputs, recognise, options, output, model.feature_kind)
 
 
@@ -369,6 +368,27 @@ def transcribe_inputs(
         on_progress(sum(part.duration for part in parts))
         yield from finished()
     yield from finished()
+
+
+def transcribe_audio(
+    model: SpeechLLM | EncoderModel,
+    audio: Sequence[str | Path | np.ndarray | Tensor],
+    language: str | None,
+    target_language: str | None,
+    options: RecogniseOptions | None,
+) -> list[Recording]:
+    """What `SpeechLLM.transcribe` does, with any model."""
+    inputs = [audio_input(a, f"audio[{i}]", language, target_language) for i, a in enumerate(audio)]
+    was_training = model.training
+    model.eval()
+    try:
+        results = transcribe_inputs(inputs, model.recogniser(options), feature_kind=model.feature_kind)
+        found = [result for _, result in results]
+    finally:
+        model.train(was_training)
+    if errors := [result for result in found if isinstance(result, Exception)]:
+        raise errors[0]
+    return found
 
 
 def _parts(

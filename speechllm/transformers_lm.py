@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechllm.errors import UserError
+from speechllm.linear import linear_cross_entropy
 from speechllm.prompt import IGNORE
-from speechllm.rwkv7.linear import linear_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel

@@ -327,7 +327,7 @@ def test_options_that_do_not_go_together(arguments, message):
 
 
 def test_a_whole_model_transcribes(model, audio, tmp_path, monkeypatch):
-    monkeypatch.setattr("speechllm.model.SpeechLLM.from_pretrained", lambda folder: model.eval())
+    monkeypatch.setattr("speechllm.build.load_model", lambda folder: model.eval())
     arguments = [str(audio), "--language", "en", "--format", "ctm", "--search", "beam", "--beam", "2"]
     assert run_transcribe(parsed(*arguments, "--output", str(tmp_path / "out"))) == 1
     assert sorted(path.stem for path in (tmp_path / "out").rglob("*.ctm")) == ["a", "b", "c", "d"]

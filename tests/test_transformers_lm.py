@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from speechllm.rwkv7.linear import pack_for_inference
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +16,7 @@ from speechllm.config import from_dict, to_dict
 from speechllm.decode.recognise import RecogniseOptions
 from speechllm.decode.search import SearchOptions
 from speechllm.encoder import init_from_data
+from speechllm.linear import pack_for_inference
 from speechllm.model import LLMSection, ModelConfig, SpeechLLM
 from speechllm.optim import OptimConfig, build_optimizer
 from speechllm.rwkv7 import TuneConfig, merge, tune, unmerge

@@ -17,7 +17,7 @@ from speechllm.data.augment import Augmenter, SpecAugmentConfig
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, extract_features, extract_features_padded
 from speechllm.data.index import Corpus
 from speechllm.data.manifest import describe_cut
-from speechllm.data.specaugment import spec_augment
+from speechllm.data.specaugment import spec_augment, spec_augment_twice
 from speechllm.text import normalize_text
 
 FEATURES_ON = ("worker", "device", "precomputed")
@@ -48,7 +48,8 @@ class _Batch:
 class Batch(_Batch):
     """What the model sees of N utterances.
 
-    `features` (N, T, F) float32, zero beyond `feature_lens` (N,) int64. For the other fields see `_Batch`.
+    `features` (N, T, F) float32, zero beyond `feature_lens` (N,) int64. With two views of each utterance (see
+    `build_train_loader`) both are 2 N long, the second views behind all the first. For the other fields see `_Batch`.
     """
 
     features: Tensor
@@ -77,7 +78,8 @@ class WaveformBatch(_Batch):
     """A batch whose features are still to be computed, on the device that it is moved to.
 
     `samples` (N, S) float32, 16 kHz, zero beyond `sample_lens` (N,) int64. `spec_augment` (None for none) draws from
-    each utterance's own of the `generators`. `feature_kind`: see `speechllm.data.features.MEL_BINS`.
+    each utterance's own of the `generators`, `two_views` of each or one. `feature_kind`: see
+    `speechllm.data.features.MEL_BINS`.
     """
 
     samples: Tensor
@@ -85,13 +87,20 @@ class WaveformBatch(_Batch):
     spec_augment: SpecAugmentConfig | None
     generators: list[np.random.Generator]
     feature_kind: str
+    two_views: bool = False
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with features, on `device`."""
         lens = self.sample_lens.to(device, non_blocking=True)
         samples = self.samples.to(device, non_blocking=True)
         features, feature_lens = extract_features_padded(samples, lens, self.feature_kind)
-        if self.spec_augment is not None:
+        if self.two_views:
+            first, second = features, features.clone()
+            for i, (frames, rng) in enumerate(zip(feature_lens.tolist(), self.generators, strict=True)):
+                views = spec_augment_twice(features[i, :frames].clone(), self.spec_augment, rng)
+                first[i, :frames], second[i, :frames] = views
+            features, feature_lens = torch.cat([first, second]), feature_lens.repeat(2)
+        elif self.spec_augment is not None:
             for row, frames, rng in zip(features, feature_lens.tolist(), self.generators, strict=True):
                 row[:frames] = spec_augment(row[:frames], self.spec_augment, rng)
         return Batch(
@@ -146,6 +155,7 @@ class SpeechDataset(torch.utils.data.Dataset):
             those of the manifest.
         feature_kind: see `speechllm.data.features.MEL_BINS`.
         allow_empty_text: for test sets, where an empty reference is a statement; in training it is an error.
+        two_views: of each utterance, with other masks of SpecAugment; needs an `augmenter` that has it.
     """
 
     def __init__(
@@ -158,6 +168,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         features_on: str,
         feature_kind: str,
         allow_empty_text: bool,
+        two_views: bool = False,
     ) -> None:
         self._corpus = corpus
         self._text_steps = text_steps
@@ -166,6 +177,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         self._features_on = features_on
         self._feature_kind = feature_kind
         self._allow_empty_text = allow_empty_text
+        self._two_views = two_views
 
     def __getitem__(self, plan: BatchPlan) -> tuple[Batch | WaveformBatch | None, list[Skipped]]:
         good, skipped = [], []
@@ -200,10 +212,13 @@ class SpeechDataset(torch.utils.data.Dataset):
             duration = len(samples) / SAMPLE_RATE
             if self._features_on == "worker":
                 features = extract_features(samples, self._feature_kind)
-        if features is not None and self._augmenter is not None:
+        second_view = None
+        if features is not None and self._two_views:
+            features, second_view = self._augmenter.two_views(features, rng)
+        elif features is not None and self._augmenter is not None:
             features = self._augmenter.features(features, rng)
         target_language = entry.target_lang if entry.task == "ast" else None
-        return Utterance(cut.id, samples, features, text, entry.lang, target_language, duration, rng)
+        return Utterance(cut.id, samples, features, text, entry.lang, target_language, duration, rng, second_view)
 
     def _collate(self, utterances: list[Utterance]) -> Batch | WaveformBatch:
         if self._features_on != "device":
@@ -211,7 +226,9 @@ class SpeechDataset(torch.utils.data.Dataset):
         samples, lens = _padded([torch.from_numpy(u.samples) for u in utterances])
         config = self._augmenter.config.spec_augment if self._augmenter is not None else None
         generators = [u.rng for u in utterances]
-        return WaveformBatch(*_fields(utterances), samples, lens, config, generators, self._feature_kind)
+        return WaveformBatch(
+            *_fields(utterances), samples, lens, config, generators, self._feature_kind, self._two_views
+        )
 
 
 def augmentation_rng(seed: int, epoch: int, times: int, id: str) -> np.random.Generator:
@@ -221,8 +238,8 @@ def augmentation_rng(seed: int, epoch: int, times: int, id: str) -> np.random.Ge
 
 @dataclass(frozen=True)
 class Utterance:
-    """One utterance before padding: `samples` (S,) or `features` (T, F), `duration` in seconds, and the generator from
-    which SpecAugment draws."""
+    """One utterance before padding: `samples` (S,) or `features` (T, F), perhaps in a `second_view`, `duration` in
+    seconds, and the generator from which SpecAugment draws."""
 
     id: str
     samples: np.ndarray | None
@@ -232,12 +249,14 @@ class Utterance:
     target_language: str | None
     duration: float
     rng: np.random.Generator | None = None
+    second_view: Tensor | None = None
 
 
 def collate(utterances: Iterable[Utterance]) -> Batch:
     """Pad utterances with zeros on the right to one batch."""
     utterances = list(utterances)
-    return Batch(*_fields(utterances), *_padded([u.features for u in utterances]))
+    views = [u.features for u in utterances] + [u.second_view for u in utterances if u.second_view is not None]
+    return Batch(*_fields(utterances), *_padded(views))
 
 
 def _fields(utterances: list[Utterance]) -> tuple[list, ...]:

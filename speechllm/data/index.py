@@ -51,7 +51,7 @@ _LABELS_AT_ONCE = 10000
 
 
 class Labels(Protocol):
-    """What the data side asks of the model about labels; `SpeechLLM` has it."""
+    """What the data side asks of the model about labels; `SpeechLLM` and `EncoderModel` have it."""
 
     frame_seconds: float
     seconds_per_position: float

@@ -435,24 +435,31 @@ def build_train_loader(
     world_size: int = 1,
     labels: Labels | None = None,
     feature_kind: str = "fbank",
+    two_views: bool = False,
 ) -> SpeechLoader:
     """The training data: mixed, bucketed and augmented.
 
     Args:
         labels: the model, where the configuration limits tokens or positions.
         feature_kind: that of the model's encoder; see `speechllm.data.features.MEL_BINS`.
+        two_views: batches have each utterance twice, with other masks of SpecAugment (see `Batch`), for CR-CTC. The
+            limits of batches count it once.
 
     Raises:
-        DataError: no training sources, none of their utterances within the limits, or no noise in the noise manifests.
+        DataError: two views, and no SpecAugment that they would differ in; no training sources, none of their
+            utterances within the limits, or no noise in the noise manifests.
         ManifestError: a manifest is missing or useless.
     """
     if not config.train:
         raise DataError("data: no train sources are configured")
+    if two_views and (config.augment.spec_augment is None or config.augment.spec_augment.probability == 0):
+        raise DataError("data.augment.spec_augment: two views of an utterance would be the same without it")
     if not config.utterance_limits(1, labels).needs_tokens:
         labels = None
     elif labels is None:
         raise DataError("data: limits on tokens or positions need the model that has the tokenizer")
     identity = {"seed": seed, "world_size": world_size, "labels": labels and labels.label_identity(), **asdict(config)}
+    identity["two_views"] = two_views
     for name in ("valid", "test", "num_workers", "max_bad_share", "index_dir"):
         del identity[name]
     if config.train[0].stream:
@@ -474,6 +481,7 @@ def build_train_loader(
             features_on=config.features_on,
             feature_kind=feature_kind,
             allow_empty_text=False,
+            two_views=two_views,
         ),
         epochs,
         num_workers=config.num_workers,

@@ -215,6 +215,34 @@ def test_features_on_the_device_are_those_of_the_worker(corpus, num_workers, kin
         assert (got.ids, got.texts, got.durations) == (expected.ids, expected.texts, expected.durations)
 
 
+@pytest.mark.parametrize("features_on", ["worker", "device"])
+def test_two_views_of_each_utterance(corpus, features_on):
+    """The second views lie behind all the first; both are masked, and the same whichever process makes them."""
+    one_view = list(build_train_loader(config(corpus, augmented=False), seed=1))
+    cfg = replace(
+        config(corpus, augmented=False, features_on=features_on),
+        augment=AugmentConfig(spec_augment=SpecAugmentConfig(1.0, time_masks=5, time_mask_frames=10)),
+    )
+    batches = [batch.to("cpu") for batch in build_train_loader(cfg, seed=1, two_views=True)]
+    in_workers = build_train_loader(replace(cfg, num_workers=2), seed=1, two_views=True)
+    for batch, plain, again in zip(batches, one_view, in_workers, strict=True):
+        assert same(batch, again.to("cpu")) and batch.ids == plain.ids
+        assert torch.equal(batch.feature_lens, plain.feature_lens.repeat(2))
+        assert batch.padding_share == pytest.approx(plain.padding_share)
+        for i, n in enumerate(plain.feature_lens.tolist()):
+            first, second = batch.features[i], batch.features[i + len(plain)]
+            assert not torch.equal(first, second) and not first[n:].any() and not second[n:].any()
+            for view in (first[:n], second[:n]):
+                kept = torch.isclose(view, plain.features[i, :n], atol=1e-4)
+                assert kept.any() and not kept.all()
+
+
+def test_two_views_need_masks_to_differ_in(corpus):
+    for augment in (AugmentConfig(), AugmentConfig(spec_augment=SpecAugmentConfig(probability=0.0))):
+        with pytest.raises(DataError, match="data.augment.spec_augment: two views of an utterance would be the same"):
+            build_train_loader(replace(config(corpus), augment=augment), seed=1, two_views=True)
+
+
 def test_precomputed_features_are_those_of_the_worker(corpus, tmp_path):
     plain = DataConfig(train=[SourceConfig(str(corpus / "a.jsonl"))], max_duration=6.0, num_workers=0)
     cuts = [Recording.from_file(path).to_cut() for path in sorted((corpus / "a").glob("*.wav"))]

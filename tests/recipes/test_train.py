@@ -291,6 +291,53 @@ def test_average_and_decode(experiment, finished):
     assert {line.split("\t")[1] for line in recogs[::2]} == {f"ref=['dos', '{i}']" for i in range(len(lines))}
 
 
+ENCODER_ALONE = {
+    "cr_ctc": ["--model.llm", "null", "--model.cr_ctc", "{weight: 0.2}"],
+    "transducer": [
+        "--model.llm", "null", "--model.ctc_weight", "0", "--model.transducer", "{decoder_dim: 16, joiner_dim: 16}",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENCODER_ALONE)
+def test_an_encoder_alone_is_trained_resumed_averaged_and_decoded(experiment, tmp_path, kind):
+    """In the same loop; stopped and started again it ends where a run ends that was never stopped."""
+    settings = [
+        *ENCODER_ALONE[kind],
+        "--train.num_steps",
+        "4",
+        "--train.valid_every_n",
+        "4",
+        "--train.save_every_n",
+        "2",
+    ]
+    whole = run(*command(experiment, tmp_path / "whole", *settings))
+    assert f"{kind}_loss=" in whole.stderr and "llm_loss" not in whole.stderr and "wer: " in whole.stderr
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "whole" / "checkpoint-2.pt").rename(tmp_path / "stopped" / "checkpoint-2.pt")
+    assert "resuming from" in run(*command(experiment, tmp_path / "stopped", *settings)).stderr
+    one, two = (load_checkpoint(tmp_path / name / "checkpoint-4.pt") for name in ("whole", "stopped"))
+    assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+    run(sys.executable, "tools/average_ckpt.py", "--exp-dir", str(tmp_path / "stopped"), "--iter", "4", "--avg", "2")
+    folder = tmp_path / "stopped" / "iter-4-avg-2"
+    decode = [
+        sys.executable, "recipes/decode.py", "--config", str(experiment), "--exp-dir", str(tmp_path / "stopped"),
+        "--model", str(folder), *ENCODER_ALONE[kind],
+    ]  # fmt: skip
+    table = run(*decode).stdout
+    names = {path.name for path in (tmp_path / "stopped").glob("*_search")}
+    assert names == {"ctc_greedy_search" if kind == "cr_ctc" else "greedy_search"} and table.count("WER %") == 1
+    wrong = run(*decode, "--search", "beam", check=False)
+    assert wrong.returncode == 1 and "method: beam is for a language model" in wrong.stderr
+    wav = experiment.parent / "valid" / "0.wav"
+    transcribe = [sys.executable, "-m", "speechllm.cli", "transcribe", str(wav), "--model", str(folder)]
+    words = json.loads(run(*transcribe, "--format", "json").stdout)
+    assert words["duration"] > 0
+    # and a language model is trained on it
+    settings = ["--model.encoder", f"{{path: {folder}, freeze: true}}", "--train.num_steps", "1"]
+    assert "encoder 0." in run(*command(experiment, tmp_path / "llm", *settings)).stderr
+
+
 def test_a_quantised_language_model_is_tuned_by_two_processes(experiment, tmp_path):
     torch.manual_seed(0)
     save_rwkv7(RWKV7(RWKV7Config(2, 32, 300, head_size=16)), tmp_path / "lm.pth")
@@ -349,6 +396,13 @@ def test_transcribe_command(finished, experiment):
         (["--optim.freeze", "[projector.nothing]"], "projector.nothing"),
         (["--max-duration", "auto"], "--max-duration auto needs a GPU"),
         (["--start-batch", "3"], "checkpoint-3.pt: no such checkpoint"),
+        (["--model.llm", "null", "--model.ctc_weight", "0"], "there is nothing to train the encoder with"),
+        (["--model.llm", "null", "--train.ctc_only_steps", "3"], "train.ctc_only_steps is about the language model"),
+        (["--model.llm", "null", "--data.max_positions", "9"], "data.max_positions is about the language model"),
+        (
+            ["--model.llm", "null", "--model.cr_ctc", "{}", "--data.augment.spec_augment", "null"],
+            "model.cr_ctc compares two views of an utterance, which differ by SpecAugment",
+        ),
     ],
 )
 def test_mistakes_are_one_line(experiment, tmp_path, settings, said):
