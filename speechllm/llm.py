@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LanguageModelState(Protocol):
@@ -44,6 +44,14 @@ class LanguageModel(Protocol):
     vocab_size: int
     checkpoint_blocks: bool
     """In training, compute activations again in the backward pass."""
+
+    def layers(self) -> list[nn.Module]:
+        """What computes one after the other, most of the model: what is sharded one by one."""
+        ...
+
+    def untuned(self) -> LanguageModel:
+        """A model of the same sizes, to be loaded: without values, and without an adapter."""
+        ...
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(...,) int64 -> (..., D)."""

@@ -15,7 +15,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,7 @@ class TransformersLM(nn.Module):
 
     Attributes:
       config: `model_type` and all settings, as `new_transformers_lm` takes them.
-      checkpoint_blocks: in training, keep only the inputs of each layer and compute it again for the gradient
+      checkpoint_blocks: in `loss`, keep only the inputs of each layer and compute it again for the gradient
         (activation checkpointing, arXiv 1604.06174).
     """
 
@@ -109,7 +110,7 @@ class TransformersLM(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.config = _settings(causal_lm.config)
-        self._checkpoint_blocks = False
+        self.checkpoint_blocks = False
 
     @property
     def name(self) -> str:
@@ -122,18 +123,6 @@ class TransformersLM(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.causal_lm.get_input_embeddings().num_embeddings
-
-    @property
-    def checkpoint_blocks(self) -> bool:
-        return self._checkpoint_blocks
-
-    @checkpoint_blocks.setter
-    def checkpoint_blocks(self, on: bool) -> None:
-        self._checkpoint_blocks = on
-        if on:
-            self.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.causal_lm.activation_checkpointing_disable()
 
     def layers(self) -> list[nn.Module]:
         """What computes one after the other, most of the model."""
@@ -182,13 +171,8 @@ class TransformersLM(nn.Module):
 
         Raises:
           ValueError: both or none of input_ids and inputs_embeds; no position; shapes or lens that do not fit; logits
-            asked for at padding; training with `checkpoint_blocks`, where transformers keeps no state.
+            asked for at padding.
         """
-        if self.checkpoint_blocks and self.training:
-            raise ValueError(
-                f"TransformersLM: with checkpoint_blocks {self.name} keeps no state in training: call eval() first, or "
-                "loss() for a training step"
-            )
         inputs_embeds, valid = self._inputs(input_ids, inputs_embeds, lens)
         wanted = self._wanted(valid if logits_mask is None else logits_mask, valid, "logits_mask has")
         hidden, after = self._read(inputs_embeds, valid, state, keep=True)
@@ -208,15 +192,19 @@ class TransformersLM(nn.Module):
         """Summed cross entropy of `labels` (N, L): what each position should predict, -100 where there is no loss; how
         many labels there are, and how many of them are the best guess.
 
-        The other arguments, and what is raised, are those of `forward`; `checkpoint_blocks` is for reading without a
-        state. Logits are computed at the labels only, and never all at once; the loss can be differentiated once. No
-        state is kept.
+        The other arguments, and what is raised, are those of `forward`. Logits are computed at the labels only, and
+        never all at once; the loss can be differentiated once. No state is kept.
+
+        Raises:
+          ValueError: also, a state and `checkpoint_blocks`, with which transformers reads from the start alone.
         """
-        if self.checkpoint_blocks and self.training and state is not None:
+        checkpointing = self.checkpoint_blocks and torch.is_grad_enabled()
+        if checkpointing and state is not None:
             raise ValueError(f"TransformersLM: with checkpoint_blocks {self.name} cannot go on from a state")
         inputs_embeds, valid = self._inputs(input_ids, inputs_embeds, lens)
         mask = self._wanted(labels != IGNORE, valid, "labels have")
-        hidden, _ = self._read(inputs_embeds, valid, state, keep=False)
+        with self._checkpointing() if checkpointing else nullcontext():
+            hidden, _ = self._read(inputs_embeds, valid, state, keep=False)
         hidden, targets = hidden[mask], labels.to(hidden.device)[mask]
         head = self._head
         if type(head) is nn.Linear and head.bias is None:
@@ -238,6 +226,21 @@ class TransformersLM(nn.Module):
         valid = torch.ones(len(token_ids), 1, dtype=torch.bool)
         hidden, after = self._read(self.embed(token_ids[:, None]), valid, state, keep=True)
         return self._head(hidden[:, 0]), after
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Inside, layers are computed with activation checkpointing, those of a frozen model too."""
+        layers = self.layers()
+        training = [layer.training for layer in layers]
+        self.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in layers:
+            layer.training = True  # what transformers asks; what is in a layer stays as it is
+        try:
+            yield
+        finally:
+            self.causal_lm.activation_checkpointing_disable()
+            for layer, was_training in zip(layers, training, strict=True):
+                layer.training = was_training
 
     @property
     def _head(self) -> nn.Module:

@@ -100,19 +100,33 @@ def test_older_names_of_settings_are_known():
     assert model.config["rope_parameters"]["rope_theta"] == 500.0
 
 
-def test_checkpoint_blocks_is_for_training_steps():
-    model, ids = tiny_llm("llama").train(), torch.randint(0, 40, (2, 5))
-    _, state = model(ids)
-    computed = []
-    model.causal_lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: computed.append(1))
+@pytest.mark.parametrize("frozen", [False, True])
+def test_checkpoint_blocks_computes_a_layer_again(frozen):
+    model, embeds = tiny_llm("llama").train(not frozen), torch.randn(2, 5, 32, requires_grad=True)
+    model.requires_grad_(not frozen)
     model.checkpoint_blocks = True
-    model.loss(ids, ids)[0][0].backward()
-    assert len(computed) == 2
-    with pytest.raises(ValueError, match="checkpoint_blocks llama keeps no state in training"):
-        model(ids)
+    labels, computed = torch.randint(0, 40, (2, 5)), []
+    model.causal_lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: computed.append(1))
+    model.loss(labels, inputs_embeds=embeds)[0][0].backward()
+    assert len(computed) == 2 and embeds.grad.abs().sum() > 0
+    assert all(module.training != frozen for module in model.modules())
+    _, state = model(inputs_embeds=embeds)
     with pytest.raises(ValueError, match="checkpoint_blocks llama cannot go on from a state"):
-        model.loss(ids, ids, state=state)
-    assert len(model.eval()(ids, state=state)[1]) == 2
+        model.loss(labels, inputs_embeds=embeds, state=state)
+    with torch.no_grad():
+        loss = model.loss(labels, inputs_embeds=embeds, state=state)[0][0]
+        torch.testing.assert_close(loss, -model(inputs_embeds=embeds, state=state)[0].log_softmax(-1).gather(
+            2, labels[..., None]).sum())  # fmt: skip
+
+
+@torch.no_grad()
+def test_rows_that_have_read_nothing():
+    model, ids = tiny_llm("qwen2"), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    _, state = model(ids, lens=torch.tensor([3, 0]))
+    expected, _ = model(ids[:1])
+    nothing = state.select(torch.tensor([1]))
+    torch.testing.assert_close(model(ids[:1], state=nothing)[0], expected)
+    torch.testing.assert_close(model.step(ids[0, :1], nothing)[0], expected[:, 0])
 
 
 # ---- in a SpeechLLM -----------------------------------------------------------------------------------------------
