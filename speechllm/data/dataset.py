@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from speechllm.data.augment import Augmenter, SpecAugmentConfig
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, fbank, fbank_padded
 from speechllm.data.index import Corpus
 from speechllm.data.manifest import describe_cut
+from speechllm.data.source import label_of
 from speechllm.data.specaugment import spec_augment
+from speechllm.label import LabelError, LabelTemplate
 from speechllm.text import normalize_text
 
 FEATURES_ON = ("worker", "device", "precomputed")
@@ -25,11 +27,12 @@ FEATURES_ON = ("worker", "device", "precomputed")
 
 @dataclass
 class _Batch:
-    """What is known of N utterances besides their audio: the `texts` to write, `languages` (None where unknown),
-    `target_languages` (None where nothing is translated), `ids`, and `durations` (seconds, after speed
-    perturbation)."""
+    """What is known of N utterances besides their audio: the `texts` that are said or their translations, the `labels`
+    to write (`speechllm.label`), `languages` (None where unknown), `target_languages` (None where nothing is
+    translated), `ids`, and `durations` (seconds, after speed perturbation)."""
 
     texts: list[str]
+    labels: list[str]
     languages: list[str | None]
     target_languages: list[str | None]
     ids: list[str]
@@ -92,9 +95,8 @@ class WaveformBatch(_Batch):
         if self.spec_augment is not None:
             for row, frames, rng in zip(features, feature_lens.tolist(), self.generators, strict=True):
                 row[:frames] = spec_augment(row[:frames], self.spec_augment, rng)
-        return Batch(
-            self.texts, self.languages, self.target_languages, self.ids, self.durations, features, feature_lens
-        )
+        known = {f.name: getattr(self, f.name) for f in fields(_Batch)}
+        return Batch(**known, features=features, feature_lens=feature_lens)
 
     def pin_memory(self) -> WaveformBatch:
         """The batch in page-locked memory, from which a GPU can copy while it computes."""
@@ -143,6 +145,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         features_on: `worker` computes features here, `device` leaves that to `WaveformBatch.to`, `precomputed` reads
             those of the manifest.
         allow_empty_text: for test sets, where an empty reference is a statement; in training it is an error.
+        label: what the model is to write.
     """
 
     def __init__(
@@ -154,12 +157,14 @@ class SpeechDataset(torch.utils.data.Dataset):
         seed: int,
         features_on: str,
         allow_empty_text: bool,
+        label: LabelTemplate = LabelTemplate(),  # noqa: B008
     ) -> None:
         self._corpus = corpus
         self._text_steps = text_steps
         self._augmenter = augmenter
         self._seed = seed
         self._features_on = features_on
+        self._label = label
         self._allow_empty_text = allow_empty_text
 
     def __getitem__(self, plan: BatchPlan) -> tuple[Batch | WaveformBatch | None, list[Skipped]]:
@@ -183,6 +188,10 @@ class SpeechDataset(torch.utils.data.Dataset):
             raise UtteranceError(
                 "empty text", f"the manifest has no {'translation' if entry.task == 'ast' else 'text'}"
             )
+        try:
+            label = label_of(entry, self._label, self._text_steps, speed)
+        except LabelError as error:
+            raise UtteranceError(error.reason, str(error)) from error
         rng = augmentation_rng(self._seed, epoch, times, cut.id)
         samples, features = None, None
         if self._features_on == "precomputed":
@@ -198,7 +207,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         if features is not None and self._augmenter is not None:
             features = self._augmenter.features(features, rng)
         target_language = entry.target_lang if entry.task == "ast" else None
-        return Utterance(cut.id, samples, features, text, entry.lang, target_language, duration, rng)
+        return Utterance(cut.id, samples, features, text, label, entry.lang, target_language, duration, rng)
 
     def _collate(self, utterances: list[Utterance]) -> Batch | WaveformBatch:
         if self._features_on != "device":
@@ -222,6 +231,7 @@ class Utterance:
     samples: np.ndarray | None
     features: Tensor | None
     text: str
+    label: str
     language: str | None
     target_language: str | None
     duration: float
@@ -237,6 +247,7 @@ def collate(utterances: Iterable[Utterance]) -> Batch:
 def _fields(utterances: list[Utterance]) -> tuple[list, ...]:
     return (
         [u.text for u in utterances],
+        [u.label for u in utterances],
         [u.language for u in utterances],
         [u.target_language for u in utterances],
         [u.id for u in utterances],

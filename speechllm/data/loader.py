@@ -31,6 +31,7 @@ from speechllm.data.manifest import DataError, SourceConfig
 from speechllm.data.plan import Plan, draw, evaluation_plan, training_plan
 from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits, curriculum_limit
 from speechllm.data.streams import mix, stream_batches
+from speechllm.label import LabelTemplate
 from speechllm.text import check_steps
 
 # From so many utterances of the corpus the voices of babble are taken.
@@ -433,7 +434,7 @@ def build_train_loader(
     """The training data: mixed, bucketed and augmented.
 
     Args:
-        labels: the model, where the configuration limits tokens or positions.
+        labels: the model, where it writes more than texts, or the configuration limits tokens or positions.
 
     Raises:
         DataError: no training sources, none of their utterances within the limits, or no noise in the noise manifests.
@@ -441,6 +442,7 @@ def build_train_loader(
     """
     if not config.train:
         raise DataError("data: no train sources are configured")
+    label = LabelTemplate() if labels is None else labels.label_template
     if not config.utterance_limits(1, labels).needs_tokens:
         labels = None
     elif labels is None:
@@ -466,6 +468,7 @@ def build_train_loader(
             seed=seed,
             features_on=config.features_on,
             allow_empty_text=False,
+            label=label,
         ),
         epochs,
         num_workers=config.num_workers,
@@ -475,9 +478,12 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    config: DataConfig, sources: list[SourceConfig], rank: int = 0, world_size: int = 1
+    config: DataConfig, sources: list[SourceConfig], rank: int = 0, world_size: int = 1, labels: Labels | None = None
 ) -> SpeechLoader:
     """Validation or test data: each utterance once, as it is, shortest first, in the same batches each time.
+
+    Args:
+        labels: the model, where the loss of its labels is wanted.
 
     Raises:
         DataError: no sources.
@@ -494,6 +500,7 @@ def build_eval_loader(
             seed=0,
             features_on=config.features_on,
             allow_empty_text=True,
+            label=LabelTemplate() if labels is None else labels.label_template,
         ),
         EvaluationEpochs(config, corpus, rank, world_size),
         num_workers=config.num_workers,

@@ -51,7 +51,8 @@ class Recognition:
       fallback: what `text` is when a guard has stopped the search: `cut` (the loop is cut off) or `ctc` (that of the
         CTC head); None when the search has ended by itself.
       ctc_text: what the CTC head hears; None without a head, and for translations.
-      words: with times, if they were asked for.
+      words: with times, if they were asked for, or the model writes them.
+      language: of the speech, if the model writes it.
     """
 
     text: str
@@ -60,6 +61,7 @@ class Recognition:
     fallback: Literal["cut", "ctc"] | None = None
     ctc_text: str | None = None
     words: tuple[Word, ...] | None = None
+    language: str | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -165,7 +165,7 @@ def test_memory_that_runs_out_names_the_settings(monkeypatch):
     class Loader:
         def largest_batches(self):
             features, lens = torch.zeros(3, 250, 80), torch.tensor([250, 10, 10])
-            yield Batch(["a"] * 3, [None] * 3, [None] * 3, ["x"] * 3, [2.5, 0.1, 0.1], features, lens)
+            yield Batch(["a"] * 3, ["a"] * 3, [None] * 3, [None] * 3, ["x"] * 3, [2.5, 0.1, 0.1], features, lens)
 
     accelerator, model = train.Accelerator(cpu=True), TooLarge(1, 1)
     with pytest.raises(train.MemoryRanOut, match="3 rows of 2.5 s: lower data.max_duration"):

@@ -49,6 +49,7 @@ def test_equal_texts_in_other_unicode_form_are_equal():
 def test_transcripts_of_a_batch():
     batch = Batch(
         texts=["Hello, you", "你好！", "x", "Straße"],
+        labels=["Hello, you", "你好！", "x", "Straße"],
         languages=["en", "en", None, "de"],
         target_languages=[None, "zh", "zh", None],
         ids=["a", "b", "c", "d"],
