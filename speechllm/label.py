@@ -157,7 +157,7 @@ class LabelTemplate:
 
     def _mark(self, seconds: float) -> str:
         step = self.seconds_per_position
-        return f"<{round(seconds / step) * step:.2f}>"
+        return f"<{max(0, round(seconds / step)) * step:.2f}>"
 
     def read(self, label: str, start: int = 0) -> ReadLabel:
         """The inverse of `fill`, from the character `start` on. What is not written as the template says is text; times

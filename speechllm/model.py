@@ -123,7 +123,7 @@ class ModelConfig:
     ctc_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        prompts = [text for text in dataclasses.astuple(self.prompt) if "{lang}" in text]
+        prompts = [text for text in dataclasses.astuple(self.prompt) if "{lang}" in str(text)]
         if LabelTemplate(self.label).has_language and prompts:
             raise ValueError(
                 f"label {self.label!r} asks for the language that the prompt {prompts[0]!r} tells: take {{lang}} out "

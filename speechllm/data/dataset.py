@@ -157,7 +157,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         seed: int,
         features_on: str,
         allow_empty_text: bool,
-        label: LabelTemplate = LabelTemplate(),  # noqa: B008
+        label: LabelTemplate,
     ) -> None:
         self._corpus = corpus
         self._text_steps = text_steps

@@ -16,6 +16,9 @@ from speechllm.errors import UserError
 from speechllm.label import LabelError, LabelTemplate, WordTime
 from speechllm.text import normalize_text
 
+# Words may begin and end so many seconds outside of the audio that a manifest says.
+_TIME_TOLERANCE = 0.1
+
 KINDS = ("auto", "nemo", "lhotse", "shar", "kaldi")
 
 # What people call the tasks: NeMo's manifests, and Canary's among them.
@@ -274,9 +277,16 @@ def label_of(entry: Entry, template: LabelTemplate, text_steps: Sequence[str], s
         LabelError: it lacks what the template needs.
     """
     words = None
-    if template.has_times and entry.words is not None:
-        words = [
-            WordTime(normalize_text(word, text_steps), start / speed, end / speed) for word, start, end in entry.words
-        ]
+    if template.has_times and entry.task == "asr" and entry.words is not None:
+        words = []
+        for word, start, end in entry.words:
+            if not -_TIME_TOLERANCE <= start <= end <= entry.duration + _TIME_TOLERANCE:
+                raise LabelError(
+                    "word times outside",
+                    f"alignment: {word!r} would be at {start:g} to {end:g} s of {entry.duration:g} s; its times are in "
+                    "seconds from the beginning of the file",
+                )
+            if said := normalize_text(word, text_steps):  # others are silence
+                words.append(WordTime(said, start / speed, end / speed))
     target_language = entry.target_lang if entry.task == "ast" else None
     return template.fill(normalize_text(entry.target, text_steps), entry.lang, target_language, words)

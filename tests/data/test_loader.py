@@ -415,13 +415,14 @@ class TimedLabels(LetterLabels):
 @pytest.mark.parametrize("limits", [{}, {"max_tokens_per_second": 1000.0}])
 @pytest.mark.parametrize("stream", [False, True])
 def test_labels_are_made_where_the_line_has_all_that_they_need(corpus, tmp_path, limits, stream, caplog):
-    lines = [json.loads(line) for line in (corpus / "a.jsonl").read_text().splitlines()][:8]
+    lines = [json.loads(line) for line in (corpus / "a.jsonl").read_text().splitlines()][:9]
     for i, line in enumerate(lines):
         line["audio_filepath"] = str(corpus / line["audio_filepath"])
-        line |= {"id": f"u{i}", "alignment": {"word": [["A", 0.16, 0.08], [str(i), 0.24, 0.032]]}}
+        line |= {"id": f"u{i}", "alignment": {"word": [["", 0.0, 0.16], ["A", 0.16, 0.08], [str(i), 0.24, 0.032]]}}
     del lines[0]["lang"]
     del lines[1]["alignment"]
     lines[2]["alignment"]["word"].pop()
+    lines[8]["alignment"]["word"][-1][1] = 60.0
     lines[3] |= {"task": "ast", "ast_text": "Ja", "target_lang": "de"}
     path = write_manifest(tmp_path / "m.jsonl", lines)
     augment = AugmentConfig(speed=SpeedConfig(factors=[0.5]))
@@ -435,7 +436,12 @@ def test_labels_are_made_where_the_line_has_all_that_they_need(corpus, tmp_path,
         caplog.clear()
         labels = {i: label for batch in loader for i, label in zip(batch.ids, batch.labels, strict=True)}
         assert labels == {"u3": "<|en|>ja"} | {f"u{i}": f"<|en|>{times.format(i)}" for i in range(4, 8)}
-        assert loader.skipped == {"no language": 1, "no word times": 1, "word times of another text": 1}
+        assert loader.skipped == {
+            "no language": 1,
+            "no word times": 1,
+            "word times of another text": 1,
+            "word times outside": 1,
+        }
         assert "u0" in caplog.text and "give `lang`" in caplog.text and "give `alignment`" in caplog.text
     plain = list(build_train_loader(replace(settings, max_tokens_per_second=None), 1))
-    assert sum(map(len, plain)) == 8 and all(batch.labels == batch.texts for batch in plain)
+    assert sum(map(len, plain)) == 9 and all(batch.labels == batch.texts for batch in plain)
