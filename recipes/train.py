@@ -344,7 +344,7 @@ def train(
         )
 
     train_loader = training_data(config.data.max_duration)
-    valid_loader = build_eval_loader(config.data, config.data.valid, rank, world_size, feature_kind)
+    valid_loader = build_eval_loader(config.data, config.data.valid, rank, world_size, model, feature_kind)
     checkpoint_path = exp_dir / start_from if start_from is not None else newest_checkpoint(exp_dir)
     new_encoders = [
         encoder
@@ -491,7 +491,7 @@ def train(
                 batches, told_to_stop = batches[: int(counts.min())], bool(told_to_stop.any())
                 if not batches:
                     break
-                tokens = sum(len(bare.label_ids(text)) + 1 for batch in batches for text in batch.texts)
+                tokens = sum(len(bare.label_ids(label)) + 1 for batch in batches for label in batch.labels)
                 tokens = accelerator.reduce(torch.tensor(float(tokens), device=accelerator.device)).item()
                 for _, section, encoder in bare.encoders():
                     if section.is_new_zipformer:  # a released encoder has its schedules behind it
@@ -505,7 +505,12 @@ def train(
                     ):
                         with accelerator.autocast():
                             out = model(
-                                batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages
+                                batch.features,
+                                batch.feature_lens,
+                                batch.texts,
+                                batch.languages,
+                                batch.target_languages,
+                                batch.labels,
                             )
                         loss = out["loss"] if step >= config.train.ctc_only_steps else out["loss"] - out["llm_loss"]
                         # DDP averages gradients over the processes; the sum is wanted.
@@ -692,7 +697,12 @@ def scan_largest_batches(accelerator: Accelerator, model: torch.nn.Module, loade
             with accelerator.no_sync(model):  # if one process fails, the others do not wait for it
                 with accelerator.autocast():
                     out = model(
-                        batch.features, batch.feature_lens, batch.texts, batch.languages, batch.target_languages
+                        batch.features,
+                        batch.feature_lens,
+                        batch.texts,
+                        batch.languages,
+                        batch.target_languages,
+                        batch.labels,
                     )
                 accelerator.backward(out["loss"] / out["tokens"])
         except torch.OutOfMemoryError as e:
@@ -782,7 +792,7 @@ def validate(
         for batch in loader:
             batch = batch.to(accelerator.device)
             inputs = batch.features, batch.feature_lens
-            out = bare(*inputs, batch.texts, batch.languages, batch.target_languages)
+            out = bare(*inputs, batch.texts, batch.languages, batch.target_languages, batch.labels)
             found = bare.recognise(*inputs, batch.languages, batch.target_languages)
             averages.add(Averages.of(out))
             results += transcripts(batch, [r.text for r in found], text_steps)

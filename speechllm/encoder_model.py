@@ -29,6 +29,7 @@ from speechllm.decode.result import Recognition
 from speechllm.encoder import Zipformer
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
+from speechllm.label import LabelTemplate
 from speechllm.model import EncoderSection, ModelConfig, build_encoder, keep_frozen_in_eval
 from speechllm.model_card import encoder_card
 from speechllm.tokenizer import Tokenizer, load_tokenizer
@@ -44,6 +45,8 @@ class EncoderModel(nn.Module):
     """
 
     llm = None
+
+    label_template = LabelTemplate()  # an encoder writes texts
 
     def __init__(self, config: ModelConfig, encoder: Zipformer, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -145,6 +148,7 @@ class EncoderModel(nn.Module):
         texts: Sequence[str],
         languages: Sequence[str | None],
         target_languages: Sequence[str | None] | None = None,
+        labels: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
         """Losses of a batch, SUMMED over its utterances; of two views of each, the mean of both is taken.
 
@@ -154,6 +158,7 @@ class EncoderModel(nn.Module):
           texts: N transcripts.
           languages: not used.
           target_languages: None, or N times None.
+          labels: not used, as they are the texts.
 
         Returns:
           scalars: `loss` = ctc_weight * `ctc_loss` + cr_ctc.weight * `cr_ctc_loss` + transducer.weight *

@@ -34,6 +34,7 @@ from speechllm.decode.result import Recognition
 from speechllm.encoder import WhisperEncoder, WhisperEncoderConfig, Zipformer, ZipformerConfig, load_encoder
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
+from speechllm.label import LabelTemplate, ReadLabel
 from speechllm.llm import LanguageModel
 from speechllm.model_card import model_card
 from speechllm.projector import Projector, ProjectorConfig, WeightedStacks, build_projector, one_after_another
@@ -166,6 +167,8 @@ class MoreEncoder:
 class ModelConfig:
     """Everything that defines a model. `tokenizer` is `rwkv`, or the folder of a sentencepiece or Hugging Face model.
 
+    `label`: what the language model writes, behind `prompt.before_label`: the text, perhaps with the language and the
+    times of words (`speechllm.label`).
     `ctc_weight` scales the CTC loss of a linear head on the encoder; 0 builds no head.
     `more_encoders`: their embeddings stand behind the encoder's, in this order. `encoder_dropout`: in training each
     encoder is left out of an utterance with this probability, but never all (as ModDrop, arXiv 1501.00102, drops whole
@@ -180,6 +183,7 @@ class ModelConfig:
     llm: LLMSection | None = None
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
+    label: str = "{text}"
     ctc_weight: float = 0.0
     more_encoders: list[MoreEncoder] = field(default_factory=list)
     encoder_dropout: float = 0.0
@@ -187,6 +191,12 @@ class ModelConfig:
     transducer: TransducerConfig | None = None
 
     def __post_init__(self) -> None:
+        prompts = [text for text in dataclasses.astuple(self.prompt) if "{lang}" in str(text)]
+        if LabelTemplate(self.label).has_language and prompts:
+            raise ValueError(
+                f"label {self.label!r} asks for the language that the prompt {prompts[0]!r} tells: take {{lang}} out "
+                "of one of them"
+            )
         if self.ctc_weight < 0:
             raise ValueError(f"ctc_weight must be at least 0, got {self.ctc_weight}")
         if not 0 <= self.encoder_dropout < 1:
@@ -213,6 +223,7 @@ class ModelConfig:
         for name, default in (
             ("projector", ProjectorConfig()),
             ("prompt", PromptConfig()),
+            ("label", "{text}"),
             ("more_encoders", []),
         ):
             if getattr(self, name) != default:
@@ -325,6 +336,7 @@ class SpeechLLM(nn.Module):
         # Blank is the last class, so the others keep the tokenizer's ids.
         self.blank_id = tokenizer.vocab_size
         self.ctc_head = nn.Linear(encoder.output_dim, self.blank_id + 1) if config.ctc_weight else None
+        self.label_template = LabelTemplate(config.label, self.seconds_per_position)
         for part, section in [(llm, config.llm), *((e, section) for _, section, e in self.encoders())]:
             if section.freeze:
                 part.requires_grad_(False)
@@ -450,21 +462,31 @@ class SpeechLLM(nn.Module):
         inputs_embeds = text_embeds.masked_scatter(audio_mask[..., None], audio_embeds[valid].to(text_embeds.dtype))
         return inputs_embeds, lens, labels
 
-    def label_ids(self, text: str) -> list[int]:
+    def label_ids(self, label: str) -> list[int]:
         """The tokens of a label as it stands behind the prompt, without the end of text."""
-        return self.tokenizer.encode(self.config.prompt.before_label + text)
+        return self.tokenizer.encode(self.config.prompt.before_label + label)
 
-    def label_lengths(self, texts: Sequence[str]) -> list[int]:
+    def label_lengths(self, labels: Sequence[str]) -> list[int]:
         """How many tokens each label has behind the prompt, the end of text not counted."""
-        return [len(self.label_ids(text)) for text in texts]
+        return [len(self.label_ids(label)) for label in labels]
 
     def label_identity(self) -> str:
         """A string that differs between models that make other tokens of some label; for the names of caches."""
-        return f"{self.tokenizer.identity()} {self.config.prompt.before_label!r}"
+        return f"{self.tokenizer.identity()} {self.config.prompt.before_label!r} {self.label_template}"
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """The text of label tokens; the inverse of `label_ids`."""
+        """The text of the tokens of a transcript, which is what the CTC head writes."""
         return self.tokenizer.decode(token_ids).removeprefix(self.config.prompt.before_label)
+
+    def read_label(self, token_ids: Sequence[int]) -> ReadLabel:
+        """What the language model says with the tokens of a label; the inverse of `label_ids` of `label_template`."""
+        if self.label_template.is_plain:
+            return ReadLabel(self.text(token_ids))
+        written, prefix = self.tokenizer.decode(token_ids, keep_tags=True), self.config.prompt.before_label
+        read = self.label_template.read(written, len(prefix) if written.startswith(prefix) else 0)
+        if self.label_template.has_language and read.language is None:
+            return ReadLabel(self.label_template.read(self.text(token_ids)).text)  # what tags there are is no text
+        return read
 
     def forward(
         self,
@@ -473,13 +495,15 @@ class SpeechLLM(nn.Module):
         texts: Sequence[str],
         languages: Sequence[str | None],
         target_languages: Sequence[str | None] | None = None,
+        labels: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
         """Losses of a batch, SUMMED over its label tokens (each label's end of text included).
 
         Args:
           features: (N, T, F) log-mel, right-padded; feature_lens: (N,) frames.
-          texts: N labels; languages: N tags for the prompt's `{lang}` slot, or None.
-          target_languages: N tags for `{target_lang}`, None in rows whose label is a transcript; None if all are.
+          texts: N transcripts or translations; languages: N tags for the prompt's `{lang}` slot, or None.
+          target_languages: N tags for `{target_lang}`, None in rows whose text is a transcript; None if all are.
+          labels: N labels of the texts (`label_template`); None: made of the above, which say no word times.
 
         Returns:
           scalars: `loss` = `llm_loss` + ctc_weight * `ctc_loss`, to be divided by `tokens`; `llm_loss`;
@@ -487,13 +511,16 @@ class SpeechLLM(nn.Module):
           language model.
         """
         target_languages = target_languages or [None] * len(texts)
-        label_ids = [self.label_ids(text) for text in texts]
+        if labels is None:
+            rows = zip(texts, languages, target_languages, strict=True)
+            labels = [self.label_template.fill(*row) for row in rows]
+        label_ids = [self.label_ids(label) for label in labels]
         encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens)
         inputs_embeds, lens, labels = self.prompted(audio_embeds, audio_lens, languages, label_ids, target_languages)
         (llm_loss, tokens, correct), _ = self.llm.loss(labels, inputs_embeds=inputs_embeds, lens=lens)
         ctc_loss = llm_loss.new_zeros(())
         if self.ctc_head is not None:
-            losses = self.ctc_losses(encoder_out, encoder_out_lens, label_ids)
+            losses = self.ctc_losses(encoder_out, encoder_out_lens, [self.label_ids(text) for text in texts])
             # Of translations it counts nothing, but it is computed: every parameter gets a gradient in every batch.
             is_transcript = torch.tensor([target is None for target in target_languages], device=losses.device)
             ctc_loss = (losses * is_transcript).sum()

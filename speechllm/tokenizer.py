@@ -6,8 +6,9 @@ it encodes with pyrwkv-tokenizer. `SentencePieceTokenizer` is for small models t
 by their `tokenizers` library.
 
 All keep every character: decode(encode(text)) == text, spaces and newlines included, except that `decode`
-leaves out the end of text and, for sentencepiece, pieces of the form <|...|> such as language tags; of a Hugging Face
-model it leaves out all special tokens, and its normalisation of characters (NFC for Qwen) remains.
+leaves out the end of text and, for sentencepiece, pieces of the form <|...|> such as language tags, unless it is told
+to keep these; of a Hugging Face model it leaves out all special tokens, and its normalisation of characters (NFC for
+Qwen) remains.
 
 A token may end inside a character. Text is shown while it is written with a `StreamDecoder`, which waits for the
 rest of the character; `decode` is the same over all ids at once.
@@ -84,14 +85,14 @@ class Tokenizer(Protocol):
         """The ids of `text`, without the end of text."""
         ...
 
-    def stream(self) -> StreamDecoder:
+    def stream(self, keep_tags: bool = False) -> StreamDecoder:
         """A decoder for the ids of one text, given one at a time."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], keep_tags: bool = False) -> str:
         """The text of any ids whatsoever; bytes that are not whole UTF-8 become U+FFFD. Never raises for an
-        int."""
-        stream = self.stream()
+        int. `keep_tags`: with the tags that are otherwise left out."""
+        stream = self.stream(keep_tags)
         return "".join(map(stream.push, ids)) + stream.finish()
 
     def identity(self) -> str:
@@ -165,8 +166,8 @@ class RWKVTokenizer(Tokenizer):
             start += len(piece)
         return ids
 
-    def stream(self) -> StreamDecoder:
-        return StreamDecoder(self._bytes_of, self._bytes_of)
+    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+        return StreamDecoder(self._bytes_of, self._bytes_of)  # its tags are text
 
     def identity(self) -> str:
         return f"rwkv {hashlib.sha256(Path(self._encoder.vocab_filepath).read_bytes()).hexdigest()}"
@@ -215,6 +216,11 @@ class SentencePieceTokenizer(Tokenizer):
         return table
 
     @cached_property
+    def _tags(self) -> dict[int, bytes]:
+        pieces = {i: self._sp.id_to_piece(i) for i in range(self.vocab_size) if not self._sp.is_control(i)}
+        return {i: piece.encode("utf-8") for i, piece in pieces.items() if _TAG.fullmatch(piece)}
+
+    @cached_property
     def _first_bytes_of(self) -> dict[int, bytes]:
         # A model that adds a space in front of a text (add_dummy_prefix) takes it away here; one that removes extra
         # spaces takes away all of them, so that a lone space does not begin the text.
@@ -229,8 +235,9 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._sp.encode(text)
 
-    def stream(self) -> StreamDecoder:
-        return StreamDecoder(self._first_bytes_of, self._bytes_of)
+    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+        tags = self._tags if keep_tags else {}
+        return StreamDecoder(self._first_bytes_of | tags, self._bytes_of | tags)
 
     def piece(self, index: int) -> str:
         """The piece with this id as sentencepiece shows it (U+2581 for a space), for logs and reports."""
@@ -301,8 +308,14 @@ class HFTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def stream(self) -> StreamDecoder:
-        return StreamDecoder(self._first_bytes_of, self._bytes_of)
+    @cached_property
+    def _tags(self) -> dict[int, bytes]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {i: token.content.encode("utf-8") for i, token in added.items() if token.special and i != self.eos_id}
+
+    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+        tags = self._tags if keep_tags else {}
+        return StreamDecoder(self._first_bytes_of | tags, self._bytes_of | tags)
 
     def identity(self) -> str:
         return f"huggingface {hashlib.sha256(self._json).hexdigest()}"

@@ -1,6 +1,7 @@
 """SpeechLLM: loss, batch invariance, frozen parts, saving and loading."""
 
 import dataclasses
+import json
 import random
 from pathlib import Path
 
@@ -21,11 +22,15 @@ from speechllm.checkpoint import (
 from speechllm.config import ConfigError, from_dict, to_dict
 from speechllm.data import DataError
 from speechllm.data.features import extract_features, extract_features_padded
+from speechllm.decode.formats import Recording, Segment, format_json
+from speechllm.decode.recognise import RecogniseOptions, Recogniser
 from speechllm.encoder import WhisperEncoderConfig, ZipformerConfig, init_from_data, save_encoder
 from speechllm.errors import UserError
+from speechllm.label import WordTime
 from speechllm.model import EncoderSection, LLMSection, ModelConfig, MoreEncoder, SpeechLLM
 from speechllm.optim import OptimConfig, build_optimizer
 from speechllm.projector import ProjectorConfig
+from speechllm.prompt import PromptConfig
 from speechllm.rwkv7 import RWKV7Config, RWKV7State, TuneConfig, load_adapter, load_rwkv7, save_rwkv7
 
 
@@ -165,6 +170,75 @@ def test_what_the_data_side_asks(model, model_config):
     prompt = dataclasses.replace(model_config.prompt, before_label="")
     other = SpeechLLM.from_config(dataclasses.replace(model_config, prompt=prompt))
     assert other.label_identity() != model.label_identity() == SpeechLLM.from_config(model_config).label_identity()
+
+
+@pytest.fixture
+def tasks_config(model_config):
+    """The prompt tells the language to translate into, the label that of the speech, and when words are said."""
+    prompt = PromptConfig(after_audio="\n\nAssistant:", after_audio_ast="<|{target_lang}|>\n\nAssistant:")
+    return dataclasses.replace(model_config, prompt=prompt, label="<|{lang}|>{timed_text}")
+
+
+def test_a_small_model_learns_tasks_languages_and_times(tasks_config, batch, tmp_path):
+    torch.manual_seed(0)
+    model = SpeechLLM.from_config(tasks_config)
+    features, lens, texts, languages = batch
+    # the last utterance twice, to be transcribed and to be translated
+    features, lens = features[[0, 1, 2, 2]], lens[[0, 1, 2, 2]]
+    texts, languages, targets = [*texts, "dos"], [*languages, "en"], [None, None, None, "es"]
+    times = [[(0.08, 0.24), (0.32, 0.56), (0.56, 0.96)], [(0.16, 0.4)], [(0.0, 0.24)]]
+    words = [
+        [WordTime(w, *time) for w, time in zip(text.split(), spans, strict=True)]
+        for text, spans in zip(texts, times, strict=False)
+    ]
+    labels = [model.label_template.fill(*row) for row in zip(texts, languages, targets, [*words, None], strict=True)]
+    init_from_data(model.encoder, features, lens)
+    optimizer = build_optimizer(model, OptimConfig(lr=5e-3))
+    for step in range(150):
+        model.encoder.set_batch_count(step)
+        out = model(features, lens, texts, languages, targets, labels)
+        (out["loss"] / out["tokens"]).backward()
+        assert step > 0 or all(p.grad is not None for p in model.parameters())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(tmp_path)
+    model = SpeechLLM.from_pretrained(tmp_path)
+    found = model.recognise(features, lens, [None] * 4, targets)
+    assert [(r.text, r.texts, r.language) for r in found] == [
+        (text, (text,), language) for text, language in zip(texts, languages, strict=True)
+    ]
+    assert [[(w.text, w.start, w.end) for w in r.words] for r in found[:3]] == words and found[3].words is None
+    assert {r.fallback for r in found} == {None} and "<" not in found[0].ctc_text
+    assert json.loads(format_json(Recording("a", "a", 1.0, [Segment(0.0, 1.0, found[1])])))["language"] == "es"
+    for i, result in enumerate(found):
+        (alone,) = model.recognise(features[i : i + 1, : lens[i]], lens[i : i + 1], [None], targets[i : i + 1])
+        assert (alone.text, alone.tokens, alone.language) == (result.text, result.tokens, result.language)
+
+
+def test_the_label_is_for_the_language_model_alone(tasks_config, batch):
+    tagged, plain = (
+        SpeechLLM.from_config(dataclasses.replace(tasks_config, label=label)).eval()
+        for label in ("<|{lang}|>{text}", "{text}")
+    )
+    tagged.load_state_dict(plain.state_dict())
+    one, other = tagged(*batch), plain(*batch)
+    assert one["tokens"] > other["tokens"]
+    assert one["ctc_loss"] == other["ctc_loss"] and one["llm_loss"] != other["llm_loss"]
+    assert tagged.label_identity() != plain.label_identity()
+    with pytest.raises(UserError, match="no language"):
+        tagged(*batch[:3], [None] * 3)
+    for option in ("ctc_weight", "hotwords", "ngram"):
+        with pytest.raises(UserError, match=rf"{option}: .* model.label: '<\|\{{lang"):
+            Recogniser(tagged, RecogniseOptions(**{option: 1}))
+
+
+def test_a_prompt_that_tells_what_the_label_asks_is_an_error(model_config):
+    section = to_dict(model_config) | {"label": "<|{lang}|>{text}"}
+    with pytest.raises(ConfigError, match=r"label '<\|\{lang.* the prompt '<\|\{lang"):
+        from_dict(ModelConfig, section)
+    with pytest.raises(ConfigError, match=r"label: unknown slot \{txt\}"):
+        from_dict(ModelConfig, section | {"label": "{txt}"})
 
 
 def test_a_small_model_learns_to_transcribe_and_to_translate(model, batch):

@@ -20,6 +20,7 @@ from lhotse.cut import Cut, MonoCut, MultiCut
 from lhotse.cut.data import DataCut
 from lhotse.shar.utils import to_shar_placeholder
 from lhotse.shar.writers import ArrayTarWriter, AudioTarWriter, JsonlShardWriter
+from lhotse.supervision import AlignmentItem
 from tqdm import tqdm
 
 from speechllm.data.audio import UtteranceError, load_samples, read_header, recordings
@@ -36,6 +37,7 @@ from speechllm.data.tar import TAR
 from speechllm.errors import UserError
 from speechllm.files import replaced_file, replaced_folder
 
+Alignment = dict[str, list[AlignmentItem]]
 AudioFormat = Literal["wav", "flac", "original"]
 
 
@@ -213,10 +215,20 @@ def _shar_cut(cut: Cut) -> tuple[Cut, np.ndarray]:
         duration=duration,
     )
     channel = 0 if channels == 1 else list(range(channels))
-    supervisions = [fastcopy(s, recording_id=cut.id, channel=channel) for s in cut.supervisions]
+    supervisions = [
+        fastcopy(s, recording_id=cut.id, channel=channel, alignment=_alignment_from(s.alignment, cut))
+        for s in cut.supervisions
+    ]
     custom = cut.custom if isinstance(cut, DataCut) else None
     kind = MonoCut if channels == 1 else MultiCut
     return kind(cut.id, 0.0, duration, channel, supervisions, recording=recording, custom=custom), audio
+
+
+def _alignment_from(alignment: Alignment | None, cut: Cut) -> Alignment | None:
+    """With times from where the cut begins, as that is where its recording begins then."""
+    if alignment is None or not isinstance(cut, DataCut):
+        return None
+    return {kind: [item._replace(start=item.start - cut.start) for item in items] for kind, items in alignment.items()}
 
 
 def _format_of(cut: Cut) -> str:

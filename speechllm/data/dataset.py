@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from speechllm.data.augment import Augmenter, SpecAugmentConfig
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, extract_features, extract_features_padded
 from speechllm.data.index import Corpus
 from speechllm.data.manifest import describe_cut
+from speechllm.data.source import label_of
 from speechllm.data.specaugment import spec_augment, spec_augment_twice
+from speechllm.label import LabelError, LabelTemplate
 from speechllm.text import normalize_text
 
 FEATURES_ON = ("worker", "device", "precomputed")
@@ -25,11 +27,12 @@ FEATURES_ON = ("worker", "device", "precomputed")
 
 @dataclass
 class _Batch:
-    """What is known of N utterances besides their audio: the `texts` to write, `languages` (None where unknown),
-    `target_languages` (None where nothing is translated), `ids`, and `durations` (seconds, after speed
-    perturbation)."""
+    """What is known of N utterances besides their audio: the `texts` that are said or their translations, the `labels`
+    to write (`speechllm.label`), `languages` (None where unknown), `target_languages` (None where nothing is
+    translated), `ids`, and `durations` (seconds, after speed perturbation)."""
 
     texts: list[str]
+    labels: list[str]
     languages: list[str | None]
     target_languages: list[str | None]
     ids: list[str]
@@ -103,9 +106,8 @@ class WaveformBatch(_Batch):
         elif self.spec_augment is not None:
             for row, frames, rng in zip(features, feature_lens.tolist(), self.generators, strict=True):
                 row[:frames] = spec_augment(row[:frames], self.spec_augment, rng)
-        return Batch(
-            self.texts, self.languages, self.target_languages, self.ids, self.durations, features, feature_lens
-        )
+        known = {f.name: getattr(self, f.name) for f in fields(_Batch)}
+        return Batch(**known, features=features, feature_lens=feature_lens)
 
     def pin_memory(self) -> WaveformBatch:
         """The batch in page-locked memory, from which a GPU can copy while it computes."""
@@ -155,6 +157,7 @@ class SpeechDataset(torch.utils.data.Dataset):
             those of the manifest.
         feature_kind: see `speechllm.data.features.MEL_BINS`.
         allow_empty_text: for test sets, where an empty reference is a statement; in training it is an error.
+        label: what the model is to write.
         two_views: of each utterance, with other masks of SpecAugment; needs an `augmenter` that has it.
     """
 
@@ -168,6 +171,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         features_on: str,
         feature_kind: str,
         allow_empty_text: bool,
+        label: LabelTemplate,
         two_views: bool = False,
     ) -> None:
         self._corpus = corpus
@@ -176,6 +180,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         self._seed = seed
         self._features_on = features_on
         self._feature_kind = feature_kind
+        self._label = label
         self._allow_empty_text = allow_empty_text
         self._two_views = two_views
 
@@ -200,6 +205,10 @@ class SpeechDataset(torch.utils.data.Dataset):
             raise UtteranceError(
                 "empty text", f"the manifest has no {'translation' if entry.task == 'ast' else 'text'}"
             )
+        try:
+            label = label_of(entry, self._label, self._text_steps, speed)
+        except LabelError as error:
+            raise UtteranceError(error.reason, str(error)) from error
         rng = augmentation_rng(self._seed, epoch, times, cut.id)
         samples, features = None, None
         if self._features_on == "precomputed":
@@ -218,7 +227,9 @@ class SpeechDataset(torch.utils.data.Dataset):
         elif features is not None and self._augmenter is not None:
             features = self._augmenter.features(features, rng)
         target_language = entry.target_lang if entry.task == "ast" else None
-        return Utterance(cut.id, samples, features, text, entry.lang, target_language, duration, rng, second_view)
+        return Utterance(
+            cut.id, samples, features, text, label, entry.lang, target_language, duration, rng, second_view
+        )
 
     def _collate(self, utterances: list[Utterance]) -> Batch | WaveformBatch:
         if self._features_on != "device":
@@ -245,6 +256,7 @@ class Utterance:
     samples: np.ndarray | None
     features: Tensor | None
     text: str
+    label: str
     language: str | None
     target_language: str | None
     duration: float
@@ -262,6 +274,7 @@ def collate(utterances: Iterable[Utterance]) -> Batch:
 def _fields(utterances: list[Utterance]) -> tuple[list, ...]:
     return (
         [u.text for u in utterances],
+        [u.label for u in utterances],
         [u.language for u in utterances],
         [u.target_language for u in utterances],
         [u.id for u in utterances],

@@ -31,6 +31,7 @@ from speechllm.data.manifest import DataError, SourceConfig
 from speechllm.data.plan import Plan, draw, evaluation_plan, training_plan
 from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits, curriculum_limit
 from speechllm.data.streams import mix, stream_batches
+from speechllm.label import LabelTemplate
 from speechllm.text import check_steps
 
 # From so many utterances of the corpus the voices of babble are taken.
@@ -440,7 +441,7 @@ def build_train_loader(
     """The training data: mixed, bucketed and augmented.
 
     Args:
-        labels: the model, where the configuration limits tokens or positions.
+        labels: the model, where it writes more than texts, or the configuration limits tokens or positions.
         feature_kind: that of the model's encoder; see `speechllm.data.features.MEL_BINS`.
         two_views: batches have each utterance twice, with other masks of SpecAugment (see `Batch`), for CR-CTC. The
             limits of batches count it once.
@@ -454,6 +455,7 @@ def build_train_loader(
         raise DataError("data: no train sources are configured")
     if two_views and (config.augment.spec_augment is None or config.augment.spec_augment.probability == 0):
         raise DataError("data.augment.spec_augment: two views of an utterance would be the same without it")
+    label = LabelTemplate() if labels is None else labels.label_template
     if not config.utterance_limits(1, labels).needs_tokens:
         labels = None
     elif labels is None:
@@ -481,6 +483,7 @@ def build_train_loader(
             features_on=config.features_on,
             feature_kind=feature_kind,
             allow_empty_text=False,
+            label=label,
             two_views=two_views,
         ),
         epochs,
@@ -495,9 +498,13 @@ def build_eval_loader(
     sources: list[SourceConfig],
     rank: int = 0,
     world_size: int = 1,
+    labels: Labels | None = None,
     feature_kind: str = "fbank",
 ) -> SpeechLoader:
     """Validation or test data: each utterance once, as it is, shortest first, in the same batches each time.
+
+    Args:
+        labels: the model, where the loss of its labels is wanted.
 
     Raises:
         DataError: no sources.
@@ -515,6 +522,7 @@ def build_eval_loader(
             features_on=config.features_on,
             feature_kind=feature_kind,
             allow_empty_text=True,
+            label=LabelTemplate() if labels is None else labels.label_template,
         ),
         EvaluationEpochs(config, corpus, rank, world_size),
         num_workers=config.num_workers,

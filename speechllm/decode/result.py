@@ -53,7 +53,8 @@ class Recognition:
         CTC head); None when the search has ended by itself.
       ctc_text: what the CTC head hears beside the search that `text` is from; None without a head or another search,
         and for translations.
-      words: with times, if they were asked for.
+      words: with times, if they were asked for, or the model writes them.
+      language: of the speech, if the model writes it.
     """
 
     text: str
@@ -62,6 +63,7 @@ class Recognition:
     fallback: Literal["cut", "ctc"] | None = None
     ctc_text: str | None = None
     words: tuple[Word, ...] | None = None
+    language: str | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -35,7 +35,8 @@ def source(tmp_path):
     lines = [
         {"audio_filepath": "audio/wide.wav", "duration": 1.0, "text": "a", "lang": "en"},
         {"audio_filepath": "audio/phone.wav", "duration": 0.7, "text": "b c", "id": "x.y/z"},
-        {"audio_filepath": "audio/long.wav", "duration": 1.25, "offset": 3.5, "text": "d"},
+        {"audio_filepath": "audio/long.wav", "duration": 1.25, "offset": 3.5, "text": "d"}
+        | {"alignment": {"word": [["d", 3.75, 0.5]]}},
         {"audio_filepath": "audio/plain.flac", "duration": 0.7, "text": "e", "ast_text": "f", "task": "ast"}
         | {"source_lang": "en", "target_lang": "zh"},
     ]
@@ -56,6 +57,7 @@ def write(source, tmp_path, to, **options):
 def test_entries_and_samples_come_back(source, tmp_path, to):
     before, after = list(read_manifest(source)), write(source, tmp_path, to)
     assert [describe_cut(cut) for cut in after] == [describe_cut(cut) for cut in before]
+    assert [describe_cut(cut).words for cut in after] == [None, None, (("d", 0.25, 0.75),), None]
     for one, other in zip(before, after, strict=True):
         assert np.array_equal(load_samples(one), load_samples(other)), one.id
         assert (other.recording.sampling_rate, other.num_channels) == rate_and_channels(one)

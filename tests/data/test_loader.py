@@ -1,6 +1,7 @@
 """Loaders: what is in a batch, that nothing is lost or doubled, resume, ranks, curriculum."""
 
 import copy
+import json
 import logging
 import math
 import pickle
@@ -31,6 +32,7 @@ from speechllm.data import (
 )
 from speechllm.data.features import MEL_BINS, fbank_extractor, num_frames
 from speechllm.data.sampling import curriculum_limit
+from speechllm.label import LabelTemplate
 
 from .conftest import write_manifest, write_tone
 from .manifests import KINDS, write_corpus, write_kind
@@ -433,3 +435,42 @@ def test_lhotse_cuts_work_too(corpus, tmp_path):
     CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
     loader = build_eval_loader(DataConfig(num_workers=0), [SourceConfig(str(tmp_path / "cuts.jsonl.gz"))])
     assert sum(len(batch) for batch in loader) == 20
+
+
+class TimedLabels(LetterLabels):
+    label_template = LabelTemplate("<|{lang}|>{timed_text}")
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_tokens_per_second": 1000.0}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_labels_are_made_where_the_line_has_all_that_they_need(corpus, tmp_path, limits, stream, caplog):
+    lines = [json.loads(line) for line in (corpus / "a.jsonl").read_text().splitlines()][:9]
+    for i, line in enumerate(lines):
+        line["audio_filepath"] = str(corpus / line["audio_filepath"])
+        line |= {"id": f"u{i}", "alignment": {"word": [["", 0.0, 0.16], ["A", 0.16, 0.08], [str(i), 0.24, 0.032]]}}
+    del lines[0]["lang"]
+    del lines[1]["alignment"]
+    lines[2]["alignment"]["word"].pop()
+    lines[8]["alignment"]["word"][-1][1] = 60.0
+    lines[3] |= {"task": "ast", "ast_text": "Ja", "target_lang": "de"}
+    path = write_manifest(tmp_path / "m.jsonl", lines)
+    augment = AugmentConfig(speed=SpeedConfig(factors=[0.5]))
+    settings = DataConfig(
+        train=[SourceConfig(str(path), stream=stream)], text=["lowercase"], num_workers=0, augment=augment, **limits
+    )
+    loaders = [build_train_loader(settings, 1, labels=TimedLabels())]
+    if not stream:
+        loaders.append(build_eval_loader(settings, settings.train, labels=TimedLabels()))
+    for loader, times in zip(loaders, ("<0.32>a<0.48><0.48> {}<0.56>", "<0.16>a<0.24><0.24> {}<0.24>"), strict=False):
+        caplog.clear()
+        labels = {i: label for batch in loader for i, label in zip(batch.ids, batch.labels, strict=True)}
+        assert labels == {"u3": "<|en|>ja"} | {f"u{i}": f"<|en|>{times.format(i)}" for i in range(4, 8)}
+        assert loader.skipped == {
+            "no language": 1,
+            "no word times": 1,
+            "word times of another text": 1,
+            "word times outside": 1,
+        }
+        assert "u0" in caplog.text and "give `lang`" in caplog.text and "give `alignment`" in caplog.text
+    plain = list(build_train_loader(replace(settings, max_tokens_per_second=None), 1))
+    assert sum(map(len, plain)) == 9 and all(batch.labels == batch.texts for batch in plain)

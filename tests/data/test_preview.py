@@ -21,6 +21,7 @@ from speechllm.data.augment import (
 from speechllm.data.dataset import BatchPlan, SpeechDataset
 from speechllm.data.preview import write_previews
 from speechllm.errors import UserError
+from speechllm.label import LabelTemplate
 
 from .conftest import write_manifest
 
@@ -42,6 +43,7 @@ def test_what_is_shown_is_what_the_model_gets(corpus, tmp_path):
         features_on="worker",
         feature_kind="fbank",
         allow_empty_text=False,
+        label=LabelTemplate(),
     )
     made = list(write_previews([source], tmp_path / "out", count=4, seed=5, augment=augment))
     assert len({preview.id for preview in made}) == 4

@@ -221,7 +221,7 @@ def test_memory_that_runs_out_names_the_settings(monkeypatch):
     class Loader:
         def largest_batches(self):
             features, lens = torch.zeros(3, 250, 80), torch.tensor([250, 10, 10])
-            yield Batch(["a"] * 3, [None] * 3, [None] * 3, ["x"] * 3, [2.5, 0.1, 0.1], features, lens)
+            yield Batch(["a"] * 3, ["a"] * 3, [None] * 3, [None] * 3, ["x"] * 3, [2.5, 0.1, 0.1], features, lens)
 
     accelerator, model = train.Accelerator(cpu=True), TooLarge(1, 1)
     with pytest.raises(train.MemoryRanOut, match="3 rows of 2.5 s: lower data.max_duration"):
@@ -274,15 +274,17 @@ def test_average_and_decode(experiment, finished):
         "--data.test.translated", json.dumps([{"path": str(translated), "task": "ast", "target_lang": "es"}]),
     )  # fmt: skip
     head, *rows = (re.split("  +", line) for line in result.stdout.strip().splitlines())
-    rates = ["greedy_search WER %", "greedy_search CER %", "ctc_greedy_search WER %", "ctc_greedy_search CER %"]
-    assert head == ["test set", "language", "words", *rates]
+    rates = ["WER %", "CER %", "exact %"]
+    columns = [f"{search} {rate}" for search in ("greedy_search", "ctc_greedy_search") for rate in rates]
+    assert head == ["test set", "language", "words", *columns, "greedy_search BLEU"]
     assert [row[:2] for row in rows] == [
         ["tones", "en"],
         ["tones", "all"],
         ["translated", "en>es"],
         ["translated", "all"],
     ]
-    assert [row[-2:] for row in rows[2:]] == [["-", "-"]] * 2 and "-" not in rows[0]
+    assert [row[6:9] for row in rows[2:]] == [["-"] * 3] * 2 and [row[-1] for row in rows[:2]] == ["-"] * 2
+    assert "-" not in [*rows[0][:9], rows[2][-1]]
     kinds = ("errs", "recogs", "wer-by-language", "wer-summary")
     for method, test_sets in (("greedy_search", ["tones", "translated"]), ("ctc_greedy_search", ["tones"])):
         names = {p.name for p in (finished / method).iterdir()}
