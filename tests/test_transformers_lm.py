@@ -287,7 +287,7 @@ def test_what_only_rwkv7_has(tune_config, config, tmp_path):
     with pytest.raises(ValueError, match="state files are for RWKV-7; the language model is qwen3"):
         model.recognise(torch.randn(1, 100, 80), torch.tensor([100]), ["en"], None, RecogniseOptions(initial_state="x"))
     with pytest.raises(ValueError, match="weights 'int8' are for RWKV-7"):
-        pack_for_inference(model, "int8")
+        pack_for_inference(model.llm, "int8")
     Path(tmp_path / "initial_state.safetensors").touch()
     llm = LLMSection(path=tune_config("lora").llm.path, freeze=True, adapter=str(tmp_path))
     with pytest.raises(ValueError, match="initial_state.safetensors: is for RWKV-7; the language model is qwen3"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="VARIANT", help="these alone (default: all)")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/digits.yaml", help="(default: %(default)s)")
     parser.add_argument(
-        "--variants", type=Path, default=ROOT / "configs/digits-compare.yaml", help="(default: %(default)s)"
+        "--variants", type=Path, default=ROOT / "recipes/digits/compare.yaml", help="(default: %(default)s)"
     )
     parser.add_argument(
         "--exp-dir", type=Path, default=ROOT / "recipes/digits/exp-compare", help="(default: %(default)s)"
@@ -46,7 +47,8 @@ def main() -> None:
         rows = []
         for name, settings in variants.items():
             print(f"== {name}: {settings or 'as it is'}", flush=True)
-            rows.append(compare(name, args.config, common | settings, args.exp_dir / name, args.test_set))
+            folder = args.exp_dir / re.sub(r"\W+", "-", name)
+            rows.append(compare(name, args.config, common | settings, folder, args.test_set))
             table = markdown([HEADER, *rows])
             with replaced_file(args.exp_dir / "table.md") as tmp:
                 tmp.write_text(table, encoding="utf-8")

@@ -3,7 +3,7 @@
 #
 #   recipes/digits/compare.sh [VARIANT...] [--exp-dir DIR] [--variants FILE]
 #
-# The variants are those of configs/digits-compare.yaml. A run that was stopped goes on where it was when it is started
+# The variants are those of recipes/digits/compare.yaml. A run that was stopped goes on where it was when it is started
 # again; the table is in exp-compare/table.md.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

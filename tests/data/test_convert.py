@@ -90,7 +90,7 @@ def test_stored_features_have_the_kind_that_was_asked_for(source, tmp_path, to):
     for one, cut in zip(read_manifest(source), read_manifest(stored), strict=True):
         expected = extract_features(load_samples(one), "whisper128")
         torch.testing.assert_close(load_precomputed(cut, "whisper128"), expected, rtol=0, atol=1e-6)
-        with pytest.raises(UtteranceError, match="stored are whisper128, the encoder needs fbank"):
+        with pytest.raises(UtteranceError, match="stored are whisper128, the model needs fbank"):
             load_precomputed(cut, "fbank")
 
 

@@ -130,7 +130,7 @@ def test_stored_features_of_another_kind_are_named(cut, tmp_path, stored):
         if kind == stored:
             assert load_precomputed(cut, kind).shape == (124, MEL_BINS[stored])
         else:
-            with pytest.raises(UtteranceError, match=f"stored are {stored}, the encoder needs {kind}: .*--features"):
+            with pytest.raises(UtteranceError, match=f"stored are {stored}, the model needs {kind}: .*--features"):
                 load_precomputed(cut, kind)
     with pytest.raises(UtteranceError, match="stored are whisper-fbank, known are fbank, whisper80"):
         load_precomputed(fastcopy(cut, features=fastcopy(cut.features, type="whisper-fbank")), "whisper80")
