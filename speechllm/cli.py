@@ -396,9 +396,9 @@ def add_score(commands: argparse._SubParsersAction) -> None:
         "score",
         help="error rates of transcripts",
         description="Compare what was recognised with what was said: WER, CER or mixed error rate with confidence "
-        "intervals, by group; two systems; BLEU and chrF of translations. Files are recogs-*.txt (which hold both "
-        "sides), JSON lines with text and pred_text (NeMo manifests), lhotse cuts, or Kaldi's text (an id and words); "
-        "they are matched by id.",
+        "intervals and the share of exact matches, by group; two systems; BLEU and chrF of translations. Files are "
+        "recogs-*.txt (which hold both sides), JSON lines with text and pred_text (NeMo manifests), lhotse cuts, "
+        "or Kaldi's text (an id and words); they are matched by id.",
     )
     score.add_argument("ref", type=Path, metavar="REF", help="references, or references and hypotheses")
     score.add_argument("hyp", nargs="?", type=Path, metavar="HYP", help="hypotheses (default: those in REF)")
