@@ -97,7 +97,9 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, opt
             loader = build_eval_loader(config.data, sources, feature_kind=model.feature_kind)
             for batch in tqdm(loader, desc=name, unit="batch", disable=None):
                 batches.append(batch)
-                yield Speech(batch.features, batch.feature_lens, batch.languages, batch.target_languages)
+                yield Speech(
+                    batch.features, batch.feature_lens, batch.languages, batch.target_languages, batch.contexts
+                )
 
         for found in recogniser(speech()):
             batch = batches.popleft()

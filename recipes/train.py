@@ -30,7 +30,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -511,6 +511,7 @@ def train(
                                 batch.languages,
                                 batch.target_languages,
                                 batch.labels,
+                                batch.contexts,
                             )
                         loss = out["loss"] if step >= config.train.ctc_only_steps else out["loss"] - out["llm_loss"]
                         # DDP averages gradients over the processes; the sum is wanted.
@@ -703,6 +704,7 @@ def scan_largest_batches(accelerator: Accelerator, model: torch.nn.Module, loade
                         batch.languages,
                         batch.target_languages,
                         batch.labels,
+                        batch.contexts,
                     )
                 accelerator.backward(out["loss"] / out["tokens"])
         except torch.OutOfMemoryError as e:
@@ -777,7 +779,7 @@ class StopSignal:
 
 def save_batches(path: Path, batches: list[Batch]) -> None:
     with replaced_file(path) as tmp:
-        torch.save([vars(batch.to("cpu")) for batch in batches], tmp)
+        torch.save([asdict(batch.to("cpu")) for batch in batches], tmp)
 
 
 def validate(
@@ -792,8 +794,9 @@ def validate(
         for batch in loader:
             batch = batch.to(accelerator.device)
             inputs = batch.features, batch.feature_lens
-            out = bare(*inputs, batch.texts, batch.languages, batch.target_languages, batch.labels)
-            found = bare.recognise(*inputs, batch.languages, batch.target_languages)
+            prompt = batch.languages, batch.target_languages
+            out = bare(*inputs, batch.texts, *prompt, batch.labels, batch.contexts)
+            found = bare.recognise(*inputs, *prompt, contexts=batch.contexts)
             averages.add(Averages.of(out))
             results += transcripts(batch, [r.text for r in found], text_steps)
             ctc_results += transcripts(batch, [r.ctc_text for r in found], text_steps)

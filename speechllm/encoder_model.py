@@ -32,6 +32,7 @@ from speechllm.files import replaced_folder
 from speechllm.label import LabelTemplate
 from speechllm.model import EncoderSection, ModelConfig, build_encoder, keep_frozen_in_eval
 from speechllm.model_card import encoder_card
+from speechllm.prompt import PromptContext
 from speechllm.tokenizer import Tokenizer, load_tokenizer
 from speechllm.transducer import Transducer
 
@@ -149,6 +150,7 @@ class EncoderModel(nn.Module):
         languages: Sequence[str | None],
         target_languages: Sequence[str | None] | None = None,
         labels: Sequence[str] | None = None,
+        contexts: Sequence[PromptContext] | None = None,
     ) -> dict[str, Tensor]:
         """Losses of a batch, SUMMED over its utterances; of two views of each, the mean of both is taken.
 
@@ -158,7 +160,7 @@ class EncoderModel(nn.Module):
           texts: N transcripts.
           languages: not used.
           target_languages: None, or N times None.
-          labels: not used, as they are the texts.
+          labels: not used, as they are the texts; contexts: not used, as there is no prompt.
 
         Returns:
           scalars: `loss` = ctc_weight * `ctc_loss` + cr_ctc.weight * `cr_ctc_loss` + transducer.weight *
@@ -210,10 +212,11 @@ class EncoderModel(nn.Module):
         feature_lens: Tensor,
         languages: Sequence[str | None],
         target_languages: Sequence[str | None] | None = None,
+        contexts: Sequence[PromptContext] | None = None,
         options: RecogniseOptions | None = None,
     ) -> list[Recognition]:
-        """What is said in a batch."""
-        speech = Speech(features, feature_lens, languages, target_languages or [None] * len(languages))
+        """What is said in a batch; `contexts` are not used."""
+        speech = Speech(features, feature_lens, languages, target_languages or [None] * len(languages), contexts)
         return next(self.recogniser(options)([speech]))
 
     def recogniser(self, options: RecogniseOptions | None = None) -> EncoderRecogniser:

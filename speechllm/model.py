@@ -1,7 +1,7 @@
 """SpeechLLM: encoder + projector + prompt + language model.
 
     features (N, T, F) -> encoder -> (N, T/4, D_enc), 25 Hz -> projector -> (N, T/8, D_llm), 12.5 Hz
-      -> [before_audio | audio | after_audio | label] embeddings -> language model -> loss on label and end of text
+      -> [prompt with the audio in it | label] embeddings -> language model -> loss on label and end of text
 
 An auxiliary CTC head on the encoder (arXiv 1609.06773) helps a model trained from scratch to align. It is trained on
 transcripts only: the encoder sees no prompt, so it cannot know that a translation is wanted.
@@ -38,7 +38,7 @@ from speechllm.label import LabelTemplate, ReadLabel
 from speechllm.llm import LanguageModel
 from speechllm.model_card import model_card
 from speechllm.projector import Projector, ProjectorConfig, WeightedStacks, build_projector, one_after_another
-from speechllm.prompt import PromptConfig, splice
+from speechllm.prompt import PromptConfig, PromptContext, PromptEmbedder, Spliced, splice
 from speechllm.rwkv7 import (
     RWKV7,
     RWKV7Config,
@@ -191,11 +191,11 @@ class ModelConfig:
     transducer: TransducerConfig | None = None
 
     def __post_init__(self) -> None:
-        prompts = [text for text in dataclasses.astuple(self.prompt) if "{lang}" in str(text)]
-        if LabelTemplate(self.label).has_language and prompts:
+        tells = self.prompt.tells_language()
+        if LabelTemplate(self.label).has_language and tells is not None:
             raise ValueError(
-                f"label {self.label!r} asks for the language that the prompt {prompts[0]!r} tells: take {{lang}} out "
-                "of one of them"
+                f"label {self.label!r} asks for the language that the prompt {tells!r} tells: take it out of one of "
+                "them"
             )
         if self.ctc_weight < 0:
             raise ValueError(f"ctc_weight must be at least 0, got {self.ctc_weight}")
@@ -327,11 +327,13 @@ class SpeechLLM(nn.Module):
         more_encoders: Sequence[tuple[Encoder, Projector]] = (),
     ) -> None:
         super().__init__()
-        self.config = config
+        # The texts, not the names of presets: what is saved stays what it was trained with.
+        self.config = dataclasses.replace(config, prompt=config.prompt.written_out())
         self.tokenizer = tokenizer
         self.encoder = encoder
         self.projector = projector
         self.llm = llm
+        self.prompt = PromptEmbedder(config.prompt, llm)
         self.more_encoders = nn.ModuleList(nn.ModuleDict({"encoder": e, "projector": p}) for e, p in more_encoders)
         # Blank is the last class, so the others keep the tokenizer's ids.
         self.blank_id = tokenizer.vocab_size
@@ -352,6 +354,7 @@ class SpeechLLM(nn.Module):
         if config.llm is None:
             raise ConfigError("model.llm: null: without a language model it is an EncoderModel, not a SpeechLLM")
         tokenizer = load_tokenizer(config.tokenizer)
+        config.prompt.check_tags(tokenizer, config.tokenizer)
         encoder = build_encoder(config.encoder)
         llm = _language_model(config.llm)
         if config.llm.adapter is not None:
@@ -399,6 +402,11 @@ class SpeechLLM(nn.Module):
         """How much audio one frame of the first encoder's output stands for."""
         return self.encoder.frame_seconds
 
+    def audio_lens(self, feature_lens: Tensor) -> Tensor:
+        """How many positions of audio the language model reads for feature_lens (N,) frames: (N,)."""
+        pairs = [(self.encoder, self.projector), *((more["encoder"], more["projector"]) for more in self.more_encoders)]
+        return sum(projector.output_lens(encoder.output_lens(feature_lens)) for encoder, projector in pairs)
+
     @property
     def feature_kind(self) -> str:
         """The features that the encoders read (see `speechllm.data.features`): of several kinds side by side."""
@@ -443,6 +451,25 @@ class SpeechLLM(nn.Module):
         kept |= ~kept.any(0) & (torch.arange(len(lens), device=lens.device)[:, None] == one)
         return lens * kept
 
+    def spliced(
+        self,
+        audio_lens: Tensor,
+        languages: Sequence[str | None],
+        label_ids: Sequence[Sequence[int]] | None = None,
+        target_languages: Sequence[str | None] | None = None,
+        contexts: Sequence[PromptContext] | None = None,
+    ) -> Spliced:
+        """What the language model reads of each row (see `prompt.splice`), on the device of `audio_lens`."""
+        rows = splice(
+            self.config.prompt, self.tokenizer, audio_lens.tolist(), languages, label_ids, target_languages, contexts
+        )
+        return rows.to(audio_lens.device)
+
+    def embed(self, spliced: Spliced, audio_embeds: Tensor, audio_lens: Tensor) -> Tensor:
+        """The embeddings (N, L, D) of what is spliced; audio_embeds (N, T'', D), audio_lens (N,)."""
+        valid = torch.arange(audio_embeds.shape[1], device=audio_embeds.device)[None, :] < audio_lens[:, None]
+        return self.prompt(spliced, self.llm.embed(spliced.token_ids), audio_embeds[valid])
+
     def prompted(
         self,
         audio_embeds: Tensor,
@@ -450,17 +477,11 @@ class SpeechLLM(nn.Module):
         languages: Sequence[str | None],
         label_ids: Sequence[Sequence[int]] | None = None,
         target_languages: Sequence[str | None] | None = None,
+        contexts: Sequence[PromptContext] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Splice audio into the prompt (see `prompt.splice`): inputs_embeds (N, L, D), lens (N,), labels (N, L)."""
-        device = audio_embeds.device
-        spliced = splice(
-            self.config.prompt, self.tokenizer, audio_lens.tolist(), languages, label_ids, target_languages
-        )
-        token_ids, audio_mask, lens, labels = (t.to(device) for t in spliced)
-        valid = torch.arange(audio_embeds.shape[1], device=device)[None, :] < audio_lens[:, None]
-        text_embeds = self.llm.embed(token_ids)
-        inputs_embeds = text_embeds.masked_scatter(audio_mask[..., None], audio_embeds[valid].to(text_embeds.dtype))
-        return inputs_embeds, lens, labels
+        """The audio in its prompt, and the label: inputs_embeds (N, L, D), lens (N,), labels (N, L)."""
+        spliced = self.spliced(audio_lens, languages, label_ids, target_languages, contexts)
+        return self.embed(spliced, audio_embeds, audio_lens), spliced.lens, spliced.labels
 
     def label_ids(self, label: str) -> list[int]:
         """The tokens of a label as it stands behind the prompt, without the end of text."""
@@ -496,6 +517,7 @@ class SpeechLLM(nn.Module):
         languages: Sequence[str | None],
         target_languages: Sequence[str | None] | None = None,
         labels: Sequence[str] | None = None,
+        contexts: Sequence[PromptContext] | None = None,
     ) -> dict[str, Tensor]:
         """Losses of a batch, SUMMED over its label tokens (each label's end of text included).
 
@@ -504,6 +526,7 @@ class SpeechLLM(nn.Module):
           texts: N transcripts or translations; languages: N tags for the prompt's `{lang}` slot, or None.
           target_languages: N tags for `{target_lang}`, None in rows whose text is a transcript; None if all are.
           labels: N labels of the texts (`label_template`); None: made of the above, which say no word times.
+          contexts: N times what the prompt's other slots need; None where it has no such slots.
 
         Returns:
           scalars: `loss` = `llm_loss` + ctc_weight * `ctc_loss`, to be divided by `tokens`; `llm_loss`;
@@ -516,7 +539,9 @@ class SpeechLLM(nn.Module):
             labels = [self.label_template.fill(*row) for row in rows]
         label_ids = [self.label_ids(label) for label in labels]
         encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens)
-        inputs_embeds, lens, labels = self.prompted(audio_embeds, audio_lens, languages, label_ids, target_languages)
+        inputs_embeds, lens, labels = self.prompted(
+            audio_embeds, audio_lens, languages, label_ids, target_languages, contexts
+        )
         (llm_loss, tokens, correct), _ = self.llm.loss(labels, inputs_embeds=inputs_embeds, lens=lens)
         ctc_loss = llm_loss.new_zeros(())
         if self.ctc_head is not None:
@@ -542,13 +567,14 @@ class SpeechLLM(nn.Module):
         feature_lens: Tensor,
         languages: Sequence[str | None],
         target_languages: Sequence[str | None] | None = None,
+        contexts: Sequence[PromptContext] | None = None,
         options: RecogniseOptions | None = None,
     ) -> list[Recognition]:
         """What is said in a batch; for more than one batch, a `Recogniser` searches across them.
 
         Rows with a target language are translated; the CTC head cannot, and has no text for them.
         """
-        speech = Speech(features, feature_lens, languages, target_languages or [None] * len(languages))
+        speech = Speech(features, feature_lens, languages, target_languages or [None] * len(languages), contexts)
         return next(self.recogniser(options)([speech]))
 
     def recogniser(self, options: RecogniseOptions | None = None) -> Recogniser:
@@ -565,6 +591,7 @@ class SpeechLLM(nn.Module):
         language: str | None = None,
         target_language: str | None = None,
         options: RecogniseOptions | None = None,
+        context: PromptContext | None = None,
     ) -> list[Recording]:
         """What is said in audio of any length; translations with a target language. `[0].text` is that of the first.
 
@@ -572,6 +599,7 @@ class SpeechLLM(nn.Module):
 
         Args:
           audio: files of any format and sampling rate, or (num_samples,) floating-point samples in [-1, 1], 16 kHz.
+          context: for the prompt's slots of that kind, the same for all.
 
         Raises:
           DataError: a file cannot be read; the message names it.
@@ -579,7 +607,7 @@ class SpeechLLM(nn.Module):
         """
         from speechllm.transcribe import transcribe_audio  # the model itself needs no lhotse
 
-        return transcribe_audio(self, audio, language, target_language, options)
+        return transcribe_audio(self, audio, language, target_language, options, context)
 
     def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
         """Write the whole model: config.yaml, model.safetensors, tokenizer, README.md. Replaces `folder` in one move.

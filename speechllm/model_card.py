@@ -35,7 +35,7 @@ def model_card(model: SpeechLLM) -> str:
         "" if tune is None else f"The language model was tuned with {tune.method}; `adapter/` has that by itself.\n\n"
     )
     what = f"""Speech recognition with a language model: an encoder, a projector and a language model that reads
-`[{prompt.before_audio!r} | audio | {prompt.after_audio!r}]` and writes the text."""
+`{prompt.asr!r}` and writes the text."""
     return _card(model, what, parts, tuned)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from speechllm.config import ConfigError
+from speechllm.prompt import PromptEmbedder
 from speechllm.rwkv7 import RWKV7, RWKV7Layers
 from speechllm.rwkv7.model import TimeMix
 from speechllm.scaled_adam import ScaledAdam
@@ -108,8 +109,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     Weight decay is on matrices and kernels, not on vectors and scalars; what counts is the number of axes longer than
     1. RWKV-7, wherever it is found, has the rules of its own training (RWKV-LM, RWKV-v7/train_temp/src/model.py):
     decay only on the weights of layers, adapters included, so on none of the low-rank matrices `w1` to `g2`, `r_k` or
-    a trained initial state; and `w0`, where the decay of the recurrence starts from, learns at twice the rate. For
-    ScaledAdam, `weight_decay` is 0 in every group.
+    a trained initial state; and `w0`, where the decay of the recurrence starts from, learns at twice the rate. A
+    prompt's learned embeddings have none: they would go to zero. For ScaledAdam, `weight_decay` is 0 in every group.
 
     A bare RWKV-7 is one part, `llm`.
 
@@ -125,6 +126,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     found = (module for module in model.modules() if isinstance(module, (RWKV7, RWKV7Layers)))
     rwkv7 = [p for module in found for p in module.named_parameters()]
     no_weights = {p for name, p in rwkv7 if ".weight" not in name}
+    no_weights |= {p for m in model.modules() if isinstance(m, PromptEmbedder) for p in (m.soft, m.boundary)}
     double_rate = {module.w0 for module in model.modules() if isinstance(module, TimeMix)}
     by_rule = defaultdict(list)
     for name, p in trained.items():

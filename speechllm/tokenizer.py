@@ -95,6 +95,10 @@ class Tokenizer(Protocol):
         stream = self.stream(keep_tags)
         return "".join(map(stream.push, ids)) + stream.finish()
 
+    def piece(self, index: int) -> str:
+        """The token with this id as a person reads it, for logs and reports."""
+        return self.decode([index])
+
     def identity(self) -> str:
         """The kind and a hash of the vocabulary: differs between tokenizers that encode some text differently."""
         ...

@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from speechllm.data import Entry
     from speechllm.decode.formats import Recording, Segment
     from speechllm.decode.recognise import RecogniseOptions, Speech
     from speechllm.decode.result import Recognition
     from speechllm.encoder_model import EncoderModel
     from speechllm.model import SpeechLLM
+    from speechllm.prompt import PromptContext
 
     Recogniser = Callable[[Iterable[Speech]], Iterator[list[Recognition]]]
 
@@ -67,6 +69,10 @@ def add_transcribe(commands: argparse._SubParsersAction) -> None:
     transcribe.add_argument("--model", required=True, type=Path, help="folder of a trained model")
     transcribe.add_argument("--language", help="language tag for the prompt, e.g. en")
     transcribe.add_argument("--target-language", help="translate into this language, e.g. de")
+    transcribe.add_argument("--previous", metavar="TEXT", help="the text before the audio, for the prompt's {previous}")
+    transcribe.add_argument(
+        "--prompt-hotwords", type=Path, metavar="FILE", help="phrases for the prompt's {hotwords}, one a line"
+    )
     transcribe.add_argument(
         "--task",
         choices=("asr", "ast"),
@@ -117,7 +123,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
     from speechllm.build import load_model, pack_model
 
     how = replace(search_options(args), fallback="ctc")
-    inputs = Inputs(args.inputs, args.language, args.target_language, args.task)
+    inputs = Inputs(args.inputs, args.language, args.target_language, args.task, prompt_context(args))
     options = SegmentOptions(args.batch_duration, args.max_segment)
     output = Output(args.format, args.output, args.overwrite)
     output.check(args.inputs)
@@ -131,6 +137,26 @@ def run_transcribe(args: argparse.Namespace) -> int:
     return transcribe_all(inputs, recognise, options, output, model.feature_kind)
 
 
+def prompt_context(args: argparse.Namespace) -> PromptContext:
+    """Of `--previous` and `--prompt-hotwords`.
+
+    Raises:
+        UserError, FileNotFoundError: the file cannot be read.
+    """
+    from speechllm.prompt import PromptContext
+
+    hotwords = None
+    if args.prompt_hotwords is not None:
+        try:
+            lines = args.prompt_hotwords.read_text(encoding="utf-8-sig").splitlines()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"--prompt-hotwords: {args.prompt_hotwords}: no such file") from None
+        except UnicodeDecodeError:
+            raise UserError(f"--prompt-hotwords: {args.prompt_hotwords}: not UTF-8; save the file as UTF-8") from None
+        hotwords = tuple(line.strip() for line in lines if line.strip())
+    return PromptContext(previous=args.previous, hotwords=hotwords)
+
+
 @dataclass(frozen=True)
 class AudioInput:
     """What is to be transcribed.
@@ -142,6 +168,7 @@ class AudioInput:
         blocks: gives the audio, (num_samples,) float32 blocks of 16 kHz, and raises `UtteranceError` or `DataError`
             where it cannot.
         language, target_language: for the prompt; with a target language it is translated.
+        context: for the prompt's other slots.
     """
 
     id: str
@@ -150,6 +177,7 @@ class AudioInput:
     blocks: Callable[[], Iterator[np.ndarray]]
     language: str | None = None
     target_language: str | None = None
+    context: PromptContext | None = None
 
 
 def audio_input(
@@ -157,6 +185,7 @@ def audio_input(
     id: str,
     language: str | None = None,
     target_language: str | None = None,
+    context: PromptContext | None = None,
 ) -> AudioInput:
     """A file, or samples.
 
@@ -169,7 +198,7 @@ def audio_input(
     from speechllm.data.pauses import read_blocks
 
     if isinstance(audio, str | Path):
-        return AudioInput(id, str(audio), str(audio), lambda: read_blocks(audio), language, target_language)
+        return AudioInput(id, str(audio), str(audio), lambda: read_blocks(audio), language, target_language, context)
     import torch
 
     samples = torch.as_tensor(audio).detach().cpu()
@@ -179,7 +208,7 @@ def audio_input(
             "floating point in [-1, 1], 16 kHz"
         )
     block = samples.float().numpy()
-    return AudioInput(id, id, "", lambda: iter([block]), language, target_language)
+    return AudioInput(id, id, "", lambda: iter([block]), language, target_language, context)
 
 
 @dataclass
@@ -187,7 +216,7 @@ class Inputs:
     """The audio of files, folders and manifests; looked up anew each time that it is iterated over.
 
     A folder is a manifest in Kaldi's or Shar's form, or it is searched for files with `AUDIO_SUFFIXES`. `language`,
-    `target_language` and `task` are for files, and for lines of manifests that do not say theirs.
+    `target_language`, `task` and `context` are for files, and for lines of manifests that do not say theirs.
 
     Raises:
         UserError: task and target language do not go together.
@@ -197,6 +226,7 @@ class Inputs:
     language: str | None = None
     target_language: str | None = None
     task: str | None = None
+    context: PromptContext | None = None
 
     def __post_init__(self) -> None:
         if self.task == "asr" and self.target_language is not None:
@@ -215,7 +245,7 @@ class Inputs:
             elif path.is_dir():
                 yield from self._folder(path)
             else:
-                yield audio_input(path, path.stem, self.language, self.target_language)
+                yield audio_input(path, path.stem, self.language, self.target_language, self.context)
 
     def _folder(self, folder: Path) -> Iterator[AudioInput]:
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
@@ -223,7 +253,7 @@ class Inputs:
             yield _broken(str(folder), UserError(f"{folder}: no file with a suffix of audio, such as .wav or .mp3"))
         for file in files:
             id = str(file.relative_to(folder).with_suffix(""))
-            yield audio_input(file, id, self.language, self.target_language)
+            yield audio_input(file, id, self.language, self.target_language, self.context)
 
     def _manifest(self, path: Path) -> Iterator[AudioInput]:
         from speechllm.data.audio import recordings
@@ -254,9 +284,19 @@ class Inputs:
                         lambda cut=cut: cut_blocks(cut),
                         entry.lang,
                         entry.target_lang if entry.task == "ast" else None,
+                        self._context(entry),
                     )
         except DataError as error:  # the manifest as a whole
             yield _broken(str(path), error)
+
+    def _context(self, entry: Entry) -> PromptContext:
+        from speechllm.prompt import PromptContext
+
+        given = self.context or PromptContext()
+        return PromptContext(
+            previous=given.previous if entry.previous is None else entry.previous,
+            hotwords=given.hotwords if entry.hotwords is None else entry.hotwords,
+        )
 
 
 def _is_manifest(path: Path) -> bool:
@@ -376,9 +416,10 @@ def transcribe_audio(
     language: str | None,
     target_language: str | None,
     options: RecogniseOptions | None,
+    context: PromptContext | None = None,
 ) -> list[Recording]:
     """What `SpeechLLM.transcribe` does, with any model."""
-    inputs = [audio_input(a, f"audio[{i}]", language, target_language) for i, a in enumerate(audio)]
+    inputs = [audio_input(a, f"audio[{i}]", language, target_language, context) for i, a in enumerate(audio)]
     was_training = model.training
     model.eval()
     try:
@@ -450,6 +491,7 @@ def _speech(parts: list[_Part]) -> Speech:
     from torch.nn.utils.rnn import pad_sequence
 
     from speechllm.decode.recognise import Speech
+    from speechllm.prompt import PromptContext
 
     features = [part.features for part in parts]
     for part in parts:
@@ -459,6 +501,7 @@ def _speech(parts: list[_Part]) -> Speech:
         torch.tensor([len(rows) for rows in features]),
         [part.input.language for part in parts],
         [part.input.target_language for part in parts],
+        [replace(part.input.context or PromptContext(), id=part.input.name) for part in parts],
     )
 
 

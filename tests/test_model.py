@@ -175,7 +175,7 @@ def test_what_the_data_side_asks(model, model_config):
 @pytest.fixture
 def tasks_config(model_config):
     """The prompt tells the language to translate into, the label that of the speech, and when words are said."""
-    prompt = PromptConfig(after_audio="\n\nAssistant:", after_audio_ast="<|{target_lang}|>\n\nAssistant:")
+    prompt = PromptConfig(asr="User: {audio}\n\nAssistant:", ast="User: {audio}<|{target_lang}|>\n\nAssistant:")
     return dataclasses.replace(model_config, prompt=prompt, label="<|{lang}|>{timed_text}")
 
 

@@ -17,6 +17,7 @@ from speechllm.transcribe import (
     SegmentOptions,
     add_transcribe,
     audio_input,
+    prompt_context,
     run_transcribe,
     transcribe_all,
     transcribe_inputs,
@@ -291,6 +292,23 @@ def test_manifests_say_languages_and_tasks(audio, tmp_path, capsys):
     ]  # fmt: skip
     translated = list(Inputs([manifest], "en", "zh"))
     assert [i.target_language for i in translated[:4]] == ["zh", "zh", "fr", "zh"]
+
+
+def test_manifests_and_options_say_what_the_prompt_needs(audio, tmp_path):
+    said = [{}, {"previous": "before"}, {"hotwords": ["x", "y"]}]
+    lines = [{"audio_filepath": str(audio / "a.wav"), "duration": 1.2, "id": str(i)} | x for i, x in enumerate(said)]
+    manifest = write_manifest(tmp_path / "m.jsonl", lines)
+    (tmp_path / "phrases").write_text("New York\n\nBoston \n", encoding="utf-8-sig")
+    options = ["--previous", "given", "--prompt-hotwords", str(tmp_path / "phrases")]
+    for given, expected in (([], (None, None)), (options, ("given", ("New York", "Boston")))):
+        context = prompt_context(parsed("a.wav", *given))
+        listener = Listener()
+        assert transcribe_all(Inputs([manifest, audio / "a.wav"], context=context), listener, output=Output()) == 0
+        found = {c.id: (c.previous, c.hotwords) for batch in listener.batches for c in batch.contexts}
+        assert found.pop(str(audio / "a.wav")) == expected
+        assert found == {"0": expected, "1": ("before", expected[1]), "2": (expected[0], ("x", "y"))}
+    with pytest.raises(FileNotFoundError, match="--prompt-hotwords: .*nothing: no such file"):
+        prompt_context(parsed("a.wav", "--prompt-hotwords", str(tmp_path / "nothing")))
 
 
 def test_samples_from_python():

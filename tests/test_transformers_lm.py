@@ -285,7 +285,9 @@ def test_what_only_rwkv7_has(tune_config, config, tmp_path):
             SpeechLLM.from_config(dataclasses.replace(config, llm=llm))
     model = SpeechLLM.from_config(config).eval()
     with pytest.raises(ValueError, match="state files are for RWKV-7; the language model is qwen3"):
-        model.recognise(torch.randn(1, 100, 80), torch.tensor([100]), ["en"], None, RecogniseOptions(initial_state="x"))
+        model.recognise(
+            torch.randn(1, 100, 80), torch.tensor([100]), ["en"], options=RecogniseOptions(initial_state="x")
+        )
     with pytest.raises(ValueError, match="weights 'int8' are for RWKV-7"):
         pack_for_inference(model.llm, "int8")
     Path(tmp_path / "initial_state.safetensors").touch()

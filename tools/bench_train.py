@@ -79,7 +79,6 @@ from speechllm.linear import has_onednn, product
 from speechllm.model import EncoderSection, LLMSection, ModelConfig, SpeechLLM
 from speechllm.monitor import Averages
 from speechllm.optim import OptimConfig, build_optimizer
-from speechllm.prompt import splice
 from speechllm.rwkv7 import RWKV7Config, TuneConfig, tune
 from speechllm.sharding import clip_grad_norm
 from speechllm.tokenizer import train_sentencepiece
@@ -207,9 +206,9 @@ def build_model(case: Case, device: str) -> SpeechLLM:
 
 def positions_of(model: SpeechLLM, batch: Batch) -> int:
     """How many positions the language model reads."""
-    audio_lens = model.projector.output_lens(model.encoder.output_lens(batch.feature_lens)).tolist()
+    audio_lens = model.audio_lens(batch.feature_lens)
     label_ids = [model.label_ids(text) for text in batch.texts]
-    return int(splice(model.config.prompt, model.tokenizer, audio_lens, batch.languages, label_ids).lens.sum())
+    return int(model.spliced(audio_lens, batch.languages, label_ids).lens.sum())
 
 
 # ---- The measurements -----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder written by prepare_corpus.py")
     parser.add_argument("--vocab-size", type=int, default=400, help="pieces at most (default: %(default)s)")
     args = parser.parse_args()
-    prompt = PromptConfig()
+    prompt = PromptConfig().written_out()
     texts, languages = [], set()
     for manifest in sorted(args.data_dir.glob("train-??.jsonl")):
         for line in manifest.read_text(encoding="utf-8").splitlines():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from speechllm.data.manifest import describe_cut
 from speechllm.data.source import label_of
 from speechllm.data.specaugment import spec_augment, spec_augment_twice
 from speechllm.label import LabelError, LabelTemplate
+from speechllm.prompt import PromptContext
 from speechllm.text import normalize_text
 
 FEATURES_ON = ("worker", "device", "precomputed")
@@ -29,7 +30,8 @@ FEATURES_ON = ("worker", "device", "precomputed")
 class _Batch:
     """What is known of N utterances besides their audio: the `texts` that are said or their translations, the `labels`
     to write (`speechllm.label`), `languages` (None where unknown), `target_languages` (None where nothing is
-    translated), `ids`, and `durations` (seconds, after speed perturbation)."""
+    translated), `ids`, `durations` (seconds, after speed perturbation), and `contexts`, for the prompt's other slots
+    (None where nothing is known)."""
 
     texts: list[str]
     labels: list[str]
@@ -37,6 +39,7 @@ class _Batch:
     target_languages: list[str | None]
     ids: list[str]
     durations: list[float]
+    contexts: list[PromptContext] | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -152,7 +155,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         corpus: where plans have numbers; None where they have cuts.
         text_steps: normalisation of the targets (`speechllm.text`).
         augmenter: for training; None leaves the audio as it is.
-        seed: the augmentation of an utterance depends on this, the epoch, its passes and its id, on nothing else.
+        seed: the augmentation of an utterance, and the instruction in its prompt, depend on this, the epoch, its
+            passes and its id, on nothing else.
         features_on: `worker` computes features here, `device` leaves that to `WaveformBatch.to`, `precomputed` reads
             those of the manifest.
         feature_kind: see `speechllm.data.features.MEL_BINS`.
@@ -227,8 +231,10 @@ class SpeechDataset(torch.utils.data.Dataset):
         elif features is not None and self._augmenter is not None:
             features = self._augmenter.features(features, rng)
         target_language = entry.target_lang if entry.task == "ast" else None
+        draw = instruction_draw(self._seed, epoch, times, cut.id) if self._augmenter is not None else 0.0
+        context = PromptContext(cut.id, entry.previous, entry.hotwords, draw)
         return Utterance(
-            cut.id, samples, features, text, label, entry.lang, target_language, duration, rng, second_view
+            cut.id, samples, features, text, label, entry.lang, target_language, duration, context, rng, second_view
         )
 
     def _collate(self, utterances: list[Utterance]) -> Batch | WaveformBatch:
@@ -236,15 +242,31 @@ class SpeechDataset(torch.utils.data.Dataset):
             return collate(utterances)
         samples, lens = _padded([torch.from_numpy(u.samples) for u in utterances])
         config = self._augmenter.config.spec_augment if self._augmenter is not None else None
-        generators = [u.rng for u in utterances]
+        generators, contexts = [u.rng for u in utterances], [u.context for u in utterances]
         return WaveformBatch(
-            *_fields(utterances), samples, lens, config, generators, self._feature_kind, self._two_views
+            *_fields(utterances),
+            samples,
+            lens,
+            config,
+            generators,
+            self._feature_kind,
+            self._two_views,
+            contexts=contexts,
         )
 
 
 def augmentation_rng(seed: int, epoch: int, times: int, id: str) -> np.random.Generator:
     """The random numbers that augment one utterance, the same in whichever process and order it is made."""
-    return np.random.default_rng([seed, epoch, times, zlib.crc32(id.encode())])
+    return np.random.default_rng(_words(seed, epoch, times, id))
+
+
+def instruction_draw(seed: int, epoch: int, times: int, id: str) -> float:
+    """`PromptContext.draw` of one utterance in training, as reproducible as `augmentation_rng`, and independent."""
+    return float(np.random.default_rng([*_words(seed, epoch, times, id), 1]).random())
+
+
+def _words(seed: int, epoch: int, times: int, id: str) -> list[int]:
+    return [seed, epoch, times, zlib.crc32(id.encode())]
 
 
 @dataclass(frozen=True)
@@ -260,6 +282,7 @@ class Utterance:
     language: str | None
     target_language: str | None
     duration: float
+    context: PromptContext = PromptContext()
     rng: np.random.Generator | None = None
     second_view: Tensor | None = None
 
@@ -268,7 +291,7 @@ def collate(utterances: Iterable[Utterance]) -> Batch:
     """Pad utterances with zeros on the right to one batch."""
     utterances = list(utterances)
     views = [u.features for u in utterances] + [u.second_view for u in utterances if u.second_view is not None]
-    return Batch(*_fields(utterances), *_padded(views))
+    return Batch(*_fields(utterances), *_padded(views), contexts=[u.context for u in utterances])
 
 
 def _fields(utterances: list[Utterance]) -> tuple[list, ...]:

@@ -47,6 +47,7 @@ from speechllm.data.source import (
     duration_of,
     existing_files,
     explain,
+    hotwords_of,
     is_remote,
     parse_line,
     string_of,
@@ -198,9 +199,9 @@ def _is_nemo(obj: dict, source: SourceConfig) -> bool:
 
 
 def describe_cut(cut: Cut) -> Entry:
-    """What a cut says of its utterance: the texts of its supervisions in order; languages, task and translation are
-    those of the first supervision that has them, or the cut's own custom fields. Cuts that are mixed of several have no
-    word times.
+    """What a cut says of its utterance: the texts of its supervisions in order; languages, task, translation and what
+    the prompt needs are those of the first supervision that has them, or the cut's own custom fields. Cuts that are
+    mixed of several have no word times.
 
     Raises:
         ValueError: a custom field has a wrong type or value.
@@ -240,6 +241,8 @@ def _entry(
         (ast_text or "").strip(),
         string_of(fields, "target_lang") or (source and source.target_lang),
         None if None in words or not words else tuple(itertools.chain(*words)),
+        string_of(fields, "previous"),
+        hotwords_of(fields),
     )
 
 

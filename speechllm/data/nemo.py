@@ -30,6 +30,7 @@ from speechllm.data.source import (
     existing_files,
     expand_braces,
     explain,
+    hotwords_of,
     is_remote,
     parse_line,
     parsed_lines,
@@ -83,6 +84,8 @@ def describe_nemo(line: dict, source: SourceConfig) -> Entry:
         (ast_text or "").strip(),
         string_of(line, "target_lang") or source.target_lang,
         words_of(line.get("alignment"), offset),
+        string_of(line, "previous"),
+        hotwords_of(line),
     )
 
 
@@ -110,6 +113,8 @@ def nemo_cut(line: dict, source: SourceConfig) -> MonoCut:
         "task": task_of(line) or source.task,
         "ast_text": entry.ast_text or None,
         "target_lang": entry.target_lang,
+        "previous": entry.previous,
+        "hotwords": None if entry.hotwords is None else list(entry.hotwords),
     }
     supervision = SupervisionSegment(
         id=entry.id,

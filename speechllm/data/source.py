@@ -93,7 +93,8 @@ class SourceConfig:
 @dataclass(frozen=True)
 class Entry:
     """What a manifest says of one utterance, audio aside; `duration` in seconds, `task` asr or ast; `words` of `text`,
-    in seconds from the start of the utterance."""
+    in seconds from the start of the utterance; `previous` and `hotwords`, for the prompt's slots, None where it says
+    nothing."""
 
     id: str
     duration: float
@@ -103,6 +104,8 @@ class Entry:
     ast_text: str = ""
     target_lang: str | None = None
     words: tuple[WordTime, ...] | None = None
+    previous: str | None = None
+    hotwords: tuple[str, ...] | None = None
 
     @property
     def target(self) -> str:
@@ -199,6 +202,21 @@ def string_of(fields: dict, *names: str) -> str | None:
                 raise ValueError(f"{name}: expected a string, found {value!r}")
             return value
     return None
+
+
+def hotwords_of(fields: dict) -> tuple[str, ...] | None:
+    """The field `hotwords`: a list of phrases, or a text, taken as it is; None where there is none.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = fields.get("hotwords")
+    if value is None:
+        return None
+    phrases = (value,) if isinstance(value, str) else value
+    if not isinstance(phrases, (list, tuple)) or not all(isinstance(phrase, str) for phrase in phrases):
+        raise ValueError(f"hotwords: expected a list of strings, or a string, found {value!r}")
+    return tuple(phrases)
 
 
 def seconds_of(fields: dict, name: str) -> float:

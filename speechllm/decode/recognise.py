@@ -21,9 +21,13 @@ from speechllm.decode.search import Prompt, Scorer, SearchOptions, search
 from speechllm.decode.timestamps import words_from_alignment, words_from_label
 from speechllm.errors import UserError
 from speechllm.llm import LanguageModelState
+from speechllm.prompt import PromptContext
 
 if TYPE_CHECKING:
     from speechllm.model import SpeechLLM
+
+# States that are kept. Where utterances have texts of their own before the audio, none would be used again.
+_MAX_STATES = 32
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,14 @@ class RecogniseOptions:
 
 
 class Speech(NamedTuple):
-    """A batch: features (N, T, F), feature_lens (N,), N languages and target languages (None where there is none)."""
+    """A batch: features (N, T, F), feature_lens (N,), N languages and target languages (None where there is none), N
+    contexts of the prompt (None where it needs none)."""
 
     features: Tensor
     feature_lens: Tensor
     languages: Sequence[str | None]
     target_languages: Sequence[str | None]
+    contexts: Sequence[PromptContext] | None = None
 
 
 @dataclass
@@ -137,7 +143,7 @@ class Recogniser:
         """The results of each batch, in order; batches are drawn when there is room for them.
 
         Raises:
-          UserError: the prompt has a slot for a language that is not given.
+          UserError: the prompt has a slot for what is not given.
         """
         sizes: list[int] = []  # of the batches that were drawn
         found: dict[int, Recognition] = {}
@@ -159,32 +165,27 @@ class Recogniser:
                 first, batch = first + sizes[batch], batch + 1
 
     def _prompts(self, speech: Speech) -> Iterator[tuple[_Utterance, Prompt]]:
-        model, tokenizer = self.model, self.model.tokenizer
+        model = self.model
         features, feature_lens = speech.features.to(model.device), speech.feature_lens.to(model.device)
         encoder_out, encoder_out_lens, audio_embeds, audio_lens = model.encode(features, feature_lens)
         ctc_tokens, ctc_log_probs = self._ctc(encoder_out, encoder_out_lens)
-        # Each utterance is read after the text before its audio, of which there are few, if more than one.
-        for i, tags in enumerate(zip(speech.languages, speech.target_languages, strict=True)):
-            before, after = (tokenizer.encode(text) if text else [] for text in model.config.prompt.fill(*tags))
-            audio = audio_embeds[i, : audio_lens[i]]
-            after_ids = torch.tensor(after, dtype=torch.long, device=model.device)
-            after_embeds = model.llm.embed(after_ids)
-            is_transcript = tags[1] is None
+        spliced = model.spliced(
+            audio_lens, speech.languages, target_languages=speech.target_languages, contexts=speech.contexts
+        )
+        inputs_embeds = model.embed(spliced, audio_embeds, audio_lens)
+        # Each utterance is read after what is before its audio, of which there are few, if more than one.
+        for i, target_language in enumerate(speech.target_languages):
+            is_transcript = target_language is None
             if self.options.ctc_weight > 0 and not is_transcript:
-                raise UserError(f"ctc_weight: the CTC head knows transcripts only, but {tags[1]} is asked for")
+                raise UserError(f"ctc_weight: the CTC head knows transcripts only, but {target_language} is asked for")
             utterance = _Utterance(
                 ctc_tokens[i] if ctc_tokens is not None and is_transcript else None,
                 ctc_log_probs[i, : encoder_out_lens[i]].clone() if ctc_log_probs is not None else None,
             )
-            seconds = len(audio) * model.seconds_per_position
-            yield (
-                utterance,
-                Prompt(
-                    torch.cat([audio.to(after_embeds.dtype), after_embeds]),
-                    self._max_tokens(seconds),
-                    self._state_after(tuple(before)),
-                ),
-            )
+            embeds, start = inputs_embeds[i, : spliced.lens[i]], int(spliced.audio_starts[i])
+            read, state = self._state_before_audio(tuple(spliced.token_ids[i, :start].tolist()), embeds[:start])
+            seconds = int(audio_lens[i]) * model.seconds_per_position
+            yield utterance, Prompt(embeds[read:], self._max_tokens(seconds), state)
 
     def _max_tokens(self, seconds: float) -> int:
         """The longest label: any token of its text may be a word, with a time before and behind it."""
@@ -207,14 +208,16 @@ class Recogniser:
             tokens = ctc_greedy(scores, lens, blank)
         return tokens, log_probs if self._keeps_log_probs else None
 
-    def _state_after(self, before: tuple[int, ...]) -> LanguageModelState | None:
-        if not before:
-            return self._initial_state
-        if before not in self._states:
-            ids = torch.tensor([before], device=self.model.device)
-            is_last = torch.arange(len(before), device=ids.device)[None] == len(before) - 1
-            _, self._states[before] = self.model.llm(input_ids=ids, state=self._initial_state, logits_mask=is_last)
-        return self._states[before]
+    def _state_before_audio(self, token_ids: tuple[int, ...], embeds: Tensor) -> tuple[int, LanguageModelState | None]:
+        """How many of `embeds` (L, D), what is before the audio, have been read already, and the state behind them."""
+        if not token_ids or (token_ids not in self._states and len(self._states) == _MAX_STATES):
+            return 0, self._initial_state
+        if token_ids not in self._states:
+            is_last = torch.arange(len(token_ids), device=embeds.device)[None] == len(token_ids) - 1
+            _, self._states[token_ids] = self.model.llm(
+                inputs_embeds=embeds[None], state=self._initial_state, logits_mask=is_last
+            )
+        return len(token_ids), self._states[token_ids]
 
     def _recognition(self, utterance: _Utterance, nbest: tuple[Hypothesis, ...]) -> Recognition:
         model = self.model

@@ -33,6 +33,7 @@ from speechllm.data import (
 from speechllm.data.features import MEL_BINS, fbank_extractor, num_frames
 from speechllm.data.sampling import curriculum_limit
 from speechllm.label import LabelTemplate
+from speechllm.prompt import PromptContext
 
 from .conftest import write_manifest, write_tone
 from .manifests import KINDS, write_corpus, write_kind
@@ -61,6 +62,7 @@ def same(a, b) -> bool:
         torch.equal(a.features, b.features)
         and torch.equal(a.feature_lens, b.feature_lens)
         and (a.ids, a.texts, a.languages, a.durations) == (b.ids, b.texts, b.languages, b.durations)
+        and a.contexts == b.contexts
     )
 
 
@@ -299,6 +301,30 @@ def test_text_is_normalised_and_tasks_have_their_targets(tmp_path):
     )
     with pytest.raises(ValueError, match="lowercas"):
         DataConfig(text=["lowercas"])
+
+
+@pytest.mark.parametrize("features_on", ["worker", "device"])
+def test_batches_have_what_prompts_need(tmp_path, features_on):
+    write_tone(tmp_path / "x.wav", 1.0, seed=1)
+    said = [{}, {"previous": ""}, {"previous": "before", "hotwords": ["New York", "x"]}, {"hotwords": "a, b"}]
+    lines = [{"audio_filepath": "x.wav", "duration": 1.0, "text": "t", "id": str(i)} | x for i, x in enumerate(said)]
+    source = SourceConfig(str(write_manifest(tmp_path / "m.jsonl", lines)))
+    settings = DataConfig(train=[source], num_workers=0, features_on=features_on)
+
+    def contexts(loader, epoch=1):
+        loader.set_epoch(epoch)
+        return {context.id: context for batch in loader for context in batch.to("cpu").contexts}
+
+    evaluated = contexts(build_eval_loader(settings, [source]))
+    expected = [(None, None), ("", None), ("before", ("New York", "x")), (None, ("a, b",))]
+    assert evaluated == {str(i): PromptContext(str(i), *values) for i, values in enumerate(expected)}
+    loader = build_train_loader(settings, seed=1)
+    first, second = contexts(loader), contexts(loader, epoch=2)
+    assert {id: replace(context, draw=0.0) for id, context in first.items()} == evaluated
+    draws = [context.draw for found in (first, second) for context in found.values()]
+    assert len(set(draws)) == 8 and all(0 < draw < 1 for draw in draws)
+    assert contexts(loader) == first  # nothing but seed, epoch and utterance decides
+    assert contexts(build_train_loader(settings, seed=2)) != first
 
 
 def test_what_the_language_model_sees_is_limited(corpus):

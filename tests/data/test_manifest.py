@@ -64,6 +64,30 @@ def test_describe_is_what_the_cut_says(kind, defaults, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("said", "previous", "hotwords"),
+    [
+        ({}, None, None),
+        ({"previous": "", "hotwords": []}, "", ()),
+        ({"previous": "before", "hotwords": ["a b", "c"]}, "before", ("a b", "c")),
+        ({"hotwords": "a, b"}, None, ("a, b",)),
+    ],
+)
+def test_what_the_prompt_needs_is_the_same_in_lines_and_cuts(said, previous, hotwords):
+    cut = to_cut(GOOD | said, SourceConfig("m.jsonl"))
+    stored = json.loads(json.dumps(cut.to_dict()))
+    for entry in (
+        describe(GOOD | said, SourceConfig("m.jsonl")),
+        describe_cut(cut),
+        describe(stored, SourceConfig("m.jsonl")),
+        describe_cut(to_cut(stored, SourceConfig("m.jsonl"))),
+    ):
+        assert (entry.previous, entry.hotwords) == (previous, hotwords)
+    for wrong in ({"hotwords": [1]}, {"hotwords": {}}, {"previous": ["x"]}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected a "):
+            describe(GOOD | wrong, SourceConfig("m.jsonl"))
+
+
+@pytest.mark.parametrize(
     "custom",
     [
         {"task": "ast", "ast_text": "eins", "target_lang": "de"},

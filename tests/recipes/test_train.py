@@ -163,9 +163,8 @@ def test_a_language_model_of_transformers_is_trained_and_tuned(experiment, tmp_p
     config = yaml.safe_load(experiment.read_text())
     config["model"] |= {"tokenizer": str(tmp_path / "lm"), "llm": {"path": str(tmp_path / "lm"), "freeze": True}}
     config["model"]["prompt"] = {
-        "before_audio": "<|im_start|>user\n",
-        "after_audio": "<|{lang}|><|im_end|>\n<|im_start|>assistant\n",
-        "before_label": "",
+        "preset": "qwen",
+        "asr": "<|im_start|>user\n{audio}<|{lang}|><|im_end|>\n<|im_start|>assistant\n",
     }
     config["train"] |= {"num_steps": 3, "valid_every_n": 3, "scan_largest_batches": False}
     lora = {"model.llm.freeze": False, "model.llm.tune": {"method": "lora", "rank": 2}}
