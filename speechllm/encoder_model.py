@@ -52,6 +52,7 @@ class EncoderModel(nn.Module):
     def __init__(self, config: ModelConfig, encoder: Zipformer, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config = config
+        self._before_label = config.prompt.written_out().before_label
         self.tokenizer = tokenizer
         self.encoder = encoder
         # Blank is the last class, so the others keep the tokenizer's ids.
@@ -128,7 +129,7 @@ class EncoderModel(nn.Module):
 
     def label_ids(self, text: str) -> list[int]:
         """The tokens of a label, as a `SpeechLLM` with the same tokenizer has them."""
-        return self.tokenizer.encode(self.config.prompt.before_label + text)
+        return self.tokenizer.encode(self._before_label + text)
 
     def label_lengths(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each label has."""
@@ -136,11 +137,11 @@ class EncoderModel(nn.Module):
 
     def label_identity(self) -> str:
         """A string that differs between models that make other tokens of some label; for the names of caches."""
-        return f"{self.tokenizer.identity()} {self.config.prompt.before_label!r}"
+        return f"{self.tokenizer.identity()} {self._before_label!r}"
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of label tokens; the inverse of `label_ids`."""
-        return self.tokenizer.decode(token_ids).removeprefix(self.config.prompt.before_label)
+        return self.tokenizer.decode(token_ids).removeprefix(self._before_label)
 
     def forward(
         self,

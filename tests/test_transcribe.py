@@ -303,7 +303,8 @@ def test_manifests_and_options_say_what_the_prompt_needs(audio, tmp_path):
     for given, expected in (([], (None, None)), (options, ("given", ("New York", "Boston")))):
         context = prompt_context(parsed("a.wav", *given))
         listener = Listener()
-        assert transcribe_all(Inputs([manifest, audio / "a.wav"], context=context), listener, output=Output()) == 0
+        inputs = Inputs([manifest, audio / "a.wav"], context=context)
+        assert transcribe_all(inputs, listener, SegmentOptions(), Output()) == 0
         found = {c.id: (c.previous, c.hotwords) for batch in listener.batches for c in batch.contexts}
         assert found.pop(str(audio / "a.wav")) == expected
         assert found == {"0": expected, "1": ("before", expected[1]), "2": (expected[0], ("x", "y"))}
