@@ -1,40 +1,53 @@
 #!/usr/bin/env python3
-"""Decode test sets with a trained SpeechLLM and score them: the decode loop of every recipe.
+"""Decode test sets with a trained model and score them: the decode loop of every recipe.
 
     python recipes/decode.py --config configs/digits.yaml --exp-dir recipes/digits/exp --model recipes/digits/exp/AVG
 
---model is a folder written by tools/average_ckpt.py. Each set under `data.test` is decoded by the search that is asked
-for and, where the model has a CTC head, by CTC as well. EXP_DIR/greedy_search (or beam_search_4, ...) and
-EXP_DIR/ctc_greedy_search receive, as in icefall, recogs-SET-MODEL.txt, errs-SET-MODEL.txt, wer-summary-SET-MODEL.txt
-and wer-by-language-SET-MODEL.txt. WER and CER by language are printed, and put into the model's card (README.md);
-translations are in groups such as en>zh, and CTC has none of them. A text that a guard has stopped, because it repeats
-itself or is too long for its audio, is cut there; how many is logged.
+--model is a folder written by tools/average_ckpt.py. An encoder alone (trained with model.llm: null) is decoded by its
+transducer's greedy search, if it has one, and by CTC, if it has that. Each set under `data.test` is decoded by the
+search that is asked for and, where the model has a CTC head, by CTC as well. EXP_DIR/greedy_search (or beam_search_4,
+...) and EXP_DIR/ctc_greedy_search receive, as in icefall, recogs-SET-MODEL.txt, errs-SET-MODEL.txt,
+wer-summary-SET-MODEL.txt and wer-by-language-SET-MODEL.txt. By language are printed, and put into the model's card
+(README.md): WER, CER, the share of texts without any error (exact), that of languages identified rightly, by a model
+that does so, and the BLEU of translations, where sacrebleu is installed. Translations are in groups such as en>zh, and
+CTC has none of them. A text that a guard has stopped, because it repeats itself or is too long for its audio, is cut
+there; how many is logged.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 from tqdm import tqdm
 from train import Config  # recipes/train.py: one experiment file for both
 
+from speechllm.build import load_model, pack_model
 from speechllm.config import ConfigError, load_config
 from speechllm.data import Batch, build_eval_loader
 from speechllm.decode.options import add_search_options, search_options
-from speechllm.decode.recognise import RecogniseOptions, Recogniser, Speech
+from speechllm.decode.recognise import RecogniseOptions, Speech
 from speechllm.errors import UserError
+from speechllm.linear import INFERENCE_WEIGHTS
 from speechllm.log import setup_logging
-from speechllm.model import SpeechLLM
 from speechllm.model_card import add_results
-from speechllm.rwkv7.linear import INFERENCE_WEIGHTS, pack_for_inference
-from speechllm.scoring import ErrorReport, Transcript, characters, score, transcripts, write_reports
+from speechllm.scoring import (
+    Transcript,
+    characters,
+    exact_match,
+    language_accuracy,
+    score,
+    transcripts,
+    write_reports,
+)
+from speechllm.scoring.translation import translation_scores
 
 logger = logging.getLogger(__name__)
 
@@ -67,19 +80,22 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, opt
         raise ConfigError("data.test names no test set")
     setup_logging(exp_dir / "log", "log-decode")
     device = Accelerator().device
-    model = SpeechLLM.from_pretrained(model_dir).to(device)
+    model = load_model(model_dir).to(device)
     if device.type == "cpu" or llm_weights != "float32":
-        pack_for_inference(model, llm_weights)
-    recogniser = Recogniser(model, options)
+        pack_model(model, llm_weights)
+    recogniser = model.recogniser(options)
     search, ctc_search = search_names(options)
-    table: dict[tuple[str, str], dict[str, ErrorReport]] = defaultdict(dict)
+    if model.llm is None and model.transducer is None:
+        search = ctc_search
+    table: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for name, sources in config.data.test.items():
         results: dict[str, list[Transcript]] = defaultdict(list)  # by search
         audio_seconds, stopped, start = 0.0, 0, time.perf_counter()
         batches: deque[Batch] = deque()  # that are being searched
 
         def speech(sources=sources, name=name, batches=batches) -> Iterator[Speech]:
-            for batch in tqdm(build_eval_loader(config.data, sources), desc=name, unit="batch", disable=None):
+            loader = build_eval_loader(config.data, sources, feature_kind=model.feature_kind)
+            for batch in tqdm(loader, desc=name, unit="batch", disable=None):
                 batches.append(batch)
                 yield Speech(
                     batch.features, batch.feature_lens, batch.languages, batch.target_languages, batch.contexts
@@ -87,7 +103,8 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, opt
 
         for found in recogniser(speech()):
             batch = batches.popleft()
-            results[search] += transcripts(batch, [r.text for r in found], config.data.text)
+            texts, languages = [r.text for r in found], [r.language for r in found]
+            results[search] += transcripts(batch, texts, config.data.text, languages)
             if ctc_found := transcripts(batch, [r.ctc_text for r in found], config.data.text):
                 results[ctc_search] += ctc_found
             audio_seconds += batch.audio_seconds
@@ -102,15 +119,15 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, opt
             logger.info("%s, %s: WER %s", name, setting, report)
             groups = {lang: [t for t in found if t.language == lang] for lang in {t.language for t in found} - {None}}
             for language, group in [*sorted(groups.items()), ("all", found)]:
-                table[name, language][f"{setting} WER %"] = score(group)
-                table[name, language][f"{setting} CER %"] = score(group, characters)
+                table[name, language].setdefault("words", str(score(group).ref_len))  # CTC may have fewer
+                table[name, language] |= measures(setting, group)
     text = table_text(table)
     print(f"\n{text}", end="")
     add_results(model_dir, text)
 
 
 def search_names(options: RecogniseOptions) -> tuple[str, str]:
-    """Names of the folders for what the language model's search and the CTC head's find."""
+    """Names of the folders for what the language model's (or the transducer's) search and the CTC head's find."""
     search = options.search
     name = f"beam_search_{search.beam}" if search.method == "beam" else f"{search.method}_search"
     for part, used in (("ctc", options.ctc_weight), ("hotwords", options.hotwords), ("ngram", options.ngram)):
@@ -118,14 +135,27 @@ def search_names(options: RecogniseOptions) -> tuple[str, str]:
     return name, "ctc_greedy_search" if options.ctc_beam == 1 else f"ctc_prefix_beam_search_{options.ctc_beam}"
 
 
-def table_text(table: Mapping[tuple[str, str], Mapping[str, ErrorReport]]) -> str:
-    """Error rates in percent by test set and language; `-` where a search has no results. The first column of a row is
-    in words."""
-    columns = list(dict.fromkeys(column for reports in table.values() for column in reports))
-    rows = [["test set", "language", "words", *columns]]
-    for (name, language), reports in table.items():
-        rates = [f"{100 * reports[column].rate:.2f}" if column in reports else "-" for column in columns]
-        rows.append([name, language, str(reports[columns[0]].ref_len), *rates])
+def measures(setting: str, group: Sequence[Transcript]) -> dict[str, str]:
+    """The cells of one search's results in the table."""
+    cells = {
+        f"{setting} WER %": f"{100 * score(group).rate:.2f}",
+        f"{setting} CER %": f"{100 * score(group, characters).rate:.2f}",
+        f"{setting} exact %": f"{100 * exact_match(group):.2f}",
+    }
+    if (accuracy := language_accuracy(group)) is not None:
+        cells[f"{setting} language %"] = f"{100 * accuracy:.2f}"
+    if all(">" in (result.language or "") for result in group) and importlib.util.find_spec("sacrebleu") is not None:
+        bleu = translation_scores(group)
+        cells |= {f"{setting} BLEU": f"{bleu.bleu:.2f}"} if bleu is not None else {}
+    return cells
+
+
+def table_text(table: Mapping[tuple[str, str], Mapping[str, str]]) -> str:
+    """What was measured, by test set and language; `-` where a search has no such results."""
+    columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
+    rows = [["test set", "language", *columns]]
+    for (name, language), cells in table.items():
+        rows.append([name, language, *(cells.get(column, "-") for column in columns)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, language, *numbers in rows:

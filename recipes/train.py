@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a SpeechLLM: the training loop of every recipe, to be read from top to bottom.
+"""Train a SpeechLLM, or an encoder alone: the training loop of every recipe, to be read from top to bottom.
 
     python recipes/train.py --config configs/digits.yaml --exp-dir recipes/digits/exp [--section.key value ...]
     python recipes/train.py --world-size 8 ...                      # data parallel; or torchrun, accelerate launch
@@ -7,6 +7,9 @@
 A run that was stopped, at whatever moment, goes on from the newest checkpoint in --exp-dir when the same command
 is given again. SIGTERM saves first. The folder receives, as in icefall: epoch-N.pt, checkpoint-STEP.pt,
 best-valid-loss.pt, best-valid-wer.pt, log/, tensorboard/, and config.yaml (what was run).
+
+Without a language model (`model.llm: null`) the encoder is trained by CTC, CR-CTC or a transducer (`model.ctc_weight`,
+`cr_ctc`, `transducer`).
 
 A configuration with `stages` is trained stage by stage, each in a folder of its name in --exp-dir, each from what the
 last one has trained.
@@ -28,7 +31,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import speechllm
+from speechllm.build import build_model
 from speechllm.checkpoint import (
     CheckpointError,
     RunningAverage,
@@ -60,10 +64,11 @@ from speechllm.checkpoint import (
     set_rng_state,
     trained_state_dict,
 )
-from speechllm.config import ConfigError, load_config, override, parse_overrides, save_config, to_dict
+from speechllm.config import ConfigError, from_dict, load_config, override, parse_overrides, save_config, to_dict
 from speechllm.data import Batch, DataConfig, SpeechLoader, build_eval_loader, build_train_loader
 from speechllm.diagnostics import ActivationStatistics
 from speechllm.encoder import init_from_data
+from speechllm.encoder_model import EncoderModel
 from speechllm.errors import UserError
 from speechllm.files import describe_write_error, replaced_file
 from speechllm.log import setup_logging
@@ -145,6 +150,20 @@ class Config:
     def __post_init__(self) -> None:
         if self.train.ctc_only_steps and not self.model.ctc_weight:
             raise ValueError("train.ctc_only_steps needs a CTC head: set model.ctc_weight above 0")
+        if self.model.llm is None:
+            for name, given in (
+                ("train.ctc_only_steps", self.train.ctc_only_steps),
+                ("train.fsdp", self.train.fsdp),
+                ("data.max_positions", self.data.max_positions is not None),
+            ):
+                if given:
+                    raise ValueError(f"{name} is about the language model, and model.llm is null: leave out {name}")
+        spec_augment = self.data.augment.spec_augment
+        if self.model.cr_ctc is not None and (spec_augment is None or spec_augment.probability == 0):
+            raise ValueError(
+                "model.cr_ctc compares two views of an utterance, which differ by SpecAugment: set "
+                "data.augment.spec_augment, with a probability above 0"
+            )
         if self.train.fsdp and self.optim.name != "adamw":
             raise ValueError(f"train.fsdp: optim.name: {self.optim.name} looks at whole tensors; use adamw")
         if self.train.fsdp and self.train.mixed_precision == "fp16":
@@ -239,8 +258,10 @@ def train_stages(args: argparse.Namespace, overrides: list[str], find_max_durati
             source="command line",
         )
         for name, changes in config.stages.items()
-        if args.stage in (None, name)
     }
+    for (name, stage), (then, next_stage) in pairwise(stages.items()):
+        check_same_projectors(args.config, f"stages.{name}", stage.model, f"stages.{then}", next_stage.model)
+    stages = {name: stage for name, stage in stages.items() if args.stage in (None, name)}
     if len({stage.train.mixed_precision for stage in stages.values()}) > 1:
         raise ConfigError(f"{args.config}: stages with another train.mixed_precision; run them one by one with --stage")
     if options["start_from"] is not None and len(stages) > 1:
@@ -253,6 +274,24 @@ def train_stages(args: argparse.Namespace, overrides: list[str], find_max_durati
         if not train(stage, args.exp_dir / name, init_dir=before, **options):
             break
     PartialState().destroy_process_group()
+
+
+def check_same_projectors(source: str, name: str, model: ModelConfig, then: str, next_model: ModelConfig) -> None:
+    """A stage goes on with the projectors of the one before it; it may have encoders more.
+
+    Raises:
+      ConfigError: names both stages, the key and what differs.
+    """
+    for key, projector in model.projectors.items():
+        if key not in next_model.projectors:
+            raise ConfigError(f"{source}: {name} trains model.{key}, but {then} has no such encoder")
+        before, after = to_dict(projector), to_dict(next_model.projectors[key])
+        for field_name, value in before.items():
+            if after[field_name] != value:
+                raise ConfigError(
+                    f"{source}: {then} has model.{key}.{field_name}: {after[field_name]}, but goes on from the "
+                    f"projector of {name}, which has {value}; use one for both, or train them as two experiments"
+                )
 
 
 def start_checkpoint(epoch: int | None, step: int | None) -> str | None:
@@ -285,20 +324,37 @@ def train(
     logger.info("device: %s, processes: %d", accelerator.device, world_size)
 
     # ---- data and model -------------------------------------------------------------------------------------
-    model = SpeechLLM.from_config(config.model)
+    model = build_model(config.model)
     from_stage_before = init_from_stage(model, init_dir) if init_dir is not None else set()
     logger.info("parameters: %s", describe_parameters(model))
 
+    check_lengths(config.data, model)
+    feature_kind = model.feature_kind
+
     def training_data(max_duration: float) -> SpeechLoader:
         config.data.max_duration = max_duration
-        return build_train_loader(config.data, config.train.seed, rank, world_size, labels=model)
+        return build_train_loader(
+            config.data,
+            config.train.seed,
+            rank,
+            world_size,
+            labels=model,
+            feature_kind=feature_kind,
+            two_views=model.needs_two_views,
+        )
 
     train_loader = training_data(config.data.max_duration)
-    valid_loader = build_eval_loader(config.data, config.data.valid, rank, world_size)
+    valid_loader = build_eval_loader(config.data, config.data.valid, rank, world_size, model, feature_kind)
     checkpoint_path = exp_dir / start_from if start_from is not None else newest_checkpoint(exp_dir)
-    if checkpoint_path is None and init_dir is None and config.model.encoder.path is None:
+    new_encoders = [
+        encoder
+        for name, section, encoder in model.encoders()
+        if section.is_new_zipformer and not any(key.startswith(f"{name}.") for key in from_stage_before)
+    ]
+    if checkpoint_path is None and new_encoders:
         first = next(iter(train_loader)).to("cpu")
-        init_from_data(model.encoder, first.features, first.feature_lens)
+        for encoder in new_encoders:
+            init_from_data(encoder, model.features_of(encoder, first.features), first.feature_lens)
 
     # ---- optimiser ------------------------------------------------------------------------------------------
     freeze_parameters(model, config.optim.freeze)
@@ -403,7 +459,10 @@ def train(
         smoothing=0.05,
     )
     if print_diagnostics:  # what is computed twice would be counted twice
-        bare.llm.checkpoint_blocks = bare.encoder.checkpoint_layers = False
+        for _, _, encoder in bare.encoders():
+            encoder.checkpoint_layers = False
+        if bare.llm is not None:
+            bare.llm.checkpoint_blocks = False
     stopping = StopSignal()
     model.train()
     if find_max_duration and checkpoint_path is None:
@@ -432,10 +491,11 @@ def train(
                 batches, told_to_stop = batches[: int(counts.min())], bool(told_to_stop.any())
                 if not batches:
                     break
-                tokens = sum(len(bare.label_ids(text)) + 1 for batch in batches for text in batch.texts)
+                tokens = sum(len(bare.label_ids(label)) + 1 for batch in batches for label in batch.labels)
                 tokens = accelerator.reduce(torch.tensor(float(tokens), device=accelerator.device)).item()
-                if config.model.encoder.path is None:  # a released encoder has its schedules behind it
-                    bare.encoder.set_batch_count(step * config.model.encoder.schedule_speed)
+                for _, section, encoder in bare.encoders():
+                    if section.is_new_zipformer:  # a released encoder has its schedules behind it
+                        encoder.set_batch_count(step * section.schedule_speed)
                 averages = Averages()
                 for i, batch in enumerate(batches):
                     batch = batch.to(accelerator.device)
@@ -445,9 +505,14 @@ def train(
                     ):
                         with accelerator.autocast():
                             out = model(
-                                batch.features, batch.feature_lens, batch.texts, batch.languages,
-                                batch.target_languages, batch.contexts,
-                            )  # fmt: skip
+                                batch.features,
+                                batch.feature_lens,
+                                batch.texts,
+                                batch.languages,
+                                batch.target_languages,
+                                batch.labels,
+                                batch.contexts,
+                            )
                         loss = out["loss"] if step >= config.train.ctc_only_steps else out["loss"] - out["llm_loss"]
                         # DDP averages gradients over the processes; the sum is wanted.
                         accelerator.backward(loss * (world_size / tokens) + ranks.loss() / len(batches))
@@ -545,7 +610,7 @@ def train(
     return True
 
 
-def init_from_stage(model: SpeechLLM, init_dir: Path) -> set[str]:
+def init_from_stage(model: SpeechLLM | EncoderModel, init_dir: Path) -> set[str]:
     """Load what the stages before have trained, from the last checkpoint in `init_dir`.
 
     Returns:
@@ -553,31 +618,68 @@ def init_from_stage(model: SpeechLLM, init_dir: Path) -> set[str]:
 
     Raises:
       CheckpointError: there is no checkpoint, or it has weights that the model has not.
+      ConfigError: it is of a model with other projectors.
     """
     path = newest_checkpoint(init_dir)
     if path is None:
         raise CheckpointError(f"{init_dir}: no checkpoint to start from; train that stage first")
-    state = load_checkpoint(path)["model"]
+    content = load_checkpoint(path)
+    before = from_dict(ModelConfig, content["config"]["model"], str(path))
+    check_same_projectors(str(path), "this checkpoint", before, "the stage", model.config)
+    state = content["model"]
     load_state_dict_strict(model, {**model.state_dict(), **state}, path)
     logger.info("starting from %s: %d tensors", path, len(state))
     return set(state)
 
 
-def frozen_base_weights(model: SpeechLLM, carried: Sequence[str]) -> dict[str, dict[str, str]]:
+def check_lengths(data: DataConfig, model: SpeechLLM | EncoderModel) -> None:
+    """Whether encoders and projectors fit the lengths of the utterances that are trained on.
+
+    Raises:
+      ConfigError: an encoder cannot hear the longest; all of them are shorter than a position of the language model, or
+        the shortest leaves none for a label.
+    """
+    slowest = data.augment.slowest
+    for name, section, encoder in model.encoders():
+        if data.max_seconds > encoder.max_seconds * slowest:
+            played = f", played {slowest:g} times as fast" if slowest != 1 else ""
+            raise ConfigError(
+                f"data.max_seconds: {data.max_seconds:g}{played}, is longer than the {encoder.max_seconds:g} s that "
+                f"the encoder ({section.path or f'model.{name}.whisper'}) has positions for: set it to "
+                f"{encoder.max_seconds * slowest:g}"
+            )
+    if model.llm is None:
+        return
+    seconds = model.seconds_per_position
+    keys = ", ".join(f"model.{key}.downsample: {p.downsample}" for key, p in model.config.projectors.items())
+    if seconds > data.max_seconds:
+        raise ConfigError(
+            f"{keys} makes one position of {seconds:g} s of audio, but no utterance is longer than "
+            f"data.max_seconds: {data.max_seconds:g}"
+        )
+    shortest = math.ceil(data.min_seconds / seconds)
+    if data.max_positions is not None and shortest + 2 > data.max_positions:
+        raise ConfigError(
+            f"data.max_positions: {data.max_positions} leaves no position for a label and its end of text: "
+            f"with {keys} the shortest audio (data.min_seconds: {data.min_seconds:g}) takes {shortest}"
+        )
+
+
+def frozen_base_weights(model: SpeechLLM | EncoderModel, carried: Sequence[str]) -> dict[str, dict[str, str]]:
     """Path and hash of the files that frozen weights are from: checkpoints do not have these.
 
     Raises:
       ConfigError: weights are frozen that come from no file.
     """
     bases = {}
-    for name, section in (("encoder", model.config.encoder), ("llm", model.config.llm)):
-        part = getattr(model, name)
+    language_model = [] if model.llm is None else [("llm", model.config.llm, model.llm)]
+    for name, section, part in [*model.encoders(), *language_model]:
         frozen = [n for n, p in part.named_parameters(prefix=name) if not p.requires_grad and n not in carried]
         if frozen and section.path is None:
             raise ConfigError(f"optim.freeze: {frozen[0]} comes from no file (model.{name}.path) and no stage before")
         if frozen:
             bases[name] = {"path": section.path, "sha256": file_hash(section.path)}
-    if (adapter := model.config.llm.adapter) is not None:
+    if model.llm is not None and (adapter := model.config.llm.adapter) is not None:
         bases["adapter"] = {"path": adapter, "sha256": file_hash(adapter)}
     return bases
 
@@ -596,9 +698,14 @@ def scan_largest_batches(accelerator: Accelerator, model: torch.nn.Module, loade
             with accelerator.no_sync(model):  # if one process fails, the others do not wait for it
                 with accelerator.autocast():
                     out = model(
-                        batch.features, batch.feature_lens, batch.texts, batch.languages,
-                        batch.target_languages, batch.contexts,
-                    )  # fmt: skip
+                        batch.features,
+                        batch.feature_lens,
+                        batch.texts,
+                        batch.languages,
+                        batch.target_languages,
+                        batch.labels,
+                        batch.contexts,
+                    )
                 accelerator.backward(out["loss"] / out["tokens"])
         except torch.OutOfMemoryError as e:
             raise MemoryRanOut(
@@ -687,8 +794,9 @@ def validate(
         for batch in loader:
             batch = batch.to(accelerator.device)
             inputs = batch.features, batch.feature_lens
-            out = bare(*inputs, batch.texts, batch.languages, batch.target_languages, batch.contexts)
-            found = bare.recognise(*inputs, batch.languages, batch.target_languages, batch.contexts)
+            prompt = batch.languages, batch.target_languages
+            out = bare(*inputs, batch.texts, *prompt, batch.labels, batch.contexts)
+            found = bare.recognise(*inputs, *prompt, contexts=batch.contexts)
             averages.add(Averages.of(out))
             results += transcripts(batch, [r.text for r in found], text_steps)
             ctc_results += transcripts(batch, [r.ctc_text for r in found], text_steps)
@@ -696,8 +804,8 @@ def validate(
     averages = Averages(accelerator.reduce(averages.values.float().to(accelerator.device)).double().cpu())
     results = sorted(gather_object(results), key=lambda result: result.id)
     scalars = {**averages.items(), "wer": 100 * score(results).rate, "cer": 100 * score(results, characters).rate}
-    if bare.ctc_head is not None:
-        scalars["ctc_wer"] = 100 * score(gather_object(ctc_results)).rate
+    if ctc_results := gather_object(ctc_results):
+        scalars["ctc_wer"] = 100 * score(ctc_results).rate
     shown = results[:: max(1, len(results) // 5)][:5]
     return scalars, "\n".join(f"{result.id}:\n  ref: {result.ref}\n  hyp: {result.hyp}" for result in shown)
 
@@ -721,11 +829,13 @@ def plot_if_possible(exp_dir: Path) -> None:
         plot_runs([read_run(exp_dir)], exp_dir / "plot.png")
 
 
-def describe_parameters(model: SpeechLLM) -> str:
+def describe_parameters(model: SpeechLLM | EncoderModel) -> str:
     """`encoder 1.2 M, projector 0.05 M (frozen), ...`"""
     parts = []
     for name, part in model.named_children():
         count = sum(p.numel() for p in part.parameters())
+        if not count:
+            continue
         trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
         note = "" if trained == count else " (frozen)" if trained == 0 else f" ({trained / 1e6:.2f} M trained)"
         parts.append(f"{name} {count / 1e6:.2f} M{note}")

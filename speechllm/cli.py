@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     add_transcribe(commands)
     add_tune(commands)
+    add_state(commands)
     add_data(commands)
     add_prompt(commands)
     add_plot(commands)
@@ -145,6 +146,37 @@ def run_tune(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_state(commands: argparse._SubParsersAction) -> None:
+    state = commands.add_parser(
+        "state",
+        help="read a long instruction once, for all that is transcribed after it",
+        description="Let the language model of a trained model read a text, and write its state to a file: with "
+        "--initial-state FILE, `speechllm transcribe` and recipes/decode.py go on from there, at no cost.",
+    )
+    state.add_argument("text", type=Path, metavar="FILE", help="the text, UTF-8, all of which is read as it is")
+    state.add_argument("--model", required=True, type=Path, help="folder of a trained model")
+    state.add_argument("--output", required=True, type=Path, metavar="FILE", help="the state, a safetensors file")
+    state.set_defaults(run=run_state)
+
+
+def run_state(args: argparse.Namespace) -> int:
+    from speechllm.decode.initial_state import state_of_text
+    from speechllm.errors import UserError
+    from speechllm.model import SpeechLLM
+
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{args.text}: not UTF-8: {e}") from e
+    model = SpeechLLM.from_pretrained(args.model)
+    tokens = model.tokenizer.encode(text)
+    if not tokens:
+        raise UserError(f"{args.text}: there is no text in it")
+    state_of_text(model.llm, tokens).save(args.output)
+    print(f"{args.output}: {len(tokens)} tokens read")
+    return 0
+
+
 def add_data(commands: argparse._SubParsersAction) -> None:
     data = commands.add_parser("data", help="check, convert and preview manifests")
     actions = data.add_subparsers(dest="action", required=True)
@@ -159,7 +191,9 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     check.add_argument("--config", type=Path, help="check all that this configuration trains, validates and tests on")
     add_source_options(check)
     check.add_argument(
-        "--tokenizer", help="count its tokens: rwkv, a sentencepiece model, or a folder with one (default: of --config)"
+        "--tokenizer",
+        help="count its tokens: rwkv, a sentencepiece model, or the folder of one or of a Hugging Face model "
+        "(default: of --config)",
     )
     check.add_argument(
         "--audio",
@@ -200,7 +234,11 @@ def add_data(commands: argparse._SubParsersAction) -> None:
         default="flac",
         help="of a Shar directory, in 16 bits; original keeps each file's, encoded again (default: %(default)s)",
     )
-    convert.add_argument("--features", action="store_true", help="store features too, for features_on: precomputed")
+    convert.add_argument(
+        "--features",
+        choices=("fbank", "whisper80", "whisper128"),
+        help="store features too, for features_on: precomputed: fbank for Zipformer, the others for Whisper encoders",
+    )
     convert.set_defaults(run=run_data_convert)
 
     preview = actions.add_parser(
@@ -418,9 +456,9 @@ def add_score(commands: argparse._SubParsersAction) -> None:
         "score",
         help="error rates of transcripts",
         description="Compare what was recognised with what was said: WER, CER or mixed error rate with confidence "
-        "intervals, by group; two systems; BLEU and chrF of translations. Files are recogs-*.txt (which hold both "
-        "sides), JSON lines with text and pred_text (NeMo manifests), lhotse cuts, or Kaldi's text (an id and words); "
-        "they are matched by id.",
+        "intervals and the share of exact matches, by group; two systems; BLEU and chrF of translations. Files are "
+        "recogs-*.txt (which hold both sides), JSON lines with text and pred_text (NeMo manifests), lhotse cuts, "
+        "or Kaldi's text (an id and words); they are matched by id.",
     )
     score.add_argument("ref", type=Path, metavar="REF", help="references, or references and hypotheses")
     score.add_argument("hyp", nargs="?", type=Path, metavar="HYP", help="hypotheses (default: those in REF)")

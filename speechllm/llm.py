@@ -1,6 +1,7 @@
 """The seam: what SpeechLLM and the searches ask of a language model, and no more.
 
-`speechllm.rwkv7.RWKV7` implements it with its recurrent state.
+`speechllm.rwkv7.RWKV7` implements it with its recurrent state, `speechllm.transformers_lm.TransformersLM` with the keys
+and values of any causal language model of transformers.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LanguageModelState(Protocol):
@@ -37,8 +38,20 @@ class LanguageModelState(Protocol):
 class LanguageModel(Protocol):
     """A decoder-only language model over embeddings."""
 
+    name: str
+    """What messages and model cards call it."""
     hidden_size: int
     vocab_size: int
+    checkpoint_blocks: bool
+    """In training, compute activations again in the backward pass."""
+
+    def layers(self) -> list[nn.Module]:
+        """What computes one after the other, most of the model: what is sharded one by one."""
+        ...
+
+    def untuned(self) -> LanguageModel:
+        """A model of the same sizes, to be loaded: without values, and without an adapter."""
+        ...
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(...,) int64 -> (..., D)."""
@@ -66,9 +79,10 @@ class LanguageModel(Protocol):
         inputs_embeds: Tensor | None = None,
         lens: Tensor | None = None,
         state: LanguageModelState | None = None,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], LanguageModelState]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], LanguageModelState | None]:
         """Summed cross entropy of `labels` (N, L), -100 where there is none; how many labels there are, and how many
-        of them are the best guess. Its own method, because logits at every position need not exist for it.
+        of them are the best guess. Its own method, because logits at every position need not exist for it, nor a
+        state: None where keeping one has a price.
         """
         ...
 

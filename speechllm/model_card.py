@@ -5,14 +5,17 @@ The header is that of model cards on the Hugging Face hub (https://huggingface.c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from speechllm.encoder import WhisperEncoder
 from speechllm.files import replaced_file
 
 if TYPE_CHECKING:
+    from speechllm.encoder_model import EncoderModel
     from speechllm.model import SpeechLLM
 
 _RESULTS = "## Results"
@@ -20,15 +23,37 @@ _RESULTS = "## Results"
 
 def model_card(model: SpeechLLM) -> str:
     """The card of a model, without results."""
-    parts = [("Zipformer encoder", model.encoder), ("projector", model.projector), ("RWKV-7 language model", model.llm)]
+    parts = [(_encoder_name(model.encoder), model.encoder), ("projector", model.projector)]
+    for i, more in enumerate(model.more_encoders, start=2):
+        parts += [(f"{_encoder_name(more['encoder'])} {i}", more["encoder"]), (f"projector {i}", more["projector"])]
+    parts.append((f"{model.llm.name} language model", model.llm))
     if model.ctc_head is not None:
         parts.append(("CTC head", model.ctc_head))
-    rows = "".join(f"| {name} | {_millions(part)} |\n" for name, part in parts)
     prompt = model.config.prompt
     tune = model.config.llm.tune
     tuned = (
         "" if tune is None else f"The language model was tuned with {tune.method}; `adapter/` has that by itself.\n\n"
     )
+    what = f"""Speech recognition with a language model: an encoder, a projector and a language model that reads
+`{prompt.asr!r}` and writes the text."""
+    return _card(model, what, parts, tuned)
+
+
+def encoder_card(model: EncoderModel) -> str:
+    """The card of an encoder without a language model, without results."""
+    parts = [("Zipformer encoder", model.encoder)]
+    parts += [("CTC head", model.ctc_head)] if model.ctc_head is not None else []
+    parts += [("transducer (decoder and joiner)", model.transducer)] if model.transducer is not None else []
+    how = " and ".join(name for name, given in (("CTC", model.ctc_head), ("a transducer", model.transducer)) if given)
+    what = f"""Speech recognition with {how}, without a language model. A `SpeechLLM` takes this folder as its
+`model.encoder.path`."""
+    return _card(model, what, parts)
+
+
+def _card(model: nn.Module, what: str, parts: Sequence[tuple[str, nn.Module]], note: str = "") -> str:
+    name = type(model).__name__
+    module = "speechllm" if name == "SpeechLLM" else "speechllm.encoder_model"
+    rows = "".join(f"| {part_name} | {_millions(part)} |\n" for part_name, part in parts)
     return f"""---
 library_name: speechllm
 tags:
@@ -36,20 +61,19 @@ tags:
 pipeline_tag: automatic-speech-recognition
 ---
 
-# {type(model).__name__}
+# {name}
 
-Speech recognition with a language model: an encoder, a projector and a language model that reads
-`{prompt.asr!r}` and writes the text.
+{what}
 
 | part | parameters |
 |---|---:|
 {rows}
-{tuned}## Use
+{note}## Use
 
 ```python
-from speechllm import SpeechLLM
+from {module} import {name}
 
-model = SpeechLLM.from_pretrained("PATH OF THIS FOLDER")
+model = {name}.from_pretrained("PATH OF THIS FOLDER")
 print(model.transcribe(["speech.wav"], language="en")[0].text)
 ```
 
@@ -64,6 +88,10 @@ def add_results(folder: str | Path, table: str) -> None:
     card = card.partition(f"\n{_RESULTS}\n")[0]
     with replaced_file(path) as tmp:
         tmp.write_text(f"{card}\n{_RESULTS}\n\n```\n{table.strip()}\n```\n", encoding="utf-8")
+
+
+def _encoder_name(encoder: nn.Module) -> str:
+    return "Whisper encoder" if isinstance(encoder, WhisperEncoder) else "Zipformer encoder"
 
 
 def _millions(part: nn.Module) -> str:

@@ -20,27 +20,31 @@ T = TypeVar("T")
 class Averages:
     """Sums over batches, shown as icefall does: `loss[loss=0.51, ctc=0.3, acc=0.9]`."""
 
+    # Sums; what a model does not have stays 0.
+    _NAMES = ("loss", "llm_loss", "ctc_loss", "cr_ctc_loss", "transducer_loss", "tokens", "correct")
+
     def __init__(self, values: Tensor | None = None) -> None:
-        # loss, llm_loss, ctc_loss, tokens, correct: sums over tokens
-        self.values = torch.zeros(5, dtype=torch.float64) if values is None else values
+        self.values = torch.zeros(len(self._NAMES), dtype=torch.float64) if values is None else values
 
     @classmethod
     def of(cls, out: dict[str, Tensor]) -> Averages:
-        """The sums of one batch, from what `SpeechLLM.forward` gives."""
-        names = ("loss", "llm_loss", "ctc_loss", "tokens", "correct")
-        return cls(torch.stack([out[name].detach().double() for name in names]).cpu())
+        """The sums of one batch, from what the `forward` of a model gives."""
+        none = torch.zeros_like(out["loss"])
+        return cls(torch.stack([out.get(name, none).detach().double() for name in cls._NAMES]).cpu())
 
     def add(self, other: Averages, decay: float = 1.0) -> None:
         self.values = self.values * decay + other.values
 
     def items(self) -> dict[str, float]:
-        loss, llm, ctc, tokens, correct = self.values.tolist()
-        n = max(tokens, 1.0)
-        return {"loss": loss / n, "llm_loss": llm / n, "ctc_loss": ctc / n, "token_accuracy": correct / n}
+        """The mean loss of a token, its parts that are not 0, and with a language model the share of right tokens."""
+        sums = dict(zip(self._NAMES, self.values.tolist(), strict=True))
+        tokens, correct = sums.pop("tokens"), sums.pop("correct")
+        means = {name: value / max(tokens, 1.0) for name, value in sums.items() if value or name == "loss"}
+        return means | ({"token_accuracy": correct / max(tokens, 1.0)} if sums["llm_loss"] else {})
 
     def __str__(self) -> str:
         values = ", ".join(f"{name}={value:.4g}" for name, value in self.items().items())
-        return f"[{values}, over {self.values[3]:.0f} tokens]"
+        return f"[{values}, over {self.values[self._NAMES.index('tokens')]:.0f} tokens]"
 
 
 class Throughput:

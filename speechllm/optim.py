@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 
 from speechllm.config import ConfigError
 from speechllm.prompt import PromptEmbedder
-from speechllm.rwkv7 import RWKV7
+from speechllm.rwkv7 import RWKV7, RWKV7Layers
 from speechllm.rwkv7.model import TimeMix
 from speechllm.scaled_adam import ScaledAdam
 
@@ -123,7 +123,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     lr_scale = _scales(config.lr_scale, trained, "optim.lr_scale")
     decay_scale = _scales(config.weight_decay_scale, trained, "optim.weight_decay_scale")
     weight_decay = config.weight_decay if config.name == "adamw" else 0.0
-    rwkv7 = [p for module in model.modules() if isinstance(module, RWKV7) for p in module.named_parameters()]
+    found = (module for module in model.modules() if isinstance(module, (RWKV7, RWKV7Layers)))
+    rwkv7 = [p for module in found for p in module.named_parameters()]
     no_weights = {p for name, p in rwkv7 if ".weight" not in name}
     no_weights |= {p for m in model.modules() if isinstance(m, PromptEmbedder) for p in (m.soft, m.boundary)}
     double_rate = {module.w0 for module in model.modules() if isinstance(module, TimeMix)}

@@ -194,6 +194,13 @@ class PromptConfig:
             elif getattr(self, pool) is not None:
                 raise UserError(f"{pool}: {name} has no {{instruction}} slot to put them in: {template!r}")
 
+    def tells_language(self) -> str | None:
+        """A text of the prompt that has the language of the speech in it, as a tag or by name."""
+        full = self.written_out()
+        texts = [full.asr, full.ast, *(full.instructions or ()), *(full.ast_instructions or ())]
+        slots = {"lang", "language"}
+        return next((text for text in texts if any(slot in slots for _, slot, _ in _parsed(text))), None)
+
     def written_out(self) -> PromptConfig:
         """The same prompt with nothing left to a preset or a shipped pool, as it is saved with a model."""
         texts = {name: self._text(name) for name in ("asr", "ast", "before_label")}

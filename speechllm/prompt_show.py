@@ -11,6 +11,7 @@ import torch
 from speechllm.data.dataset import instruction_draw
 from speechllm.data.features import FRAME_SHIFT
 from speechllm.data.manifest import SourceConfig, describe_cut, read_manifest
+from speechllm.data.source import label_of
 from speechllm.model import SpeechLLM
 from speechllm.prompt import IGNORE, Kind, PromptContext, Spliced
 from speechllm.text import normalize_text
@@ -50,13 +51,13 @@ def show_prompts(
     Raises:
       UserError: an utterance lacks what the prompt needs; a line of a manifest cannot be used.
     """
-    for name, utterance in _utterances(data, count, seed):
+    for name, utterance, label in _utterances(model, data, count, seed, text_steps):
         frames = torch.tensor([round(utterance.seconds / FRAME_SHIFT)])
-        audio_lens = model.projector.output_lens(model.encoder.output_lens(frames))
+        audio_lens = model.audio_lens(frames)
         spliced = model.spliced(
             audio_lens,
             [utterance.language],
-            [model.label_ids(normalize_text(utterance.text, text_steps))],
+            [model.label_ids(label)],
             [utterance.target_language],
             [utterance.context],
         )
@@ -67,16 +68,22 @@ def show_prompts(
         yield "\n".join(lines) + "\n"
 
 
-def _utterances(data: Sequence[SourceConfig] | MadeUp, count: int, seed: int) -> Iterator[tuple[str, MadeUp]]:
+def _utterances(
+    model: SpeechLLM, data: Sequence[SourceConfig] | MadeUp, count: int, seed: int, text_steps: Sequence[str]
+) -> Iterator[tuple[str, MadeUp, str]]:
+    """Name, utterance and label."""
+    template = model.label_template
     if isinstance(data, MadeUp):
-        yield "made up", data
+        text = normalize_text(data.text, text_steps)
+        yield "made up", data, template.fill(text, data.language, data.target_language)
         return
     for cut in islice(chain.from_iterable(map(read_manifest, data)), count):
         entry = describe_cut(cut)
         draw = instruction_draw(seed, epoch=1, times=0, id=cut.id)
         context = PromptContext(cut.id, entry.previous, entry.hotwords, draw)
         target_language = entry.target_lang if entry.task == "ast" else None
-        yield cut.id, MadeUp(entry.target, entry.lang, target_language, context, cut.duration)
+        label = label_of(entry, template, text_steps)
+        yield cut.id, MadeUp(entry.target, entry.lang, target_language, context, cut.duration), label
 
 
 def positions(spliced: Spliced, tokenizer: Tokenizer) -> Iterator[str]:

@@ -50,7 +50,7 @@ def shard_language_model(model: SpeechLLM, device: torch.device) -> None:
         tensor.data.copy_(on_device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     elsewhere = {p for part in model.children() if part is not model.llm for p in part.parameters()}
-    layers = [layer for block in model.llm.blocks for layer in (block.att, block.ffn)]
+    layers = model.llm.layers()
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=elsewhere)

@@ -1,11 +1,14 @@
-"""Text to token ids and back: one interface, two tokenizers.
+"""Text to token ids and back: one interface, three tokenizers.
 
 `RWKVTokenizer` is the "World" vocabulary that the released RWKV-7 models were trained with (BlinkDL/RWKV-LM);
 it encodes with pyrwkv-tokenizer. `SentencePieceTokenizer` is for small models that are trained from scratch
-(Kudo and Richardson, arXiv 1808.06226).
+(Kudo and Richardson, arXiv 1808.06226). `HFTokenizer` is the tokenizer.json of a Hugging Face model (Qwen, Llama, ...),
+by their `tokenizers` library.
 
-Both keep every character: decode(encode(text)) == text, spaces and newlines included, except that `decode`
-leaves out the end of text and, for sentencepiece, pieces of the form <|...|> such as language tags.
+All keep every character: decode(encode(text)) == text, spaces and newlines included, except that `decode`
+leaves out the end of text and, for sentencepiece, pieces of the form <|...|> such as language tags, unless it is told
+to keep these; of a Hugging Face model it leaves out all special tokens, and its normalisation of characters (NFC for
+Qwen) remains.
 
 A token may end inside a character. Text is shown while it is written with a `StreamDecoder`, which waits for the
 rest of the character; `decode` is the same over all ids at once.
@@ -82,14 +85,14 @@ class Tokenizer(Protocol):
         """The ids of `text`, without the end of text."""
         ...
 
-    def stream(self) -> StreamDecoder:
+    def stream(self, keep_tags: bool = False) -> StreamDecoder:
         """A decoder for the ids of one text, given one at a time."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], keep_tags: bool = False) -> str:
         """The text of any ids whatsoever; bytes that are not whole UTF-8 become U+FFFD. Never raises for an
-        int."""
-        stream = self.stream()
+        int. `keep_tags`: with the tags that are otherwise left out."""
+        stream = self.stream(keep_tags)
         return "".join(map(stream.push, ids)) + stream.finish()
 
     def piece(self, index: int) -> str:
@@ -167,8 +170,8 @@ class RWKVTokenizer(Tokenizer):
             start += len(piece)
         return ids
 
-    def stream(self) -> StreamDecoder:
-        return StreamDecoder(self._bytes_of, self._bytes_of)
+    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+        return StreamDecoder(self._bytes_of, self._bytes_of)  # its tags are text
 
     def identity(self) -> str:
         return f"rwkv {hashlib.sha256(Path(self._encoder.vocab_filepath).read_bytes()).hexdigest()}"
@@ -217,6 +220,11 @@ class SentencePieceTokenizer(Tokenizer):
         return table
 
     @cached_property
+    def _tags(self) -> dict[int, bytes]:
+        pieces = {i: self._sp.id_to_piece(i) for i in range(self.vocab_size) if not self._sp.is_control(i)}
+        return {i: piece.encode("utf-8") for i, piece in pieces.items() if _TAG.fullmatch(piece)}
+
+    @cached_property
     def _first_bytes_of(self) -> dict[int, bytes]:
         # A model that adds a space in front of a text (add_dummy_prefix) takes it away here; one that removes extra
         # spaces takes away all of them, so that a lone space does not begin the text.
@@ -231,8 +239,9 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._sp.encode(text)
 
-    def stream(self) -> StreamDecoder:
-        return StreamDecoder(self._first_bytes_of, self._bytes_of)
+    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+        tags = self._tags if keep_tags else {}
+        return StreamDecoder(self._first_bytes_of | tags, self._bytes_of | tags)
 
     def piece(self, index: int) -> str:
         """The piece with this id as sentencepiece shows it (U+2581 for a space), for logs and reports."""
@@ -244,6 +253,152 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, folder: str | Path) -> None:
         with replaced_file(Path(folder) / MODEL_FILE) as tmp:
             tmp.write_bytes(self._model)
+
+
+class HFTokenizer(Tokenizer):
+    """The tokenizer of a Hugging Face model: `tokenizer.json`, with `tokenizer_config.json` beside it.
+
+    Nothing is put around a text when it is encoded, but special tokens in it, such as <|im_start|>, are one id each.
+
+    The end of text is the `eos_token` of tokenizer_config.json, what the model was trained to end its turn with: of a
+    chat model of Qwen <|im_end|>, of a base model <|endoftext|>. Without one it is the (first) `eos_token_id` of
+    generation_config.json, then of config.json.
+
+    Args:
+        folder: of the model, or what `save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.json.
+        UserError: it cannot be read, its tokens are neither byte-level nor sentencepiece's, or no file names an end of
+            text that it has.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        import tokenizers
+
+        folder = Path(folder)
+        path = folder / KIND_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; a Hugging Face model has its tokenizer there")
+        self._json = path.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(self._json)
+        except Exception as error:  # the library raises no narrower kind
+            raise UserError(f"{path}: not a tokenizer of the tokenizers library ({error})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._ids_of: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(self._ids_of.values()) + 1
+        self.eos_id = _hf_eos(folder, self._ids_of)
+        self._decoder = _hf_decoder(json.loads(self._json).get("decoder"), path)
+
+    @cached_property
+    def _bytes_of(self) -> dict[int, bytes]:
+        as_bytes = _byte_level if self._decoder == "byte-level" else _sentencepiece_bytes
+        table = {index: as_bytes(piece) for piece, index in self._ids_of.items()}
+        for index, token in self._tokenizer.get_added_tokens_decoder().items():
+            table[index] = token.content.encode("utf-8")
+            if token.special:
+                del table[index]
+        table.pop(self.eos_id, None)
+        return table
+
+    @cached_property
+    def _first_bytes_of(self) -> dict[int, bytes]:
+        if self._decoder != "sentencepiece, space in front":
+            return self._bytes_of
+        return {index: piece.removeprefix(b" ") for index, piece in self._bytes_of.items()}
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _tags(self) -> dict[int, bytes]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {i: token.content.encode("utf-8") for i, token in added.items() if token.special and i != self.eos_id}
+
+    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+        tags = self._tags if keep_tags else {}
+        return StreamDecoder(self._first_bytes_of | tags, self._bytes_of | tags)
+
+    def identity(self) -> str:
+        return f"huggingface {hashlib.sha256(self._json).hexdigest()}"
+
+    def save(self, folder: str | Path) -> None:
+        with replaced_file(Path(folder) / KIND_FILE) as tmp:
+            tmp.write_bytes(self._json)
+        with replaced_file(Path(folder) / _HF_CONFIG_FILE) as tmp:
+            tmp.write_text(json.dumps({"eos_token": self._tokenizer.id_to_token(self.eos_id)}) + "\n", encoding="utf-8")
+
+
+_HF_CONFIG_FILE = "tokenizer_config.json"
+_HF_EOS_ID_FILES = ("generation_config.json", "config.json")
+
+
+def _hf_eos(folder: Path, ids_of: Mapping[str, int]) -> int:
+    """The end of text, by the rule of `HFTokenizer`."""
+    found = {name: _read_object(folder / name) for name in (_HF_CONFIG_FILE, *_HF_EOS_ID_FILES)}
+    token = found[_HF_CONFIG_FILE].get("eos_token")
+    if token is not None:
+        token = token["content"] if isinstance(token, dict) else token
+        if token not in ids_of:
+            raise UserError(f"{folder / _HF_CONFIG_FILE}: eos_token: {token!r} is not in {folder / KIND_FILE}")
+        return ids_of[token]
+    for name in _HF_EOS_ID_FILES:
+        index = found[name].get("eos_token_id")
+        index = index[0] if isinstance(index, list) and index else index
+        if isinstance(index, int):
+            if index not in ids_of.values():
+                raise UserError(f"{folder / name}: eos_token_id: {index} is not in {folder / KIND_FILE}")
+            return index
+    raise UserError(
+        f"{folder}: no end of text: give eos_token in {_HF_CONFIG_FILE}, or eos_token_id in {_HF_EOS_ID_FILES[0]}"
+    )
+
+
+def _hf_decoder(decoder: dict | None, path: Path) -> str:
+    """How tokens become text: `byte-level`, `sentencepiece`, or `sentencepiece, space in front` (which goes)."""
+    steps = decoder.get("decoders", [decoder]) if decoder else []
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return "byte-level"
+    spaces = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    if steps[:1] == [spaces] and {*kinds} <= {"Replace", "ByteFallback", "Fuse", "Strip"}:
+        return "sentencepiece, space in front" if "Strip" in kinds else "sentencepiece"
+    raise UserError(
+        f"{path}: decoder: {', '.join(kinds) or 'none'} is not supported; byte-level tokens (Qwen, Llama 3) and "
+        "sentencepiece's (Llama 2, Mistral, Gemma) are"
+    )
+
+
+# GPT-2's alphabet (openai/gpt-2, encoder.py): bytes that are printable in Latin-1 stand for themselves, the others are
+# the characters from 256 on, in order.
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+
+
+def _byte_level(piece: str) -> bytes:
+    return bytes(_BYTE_OF[char] for char in piece) if set(piece) <= _BYTE_OF.keys() else piece.encode("utf-8")
+
+
+def _sentencepiece_bytes(piece: str) -> bytes:
+    if _BYTE_PIECE.fullmatch(piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(_SPACE, " ").encode("utf-8")
+
+
+def _read_object(path: Path) -> dict:
+    """The JSON object in a file; an empty one where there is no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
 
 
 def train_sentencepiece(
@@ -318,7 +473,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """The tokenizer that a configuration names.
 
     Args:
-        spec: `rwkv`, a sentencepiece `.model` file, or a folder that `Tokenizer.save` wrote.
+        spec: `rwkv`, a sentencepiece `.model` file, the folder of a Hugging Face model, or one that `Tokenizer.save`
+            wrote.
 
     Raises:
         FileNotFoundError: nothing of that name.
@@ -331,17 +487,17 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return SentencePieceTokenizer(path)
     if not path.is_dir():
         raise FileNotFoundError(
-            f"tokenizer '{spec}': no such file or folder; give 'rwkv', a sentencepiece .model file or a folder with one"
+            f"tokenizer '{spec}': no such file or folder; give 'rwkv', a sentencepiece .model file, a folder with one, "
+            "or the folder of a Hugging Face model"
         )
-    if (path / MODEL_FILE).is_file():
-        return SentencePieceTokenizer(path / MODEL_FILE)
     kind_file = path / KIND_FILE
-    if not kind_file.is_file():
+    if kind_file.is_file():  # a model that has a sentencepiece file too has its special tokens here
+        content = _read_object(kind_file)
+        if "kind" not in content:
+            return HFTokenizer(path)
+        if content["kind"] != "rwkv":
+            raise UserError(f"{kind_file}: unknown tokenizer kind {content['kind']!r}; known: 'rwkv'")
+        return RWKVTokenizer()
+    if not (path / MODEL_FILE).is_file():
         raise FileNotFoundError(f"tokenizer '{spec}': the folder has neither {MODEL_FILE} nor {KIND_FILE}")
-    try:
-        kind = json.loads(kind_file.read_text(encoding="utf-8"))["kind"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{kind_file}: not a tokenizer file; expected {{"kind": "rwkv"}}') from error
-    if kind != "rwkv":
-        raise UserError(f"{kind_file}: unknown tokenizer kind {kind!r}; known: 'rwkv'")
-    return RWKVTokenizer()
+    return SentencePieceTokenizer(path / MODEL_FILE)

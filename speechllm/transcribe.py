@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
     from speechllm.data import Entry
     from speechllm.decode.formats import Recording, Segment
-    from speechllm.decode.recognise import Speech
+    from speechllm.decode.recognise import RecogniseOptions, Speech
     from speechllm.decode.result import Recognition
+    from speechllm.encoder_model import EncoderModel
+    from speechllm.model import SpeechLLM
     from speechllm.prompt import PromptContext
 
     Recogniser = Callable[[Iterable[Speech]], Iterator[list[Recognition]]]
@@ -118,9 +120,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from speechllm.decode.recognise import Recogniser
-    from speechllm.model import SpeechLLM
-    from speechllm.rwkv7.linear import pack_for_inference
+    from speechllm.build import load_model, pack_model
 
     how = replace(search_options(args), fallback="ctc")
     inputs = Inputs(args.inputs, args.language, args.target_language, args.task, prompt_context(args))
@@ -129,12 +129,12 @@ def run_transcribe(args: argparse.Namespace) -> int:
     output.check(args.inputs)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = SpeechLLM.from_pretrained(args.model).to(device)
+    model = load_model(args.model).to(device)
     if device == "cpu" or args.llm_weights != "float32":
-        pack_for_inference(model, args.llm_weights)
+        pack_model(model, args.llm_weights)
     timestamps = args.format in _FORMATS_WITH_WORD_TIMES and model.ctc_head is not None
-    recognise = Recogniser(model, replace(how, timestamps=timestamps))
-    return transcribe_all(inputs, recognise, options, output)
+    recognise = model.recogniser(replace(how, timestamps=timestamps))
+    return transcribe_all(inputs, recognise, options, output, model.feature_kind)
 
 
 def prompt_context(args: argparse.Namespace) -> PromptContext:
@@ -366,6 +366,7 @@ def transcribe_inputs(
     recognise: Recogniser,
     options: SegmentOptions | None = None,
     on_progress: Callable[[float], None] = lambda seconds: None,
+    feature_kind: str = "fbank",
 ) -> Iterator[tuple[AudioInput, Recording | UserError]]:
     """Each input with its result, or why it has none, in order, as soon as all before it are done.
 
@@ -376,6 +377,7 @@ def transcribe_inputs(
         inputs: drawn lazily.
         recognise: such as a `speechllm.decode.recognise.Recogniser`.
         on_progress: called with the seconds of audio of each batch that is recognised.
+        feature_kind: that of the model's encoder; see `speechllm.data.features.MEL_BINS`.
     """
     from speechllm.data.source import DataError
     from speechllm.decode.formats import Recording
@@ -385,7 +387,8 @@ def transcribe_inputs(
     in_work: deque[list[_Part]] = deque()
 
     def batches() -> Iterator[Speech]:
-        for parts in _batches(_parts(inputs, unfinished, options.max_seconds), options.batch_seconds):
+        segments = _parts(inputs, unfinished, options.max_seconds, feature_kind)
+        for parts in _batches(segments, options.batch_seconds):
             in_work.append(parts)
             yield _speech(parts)
 
@@ -407,10 +410,34 @@ def transcribe_inputs(
     yield from finished()
 
 
-def _parts(inputs: Iterable[AudioInput], unfinished: deque[_Progress], max_seconds: float) -> Iterator[_Part]:
+def transcribe_audio(
+    model: SpeechLLM | EncoderModel,
+    audio: Sequence[str | Path | np.ndarray | Tensor],
+    language: str | None,
+    target_language: str | None,
+    options: RecogniseOptions | None,
+    context: PromptContext | None = None,
+) -> list[Recording]:
+    """What `SpeechLLM.transcribe` does, with any model."""
+    inputs = [audio_input(a, f"audio[{i}]", language, target_language, context) for i, a in enumerate(audio)]
+    was_training = model.training
+    model.eval()
+    try:
+        results = transcribe_inputs(inputs, model.recogniser(options), feature_kind=model.feature_kind)
+        found = [result for _, result in results]
+    finally:
+        model.train(was_training)
+    if errors := [result for result in found if isinstance(result, Exception)]:
+        raise errors[0]
+    return found
+
+
+def _parts(
+    inputs: Iterable[AudioInput], unfinished: deque[_Progress], max_seconds: float, feature_kind: str
+) -> Iterator[_Part]:
     """The segments with sound of all inputs. Each input is added to `unfinished` when it is opened."""
     from speechllm.data.audio import UtteranceError
-    from speechllm.data.features import SAMPLE_RATE, fbank
+    from speechllm.data.features import SAMPLE_RATE, extract_features
     from speechllm.data.pauses import split_at_pauses
     from speechllm.data.source import DataError
 
@@ -426,7 +453,8 @@ def _parts(inputs: Iterable[AudioInput], unfinished: deque[_Progress], max_secon
         try:
             for segment in split_at_pauses(blocks(), max_seconds):
                 duration = len(segment.samples) / SAMPLE_RATE
-                part = _Part(segment.start, duration, segment.overlap, input, fbank(segment.samples))
+                features = extract_features(segment.samples, feature_kind)
+                part = _Part(segment.start, duration, segment.overlap, input, features)
                 progress.parts.append(part)
                 yield part
         except (UtteranceError, DataError) as error:
@@ -625,7 +653,13 @@ class Output:
         return ""
 
 
-def transcribe_all(inputs: Iterable[AudioInput], recognise: Recogniser, options: SegmentOptions, output: Output) -> int:
+def transcribe_all(
+    inputs: Iterable[AudioInput],
+    recognise: Recogniser,
+    options: SegmentOptions,
+    output: Output,
+    feature_kind: str = "fbank",
+) -> int:
     """Transcribes what is not done yet, with a progress bar on a terminal; returns 1 when something failed, else 0.
 
     `inputs` are iterated over twice: to count them, and to transcribe them.
@@ -665,7 +699,7 @@ def transcribe_all(inputs: Iterable[AudioInput], recognise: Recogniser, options:
         bar.set_postfix_str(f"{seconds / 60:.1f} min of audio")
 
     with bar:
-        for input, found in transcribe_inputs(to_do(), recognise, options, on_progress):
+        for input, found in transcribe_inputs(to_do(), recognise, options, on_progress, feature_kind):
             if isinstance(found, Exception):
                 report(found)
                 continue

@@ -1,6 +1,7 @@
 """SpeechLLM: loss, batch invariance, frozen parts, saving and loading."""
 
 import dataclasses
+import json
 import random
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import WhisperConfig, WhisperModel
 
 from speechllm.checkpoint import (
     CheckpointError,
@@ -17,11 +19,18 @@ from speechllm.checkpoint import (
     save_checkpoint,
     trained_state_dict,
 )
-from speechllm.config import from_dict, to_dict
+from speechllm.config import ConfigError, from_dict, to_dict
 from speechllm.data import DataError
-from speechllm.encoder import init_from_data, save_encoder
-from speechllm.model import EncoderSection, LLMSection, ModelConfig, SpeechLLM
+from speechllm.data.features import extract_features, extract_features_padded
+from speechllm.decode.formats import Recording, Segment, format_json
+from speechllm.decode.recognise import RecogniseOptions, Recogniser
+from speechllm.encoder import WhisperEncoderConfig, ZipformerConfig, init_from_data, save_encoder
+from speechllm.errors import UserError
+from speechllm.label import WordTime
+from speechllm.model import EncoderSection, LLMSection, ModelConfig, MoreEncoder, SpeechLLM
 from speechllm.optim import OptimConfig, build_optimizer
+from speechllm.projector import ProjectorConfig
+from speechllm.prompt import PromptConfig
 from speechllm.rwkv7 import RWKV7Config, RWKV7State, TuneConfig, load_adapter, load_rwkv7, save_rwkv7
 
 
@@ -163,6 +172,75 @@ def test_what_the_data_side_asks(model, model_config):
     assert other.label_identity() != model.label_identity() == SpeechLLM.from_config(model_config).label_identity()
 
 
+@pytest.fixture
+def tasks_config(model_config):
+    """The prompt tells the language to translate into, the label that of the speech, and when words are said."""
+    prompt = PromptConfig(asr="User: {audio}\n\nAssistant:", ast="User: {audio}<|{target_lang}|>\n\nAssistant:")
+    return dataclasses.replace(model_config, prompt=prompt, label="<|{lang}|>{timed_text}")
+
+
+def test_a_small_model_learns_tasks_languages_and_times(tasks_config, batch, tmp_path):
+    torch.manual_seed(0)
+    model = SpeechLLM.from_config(tasks_config)
+    features, lens, texts, languages = batch
+    # the last utterance twice, to be transcribed and to be translated
+    features, lens = features[[0, 1, 2, 2]], lens[[0, 1, 2, 2]]
+    texts, languages, targets = [*texts, "dos"], [*languages, "en"], [None, None, None, "es"]
+    times = [[(0.08, 0.24), (0.32, 0.56), (0.56, 0.96)], [(0.16, 0.4)], [(0.0, 0.24)]]
+    words = [
+        [WordTime(w, *time) for w, time in zip(text.split(), spans, strict=True)]
+        for text, spans in zip(texts, times, strict=False)
+    ]
+    labels = [model.label_template.fill(*row) for row in zip(texts, languages, targets, [*words, None], strict=True)]
+    init_from_data(model.encoder, features, lens)
+    optimizer = build_optimizer(model, OptimConfig(lr=5e-3))
+    for step in range(150):
+        model.encoder.set_batch_count(step)
+        out = model(features, lens, texts, languages, targets, labels)
+        (out["loss"] / out["tokens"]).backward()
+        assert step > 0 or all(p.grad is not None for p in model.parameters())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(tmp_path)
+    model = SpeechLLM.from_pretrained(tmp_path)
+    found = model.recognise(features, lens, [None] * 4, targets)
+    assert [(r.text, r.texts, r.language) for r in found] == [
+        (text, (text,), language) for text, language in zip(texts, languages, strict=True)
+    ]
+    assert [[(w.text, w.start, w.end) for w in r.words] for r in found[:3]] == words and found[3].words is None
+    assert {r.fallback for r in found} == {None} and "<" not in found[0].ctc_text
+    assert json.loads(format_json(Recording("a", "a", 1.0, [Segment(0.0, 1.0, found[1])])))["language"] == "es"
+    for i, result in enumerate(found):
+        (alone,) = model.recognise(features[i : i + 1, : lens[i]], lens[i : i + 1], [None], targets[i : i + 1])
+        assert (alone.text, alone.tokens, alone.language) == (result.text, result.tokens, result.language)
+
+
+def test_the_label_is_for_the_language_model_alone(tasks_config, batch):
+    tagged, plain = (
+        SpeechLLM.from_config(dataclasses.replace(tasks_config, label=label)).eval()
+        for label in ("<|{lang}|>{text}", "{text}")
+    )
+    tagged.load_state_dict(plain.state_dict())
+    one, other = tagged(*batch), plain(*batch)
+    assert one["tokens"] > other["tokens"]
+    assert one["ctc_loss"] == other["ctc_loss"] and one["llm_loss"] != other["llm_loss"]
+    assert tagged.label_identity() != plain.label_identity()
+    with pytest.raises(UserError, match="no language"):
+        tagged(*batch[:3], [None] * 3)
+    for option in ("ctc_weight", "hotwords", "ngram"):
+        with pytest.raises(UserError, match=rf"{option}: .* model.label: '<\|\{{lang"):
+            Recogniser(tagged, RecogniseOptions(**{option: 1}))
+
+
+def test_a_prompt_that_tells_what_the_label_asks_is_an_error(model_config):
+    section = to_dict(model_config) | {"label": "<|{lang}|>{text}"}
+    with pytest.raises(ConfigError, match=r"label '<\|\{lang.* the prompt '<\|\{lang"):
+        from_dict(ModelConfig, section)
+    with pytest.raises(ConfigError, match=r"label: unknown slot \{txt\}"):
+        from_dict(ModelConfig, section | {"label": "{txt}"})
+
+
 def test_a_small_model_learns_to_transcribe_and_to_translate(model, batch):
     torch.manual_seed(0)
     features, lens, texts, languages = batch
@@ -192,6 +270,41 @@ def test_frozen_means_frozen(model, model_config, batch, tmp_path):
     assert all(p.grad is not None for n, p in frozen.named_parameters() if not n.startswith("encoder."))
     trained = sum(len(group["params"]) for group in build_optimizer(frozen, OptimConfig()).param_groups)
     assert trained == sum(p.requires_grad for p in frozen.parameters())
+
+
+@pytest.fixture(params=["zipformer", "whisper"])
+def partly_frozen(request, model, model_config, whisper_config, tmp_path):
+    """A model whose encoder's front end and lowest stack are frozen, in training mode."""
+    if request.param == "zipformer":
+        save_encoder(model.encoder, tmp_path / "encoder")
+    else:
+        layers = WhisperConfig(
+            **to_dict(whisper_config.encoder.whisper), decoder_layers=1, vocab_size=60, pad_token_id=0
+        )
+        WhisperModel(layers).save_pretrained(tmp_path / "encoder")
+    section = EncoderSection(path=str(tmp_path / "encoder"), freeze_stacks=1)
+    return SpeechLLM.from_config(dataclasses.replace(model_config, encoder=section)).train()
+
+
+def test_partly_frozen_means_frozen(partly_frozen, batch):
+    encoder = partly_frozen.encoder
+    bottom = encoder.bottom(1)
+    assert encoder.training and not any(m.training for module in bottom for m in module.modules())
+    outputs = []
+    for module in bottom:
+        module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    partly_frozen(*batch)["loss"].backward()
+    frozen = {id(p) for module in bottom for p in module.parameters()}
+    for name, p in partly_frozen.named_parameters():
+        assert (p.grad is None) == (id(p) in frozen), name
+    optimized = [p for group in build_optimizer(partly_frozen, OptimConfig()).param_groups for p in group["params"]]
+    assert len(optimized) == sum(id(p) not in frozen for p in partly_frozen.parameters())
+    # Nothing of them is kept for the gradient, and they compute what they do in evaluation mode.
+    assert not any(output.requires_grad for output in outputs)
+    partly_frozen.eval()
+    partly_frozen(*batch)
+    trained, evaluated = outputs[: len(bottom)], outputs[len(bottom) :]
+    assert all(torch.equal(a, b) for a, b in zip(trained, evaluated, strict=True))
 
 
 def test_only_the_projector_is_trained_between_frozen_parts(model, model_config, batch, tmp_path):
@@ -226,6 +339,131 @@ def test_saved_and_loaded_is_the_same(model, batch, tmp_path):
         "model.safetensors",
         "tokenizer.model",
     ]
+
+
+@pytest.fixture
+def whisper_config(model_config):
+    whisper = WhisperEncoderConfig(d_model=24, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32)
+    return dataclasses.replace(model_config, encoder=EncoderSection(whisper=whisper))
+
+
+def test_a_whisper_encoder_takes_the_place_of_a_zipformer(whisper_config, batch, tmp_path):
+    """It learns, a batch has what each utterance has alone, and it is the same after saving and loading."""
+    torch.manual_seed(0)
+    features, lens, texts, languages = batch
+    model = SpeechLLM.from_config(whisper_config)
+    assert model.encoder.feature_kind == "whisper80"
+    assert model.seconds_per_position == pytest.approx(0.02 * model.projector.downsample)
+    optimizer = build_optimizer(model, OptimConfig(lr=5e-3))
+    for _ in range(100):
+        out = model(*batch)
+        (out["loss"] / out["tokens"]).backward()
+        assert all(p.grad is not None for p in model.parameters())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    assert [r.text for r in model.recognise(features, lens, languages)] == texts
+    whole = model(*batch)["loss"]
+    rows = [model(features[i, None, :n], lens[i, None], [texts[i]], [languages[i]])["loss"] for i, n in enumerate(lens)]
+    torch.testing.assert_close(whole, sum(rows), rtol=1e-4, atol=1e-4)
+    for model.encoder.pad_to_max_seconds in (False, True):
+        model.save_pretrained(tmp_path / "model")
+        loaded = SpeechLLM.from_pretrained(tmp_path / "model")
+        assert torch.equal(loaded(*batch)["loss"], model(*batch)["loss"])
+        assert loaded.encoder.pad_to_max_seconds == model.encoder.pad_to_max_seconds
+    assert "| Whisper encoder |" in (tmp_path / "model/README.md").read_text()
+
+
+def test_transcribe_computes_the_features_of_the_encoder(whisper_config, monkeypatch):
+    model = SpeechLLM.from_config(whisper_config).eval()
+    samples = 0.1 * torch.randn(16000, generator=torch.Generator().manual_seed(0))
+    heard = []
+    monkeypatch.setattr(model.encoder, "forward", lambda features, lens: heard.append(features) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.transcribe([samples], language="en")
+    torch.testing.assert_close(heard[0][0], extract_features(samples, "whisper80"))
+
+
+def test_encoders_of_two_kinds_side_by_side(model_config, whisper_config, tmp_path):
+    """Each reads its own features; of Whisper here the weighted layers."""
+    more = MoreEncoder(whisper_config.encoder, ProjectorConfig(layer_weights=True))
+    model = SpeechLLM.from_config(dataclasses.replace(model_config, more_encoders=[more]))
+    assert model.feature_kind == "fbank+whisper80"
+    samples = 0.1 * torch.randn(2, 24000, generator=torch.Generator().manual_seed(0))
+    lens = torch.tensor([24000, 17000])
+    features, feature_lens = extract_features_padded(samples, lens, model.feature_kind)
+    heard = [model.features_of(encoder, features) for _, _, encoder in model.encoders()]
+    for got, kind in zip(heard, ("fbank", "whisper80"), strict=True):
+        assert torch.equal(got, extract_features_padded(samples, lens, kind)[0])
+    out = model(features, feature_lens, ["one two", "tres"], ["en", "es"])
+    out["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    _, _, embeds, embed_lens = model.encode(features, feature_lens)
+    for i, n in enumerate(lens):
+        alone = extract_features(samples[i, :n], model.feature_kind)[None]
+        _, _, expected, _ = model.encode(alone, torch.tensor([alone.shape[1]]))
+        torch.testing.assert_close(embeds[i, : embed_lens[i]], expected[0], rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "model")
+    loaded = SpeechLLM.from_pretrained(tmp_path / "model")
+    (recording,) = loaded.transcribe([samples[0]], language="en")
+    assert recording.text == model.transcribe([samples[0]], language="en")[0].text
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({}, "give path .* or zipformer or whisper"),
+        ({"zipformer": {}, "whisper": {}}, "zipformer and whisper: give the sizes of one"),
+        ({"path": "x", "whisper": {}}, "path and whisper: .* config.json"),
+        ({"zipformer": {}, "freeze": True}, "freeze without path"),
+        ({"whisper": {}, "freeze_stacks": 1}, "freeze_stacks without path"),
+        ({"path": "x", "freeze_stacks": -1}, "freeze_stacks must be at least 0, got -1"),
+        ({"path": "x", "freeze": True, "freeze_stacks": 1}, "freeze .* and freeze_stacks: 1: give one"),
+        ({"zipformer": {}, "pad_to_30s": True}, "pad_to_30s is for Whisper, but zipformer"),
+        ({"whisper": {}, "schedule_speed": 2.0}, "schedule_speed: 2 .*: Whisper has no schedules"),
+        ({"path": "x", "zipformer": {}, "schedule_speed": 2.0}, "schedule_speed: 2 .*: the schedules of x are past"),
+        ({"whisper": {"num_mel_bins": 64}}, "whisper: .*num_mel_bins is 64, but must be 80 or 128"),
+    ],
+)
+def test_encoder_settings_that_contradict_each_other(section, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict(EncoderSection, section, "my.yaml")
+
+
+def test_encoder_settings_that_the_encoder_is_not_for(model, model_config, tmp_path):
+    path = str(tmp_path / "encoder")
+    save_encoder(model.encoder, path)
+    for change, message in (
+        ({"freeze_stacks": 2}, r"freeze_stacks: 2, but .*/encoder has 2: give at most 1, or freeze: true"),
+        ({"pad_to_30s": True}, r"pad_to_30s is for Whisper, but .*/encoder is a Zipformer"),
+        ({"zipformer": ZipformerConfig()}, r"model.encoder.zipformer contradicts .*config.json \(.*encoder_dim: "),
+    ):
+        with pytest.raises(UserError, match=message):
+            SpeechLLM.from_config(dataclasses.replace(model_config, encoder=EncoderSection(path=path, **change)))
+    # weights alone, with the sizes beside their path
+    (tmp_path / "encoder/config.json").unlink()
+    section = from_dict(EncoderSection, {"path": path, "zipformer": to_dict(model.encoder.config), "freeze_stacks": 1})
+    loaded = SpeechLLM.from_config(dataclasses.replace(model_config, encoder=section))
+    assert torch.equal(loaded.encoder.encoder_embed.out.weight, model.encoder.encoder_embed.out.weight)
+
+
+def test_a_causal_encoder_is_a_setting(model_config, batch):
+    """What comes after a chunk has no influence on it, but for the few frames that the front end looks ahead."""
+    sizes = to_dict(model_config.encoder.zipformer) | {
+        "causal": True, "chunk_size": [8], "left_context_frames": [16]
+    }  # fmt: skip
+    model_config.encoder = from_dict(EncoderSection, {"zipformer": sizes})
+    torch.manual_seed(0)
+    encoder = SpeechLLM.from_config(model_config).eval().encoder
+    features, lens = batch[0][:1], batch[1][:1]
+    later = features.clone()
+    later[:, 80:] += 3.0
+    with torch.no_grad():
+        (out, _), (other, _) = encoder(features, lens), encoder(later, lens)
+    same = (out == other).all(-1)[0].tolist()
+    assert sum(same) >= 12 and all(same[:12]) and not any(same[20:])  # of 28 frames of 40 ms, 4 to a chunk
 
 
 @pytest.fixture
@@ -339,8 +577,6 @@ def test_parts_that_do_not_fit(model, model_config, tmp_path):
     llm = LLMSection(rwkv7=RWKV7Config(n_layer=1, n_embd=32, head_size=16, vocab_size=100))
     with pytest.raises(ValueError, match="vocabulary of 100, the tokenizer .* of "):
         SpeechLLM.from_config(dataclasses.replace(model_config, llm=llm))
-    with pytest.raises(ValueError, match="either path .* or zipformer"):
-        EncoderSection(path="x", zipformer=model_config.encoder.zipformer)
     with pytest.raises(ValueError, match="freeze without path"):
         LLMSection(freeze=True, rwkv7=RWKV7Config(n_layer=1, n_embd=64, vocab_size=100))
     with pytest.raises(FileNotFoundError, match="no config.yaml"):

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 
 from speechllm.tokenizer import (
+    HFTokenizer,
     RWKVTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
     train_sentencepiece,
 )
+from tests.hf_tokenizers import train_byte_fallback, train_byte_level
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/rwkv_tokenizer.json").read_text(encoding="utf-8"))
 WORDS = [
@@ -60,9 +63,22 @@ def small(tmp_path_factory) -> SentencePieceTokenizer:
     return train_sentencepiece(digit_texts(), tmp_path_factory.mktemp("spm"), 400, [*TAGS, "User: ", "\n\nAssistant:"])
 
 
+CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory) -> HFTokenizer:
+    return HFTokenizer(train_byte_level(digit_texts(), tmp_path_factory.mktemp("hf"), special_tokens=CHAT))
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory) -> HFTokenizer:
+    return HFTokenizer(train_byte_fallback(digit_texts(), tmp_path_factory.mktemp("hf")))
+
+
 @pytest.mark.parametrize("text", SAMPLES)
-def test_round_trip(text, small):
-    for tokenizer in (rwkv(), small):
+def test_round_trip(text, small, byte_level, byte_fallback):
+    for tokenizer in (rwkv(), small, byte_level, byte_fallback):
         ids = tokenizer.encode(text)
         assert all(0 <= i < tokenizer.vocab_size for i in ids)
         assert tokenizer.eos_id not in ids
@@ -84,11 +100,13 @@ def random_ids(tokenizer: Tokenizer, n: int) -> list[list[int]]:
 SENTENCEPIECE = ["small", "prefix", "prefix, spaces removed", "spaces removed"]
 
 
-@pytest.fixture(scope="module", params=["rwkv", *SENTENCEPIECE])
+@pytest.fixture(scope="module", params=["rwkv", "byte_level", "byte_fallback", *SENTENCEPIECE])
 def any_tokenizer(request, small, tmp_path_factory) -> Tokenizer:
-    """Ours, and sentencepiece models of others that add or remove spaces."""
-    if request.param in ("rwkv", "small"):
-        return rwkv() if request.param == "rwkv" else small
+    """Ours, those of Hugging Face models, and sentencepiece models of others that add or remove spaces."""
+    if request.param == "rwkv":
+        return rwkv()
+    if request.param in ("small", "byte_level", "byte_fallback"):
+        return request.getfixturevalue(request.param)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(digit_texts()),
@@ -139,6 +157,61 @@ def test_decode_is_that_of_sentencepiece(any_tokenizer, tmp_path):
         assert any_tokenizer.decode(ids) == reference.decode(kept), ids
 
 
+@pytest.mark.parametrize("any_tokenizer", ["byte_level", "byte_fallback"], indirect=True)
+def test_a_hugging_face_tokenizer_is_that_of_its_library(any_tokenizer, tmp_path):
+    any_tokenizer.save(tmp_path)
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in SAMPLES:
+        assert any_tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
+    compared = 0
+    for ids in random_ids(any_tokenizer, 1500):
+        kept = [i for i in ids if 0 <= i < any_tokenizer.vocab_size]
+        expected = reference.decode(kept, skip_special_tokens=True)
+        if "\ufffd" not in expected:  # of which the library makes one for several bytes
+            assert any_tokenizer.decode(ids) == expected, ids
+            compared += 1
+    assert compared > 200
+
+
+def test_special_tokens_of_a_hugging_face_model(byte_level, byte_fallback):
+    ids = byte_level.encode("<|im_start|>one<think> two<|im_end|>")
+    assert ids[0] == CHAT.index("<|im_start|>") and ids[-1] == CHAT.index("<|im_end|>")
+    assert byte_level.decode(ids) == "one<think> two"
+    assert byte_level.eos_id == CHAT.index("<|endoftext|>")
+    assert byte_fallback.encode("one</s>")[-1] == byte_fallback.eos_id
+    assert max(byte_level.encode("<think>")) == byte_level.vocab_size - 1  # added behind the others
+
+
+def test_the_end_of_text_of_a_hugging_face_model(tmp_path):
+    train_byte_level(digit_texts(20), tmp_path, special_tokens=CHAT)
+
+    def eos(**files) -> int:
+        for name in ("tokenizer_config", "generation_config", "config"):
+            (tmp_path / f"{name}.json").unlink(missing_ok=True)
+            if name in files:
+                (tmp_path / f"{name}.json").write_text(json.dumps(files[name]))
+        return load_tokenizer(tmp_path).eos_id
+
+    chat, ids = {"eos_token": "<|im_end|>"}, {"eos_token_id": [1, 0]}
+    assert eos(tokenizer_config=chat, generation_config=ids) == 2
+    assert eos(tokenizer_config={"eos_token": None}, generation_config=ids, config={"eos_token_id": 0}) == 1
+    assert eos(config={"eos_token_id": 0}) == 0
+    for files, message in (
+        ({}, "no end of text: give eos_token in tokenizer_config.json"),
+        ({"tokenizer_config": {"eos_token": "</s>"}}, "tokenizer_config.json: eos_token: '</s>' is not in"),
+        ({"config": {"eos_token_id": 5000}}, "config.json: eos_token_id: 5000 is not in"),
+        ({"config": []}, "config.json: not a JSON object"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            eos(**files)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(content | {"decoder": {"type": "BPEDecoder", "suffix": "</w>"}})
+    )
+    with pytest.raises(ValueError, match="decoder: BPEDecoder is not supported"):
+        eos(tokenizer_config=chat)
+
+
 def test_rwkv_ids_are_those_of_the_rwkv_package():
     for case in GOLDEN["texts"]:
         assert rwkv().encode(case["text"]) == case["ids"], case["name"]
@@ -180,12 +253,15 @@ def test_large_vocabulary_is_a_soft_limit_and_a_small_one_an_error(tmp_path):
         train_sentencepiece(["", " "], tmp_path, 400)
 
 
-def test_save_and_load(tmp_path, small):
-    for name, tokenizer in (("rwkv", rwkv()), ("small", small)):
+def test_save_and_load(tmp_path, small, byte_level, byte_fallback):
+    named = {"rwkv": rwkv(), "small": small, "byte_level": byte_level, "byte_fallback": byte_fallback}
+    for name, tokenizer in named.items():
         tokenizer.save(tmp_path / name)
         again = load_tokenizer(tmp_path / name)
         assert type(again) is type(tokenizer)
         assert again.encode(SAMPLES[2]) == tokenizer.encode(SAMPLES[2])
+        assert (again.eos_id, again.identity()) == (tokenizer.eos_id, tokenizer.identity())
+    assert len({tokenizer.identity() for tokenizer in named.values()}) == len(named)
     assert isinstance(load_tokenizer("rwkv"), RWKVTokenizer)
     assert load_tokenizer(tmp_path / "small/tokenizer.model").vocab_size == small.vocab_size
 
@@ -203,7 +279,10 @@ def test_load_errors_say_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither tokenizer.model nor tokenizer.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a tokenizer file"):
+    with pytest.raises(ValueError, match="not a JSON object"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a tokenizer of the tokenizers library"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"kind": "gpt"}')
     with pytest.raises(ValueError, match="unknown tokenizer kind 'gpt'"):

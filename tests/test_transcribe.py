@@ -296,17 +296,17 @@ def test_manifests_say_languages_and_tasks(audio, tmp_path, capsys):
 
 def test_manifests_and_options_say_what_the_prompt_needs(audio, tmp_path):
     said = [{}, {"previous": "before"}, {"hotwords": ["x", "y"]}]
-    a_file = audio / "a.wav"
-    lines = [{"audio_filepath": str(a_file), "duration": 1.2, "id": str(i)} | x for i, x in enumerate(said)]
+    lines = [{"audio_filepath": str(audio / "a.wav"), "duration": 1.2, "id": str(i)} | x for i, x in enumerate(said)]
     manifest = write_manifest(tmp_path / "m.jsonl", lines)
     (tmp_path / "phrases").write_text("New York\n\nBoston \n", encoding="utf-8-sig")
     options = ["--previous", "given", "--prompt-hotwords", str(tmp_path / "phrases")]
     for given, expected in (([], (None, None)), (options, ("given", ("New York", "Boston")))):
         context = prompt_context(parsed("a.wav", *given))
         listener = Listener()
-        assert transcribe_all(Inputs([manifest, a_file], context=context), listener, SegmentOptions(), Output()) == 0
+        inputs = Inputs([manifest, audio / "a.wav"], context=context)
+        assert transcribe_all(inputs, listener, SegmentOptions(), Output()) == 0
         found = {c.id: (c.previous, c.hotwords) for batch in listener.batches for c in batch.contexts}
-        assert found.pop(str(a_file)) == expected
+        assert found.pop(str(audio / "a.wav")) == expected
         assert found == {"0": expected, "1": ("before", expected[1]), "2": (expected[0], ("x", "y"))}
     with pytest.raises(FileNotFoundError, match="--prompt-hotwords: .*nothing: no such file"):
         prompt_context(parsed("a.wav", "--prompt-hotwords", str(tmp_path / "nothing")))
@@ -346,7 +346,7 @@ def test_options_that_do_not_go_together(arguments, message):
 
 
 def test_a_whole_model_transcribes(model, audio, tmp_path, monkeypatch):
-    monkeypatch.setattr("speechllm.model.SpeechLLM.from_pretrained", lambda folder: model.eval())
+    monkeypatch.setattr("speechllm.build.load_model", lambda folder: model.eval())
     arguments = [str(audio), "--language", "en", "--format", "ctm", "--search", "beam", "--beam", "2"]
     assert run_transcribe(parsed(*arguments, "--output", str(tmp_path / "out"))) == 1
     assert sorted(path.stem for path in (tmp_path / "out").rglob("*.ctm")) == ["a", "b", "c", "d"]

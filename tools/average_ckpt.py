@@ -9,7 +9,7 @@ With --use-averaged-model the same epochs, or the steps between the same checkpo
 them that the run's running average has seen, as in icefall: by the difference of the running averages at both ends, so
 epoch-15.pt and epoch-20.pt, or checkpoint-3000.pt and the eighth before it.
 
-The result is a folder that `SpeechLLM.from_pretrained`, `recipes/decode.py --model` and `speechllm transcribe
+The result is a folder that `speechllm.build.load_model`, `recipes/decode.py --model` and `speechllm transcribe
 --model` read. Frozen parts come from where the run took them; an adapter is averaged as an adapter, before it is
 merged (if it is: --no-merge), and is in the folder by itself too.
 """
@@ -24,6 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from speechllm.build import build_model
 from speechllm.checkpoint import (
     CheckpointError,
     average_between,
@@ -36,7 +37,7 @@ from speechllm.checkpoint import (
 from speechllm.config import from_dict
 from speechllm.errors import UserError
 from speechllm.files import describe_write_error
-from speechllm.model import ModelConfig, SpeechLLM
+from speechllm.model import ModelConfig
 
 
 def main() -> None:
@@ -124,7 +125,7 @@ def write_model(
     for part, base in bases[last].items():
         if file_hash(base["path"]) != base["sha256"]:
             raise CheckpointError(f"{base['path']}: not the {part} that {last} was trained on: its SHA-256 is another")
-    model = SpeechLLM.from_config(from_dict(ModelConfig, checkpoints[last]["config"]["model"], str(last)))
+    model = build_model(from_dict(ModelConfig, checkpoints[last]["config"]["model"], str(last)))
     load_trained(model, trained, last)
     try:
         model.save_pretrained(output, merged)

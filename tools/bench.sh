@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Speed, memory and error beside the packages that people use today, in an environment of the benches' own:
-#   tools/bench.sh [--threads 2] [--repeat 5]          both benches
+#   tools/bench.sh [--threads 2] [--repeat 5]          all of these
 #   tools/bench.sh wkv [options of bench_wkv.py]       the recurrence alone
 #   tools/bench.sh rwkv [options of bench_rwkv.py]     training, decoding and prefill of a model
+#   tools/bench.sh decode [options of bench_decode.py] decoding speech: searches, encoder
 # The environment is .bench-venv; run it on an otherwise idle machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,8 +36,8 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "${packages[*]}" ]; then
 fi
 
 case ${1:-} in
-    wkv | rwkv) programs=("$1") && shift ;;
-    *) programs=(wkv rwkv) ;;
+    wkv | rwkv | decode) programs=("$1") && shift ;;
+    *) programs=(wkv rwkv decode) ;;
 esac
 status=0
 for program in "${programs[@]}"; do

@@ -14,7 +14,7 @@ train: forward, cross entropy at every position, backward; no optimizer; `checkp
 activations of each block computed again (`checkpoint_blocks`). Memory is the highest of the whole process
 (on Linux), and how much of it came with the step, gradients included; equal losses and gradient norms say that all
 did the same. `floor-matmul` and `floor-product` are the time of the step's matrix products alone, by torch.matmul and
-by speechllm.rwkv7.linear.product.
+by speechllm.linear.product.
 decode: tokens per second over all rows, each row reading its own best token next. prefill: from a prompt to the logits
 of its last position. The error is that of the logits of random text, the norm of the difference from `speechllm`
 over the norm of those; `same best` is how often the best token is the same.
@@ -51,8 +51,8 @@ from bench_wkv import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from speechllm.linear import pack_for_inference, product
 from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7
-from speechllm.rwkv7.linear import pack_for_inference, product
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.rwkv7.plain import PlainRWKV7

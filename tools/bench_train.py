@@ -26,7 +26,7 @@ counter sees inside the package's autograd functions; two operators that it does
 linear product, the in-place batched product). It cannot see into Triton kernels, so that step runs the recurrence by
 the `chunked` backend. Products that checkpointing computes again count.
 share: what part that is of the GFLOP/s of a square matrix product in the same precision and process, right after the
-steps, by torch.mm or by speechllm.rwkv7.linear.product, whichever is faster.
+steps, by torch.mm or by speechllm.linear.product, whichever is faster.
 
 Time by part is the mean over the same steps, with CUDA synchronised at each border. `data` is waiting for the loader
 and moving the batch; `language model` has the embeddings of the prompt and all losses; its backward pass ends when the
@@ -75,11 +75,11 @@ from speechllm.data import Batch, DataConfig, build_train_loader
 from speechllm.data.features import SAMPLE_RATE
 from speechllm.encoder import ZipformerConfig, init_from_data
 from speechllm.encoder.pretrained import FULLY_TRAINED
+from speechllm.linear import has_onednn, product
 from speechllm.model import EncoderSection, LLMSection, ModelConfig, SpeechLLM
 from speechllm.monitor import Averages
 from speechllm.optim import OptimConfig, build_optimizer
 from speechllm.rwkv7 import RWKV7Config, TuneConfig, tune
-from speechllm.rwkv7.linear import has_onednn, product
 from speechllm.sharding import clip_grad_norm
 from speechllm.tokenizer import train_sentencepiece
 
@@ -206,7 +206,7 @@ def build_model(case: Case, device: str) -> SpeechLLM:
 
 def positions_of(model: SpeechLLM, batch: Batch) -> int:
     """How many positions the language model reads."""
-    audio_lens = model.projector.output_lens(model.encoder.output_lens(batch.feature_lens))
+    audio_lens = model.audio_lens(batch.feature_lens)
     label_ids = [model.label_ids(text) for text in batch.texts]
     return int(model.spliced(audio_lens, batch.languages, label_ids).lens.sum())
 

@@ -9,7 +9,9 @@ digit strings.
 A string is 1 to 7 recordings with random pauses and levels over a faint noise floor. Test and validation
 strings (2 to 7 digits) occur in training in no language; single digits occur in training only. Result:
 
-    OUTPUT/{train,valid,test,test_other}-LANG.jsonl    NeMo JSON lines: audio_filepath, duration, text, lang
+    OUTPUT/{train,valid,test,test_other}-LANG.jsonl    NeMo JSON lines: audio_filepath, duration, text, lang, and when
+                                                       each word is said (alignment, as lhotse has it)
+    OUTPUT/{train,valid,test}-ast-FROM-TO.jsonl        the same audio to be translated: ast_text, target_lang, task
     OUTPUT/noise.jsonl                                 synthetic white, pink and brown noise for augmentation
     OUTPUT/audio/...                                   16-bit 16 kHz wav files that the manifests name
     OUTPUT/corpus.json                                 settings and hours; where it is, the corpus is complete
@@ -36,7 +38,7 @@ import soundfile
 
 SAMPLE_RATE = 16000
 MAX_DIGITS = 7
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 WORDS = {
     "en": "zero one two three four five six seven eight nine",
@@ -45,6 +47,12 @@ WORDS = {
     "it": "zero uno due tre quattro cinque sei sette otto nove",
     "ru": "ноль один два три четыре пять шесть семь восемь девять",
 }
+
+
+# Each language is translated into the next two of this circle; pairs with the one after these are in no training set.
+_CIRCLE = list(WORDS)
+PAIRS = [(lang, _CIRCLE[(i + step) % len(_CIRCLE)]) for i, lang in enumerate(_CIRCLE) for step in (1, 2)]
+UNSEEN_PAIRS = [(lang, _CIRCLE[(i + 3) % len(_CIRCLE)]) for i, lang in enumerate(_CIRCLE)]
 
 
 @dataclass(frozen=True)
@@ -302,26 +310,32 @@ def random_string(rng: np.random.Generator, length: int) -> str:
     return "".join(map(str, rng.integers(10, size=length)))
 
 
-def speak(digits: list[np.ndarray], string: str, rng: np.random.Generator) -> np.ndarray:
-    """Concatenate recordings to one utterance (num_samples,), float32 within [-1, 1].
+def speak(
+    digits: list[np.ndarray], string: str, rng: np.random.Generator
+) -> tuple[np.ndarray, list[tuple[float, float]]]:
+    """Concatenate recordings to one utterance.
 
     Silence of 0.1 to 0.3 s at the ends, pauses of 0.05 to 0.35 s between digits, each digit up to 3 dB louder
     or softer, the whole up to 6 dB, over a white noise floor between -75 and -60 dB so that no pause is
     exactly silent.
+
+    Returns:
+        (num_samples,) float32 within [-1, 1]; start and duration of each digit in seconds.
     """
 
     def silence(low: float, high: float) -> np.ndarray:
         return np.zeros(int(rng.uniform(low, high) * SAMPLE_RATE), dtype=np.float32)
 
-    parts = [silence(0.1, 0.3)]
+    parts, spans = [silence(0.1, 0.3)], []
     for position, digit in enumerate(string):
         if position > 0:
             parts.append(silence(0.05, 0.35))
+        spans.append((sum(map(len, parts)) / SAMPLE_RATE, len(digits[int(digit)]) / SAMPLE_RATE))
         parts.append(digits[int(digit)] * np.float32(10 ** (rng.uniform(-3, 3) / 20)))
     parts.append(silence(0.1, 0.3))
     samples = np.concatenate(parts) * np.float32(10 ** (rng.uniform(-6, 6) / 20))
     samples += rng.standard_normal(len(samples), dtype=np.float32) * np.float32(10 ** (rng.uniform(-75, -60) / 20))
-    return np.clip(samples, -1.0, 1.0)
+    return np.clip(samples, -1.0, 1.0), spans
 
 
 def synthetic_noise(color: str, num_samples: int, rng: np.random.Generator) -> np.ndarray:
@@ -380,6 +394,9 @@ def build_corpus(sounds_dir: Path, output_dir: Path, settings: CorpusSettings) -
                 name = f"{split}-{voice.lang}"
                 manifests[name] = write_split(folder, name, voice.lang, digits, strings, rng)
                 log(f"{name}: {len(strings)} strings, {manifests[name]['hours']:.3f} h")
+        for split, pairs in {"train": PAIRS, "valid": PAIRS, "test": PAIRS + UNSEEN_PAIRS}.items():
+            for pair in pairs:
+                write_translations(folder, split, *pair)
         manifests["noise"] = write_noise(folder, settings)
         info = {**wanted, "manifests": manifests}
         (folder / "corpus.json").write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -409,14 +426,33 @@ def write_split(
     (folder / "audio" / name).mkdir(parents=True)
     lines, total = [], 0
     for index, string in enumerate(strings):
-        samples = speak(digits, string, rng)
+        samples, spans = speak(digits, string, rng)
         path = Path("audio") / name / f"{name}-{index:05d}-{string}.wav"
         soundfile.write(folder / path, samples, SAMPLE_RATE, subtype="PCM_16")
-        text = " ".join(words[int(digit)] for digit in string)
-        lines.append(manifest_line(path, len(samples), text, lang))
+        said = [words[int(digit)] for digit in string]
+        alignment = [
+            [word, round(start, 4), round(seconds, 4)] for word, (start, seconds) in zip(said, spans, strict=True)
+        ]
+        lines.append(manifest_line(path, len(samples), " ".join(said), lang, alignment))
         total += len(samples)
     (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     return {"strings": len(strings), "hours": total / SAMPLE_RATE / 3600}
+
+
+def write_translations(folder: Path, split: str, lang: str, target_lang: str) -> None:
+    """The manifest of a split with its digits in the words of another language."""
+    translation = dict(zip(WORDS[lang].split(), WORDS[target_lang].split(), strict=True))
+    lines = []
+    for line in (folder / f"{split}-{lang}.jsonl").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        ast = {
+            "id": f"{Path(entry['audio_filepath']).stem}-{target_lang}",
+            "task": "ast",
+            "target_lang": target_lang,
+            "ast_text": " ".join(translation[word] for word in entry["text"].split()),
+        }
+        lines.append(json.dumps(entry | ast, ensure_ascii=False) + "\n")
+    (folder / f"{split}-ast-{lang}-{target_lang}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def write_noise(folder: Path, settings: CorpusSettings, seconds_each: float = 10.0) -> dict:
@@ -430,14 +466,18 @@ def write_noise(folder: Path, settings: CorpusSettings, seconds_each: float = 10
         color = colors[index % len(colors)]
         path = Path("audio/noise") / f"synthetic-{color}-{index:02d}.wav"
         soundfile.write(folder / path, synthetic_noise(color, num_samples, rng), SAMPLE_RATE, subtype="PCM_16")
-        lines.append(manifest_line(path, num_samples, "", None))
+        lines.append(manifest_line(path, num_samples, ""))
     (folder / "noise.jsonl").write_text("".join(lines), encoding="utf-8")
     return {"strings": count, "hours": count * seconds_each / 3600}
 
 
-def manifest_line(path: Path, num_samples: int, text: str, lang: str | None) -> str:
+def manifest_line(
+    path: Path, num_samples: int, text: str, lang: str | None = None, alignment: list[list] | None = None
+) -> str:
     line = {"audio_filepath": path.as_posix(), "duration": num_samples / SAMPLE_RATE, "text": text}
-    return json.dumps(line | ({"lang": lang} if lang else {}), ensure_ascii=False) + "\n"
+    if lang is not None:
+        line |= {"lang": lang, "alignment": {"word": alignment}}
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

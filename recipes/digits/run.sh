@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Connected digits in five languages, from the recordings to the WER table. See README.md in this folder.
 #
-#   recipes/digits/run.sh [--quick] [--sounds-dir DIR]
+#   recipes/digits/run.sh [--config FILE] [--quick] [--sounds-dir DIR]
 #
+#   --config FILE     another configuration than configs/digits.yaml, such as configs/digits-ctc.yaml, which is trained
+#                     in exp-ctc for its own number of steps
 #   --quick           a minute of training only, in exp-quick: shows that the whole way works
 #   --sounds-dir DIR  recordings that are on disk already (systems without apt-get)
 #
@@ -10,14 +12,18 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-exp=recipes/digits/exp
-num_steps=2200 avg=5
+config=configs/digits.yaml avg=5 quick=
 settings=() corpus=()
 while [ $# -gt 0 ]; do
     case $1 in
     --quick)
-        exp=recipes/digits/exp-quick num_steps=100 avg=2
-        settings=(--optim.warmup_steps 20 --train.ctc_only_steps 50)
+        quick=-quick avg=2
+        ;;
+    --config)
+        [ $# -gt 1 ] || { echo "error: --config needs a file" >&2; exit 2; }
+        [ -f "$2" ] || { echo "error: --config $2: no such file" >&2; exit 2; }
+        config=$2
+        shift
         ;;
     --sounds-dir)
         [ $# -gt 1 ] || { echo "error: --sounds-dir needs a folder" >&2; exit 2; }
@@ -38,7 +44,18 @@ done
 
 . tools/venv.sh
 install_speechllm av
-config=configs/digits.yaml
+# configs/digits.yaml -> exp, configs/digits-ctc.yaml -> exp-ctc
+name=$(basename "$config" .yaml)
+name=${name#digits}
+exp=recipes/digits/exp${name:+-${name#-}}$quick
+num_steps=$(sed -n 's/^  num_steps: *\([0-9]*\).*/\1/p' "$config")
+if [ "$quick" ]; then
+    num_steps=100
+    settings=(--optim.warmup_steps 20)
+    if grep -q '^  ctc_only_steps:' "$config"; then
+        settings+=(--train.ctc_only_steps 50)
+    fi
+fi
 
 echo "== 1. corpus and manifests"
 python recipes/digits/prepare_corpus.py --output-dir recipes/digits/data "${corpus[@]}"
@@ -47,10 +64,10 @@ echo "== 2. tokenizer"
 python recipes/digits/train_tokenizer.py --data-dir recipes/digits/data --vocab-size 400
 
 echo "== 3. training"
-python recipes/train.py --config $config --exp-dir $exp --train.num_steps $num_steps "${settings[@]}"
+python recipes/train.py --config "$config" --exp-dir "$exp" --train.num_steps "$num_steps" "${settings[@]}"
 
 echo "== 4. averaging"
-python tools/average_ckpt.py --exp-dir $exp --iter $num_steps --avg $avg
+python tools/average_ckpt.py --exp-dir "$exp" --iter "$num_steps" --avg $avg
 
 echo "== 5. decoding"
-python recipes/decode.py --config $config --exp-dir $exp --model $exp/iter-$num_steps-avg-$avg
+python recipes/decode.py --config "$config" --exp-dir "$exp" --model "$exp/iter-$num_steps-avg-$avg"

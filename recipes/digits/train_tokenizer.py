@@ -19,13 +19,13 @@ def main() -> None:
     args = parser.parse_args()
     prompt = PromptConfig().written_out()
     texts, languages = [], set()
-    for manifest in sorted(args.data_dir.glob("train-*.jsonl")):
+    for manifest in sorted(args.data_dir.glob("train-??.jsonl")):
         for line in manifest.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             texts.append(prompt.before_label + entry["text"])
             languages.add(entry["lang"])
     if not texts:
-        sys.exit(f"error: no train-*.jsonl in {args.data_dir}; run prepare_corpus.py first")
+        sys.exit(f"error: no train-LANG.jsonl in {args.data_dir}; run prepare_corpus.py first")
     # The prompt's parts are whole tokens, as they are few in the vocabularies of the released models.
     tags = [f"<|{language}|>" for language in sorted(languages)]
     tokenizer = train_sentencepiece(

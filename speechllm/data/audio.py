@@ -27,7 +27,7 @@ from lhotse.cut.data import DataCut
 from lhotse.utils import compute_num_samples, perturb_num_samples
 from torch import Tensor
 
-from speechllm.data.features import FRAME_SHIFT, NUM_MEL_BINS, SAMPLE_RATE
+from speechllm.data.features import FRAME_SHIFT, MEL_BINS, SAMPLE_RATE
 from speechllm.data.manifest import HEADER_UNREAD, IS_SEGMENT
 from speechllm.data.tar import TAR, with_tar_data
 
@@ -87,18 +87,27 @@ def load_samples(cut: Cut, speed: float = 1.0) -> np.ndarray:
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
-def load_precomputed(cut: Cut) -> Tensor:
-    """The features that a cut's manifest points to, as `speechllm.data.features.fbank_extractor` makes them.
+def load_precomputed(cut: Cut, kind: str) -> Tensor:
+    """The features that a cut's manifest points to, as `speechllm.data.features.extract_features` makes them.
+
+    Args:
+        kind: that is needed.
 
     Returns:
-        (T, 80) float32.
+        (T, MEL_BINS[kind]) float32.
 
     Raises:
-        UtteranceError: there are none, they cannot be read, or they are not 80 finite values every 10 ms for as long as
-            the cut lasts.
+        UtteranceError: there are none, or of another kind; they cannot be read; they are not so many finite values
+            every 10 ms for as long as the cut lasts.
     """
     if not cut.has_features:
         raise UtteranceError("wrong features", f"cut {cut.id} has none")
+    if (stored := stored_kind(cut)) != kind:
+        raise UtteranceError(
+            "wrong features",
+            f"cut {cut.id}: stored are {stored}, the model needs {kind}: compute them with data.features_on: worker, "
+            "or store those of one kind with speechllm data convert --features KIND",
+        )
     try:
         cut = with_tar_data(cut)
         features = cut.load_features()
@@ -108,13 +117,27 @@ def load_precomputed(cut: Cut) -> Tensor:
         raise UtteranceError("unreadable features", f"cut {cut.id}: {_first_line(error)}") from error
     if not math.isclose(cut.frame_shift, FRAME_SHIFT, rel_tol=1e-3):
         raise UtteranceError("wrong features", f"cut {cut.id}: a frame every {cut.frame_shift} s, not {FRAME_SHIFT} s")
-    if features.ndim != 2 or features.shape[1] != NUM_MEL_BINS:
-        raise UtteranceError("wrong features", f"cut {cut.id}: shape {features.shape}, not (T, {NUM_MEL_BINS})")
+    if features.ndim != 2 or features.shape[1] != MEL_BINS[kind]:
+        raise UtteranceError("wrong features", f"cut {cut.id}: shape {features.shape}, not (T, {MEL_BINS[kind]})")
     if len(features) == 0 or abs(len(features) - cut.duration / FRAME_SHIFT) > DURATION_TOLERANCE / FRAME_SHIFT:
         raise UtteranceError("wrong features", f"cut {cut.id}: {len(features)} frames for {cut.duration:.3f} s")
     if not np.isfinite(features).all():
         raise UtteranceError("wrong features", f"cut {cut.id}: {np.count_nonzero(~np.isfinite(features))} not finite")
     return torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
+
+
+def stored_kind(cut: Cut) -> str:
+    """The kind (of `MEL_BINS`) of a cut's stored features; those of lhotse's other extractors are taken for fbank.
+
+    Raises:
+        UtteranceError: they are Whisper's, but not as they are made here.
+    """
+    kind = cut.features_type
+    if kind is None or not kind.startswith("whisper"):
+        return "fbank"
+    if kind not in MEL_BINS:
+        raise UtteranceError("wrong features", f"cut {cut.id}: stored are {kind}, known are {', '.join(MEL_BINS)}")
+    return kind
 
 
 def _name_of(cut: Cut) -> str:

@@ -18,7 +18,7 @@ from speechllm.data.codec import CODECS, check_codec, telephone_band, transcode
 from speechllm.data.manifest import DataError, SourceConfig
 from speechllm.data.noise import SoundBank, babble, mean_power, noise_at_snr
 from speechllm.data.reverb import reverberate, simulate_rir
-from speechllm.data.specaugment import spec_augment
+from speechllm.data.specaugment import spec_augment, spec_augment_twice
 
 
 @dataclass
@@ -255,6 +255,10 @@ class Augmenter:
         """(T, F) with SpecAugment."""
         config = self.config.spec_augment
         return features if config is None else spec_augment(features, config, rng)
+
+    def two_views(self, features: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """(T, F) twice, with other masks of SpecAugment."""
+        return spec_augment_twice(features, self.config.spec_augment, rng)
 
 
 def _simulate(config: ReverbConfig, rng: np.random.Generator) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speechllm.config import load_config
-from speechllm.data.audio import UtteranceError, load_precomputed, load_samples, read_header
+from speechllm.data.audio import UtteranceError, load_precomputed, load_samples, read_header, stored_kind
 from speechllm.data.loader import DataConfig
 from speechllm.data.manifest import (
     LINE_ERRORS,
@@ -327,7 +327,10 @@ def _audio_problem(location: str, obj: dict, source: SourceConfig, audio: AudioC
         cut = to_cut(obj, source)
         read_header(cut)
         if audio == "full":
-            (load_samples if cut.has_recording else load_precomputed)(cut)
+            if cut.has_recording:
+                load_samples(cut)
+            else:
+                load_precomputed(cut, stored_kind(cut))
     except UtteranceError as error:
         return Problem(error.reason, location, str(error).removeprefix(f"{error.reason}: "))
     except LINE_ERRORS as error:

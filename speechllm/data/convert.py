@@ -20,10 +20,11 @@ from lhotse.cut import Cut, MonoCut, MultiCut
 from lhotse.cut.data import DataCut
 from lhotse.shar.utils import to_shar_placeholder
 from lhotse.shar.writers import ArrayTarWriter, AudioTarWriter, JsonlShardWriter
+from lhotse.supervision import AlignmentItem
 from tqdm import tqdm
 
 from speechllm.data.audio import UtteranceError, load_samples, read_header, recordings
-from speechllm.data.features import FRAME_SHIFT, NUM_MEL_BINS, SAMPLE_RATE, fbank
+from speechllm.data.features import FRAME_SHIFT, MEL_BINS, SAMPLE_RATE, extract_features
 from speechllm.data.manifest import (
     LINE_ERRORS,
     ManifestError,
@@ -36,6 +37,7 @@ from speechllm.data.tar import TAR
 from speechllm.errors import UserError
 from speechllm.files import replaced_file, replaced_folder
 
+Alignment = dict[str, list[AlignmentItem]]
 AudioFormat = Literal["wav", "flac", "original"]
 
 
@@ -48,12 +50,13 @@ class Conversion:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def convert_to_cuts(source: SourceConfig, output: Path, features: bool = False) -> Conversion:
+def convert_to_cuts(source: SourceConfig, output: Path, features: str | None = None) -> Conversion:
     """Write lhotse cuts with recordings as the headers of the audio files have them; the audio stays where it is.
 
     Args:
         output: `.jsonl` or `.jsonl.gz`, a file that does not exist yet.
-        features: also compute `fbank` features, stored in the folder `output` without its suffix, and `.features`.
+        features: of this kind (see `MEL_BINS`) are computed too, and stored in the folder `output` without its suffix,
+            and `.features`.
 
     Raises:
         ManifestError: there is no such manifest.
@@ -64,12 +67,12 @@ def convert_to_cuts(source: SourceConfig, output: Path, features: bool = False) 
         raise UserError(f"{output}: the name of a file of cuts must end in .jsonl or .jsonl.gz")
     storage = output.absolute().with_name(f"{stem}.features")
     _check_new(output)
-    if features:
+    if features is not None:
         _check_new(storage)
 
     with ExitStack() as stack:
         tmp = stack.enter_context(replaced_file(output))
-        writer = NumpyFilesWriter(stack.enter_context(replaced_folder(storage))) if features else None
+        writer = NumpyFilesWriter(stack.enter_context(replaced_folder(storage))) if features is not None else None
         opener = gzip.open if output.suffix == ".gz" else open
         file = stack.enter_context(opener(tmp, "wb"))
 
@@ -84,7 +87,7 @@ def convert_to_cuts(source: SourceConfig, output: Path, features: bool = False) 
                     if part.type == "file":
                         part.source = os.path.abspath(part.source)
             if writer is not None:
-                cut = _with_stored_features(cut, writer, storage)
+                cut = _with_stored_features(cut, writer, storage, features)
             file.write(json.dumps(cut.to_dict(), ensure_ascii=False).encode() + b"\n")
             return cut
 
@@ -97,9 +100,9 @@ def convert_to_shar(
     *,
     shard_size: int = 1000,
     audio_format: AudioFormat = "flac",
-    features: bool = False,
+    features: str | None = None,
 ) -> Conversion:
-    """Write a Shar directory: cuts, their audio, and `fbank` features if `features`, in shards to be read in order.
+    """Write a Shar directory: cuts, their audio, and features of the kind `features`, in shards to be read in order.
 
     Only the part of a recording that a cut has is stored, with its sampling rate and channels, in 16 bits: exact for
     16-bit audio.
@@ -116,7 +119,7 @@ def convert_to_shar(
     with replaced_folder(output) as folder, ExitStack() as stack:
         cut_writer = stack.enter_context(JsonlShardWriter(f"{folder}/cuts.%06d.jsonl.gz", shard_size))
         audio_writer = stack.enter_context(AudioTarWriter(f"{folder}/recording.%06d.tar", shard_size, audio_format))
-        if features:
+        if features is not None:
             feature_writer = stack.enter_context(ArrayTarWriter(f"{folder}/features.%06d.tar", shard_size, "numpy"))
 
         def write(cut: Cut) -> Cut:
@@ -124,15 +127,16 @@ def convert_to_shar(
                 raise UtteranceError("unfit id", "in Shar it is a path in tar files: no '//', './' or '/' last")
             # All that can fail comes first: an utterance must not be in one file of a shard and missing in another.
             cut = read_header(cut)
-            matrix = fbank(load_samples(cut)).numpy()
+            samples = load_samples(cut)
+            matrix = None if features is None else extract_features(samples, features).numpy()
             stored, audio = _shar_cut(cut)
             file_format = _format_of(cut) if audio_format == "original" else audio_format
             try:
                 audio_writer.write(cut.id, audio, stored.sampling_rate, stored.recording, file_format)
             except (ValueError, RuntimeError) as error:
                 raise UtteranceError("audio cannot be written", f"as {file_format}: {error}") from error
-            if features:
-                stored.features = to_shar_placeholder(_describe_features(stored, matrix, "", ""))
+            if matrix is not None:
+                stored.features = to_shar_placeholder(_describe_features(stored, matrix, features, "", ""))
                 feature_writer.write(cut.id, matrix, stored.features)
             cut_writer.write(stored)
             return stored
@@ -169,20 +173,20 @@ def _convert(source: SourceConfig, write: Callable[[Cut], Cut]) -> Conversion:
     return result
 
 
-def _with_stored_features(cut: Cut, writer: NumpyFilesWriter, folder: Path) -> Cut:
+def _with_stored_features(cut: Cut, writer: NumpyFilesWriter, folder: Path, kind: str) -> Cut:
     if not isinstance(cut, DataCut):
         raise UtteranceError("no place for features", f"a {type(cut).__name__} has none of its own; use --to shar")
-    matrix = fbank(load_samples(cut)).numpy()
+    matrix = extract_features(load_samples(cut), kind).numpy()
     # ids may have slashes, and the writer takes the first characters of the key for folders of even size
     key = writer.write(f"{zlib.crc32(cut.id.encode()):08x}-{cut.id.rsplit('/', 1)[-1]}", matrix)
-    return fastcopy(cut, features=_describe_features(cut, matrix, str(folder), key))
+    return fastcopy(cut, features=_describe_features(cut, matrix, kind, str(folder), key))
 
 
-def _describe_features(cut: Cut, matrix: np.ndarray, path: str, key: str) -> Features:
+def _describe_features(cut: Cut, matrix: np.ndarray, kind: str, path: str, key: str) -> Features:
     return Features(
-        type="fbank",
+        type=kind,
         num_frames=len(matrix),
-        num_features=NUM_MEL_BINS,
+        num_features=MEL_BINS[kind],
         frame_shift=FRAME_SHIFT,
         # that of the features: from the recording's, lhotse would get another number of frames than there are
         sampling_rate=SAMPLE_RATE,
@@ -211,10 +215,20 @@ def _shar_cut(cut: Cut) -> tuple[Cut, np.ndarray]:
         duration=duration,
     )
     channel = 0 if channels == 1 else list(range(channels))
-    supervisions = [fastcopy(s, recording_id=cut.id, channel=channel) for s in cut.supervisions]
+    supervisions = [
+        fastcopy(s, recording_id=cut.id, channel=channel, alignment=_alignment_from(s.alignment, cut))
+        for s in cut.supervisions
+    ]
     custom = cut.custom if isinstance(cut, DataCut) else None
     kind = MonoCut if channels == 1 else MultiCut
     return kind(cut.id, 0.0, duration, channel, supervisions, recording=recording, custom=custom), audio
+
+
+def _alignment_from(alignment: Alignment | None, cut: Cut) -> Alignment | None:
+    """With times from where the cut begins, as that is where its recording begins then."""
+    if alignment is None or not isinstance(cut, DataCut):
+        return None
+    return {kind: [item._replace(start=item.start - cut.start) for item in items] for kind, items in alignment.items()}
 
 
 def _format_of(cut: Cut) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
 from speechllm.data.augment import Augmenter, SpecAugmentConfig
-from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, fbank, fbank_padded
+from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, extract_features, extract_features_padded
 from speechllm.data.index import Corpus
 from speechllm.data.manifest import describe_cut
-from speechllm.data.specaugment import spec_augment
+from speechllm.data.source import label_of
+from speechllm.data.specaugment import spec_augment, spec_augment_twice
+from speechllm.label import LabelError, LabelTemplate
 from speechllm.prompt import PromptContext
 from speechllm.text import normalize_text
 
@@ -26,11 +28,13 @@ FEATURES_ON = ("worker", "device", "precomputed")
 
 @dataclass
 class _Batch:
-    """What is known of N utterances besides their audio: the `texts` to write, `languages` (None where unknown),
-    `target_languages` (None where nothing is translated), `ids`, `durations` (seconds, after speed perturbation), and
-    `contexts`, for the prompt's other slots (None where nothing is known)."""
+    """What is known of N utterances besides their audio: the `texts` that are said or their translations, the `labels`
+    to write (`speechllm.label`), `languages` (None where unknown), `target_languages` (None where nothing is
+    translated), `ids`, `durations` (seconds, after speed perturbation), and `contexts`, for the prompt's other slots
+    (None where nothing is known)."""
 
     texts: list[str]
+    labels: list[str]
     languages: list[str | None]
     target_languages: list[str | None]
     ids: list[str]
@@ -50,7 +54,8 @@ class _Batch:
 class Batch(_Batch):
     """What the model sees of N utterances.
 
-    `features` (N, T, 80) float32, zero beyond `feature_lens` (N,) int64. For the other fields see `_Batch`.
+    `features` (N, T, F) float32, zero beyond `feature_lens` (N,) int64. With two views of each utterance (see
+    `build_train_loader`) both are 2 N long, the second views behind all the first. For the other fields see `_Batch`.
     """
 
     features: Tensor
@@ -79,25 +84,33 @@ class WaveformBatch(_Batch):
     """A batch whose features are still to be computed, on the device that it is moved to.
 
     `samples` (N, S) float32, 16 kHz, zero beyond `sample_lens` (N,) int64. `spec_augment` (None for none) draws from
-    each utterance's own of the `generators`.
+    each utterance's own of the `generators`, `two_views` of each or one. `feature_kind`: see
+    `speechllm.data.features.MEL_BINS`.
     """
 
     samples: Tensor
     sample_lens: Tensor
     spec_augment: SpecAugmentConfig | None
     generators: list[np.random.Generator]
+    feature_kind: str
+    two_views: bool = False
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with features, on `device`."""
         lens = self.sample_lens.to(device, non_blocking=True)
-        features, feature_lens = fbank_padded(self.samples.to(device, non_blocking=True), lens)
-        if self.spec_augment is not None:
+        samples = self.samples.to(device, non_blocking=True)
+        features, feature_lens = extract_features_padded(samples, lens, self.feature_kind)
+        if self.two_views:
+            first, second = features, features.clone()
+            for i, (frames, rng) in enumerate(zip(feature_lens.tolist(), self.generators, strict=True)):
+                views = spec_augment_twice(features[i, :frames].clone(), self.spec_augment, rng)
+                first[i, :frames], second[i, :frames] = views
+            features, feature_lens = torch.cat([first, second]), feature_lens.repeat(2)
+        elif self.spec_augment is not None:
             for row, frames, rng in zip(features, feature_lens.tolist(), self.generators, strict=True):
                 row[:frames] = spec_augment(row[:frames], self.spec_augment, rng)
-        return Batch(
-            self.texts, self.languages, self.target_languages, self.ids, self.durations, features, feature_lens,
-            contexts=self.contexts,
-        )  # fmt: skip
+        known = {f.name: getattr(self, f.name) for f in fields(_Batch)}
+        return Batch(**known, features=features, feature_lens=feature_lens)
 
     def pin_memory(self) -> WaveformBatch:
         """The batch in page-locked memory, from which a GPU can copy while it computes."""
@@ -146,7 +159,10 @@ class SpeechDataset(torch.utils.data.Dataset):
             passes and its id, on nothing else.
         features_on: `worker` computes features here, `device` leaves that to `WaveformBatch.to`, `precomputed` reads
             those of the manifest.
+        feature_kind: see `speechllm.data.features.MEL_BINS`.
         allow_empty_text: for test sets, where an empty reference is a statement; in training it is an error.
+        label: what the model is to write.
+        two_views: of each utterance, with other masks of SpecAugment; needs an `augmenter` that has it.
     """
 
     def __init__(
@@ -157,14 +173,20 @@ class SpeechDataset(torch.utils.data.Dataset):
         augmenter: Augmenter | None,
         seed: int,
         features_on: str,
+        feature_kind: str,
         allow_empty_text: bool,
+        label: LabelTemplate,
+        two_views: bool = False,
     ) -> None:
         self._corpus = corpus
         self._text_steps = text_steps
         self._augmenter = augmenter
         self._seed = seed
         self._features_on = features_on
+        self._feature_kind = feature_kind
+        self._label = label
         self._allow_empty_text = allow_empty_text
+        self._two_views = two_views
 
     def __getitem__(self, plan: BatchPlan) -> tuple[Batch | WaveformBatch | None, list[Skipped]]:
         good, skipped = [], []
@@ -187,10 +209,14 @@ class SpeechDataset(torch.utils.data.Dataset):
             raise UtteranceError(
                 "empty text", f"the manifest has no {'translation' if entry.task == 'ast' else 'text'}"
             )
+        try:
+            label = label_of(entry, self._label, self._text_steps, speed)
+        except LabelError as error:
+            raise UtteranceError(error.reason, str(error)) from error
         rng = augmentation_rng(self._seed, epoch, times, cut.id)
         samples, features = None, None
         if self._features_on == "precomputed":
-            features = load_precomputed(cut)
+            features = load_precomputed(cut, self._feature_kind)
             duration = len(features) * FRAME_SHIFT
         else:
             samples = load_samples(cut, speed)
@@ -198,22 +224,34 @@ class SpeechDataset(torch.utils.data.Dataset):
                 samples = self._augmenter.samples(samples, rng)
             duration = len(samples) / SAMPLE_RATE
             if self._features_on == "worker":
-                features = fbank(samples)
-        if features is not None and self._augmenter is not None:
+                features = extract_features(samples, self._feature_kind)
+        second_view = None
+        if features is not None and self._two_views:
+            features, second_view = self._augmenter.two_views(features, rng)
+        elif features is not None and self._augmenter is not None:
             features = self._augmenter.features(features, rng)
         target_language = entry.target_lang if entry.task == "ast" else None
         draw = instruction_draw(self._seed, epoch, times, cut.id) if self._augmenter is not None else 0.0
         context = PromptContext(cut.id, entry.previous, entry.hotwords, draw)
-        return Utterance(cut.id, samples, features, text, entry.lang, target_language, duration, context, rng)
+        return Utterance(
+            cut.id, samples, features, text, label, entry.lang, target_language, duration, context, rng, second_view
+        )
 
     def _collate(self, utterances: list[Utterance]) -> Batch | WaveformBatch:
         if self._features_on != "device":
             return collate(utterances)
         samples, lens = _padded([torch.from_numpy(u.samples) for u in utterances])
         config = self._augmenter.config.spec_augment if self._augmenter is not None else None
-        contexts = [u.context for u in utterances]
+        generators, contexts = [u.rng for u in utterances], [u.context for u in utterances]
         return WaveformBatch(
-            *_fields(utterances), samples, lens, config, [u.rng for u in utterances], contexts=contexts
+            *_fields(utterances),
+            samples,
+            lens,
+            config,
+            generators,
+            self._feature_kind,
+            self._two_views,
+            contexts=contexts,
         )
 
 
@@ -233,31 +271,33 @@ def _words(seed: int, epoch: int, times: int, id: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Utterance:
-    """One utterance before padding: `samples` (S,) or `features` (T, 80), `duration` in seconds, and the generator from
-    which SpecAugment draws."""
+    """One utterance before padding: `samples` (S,) or `features` (T, F), perhaps in a `second_view`, `duration` in
+    seconds, and the generator from which SpecAugment draws."""
 
     id: str
     samples: np.ndarray | None
     features: Tensor | None
     text: str
+    label: str
     language: str | None
     target_language: str | None
     duration: float
     context: PromptContext = PromptContext()
     rng: np.random.Generator | None = None
+    second_view: Tensor | None = None
 
 
 def collate(utterances: Iterable[Utterance]) -> Batch:
     """Pad utterances with zeros on the right to one batch."""
     utterances = list(utterances)
-    return Batch(
-        *_fields(utterances), *_padded([u.features for u in utterances]), contexts=[u.context for u in utterances]
-    )
+    views = [u.features for u in utterances] + [u.second_view for u in utterances if u.second_view is not None]
+    return Batch(*_fields(utterances), *_padded(views), contexts=[u.context for u in utterances])
 
 
 def _fields(utterances: list[Utterance]) -> tuple[list, ...]:
     return (
         [u.text for u in utterances],
+        [u.label for u in utterances],
         [u.language for u in utterances],
         [u.target_language for u in utterances],
         [u.id for u in utterances],

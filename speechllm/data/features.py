@@ -1,5 +1,5 @@
-"""Log-mel filterbank features, as icefall's released Zipformer encoders expect them (Kaldi's fbank through
-lhotse): of one utterance, or of a padded batch on any device."""
+"""Log-mel features of one utterance, or of a padded batch on any device: those that icefall's released Zipformer
+encoders expect (Kaldi's fbank through lhotse), and those of Whisper (arXiv 2212.04356, section 2.2)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from torch import Tensor
 SAMPLE_RATE = 16000
 NUM_MEL_BINS = 80
 FRAME_SHIFT = 0.01
+_SHIFT = round(FRAME_SHIFT * SAMPLE_RATE)
+# The kinds of features, and how many mel bins each has. All have a frame every 10 ms, `num_frames` of them; for several
+# encoders, those of several kinds stand side by side: "fbank+whisper80".
+MEL_BINS = {"fbank": NUM_MEL_BINS, "whisper80": 80, "whisper128": 128}
+_WHISPER_WINDOW = 400  # samples
 # Samples that the last frame may reach beyond the end of the utterance; they are those before the end, mirrored.
 _OVERHANG = 200
 
@@ -35,9 +40,46 @@ def fbank_extractor(device: str = "cpu") -> Fbank:
 
 
 def num_frames(num_samples: int | Tensor) -> int | Tensor:
-    """Frames that `fbank` makes of so many samples: one every 10 ms, rounded to the nearest."""
-    shift = round(FRAME_SHIFT * SAMPLE_RATE)
-    return (num_samples + shift // 2) // shift
+    """Frames of so many samples: one every 10 ms, rounded to the nearest."""
+    return (num_samples + _SHIFT // 2) // _SHIFT
+
+
+def extract_features(samples: np.ndarray | Tensor, kind: str) -> Tensor:
+    """Features of one utterance.
+
+    Args:
+        samples: (num_samples,) float32 in [-1, 1], 16 kHz mono; at least 25 ms.
+        kind: of `MEL_BINS`, or several with + between.
+
+    Returns:
+        (num_frames(num_samples), MEL_BINS[kind]) float32, of several kinds side by side.
+    """
+    if "+" in kind:
+        return torch.cat([extract_features(samples, one) for one in kind.split("+")], dim=1)
+    if kind == "fbank":
+        return fbank(samples)
+    samples = torch.as_tensor(samples).reshape(1, -1)
+    return whisper_padded(samples, torch.tensor([samples.shape[1]], device=samples.device), MEL_BINS[kind])[0][0]
+
+
+def extract_features_padded(samples: Tensor, sample_lens: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Features of a batch, each row as `extract_features` makes it of the utterance alone, on the batch's device.
+
+    Args:
+        samples: (N, S) float32 in [-1, 1], 16 kHz mono; what lies beyond a length has no influence.
+        sample_lens: (N,) int64, at least 400 (25 ms) and at most S each.
+        kind: of `MEL_BINS`, or several with + between.
+
+    Returns:
+        features (N, num_frames(S), MEL_BINS[kind]) float32, of several kinds side by side, zero beyond feature_lens;
+        and feature_lens (N,) int64.
+    """
+    if "+" in kind:
+        parts = [extract_features_padded(samples, sample_lens, one) for one in kind.split("+")]
+        return torch.cat([features for features, _ in parts], dim=2), parts[0][1]
+    if kind == "fbank":
+        return fbank_padded(samples, sample_lens)
+    return whisper_padded(samples, sample_lens, MEL_BINS[kind])
 
 
 def fbank(samples: np.ndarray | Tensor) -> Tensor:
@@ -74,3 +116,42 @@ def fbank_padded(samples: Tensor, sample_lens: Tensor) -> tuple[Tensor, Tensor]:
         feature_lens = num_frames(sample_lens)
         beyond = torch.arange(features.shape[1], device=device) >= feature_lens[:, None]
         return features.masked_fill(beyond[:, :, None], 0.0), feature_lens
+
+
+def whisper_padded(samples: Tensor, sample_lens: Tensor, mel_bins: int) -> tuple[Tensor, Tensor]:
+    """Whisper's features of a batch, as those of the utterance with silence after it; see `extract_features_padded`.
+
+    Energies of an utterance are at most 8 powers of ten below its loudest: (max(log10(energy), loudest - 8) + 4) / 4.
+    """
+    device = samples.device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        frames = num_frames(samples.shape[1])
+        inside = torch.arange(samples.shape[1], device=device) < sample_lens[:, None]
+        # With silence for two windows, the mirrored samples at the end are silent, and no frame with sound is missing.
+        samples = torch.nn.functional.pad(samples.masked_fill(~inside, 0.0), (0, 2 * _WHISPER_WINDOW))
+        window = torch.hann_window(_WHISPER_WINDOW, device=device)
+        spectrum = torch.stft(samples, _WHISPER_WINDOW, _SHIFT, window=window, return_complex=True)  # (N, 201, T)
+        power = spectrum.real.square() + spectrum.imag.square()
+        log_energies = (_whisper_mel_filters(mel_bins, str(device)) @ power).clamp(min=1e-10).log10()
+        loudest = log_energies.amax((1, 2), keepdim=True)
+        features = ((torch.maximum(log_energies, loudest - 8.0) + 4.0) / 4.0).transpose(1, 2)[:, :frames]
+        feature_lens = num_frames(sample_lens)
+        beyond = torch.arange(frames, device=device) >= feature_lens[:, None]
+        return features.masked_fill(beyond[:, :, None], 0.0).contiguous(), feature_lens
+
+
+@cache
+def _whisper_mel_filters(mel_bins: int, device: str) -> Tensor:
+    """(mel_bins, 201)"""
+    from transformers.audio_utils import mel_filter_bank  # slow, and not everyone's
+
+    filters = mel_filter_bank(
+        num_frequency_bins=_WHISPER_WINDOW // 2 + 1,
+        num_mel_filters=mel_bins,
+        min_frequency=0.0,
+        max_frequency=SAMPLE_RATE / 2,
+        sampling_rate=SAMPLE_RATE,
+        norm="slaney",
+        mel_scale="slaney",
+    )
+    return torch.from_numpy(filters.T.astype(np.float32)).to(device)

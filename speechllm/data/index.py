@@ -41,7 +41,9 @@ from speechllm.data.manifest import (
     parse_line,
     to_cut,
 )
+from speechllm.data.source import planned_label
 from speechllm.files import replaced_folder
+from speechllm.label import LabelTemplate
 from speechllm.text import normalize_text
 
 # Part of the name of every index: those of another layout are not found.
@@ -51,15 +53,17 @@ _LABELS_AT_ONCE = 10000
 
 
 class Labels(Protocol):
-    """What the data side asks of the model about labels; `SpeechLLM` has it."""
+    """What the data side asks of the model about labels; `SpeechLLM` and `EncoderModel` have it."""
 
+    frame_seconds: float
     seconds_per_position: float
+    label_template: LabelTemplate
 
-    def label_lengths(self, texts: Sequence[str]) -> list[int]:
+    def label_lengths(self, labels: Sequence[str]) -> list[int]:
         """Tokens of each label, end of text aside."""
 
     def label_identity(self) -> str:
-        """Differs where the tokens of a text would."""
+        """Differs where the label of a text, or its tokens, would."""
 
 
 @dataclass(frozen=True)
@@ -192,13 +196,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels: Labels | None) -> None:
     offsets, sizes, durations, characters, tokens = array("q"), array("i"), array("f"), array("i"), array("i")
-    targets: list[str] = []
+    written: list[str] = []
     bad_count, messages, checksum = 0, [], 0
 
     def count_tokens() -> None:
         if labels is not None:
-            tokens.extend(labels.label_lengths(targets))
-        targets.clear()
+            tokens.extend(labels.label_lengths(written))
+        written.clear()
 
     with replaced_folder(folder) as tmp:
         progress = tqdm(desc=f"indexing {Path(source.path).name}", unit=" lines", disable=None, mininterval=1)
@@ -215,8 +219,9 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
                 sizes.append(len(line))
                 durations.append(entry.duration)
                 characters.append(len(target) - target.count(" "))
-                targets.append(target)
-                if len(targets) == _LABELS_AT_ONCE:
+                if labels is not None:
+                    written.append(planned_label(entry, labels.label_template, text_steps))
+                if len(written) == _LABELS_AT_ONCE:
                     count_tokens()
             count_tokens()
         arrays = {"offsets": offsets, "sizes": sizes, "durations": durations, "characters": characters}

@@ -31,6 +31,7 @@ from speechllm.data.manifest import DataError, SourceConfig
 from speechllm.data.plan import Plan, draw, evaluation_plan, training_plan
 from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits, curriculum_limit
 from speechllm.data.streams import mix, stream_batches
+from speechllm.label import LabelTemplate
 from speechllm.text import check_steps
 
 # From so many utterances of the corpus the voices of babble are taken.
@@ -46,7 +47,7 @@ class DataConfig:
     `text`: steps of normalisation (`speechllm.text`) that the targets go through.
 
     Used in training are utterances between `min_seconds` and `max_seconds`, with at most `max_chars_per_second`,
-    `max_tokens_per_second`, `max_tokens_per_frame` (40 ms of the encoder's output; CTC needs at most 1) in their label.
+    `max_tokens_per_second`, `max_tokens_per_frame` (of the encoder's output; CTC needs at most 1) in their label.
 
     Batches: rows padded to the longest have at most `max_duration` seconds, where a row as long as
     `quadratic_duration` counts twice; at most `max_cuts` rows; at most `max_positions` positions of the language model
@@ -145,6 +146,7 @@ class DataConfig:
             self.max_tokens_per_second,
             self.max_tokens_per_frame,
             self.max_positions,
+            frame_seconds=labels.frame_seconds if labels is not None else 0.04,
             seconds_per_position=labels.seconds_per_position if labels is not None else 0.0,
             fastest=self.augment.fastest,
             slowest=self.augment.slowest,
@@ -428,24 +430,38 @@ class SpeechLoader:
 
 
 def build_train_loader(
-    config: DataConfig, seed: int, rank: int = 0, world_size: int = 1, labels: Labels | None = None
+    config: DataConfig,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    labels: Labels | None = None,
+    feature_kind: str = "fbank",
+    two_views: bool = False,
 ) -> SpeechLoader:
     """The training data: mixed, bucketed and augmented.
 
     Args:
-        labels: the model, where the configuration limits tokens or positions.
+        labels: the model, where it writes more than texts, or the configuration limits tokens or positions.
+        feature_kind: that of the model's encoder; see `speechllm.data.features.MEL_BINS`.
+        two_views: batches have each utterance twice, with other masks of SpecAugment (see `Batch`), for CR-CTC. The
+            limits of batches count it once.
 
     Raises:
-        DataError: no training sources, none of their utterances within the limits, or no noise in the noise manifests.
+        DataError: two views, and no SpecAugment that they would differ in; no training sources, none of their
+            utterances within the limits, or no noise in the noise manifests.
         ManifestError: a manifest is missing or useless.
     """
     if not config.train:
         raise DataError("data: no train sources are configured")
+    if two_views and (config.augment.spec_augment is None or config.augment.spec_augment.probability == 0):
+        raise DataError("data.augment.spec_augment: two views of an utterance would be the same without it")
+    label = LabelTemplate() if labels is None else labels.label_template
     if not config.utterance_limits(1, labels).needs_tokens:
         labels = None
     elif labels is None:
         raise DataError("data: limits on tokens or positions need the model that has the tokenizer")
     identity = {"seed": seed, "world_size": world_size, "labels": labels and labels.label_identity(), **asdict(config)}
+    identity["two_views"] = two_views
     for name in ("valid", "test", "num_workers", "max_bad_share", "index_dir"):
         del identity[name]
     if config.train[0].stream:
@@ -465,7 +481,10 @@ def build_train_loader(
             augmenter=Augmenter(config.augment, voices),
             seed=seed,
             features_on=config.features_on,
+            feature_kind=feature_kind,
             allow_empty_text=False,
+            label=label,
+            two_views=two_views,
         ),
         epochs,
         num_workers=config.num_workers,
@@ -475,9 +494,17 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    config: DataConfig, sources: list[SourceConfig], rank: int = 0, world_size: int = 1
+    config: DataConfig,
+    sources: list[SourceConfig],
+    rank: int = 0,
+    world_size: int = 1,
+    labels: Labels | None = None,
+    feature_kind: str = "fbank",
 ) -> SpeechLoader:
     """Validation or test data: each utterance once, as it is, shortest first, in the same batches each time.
+
+    Args:
+        labels: the model, where the loss of its labels is wanted.
 
     Raises:
         DataError: no sources.
@@ -493,7 +520,9 @@ def build_eval_loader(
             augmenter=None,
             seed=0,
             features_on=config.features_on,
+            feature_kind=feature_kind,
             allow_empty_text=True,
+            label=LabelTemplate() if labels is None else labels.label_template,
         ),
         EvaluationEpochs(config, corpus, rank, world_size),
         num_workers=config.num_workers,

@@ -14,6 +14,7 @@ recordings are. A line that cannot be understood is an error that names file and
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,8 +52,10 @@ from speechllm.data.source import (
     parse_line,
     string_of,
     task_of,
+    words_of,
 )
 from speechllm.data.tar import TAR
+from speechllm.label import WordTime
 
 __all__ = [
     "HEADER_UNREAD",
@@ -156,6 +159,7 @@ def describe(obj: dict, source: SourceConfig) -> Entry:
         [string_of(s, "text") for s in supervisions],
         [string_of(s, "language") for s in supervisions],
         [*(s.get("custom") for s in supervisions), obj.get("custom")],
+        [words_of(s.get("alignment"), obj["start"]) for s in supervisions],
         source,
     )
 
@@ -196,17 +200,20 @@ def _is_nemo(obj: dict, source: SourceConfig) -> bool:
 
 def describe_cut(cut: Cut) -> Entry:
     """What a cut says of its utterance: the texts of its supervisions in order; languages, task, translation and what
-    the prompt needs are those of the first supervision that has them, or the cut's own custom fields.
+    the prompt needs are those of the first supervision that has them, or the cut's own custom fields. Cuts that are
+    mixed of several have no word times.
 
     Raises:
         ValueError: a custom field has a wrong type or value.
     """
+    has_times = isinstance(cut, DataCut)
     return _entry(
         cut.id,
         duration_of({"duration": cut.duration}),
         [s.text for s in cut.supervisions],
         [s.language for s in cut.supervisions],
         _customs(cut),
+        [words_of(s.alignment, cut.start) if has_times else None for s in cut.supervisions],
         None,
     )
 
@@ -217,6 +224,7 @@ def _entry(
     texts: list[str | None],
     languages: list[str | None],
     customs: list[dict | None],
+    words: list[tuple[WordTime, ...] | None],
     source: SourceConfig | None,
 ) -> Entry:
     fields: dict = {}
@@ -232,6 +240,7 @@ def _entry(
         task,
         (ast_text or "").strip(),
         string_of(fields, "target_lang") or (source and source.target_lang),
+        None if None in words or not words else tuple(itertools.chain(*words)),
         string_of(fields, "previous"),
         hotwords_of(fields),
     )

@@ -18,6 +18,7 @@ import numpy as np
 from lhotse import AudioSource, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 from lhotse.serialization import open_best
+from lhotse.supervision import AlignmentItem
 
 from speechllm.data.features import SAMPLE_RATE
 from speechllm.data.source import (
@@ -36,6 +37,7 @@ from speechllm.data.source import (
     seconds_of,
     string_of,
     task_of,
+    words_of,
 )
 from speechllm.data.tar import TAR, in_memory, scan_tar
 
@@ -81,6 +83,7 @@ def describe_nemo(line: dict, source: SourceConfig) -> Entry:
         task,
         (ast_text or "").strip(),
         string_of(line, "target_lang") or source.target_lang,
+        words_of(line.get("alignment"), offset),
         string_of(line, "previous"),
         hotwords_of(line),
     )
@@ -122,6 +125,7 @@ def nemo_cut(line: dict, source: SourceConfig) -> MonoCut:
         language=entry.lang,
         speaker=string_of(line, "speaker"),
         custom={name: value for name, value in stated.items() if value is not None} or None,
+        alignment=_alignment(line),
     )
     custom = {HEADER_UNREAD: True, IS_SEGMENT: is_segment}
     if source.channel is not None:
@@ -129,6 +133,12 @@ def nemo_cut(line: dict, source: SourceConfig) -> MonoCut:
     if TAR in line:
         custom[TAR] = line[TAR]
     return MonoCut(entry.id, offset, entry.duration, 0, supervisions=[supervision], recording=recording, custom=custom)
+
+
+def _alignment(line: dict) -> dict[str, list[AlignmentItem]] | None:
+    if line.get("alignment") is None:
+        return None
+    return {kind: [AlignmentItem.deserialize(item) for item in items] for kind, items in line["alignment"].items()}
 
 
 def _derived_id(path: str, offset: float) -> str:

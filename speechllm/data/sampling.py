@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ENCODER_FRAME = 0.04  # seconds
-
 
 def curriculum_limit(growing: int, start: float, epochs: int, longest: float) -> float:
     """The longest duration (seconds) admitted in the `growing`-th epoch of growth: `start` in epochs up to 0,
@@ -52,6 +50,7 @@ class UtteranceLimits:
     max_tokens_per_second: float | None = None
     max_tokens_per_frame: float | None = None
     max_positions: int | None = None
+    frame_seconds: float = 0.04
     seconds_per_position: float = 0.0
     fastest: float = 1.0
     slowest: float = 1.0
@@ -79,7 +78,7 @@ class UtteranceLimits:
         if limit := self.max_tokens_per_second:
             yield f"more than {limit:g} tokens per second", lengths.tokens > limit * seconds
         if limit := self.max_tokens_per_frame:
-            frames = seconds / (self.fastest * ENCODER_FRAME)
+            frames = seconds / (self.fastest * self.frame_seconds)
             yield f"more than {limit:g} tokens per encoder frame", lengths.tokens > limit * frames
         if limit := self.max_positions:
             positions = lengths.at(self.slowest).positions(self.seconds_per_position)

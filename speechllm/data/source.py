@@ -6,13 +6,18 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lhotse.serialization import open_best
 
 from speechllm.errors import UserError
+from speechllm.label import LabelError, LabelTemplate, WordTime
+from speechllm.text import normalize_text
+
+# Words may begin and end so many seconds outside of the audio that a manifest says.
+_TIME_TOLERANCE = 0.1
 
 KINDS = ("auto", "nemo", "lhotse", "shar", "kaldi")
 
@@ -87,8 +92,9 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a manifest says of one utterance, audio aside; `duration` in seconds, `task` asr or ast; `previous` and
-    `hotwords`, for the prompt's slots, None where it says nothing."""
+    """What a manifest says of one utterance, audio aside; `duration` in seconds, `task` asr or ast; `words` of `text`,
+    in seconds from the start of the utterance; `previous` and `hotwords`, for the prompt's slots, None where it says
+    nothing."""
 
     id: str
     duration: float
@@ -97,6 +103,7 @@ class Entry:
     task: str = "asr"
     ast_text: str = ""
     target_lang: str | None = None
+    words: tuple[WordTime, ...] | None = None
     previous: str | None = None
     hotwords: tuple[str, ...] | None = None
 
@@ -246,3 +253,58 @@ def task_of(fields: dict) -> str | None:
     if name is not None and name not in _TASKS:
         raise ValueError(f"task: {name!r} is none of {', '.join(_TASKS)}")
     return None if name is None else _TASKS[name]
+
+
+def words_of(alignment: dict | None, start: float) -> tuple[WordTime, ...] | None:
+    """The words of an `alignment`: {"word": [[word, start, duration], ...]}, in seconds from the beginning of the
+    recording, as lhotse has it in supervisions.
+
+    Args:
+        start: where in the recording the utterance begins.
+
+    Raises:
+        ValueError: it is no such thing.
+    """
+    if alignment is None or "word" not in alignment:
+        return None
+    words = []
+    for item in alignment["word"]:
+        word, begin, duration = list(item)[:3]
+        if not isinstance(word, str) or isinstance(begin + duration, bool) or not 0 <= begin + duration < math.inf:
+            raise ValueError(f"alignment: expected [word, start, duration] in seconds, found {item!r}")
+        words.append(WordTime(word, begin - start, begin + duration - start))
+    return tuple(words)
+
+
+def planned_label(entry: Entry, template: LabelTemplate, text_steps: Sequence[str]) -> str:
+    """The label whose tokens are counted ahead; the text, of an utterance that is left out when its turn comes."""
+    try:
+        return label_of(entry, template, text_steps)
+    except LabelError:
+        return normalize_text(entry.target, text_steps)
+
+
+def label_of(entry: Entry, template: LabelTemplate, text_steps: Sequence[str], speed: float = 1.0) -> str:
+    """The label of an utterance.
+
+    Args:
+        text_steps: normalisation of its text, and of its words one by one (`speechllm.text`).
+        speed: how many times faster it is played.
+
+    Raises:
+        LabelError: it lacks what the template needs.
+    """
+    words = None
+    if template.has_times and entry.task == "asr" and entry.words is not None:
+        words = []
+        for word, start, end in entry.words:
+            if not -_TIME_TOLERANCE <= start <= end <= entry.duration + _TIME_TOLERANCE:
+                raise LabelError(
+                    "word times outside",
+                    f"alignment: {word!r} would be at {start:g} to {end:g} s of {entry.duration:g} s; its times are in "
+                    "seconds from the beginning of the file",
+                )
+            if said := normalize_text(word, text_steps):  # others are silence
+                words.append(WordTime(said, start / speed, end / speed))
+    target_language = entry.target_lang if entry.task == "ast" else None
+    return template.fill(normalize_text(entry.target, text_steps), entry.lang, target_language, words)

@@ -17,7 +17,21 @@ def spec_augment(features: Tensor, config: SpecAugmentConfig, rng: np.random.Gen
     """SpecAugment of one utterance: (T, F) -> (T, F); an utterance too short for a mask gets none."""
     if rng.random() >= config.probability:
         return features
-    features = time_warp(features, config.time_warp_frames, rng)
+    return _masked(time_warp(features, config.time_warp_frames, rng), config, rng)
+
+
+def spec_augment_twice(features: Tensor, config: SpecAugmentConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Two views of one utterance, (T, F) each, with masks of their own. Time is warped in both alike, so that their
+    frames can be compared (CR-CTC, arXiv 2410.05101)."""
+    if rng.random() < config.probability:
+        features = time_warp(features, config.time_warp_frames, rng)
+    first, second = (
+        _masked(features, config, rng) if rng.random() < config.probability else features for _ in range(2)
+    )
+    return first, second
+
+
+def _masked(features: Tensor, config: SpecAugmentConfig, rng: np.random.Generator) -> Tensor:
     frames, bins = features.shape
     mean = features.mean()
     features = features.clone()

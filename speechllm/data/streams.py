@@ -25,6 +25,7 @@ from speechllm.data.augment import AugmentConfig
 from speechllm.data.index import Labels
 from speechllm.data.manifest import DataError, ManifestError, SourceConfig, describe_cut, has_shards, stream_cuts
 from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits
+from speechllm.data.source import planned_label
 from speechllm.text import normalize_text
 
 # Enough cuts to know the distribution of durations, few enough to read them before each epoch.
@@ -126,8 +127,11 @@ class Admitted(Dillable):
     def _admitted(self) -> Iterator[Cut]:
         rng = np.random.default_rng([self._seed, 3])
         for cut in self._cuts:
-            target = normalize_text(describe_cut(cut).target, self._text_steps)
-            tokens = None if self._labels is None else np.array(self._labels.label_lengths([target]))
+            entry = describe_cut(cut)
+            target, tokens = normalize_text(entry.target, self._text_steps), None
+            if self._labels is not None:
+                label = planned_label(entry, self._labels.label_template, self._text_steps)
+                tokens = np.array(self._labels.label_lengths([label]))
             lengths = Lengths(np.array([cut.duration], np.float32), np.array([len(target.replace(" ", ""))]), tokens)
             admitted, left_out = self._limits.admit(lengths)
             self.left_out += left_out

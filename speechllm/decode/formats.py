@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,15 @@ class Recording:
         """The texts of all segments."""
         return " ".join(segment.text for segment in _spoken(self))
 
+    @property
+    def language(self) -> str | None:
+        """That of most of the speech, by its duration; None if the model does not say it."""
+        seconds: Counter[str] = Counter()
+        for segment in _spoken(self):
+            if segment.recognition.language is not None:
+                seconds[segment.recognition.language] += segment.duration
+        return max(seconds, key=seconds.get, default=None)
+
 
 def format_txt(recording: Recording) -> str:
     """The text of each segment that has one, a line each."""
@@ -81,9 +91,9 @@ def format_txt(recording: Recording) -> str:
 def format_json(recording: Recording) -> str:
     """One JSON object in one line.
 
-    `id`, `audio`, `duration`, `text`, `confidence` (null where nothing was recognised) and `segments`, each of which
-    has `start`, `end`, `text`, `confidence`, `stopped` (see `Hypothesis`) and, where there are any, `fallback`,
-    `ctc_text`, `words` and (more than one hypothesis) `nbest`.
+    `id`, `audio`, `duration`, `text`, `confidence` (null where nothing was recognised), `language` (if the model says
+    it) and `segments`, each of which has `start`, `end`, `text`, `confidence`, `stopped` (see `Hypothesis`) and, where
+    there are any, `language`, `fallback`, `ctc_text`, `words` and (more than one hypothesis) `nbest`.
     """
     best = [segment.recognition.nbest[0] for segment in recording.segments if segment.recognition.nbest]
     record = {
@@ -92,6 +102,7 @@ def format_json(recording: Recording) -> str:
         "duration": round(recording.duration, 3),
         "text": recording.text,
         "confidence": _confidence(best),
+        **({} if recording.language is None else {"language": recording.language}),
         "segments": [_segment_record(segment) for segment in recording.segments],
     }
     return json.dumps(record, ensure_ascii=False) + "\n"
@@ -170,6 +181,8 @@ def _segment_record(segment: Segment) -> dict:
         "confidence": _confidence(found.nbest[:1]),
         "stopped": found.nbest[0].stopped if found.nbest else None,
     }
+    if found.language is not None:
+        record["language"] = found.language
     if found.fallback is not None:
         record["fallback"] = found.fallback
     if found.ctc_text is not None:

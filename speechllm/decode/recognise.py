@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -16,18 +15,17 @@ from torch import Tensor
 
 from speechllm.decode.context import Hotwords, NGram
 from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, forced_align
+from speechllm.decode.initial_state import load_state
 from speechllm.decode.result import Hypothesis, Recognition, Word
 from speechllm.decode.search import Prompt, Scorer, SearchOptions, search
-from speechllm.decode.timestamps import words_from_alignment
+from speechllm.decode.timestamps import words_from_alignment, words_from_label
 from speechllm.errors import UserError
 from speechllm.llm import LanguageModelState
 from speechllm.prompt import PromptContext
-from speechllm.rwkv7 import RWKV7State
 
 if TYPE_CHECKING:
     from speechllm.model import SpeechLLM
 
-ENCODER_FRAME_SECONDS = 0.04  # features at 100 Hz, a quarter of them behind the encoder
 # States that are kept. Where utterances have texts of their own before the audio, none would be used again.
 _MAX_STATES = 32
 
@@ -42,10 +40,11 @@ class RecogniseOptions:
         can say: `cut`, it ends there; `ctc`, the text of the CTC head is taken instead, where there is one.
       ctc_weight: of the CTC head's scores in the search (arXiv 1609.06773); 0: they have no part in it.
       ctc_beam: of the CTC head's own search; 1 is greedy search.
-      timestamps: find the words' times with the CTC head.
+      timestamps: find the words' times with the CTC head, where the model does not write them itself.
       hotwords: a file of phrases that the search prefers (see `context.Hotwords.from_file`), and their weight.
       ngram: a kenlm model that takes part in the search, and its weight.
-      initial_state: a state file (`RWKV7State.save`), tuned or of a text read before, that prompts go on from.
+      initial_state: a state file of RWKV-7 (`RWKV7State.save`), tuned or of a text read before, that prompts go on
+        from.
 
     Raises:
       UserError: a value is out of range.
@@ -102,19 +101,23 @@ class Recogniser:
 
     def __init__(self, model: SpeechLLM, options: RecogniseOptions | None = None) -> None:
         self.model, self.options = model, options or RecogniseOptions()
-        needs_ctc = {"ctc_weight": self.options.ctc_weight > 0, "timestamps": self.options.timestamps}
-        for name, needed in needs_ctc.items():
-            if needed and model.ctc_head is None:
+        label = model.label_template
+        uses_ctc = {"ctc_weight": self.options.ctc_weight > 0, "timestamps": self.options.timestamps}
+        for name, used in uses_ctc.items():
+            if used and model.ctc_head is None and not (name == "timestamps" and label.has_times):
                 raise UserError(f"{name}: the model has no CTC head (it was trained with model.ctc_weight: 0)")
-        self._keeps_log_probs = any(needs_ctc.values())
+        for name in ("ctc_weight", "hotwords", "ngram"):
+            if getattr(self.options, name) and not label.is_plain:
+                raise UserError(
+                    f"{name}: knows texts alone, but the model writes more: it was trained with model.label: "
+                    f"{label.template!r}"
+                )
+        self._keeps_log_probs = model.ctc_head is not None and any(uses_ctc.values())
         self._utterances: dict[int, _Utterance] = {}
         self._scorers = self._build_scorers()
         self._initial_state = None
         if self.options.initial_state is not None:
-            try:
-                self._initial_state = RWKV7State.load(Path(self.options.initial_state)).to(model.device)
-            except ValueError as error:
-                raise UserError(str(error)) from error
+            self._initial_state = load_state(self.options.initial_state, model.llm)
         self._states: dict[tuple[int, ...], LanguageModelState | None] = {}  # by the tokens before the audio
 
     def _build_scorers(self) -> list[Scorer]:
@@ -182,7 +185,14 @@ class Recogniser:
             embeds, start = inputs_embeds[i, : spliced.lens[i]], int(spliced.audio_starts[i])
             read, state = self._state_before_audio(tuple(spliced.token_ids[i, :start].tolist()), embeds[:start])
             seconds = int(audio_lens[i]) * model.seconds_per_position
-            yield utterance, Prompt(embeds[read:], self.options.search.max_tokens(seconds), state)
+            yield utterance, Prompt(embeds[read:], self._max_tokens(seconds), state)
+
+    def _max_tokens(self, seconds: float) -> int:
+        """The longest label: any token of its text may be a word, with a time before and behind it."""
+        encode, label = self.model.tokenizer.encode, self.model.label_template
+        tag = len(encode(label.fill("", "xx", "xx")))
+        times = 2 * len(encode("<88.88>")) if label.has_times else 0
+        return self.options.search.max_tokens(seconds) * (1 + times) + tag
 
     def _ctc(self, encoder_out: Tensor, lens: Tensor) -> tuple[list[list[int]] | None, Tensor | None]:
         """The CTC head's own result, and its log probabilities (N, T, V) where they are needed later."""
@@ -211,21 +221,27 @@ class Recogniser:
 
     def _recognition(self, utterance: _Utterance, nbest: tuple[Hypothesis, ...]) -> Recognition:
         model = self.model
-        texts = tuple(model.text(hypothesis.tokens) for hypothesis in nbest)
+        labels = [model.read_label(hypothesis.tokens) for hypothesis in nbest]
         ctc_text = None if utterance.ctc_tokens is None else model.text(utterance.ctc_tokens)
-        text, tokens, fallback = texts[0], nbest[0].tokens, None
+        best, text, fallback = labels[0], labels[0].text, None
         if nbest[0].stopped != "end":
             fallback = "cut"
             if self.options.fallback == "ctc" and ctc_text is not None:
-                text, tokens, fallback = ctc_text, utterance.ctc_tokens, "ctc"
-        return Recognition(text, nbest, texts, fallback, ctc_text, self._words(utterance, tokens))
+                text, fallback = ctc_text, "ctc"
+        if best.words is not None and fallback != "ctc":
+            words = words_from_label(best, nbest[0].tokens, nbest[0].log_probs, model.tokenizer)
+        else:
+            words = self._words(utterance, text)
+        texts = tuple(label.text for label in labels)
+        return Recognition(text, nbest, texts, fallback, ctc_text, words, best.language)
 
-    def _words(self, utterance: _Utterance, tokens: Sequence[int]) -> tuple[Word, ...] | None:
-        if not self.options.timestamps or utterance.ctc_tokens is None:  # of a translation there are no times
-            return None
+    def _words(self, utterance: _Utterance, text: str) -> tuple[Word, ...] | None:
+        """The words of a transcript, where the CTC head hears them."""
+        if utterance.ctc_log_probs is None or not self.options.timestamps or utterance.ctc_tokens is None:
+            return None  # of a translation there are no times
         log_probs = utterance.ctc_log_probs
         lens = torch.tensor([len(log_probs)], device=log_probs.device)
-        (spans,) = forced_align(log_probs[None], lens, [tokens], self.model.blank_id)
+        (spans,) = forced_align(log_probs[None], lens, [self.model.label_ids(text)], self.model.blank_id)
         if spans is None:  # more tokens than frames: whatever it is, it was not said
             return None
-        return words_from_alignment(spans, self.model.tokenizer, ENCODER_FRAME_SECONDS, len(log_probs))
+        return words_from_alignment(spans, self.model.tokenizer, self.model.frame_seconds, len(log_probs))

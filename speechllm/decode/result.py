@@ -16,6 +16,7 @@ class Hypothesis:
     Attributes:
       tokens: without the end of text.
       log_probs: the language model's, natural logarithm, of each token and, where the text has ended, of its end.
+        Without a language model, those of CTC or of the transducer, which have no end.
       score: what the search ranks by: larger is better.
       stopped: by the end of text; or by the guards: `length` (the longest text that the audio can have) or `loop`.
     """
@@ -50,8 +51,10 @@ class Recognition:
       nbest: best first; `texts` are theirs.
       fallback: what `text` is when a guard has stopped the search: `cut` (the loop is cut off) or `ctc` (that of the
         CTC head); None when the search has ended by itself.
-      ctc_text: what the CTC head hears; None without a head, and for translations.
-      words: with times, if they were asked for.
+      ctc_text: what the CTC head hears beside the search that `text` is from; None without a head or another search,
+        and for translations.
+      words: with times, if they were asked for, or the model writes them.
+      language: of the speech, if the model writes it.
     """
 
     text: str
@@ -60,6 +63,7 @@ class Recognition:
     fallback: Literal["cut", "ctc"] | None = None
     ctc_text: str | None = None
     words: tuple[Word, ...] | None = None
+    language: str | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Words, and when they are said, from aligned tokens."""
+"""Words, and when they are said, from aligned tokens and from labels with times."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from speechllm.decode.ctc import TokenSpan
 from speechllm.decode.result import Word
+from speechllm.label import ReadLabel
 from speechllm.tokenizer import Tokenizer
 
 # CTC emits a token in one frame or two and blank in the rest of it; a syllable lasts about so long.
@@ -89,6 +90,28 @@ def words_from_alignment(
                 math.exp(sum(scores) / len(scores)),
             )
         )
+    return tuple(words)
+
+
+def words_from_label(
+    label: ReadLabel, tokens: Sequence[int], log_probs: Sequence[float], tokenizer: Tokenizer
+) -> tuple[Word, ...]:
+    """The words that were read from a label with times.
+
+    The confidence of a word is the geometric mean of the probabilities of its tokens, those of its times aside.
+
+    Args:
+      tokens, log_probs: those that `label` was read from; there may be one probability more, that of the end.
+    """
+    stream = tokenizer.stream(keep_tags=True)
+    token_of: list[int] = []  # the number of the token that each character of the label ends in
+    for number, token in enumerate(tokens):
+        token_of += [number] * len(stream.push(token))
+    token_of += [len(tokens) - 1] * len(stream.finish())
+    words = []
+    for word in label.words or ():
+        scores = [log_probs[number] for number in sorted(set(token_of[word.first : word.last]))]
+        words.append(Word(word.word, word.start, word.end, math.exp(sum(scores) / len(scores))))
     return tuple(words)
 
 

@@ -1,6 +1,15 @@
 """Speech encoders: features to embeddings."""
 
 from speechllm.encoder.pretrained import init_from_data, load_encoder, save_encoder
+from speechllm.encoder.whisper import WhisperEncoder, WhisperEncoderConfig
 from speechllm.encoder.zipformer import Zipformer, ZipformerConfig
 
-__all__ = ["Zipformer", "ZipformerConfig", "init_from_data", "load_encoder", "save_encoder"]
+__all__ = [
+    "WhisperEncoder",
+    "WhisperEncoderConfig",
+    "Zipformer",
+    "ZipformerConfig",
+    "init_from_data",
+    "load_encoder",
+    "save_encoder",
+]

@@ -1,15 +1,20 @@
 """Loading released encoders, saving ours, and initialising one from data."""
 
 import json
-from pathlib import Path
+import pickle
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from speechllm.checkpoint import load_state_dict_strict
 from speechllm.encoder import subsampling
 from speechllm.encoder.scaling import swoosh_r
+from speechllm.encoder.whisper import WhisperEncoder, WhisperEncoderConfig
 from speechllm.encoder.zipformer import Zipformer, ZipformerConfig
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
@@ -21,19 +26,26 @@ COMPOSITE_NAMES = ("audio_encoder", "speech_encoder", "encoder")
 FULLY_TRAINED = 100000.0
 
 
-def load_encoder(path: str | Path, map_location: str | torch.device = "cpu") -> Zipformer:
-    """A released Zipformer encoder, alone or out of a composite model, in eval mode and float32.
+def load_encoder(
+    path: str | Path, sizes: ZipformerConfig | None = None, map_location: str | torch.device = "cpu"
+) -> Zipformer | WhisperEncoder:
+    """A released encoder, alone or out of a composite model, in eval mode and float32.
+
+    A Zipformer may be under "state_dict" or "model" in its file, its names with "module." in front or not, beside
+    optimiser, decoder and heads, as in icefall's `pretrained.pt` and `epoch-N.pt` of transducers, CTC, CR-CTC and
+    attention models. Of a Whisper (config.json with `model_type: whisper`, as openai/whisper-small on the Hugging
+    Face Hub) only the encoder's weights are read.
 
     Args:
         path: a folder with config.json and one of `WEIGHT_FILES`, or such a file with config.json beside it.
-            The weights may be bare or under "state_dict" or "model", their names with "module." in front or
-            not.
+        sizes: of a Zipformer, where there is no config.json, as in icefall's releases; the keys are named as the
+            options of icefall's `zipformer/train.py`, and have the same defaults.
         map_location: the device it shall be on.
 
     Raises:
-        FileNotFoundError: if config.json or the weights are missing.
+        FileNotFoundError: if the weights are missing, or config.json without `sizes`.
         UserError: if they do not belong together, with the names of all weights that are missing, left over
-            or of another shape.
+            or of another shape; `sizes` contradict config.json; a file cannot be read.
     """
     path = Path(path)
     weights_path = path
@@ -42,16 +54,16 @@ def load_encoder(path: str | Path, map_location: str | torch.device = "cpu") -> 
         if not found:
             raise FileNotFoundError(f"{path}: no encoder weights; expected one of {', '.join(WEIGHT_FILES)}")
         weights_path = found[0]
-    config_path = weights_path.parent / "config.json"
-    for file in (weights_path, config_path):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; an encoder needs its weights and config.json beside them")
-
-    config = _encoder_config(config_path)
-    state_dict = encoder_state_dict(_read_weights(weights_path))
-    state_dict.setdefault("model_batch_count", torch.tensor(FULLY_TRAINED))
+    if not weights_path.is_file():
+        raise FileNotFoundError(f"{weights_path}: no such file; an encoder needs its weights")
+    config = _encoder_config(weights_path.parent / "config.json", sizes)
     with torch.device("meta"):
-        encoder = Zipformer(config)
+        encoder = WhisperEncoder(config) if isinstance(config, WhisperEncoderConfig) else Zipformer(config)
+    if isinstance(encoder, WhisperEncoder):
+        state_dict = encoder.state_dict_of(_read_weights(weights_path, encoder.is_in_released))
+    else:
+        state_dict = encoder_state_dict(_read_weights(weights_path))
+        state_dict.setdefault("model_batch_count", torch.tensor(FULLY_TRAINED))
     state_dict = {name: t.float() for name, t in state_dict.items()}
     load_state_dict_strict(encoder, state_dict, weights_path, assign=True)
     encoder.requires_grad_(True)
@@ -67,32 +79,65 @@ def save_encoder(encoder: Zipformer, folder: str | Path) -> None:
         tmp.write_text(json.dumps(encoder.config.to_dict(), indent=2) + "\n")
 
 
-def _encoder_config(path: Path) -> ZipformerConfig:
+def _encoder_config(path: Path, sizes: ZipformerConfig | None) -> ZipformerConfig | WhisperEncoderConfig:
+    if not path.is_file():
+        if sizes is None:
+            raise FileNotFoundError(
+                f"{path}: no such file; weights without it, as icefall releases them, need the sizes that they were "
+                "trained with: model.encoder.zipformer, whose keys are named as icefall's options (num_encoder_layers, "
+                "encoder_dim, ..., causal) and have the same defaults; {} if none was given"
+            )
+        return sizes
     try:
         values = json.loads(path.read_text())
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}") from e
+    try:
+        if values.get("model_type") == "whisper":
+            config = WhisperEncoderConfig.from_released(values)
+        else:
+            config = ZipformerConfig.from_dict(_own_values(values))
+    except ValueError as e:
+        raise UserError(f"{path}: {e}") from e
+    if sizes is not None and sizes != config:
+        if not isinstance(config, ZipformerConfig):
+            raise UserError(f"{path} is that of a Whisper, but model.encoder.zipformer gives a Zipformer's sizes")
+        own, given = config.to_dict(), sizes.to_dict()
+        other = "; ".join(f"{k}: {given[k]}, there {own[k]}" for k in own if own[k] != given[k])
+        raise UserError(f"model.encoder.zipformer contradicts {path} ({other}): leave it out, or remove that file")
+    return config
+
+
+def _own_values(values: dict[str, Any]) -> dict[str, Any]:
+    """What a composite model's config.json says of its encoder."""
     for name in COMPOSITE_NAMES:
         for key in (f"{name}_config", name):
             if isinstance(values.get(key), dict):
                 values = values[key]
-    try:
-        return ZipformerConfig.from_dict(values)
-    except ValueError as e:
-        raise UserError(f"{path}: {e}") from e
+    return values
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def _read_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of a file, those whose names are `wanted`."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+        # icefall's own checkpoints have paths beside the weights; their class is in another module in Python 3.13.
+        paths = [(PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
+        with torch.serialization.safe_globals(paths):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise UserError(
+            f"{path}: is damaged, or holds more than tensors, numbers and text, which would have to be executed to be "
+            f"read: write its weights alone, as icefall's zipformer/export.py does ({e})"
+        ) from e
     except Exception as e:
         raise UserError(f"{path}: cannot be read as model weights, is it complete? {e}") from e
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]
-    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    return {k: v for k, v in content.items() if isinstance(v, Tensor) and wanted(k)}
 
 
 def encoder_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:

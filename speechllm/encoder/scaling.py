@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speechllm.linear import Linear
+
 
 class ScheduledFloat:
     """A number that depends, piecewise linearly, on how many batches the model has been trained for.
@@ -100,9 +102,9 @@ def swoosh_r(x: Tensor) -> Tensor:
     return _Swoosh.apply(x, SWOOSH_R)
 
 
-def scaled_linear(in_dim: int, out_dim: int, initial_scale: float, bias: bool = True) -> nn.Linear:
+def scaled_linear(in_dim: int, out_dim: int, initial_scale: float, bias: bool = True) -> Linear:
     """A linear layer whose weights start `initial_scale` times as large, its biases within 0.1 of that."""
-    linear = nn.Linear(in_dim, out_dim, bias=bias)
+    linear = Linear(in_dim, out_dim, bias=bias)
     with torch.no_grad():
         linear.weight.mul_(initial_scale)
         if bias:

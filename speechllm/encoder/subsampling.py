@@ -5,7 +5,6 @@ After arXiv 2310.11230 (section 3.1, "Conv-Embed") and icefall; the ConvNeXt blo
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechllm.encoder.scaling import (
@@ -18,6 +17,7 @@ from speechllm.encoder.scaling import (
     swoosh_l,
     swoosh_r,
 )
+from speechllm.linear import product
 
 # Three convolutions that see 7 frames and step by 2; (T - 7) // 2 outputs are counted, as in icefall.
 MIN_FRAMES = 9
@@ -100,7 +100,7 @@ class Conv2dSubsampling(nn.Module):
         # The weight counts (C, F'), the memory (F', C): the weight is smaller.
         n, t, f, c = x.shape
         weight = self.out.weight.view(-1, c, f).transpose(1, 2).reshape(-1, f * c)
-        return F.linear(x.reshape(n, t, f * c), weight, self.out.bias)
+        return product(x.reshape(n, t, f * c), weight, self.out.bias)
 
     def forward(self, features: Tensor, valid: Tensor | None) -> Tensor:
         """(N, T, F) -> (N, T', out_dim); `valid` (N, T') is False on padding, None if there is none."""

@@ -33,6 +33,7 @@ from speechllm.encoder.scaling import (
     swoosh_l,
     swoosh_r,
 )
+from speechllm.linear import Linear
 
 PER_STACK = (
     "downsampling_factor",
@@ -298,7 +299,7 @@ def attend(weights: Tensor, x: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, value_head_dim: int):
         super().__init__()
-        self.in_proj = nn.Linear(dim, num_heads * value_head_dim)
+        self.in_proj = Linear(dim, num_heads * value_head_dim)
         self.out_proj = scaled_linear(num_heads * value_head_dim, dim, initial_scale=0.05)
         self.whiten = whitening(7.5, ratio=3.0)
 
@@ -313,7 +314,7 @@ class NonlinAttention(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         hidden = 3 * dim // 4
-        self.in_proj = nn.Linear(dim, 3 * hidden)
+        self.in_proj = Linear(dim, 3 * hidden)
         self.balancer = Balancer(
             ScheduledFloat((0.0, 0.25), (20000.0, 0.05)),
             ScheduledFloat((0.0, 0.75), (20000.0, 0.95)),
@@ -334,7 +335,7 @@ class NonlinAttention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int, dropout: ScheduledFloat):
         super().__init__()
-        self.in_proj = nn.Linear(dim, hidden)
+        self.in_proj = Linear(dim, hidden)
         self.hidden_balancer = Balancer(0.3, 1.0, 0.75, 5.0)
         self.out_proj = scaled_linear(hidden, dim, initial_scale=0.1)
         self.dropout = dropout
@@ -384,7 +385,7 @@ class ChunkCausalConv(nn.Module):
 class ConvolutionModule(nn.Module):
     def __init__(self, dim: int, kernel: int, causal: bool):
         super().__init__()
-        self.in_proj = nn.Linear(dim, 2 * dim)
+        self.in_proj = Linear(dim, 2 * dim)
         self.balancer1 = Balancer(
             ScheduledFloat((0.0, 0.05), (8000.0, 0.025)), 1.0, 1.5, ScheduledFloat((0.0, 5.0), (8000.0, 10.0))
         )
@@ -567,8 +568,17 @@ class StackedEncoder(nn.Module):
         )
         self.downsample_output = Downsample(config.output_downsampling_factor)
 
-    def forward(self, x: Tensor, lens: Tensor, chunk_size: int, left_context_frames: int, checkpointed: bool) -> Tensor:
-        """x (N, T, D0), lens (N,) -> (N, T', D) with T' = T / output_downsampling_factor, rounded up"""
+    def forward(
+        self,
+        x: Tensor,
+        lens: Tensor,
+        chunk_size: int,
+        left_context_frames: int,
+        checkpointed: bool,
+        return_stacks: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (N, T, D0), lens (N,) -> (N, T', D) with T' = T / output_downsampling_factor, rounded up; on demand also
+        (S, N, T', D), what would be the output after each stack."""
         config = self.config
         t = x.shape[1]
         if chunk_size >= t:
@@ -585,23 +595,22 @@ class StackedEncoder(nn.Module):
         feature_masks = self.feature_masks(x)
         for i, stack in enumerate(self.encoders):
             dim = config.encoder_dim[i]
+            feature_mask = feature_masks[i] if stack.training else None  # none in a frozen stack
             x = x[..., :dim] if dim <= x.shape[-1] else F.pad(x, (0, dim - x.shape[-1]))
             factor = config.downsampling_factor[i]
             if factor == 1:
-                x = stack(x, rates[factor], feature_masks[i], checkpointed)
+                x = stack(x, rates[factor], feature_mask, checkpointed)
             else:
-                x = stack(x, lens, rates[factor], feature_masks[i], checkpointed)
+                x = stack(x, lens, rates[factor], feature_mask, checkpointed)
             outputs.append(x)
-        # The widest output; what the last stack lacks comes from the last one before it that has it.
-        pieces = [x]
-        dim = x.shape[-1]
-        for out in reversed(outputs):
-            if out.shape[-1] > dim:
-                pieces.append(out[..., dim:])
-                dim = out.shape[-1]
-        x = torch.cat(pieces, dim=-1) if len(pieces) > 1 else x
-        x = self.downsample_output(x, lens)
-        return x[:, : -(-t // config.output_downsampling_factor)]
+        t_out = -(-t // config.output_downsampling_factor)
+        encoder_out = self.downsample_output(_widest(outputs), lens)[:, :t_out]
+        if not return_stacks:
+            return encoder_out
+        widened = [_widest(outputs[: i + 1]) for i in range(len(outputs) - 1)]
+        widened = [F.pad(out, (0, encoder_out.shape[-1] - out.shape[-1])) for out in widened]
+        below = [self.downsample_output(out, lens)[:, :t_out] for out in widened]
+        return encoder_out, torch.stack([*below, encoder_out])
 
     def frames_at(
         self, factor: int, x: Tensor, lens: Tensor, padded: bool, chunk_size: int, left_context_frames: int
@@ -653,13 +662,50 @@ class StackedEncoder(nn.Module):
         return masks
 
 
+def shortest_and_longest(features: Tensor, feature_lens: Tensor, dim: int, min_frames: int) -> tuple[int, int]:
+    """The least and the largest of `feature_lens` (N,), those of an encoder's input `features` (N, T, dim).
+
+    Raises:
+        ValueError: if shapes or lengths do not fit, or an utterance is too short.
+    """
+    if features.dim() != 3 or features.shape[2] != dim or len(features) != len(feature_lens):
+        raise ValueError(
+            f"features must be (N, T, {dim}) with N lengths, but are {tuple(features.shape)} with {len(feature_lens)}"
+        )
+    shortest, longest = (int(v) for v in feature_lens.aminmax())
+    if shortest < min_frames:
+        raise ValueError(
+            f"an utterance has {shortest} feature frames, but the encoder needs at least {min_frames}; leave out such "
+            "short ones"
+        )
+    if longest > features.shape[1]:
+        raise ValueError(f"feature_lens say {longest} frames, but features have {features.shape[1]} only")
+    return shortest, longest
+
+
+def _widest(outputs: list[Tensor]) -> Tensor:
+    """The last stack's output, widened: what it lacks comes from the last one before it that has it."""
+    x = outputs[-1]
+    pieces = [x]
+    dim = x.shape[-1]
+    for out in reversed(outputs):
+        if out.shape[-1] > dim:
+            pieces.append(out[..., dim:])
+            dim = out.shape[-1]
+    return torch.cat(pieces, dim=-1) if len(pieces) > 1 else x
+
+
 class Zipformer(nn.Module):
     """The encoder, front end included. Call it as `encoder(features, feature_lens)`.
 
     Attributes:
         config: its ZipformerConfig.
         output_dim: D, the width of its output.
+        frame_seconds: how much audio a frame of its output stands for.
+        feature_kind, feature_dim: the features it reads, of those in `speechllm.data.features`, and their width.
         min_frames: the shortest utterance it can encode, in feature frames.
+        max_seconds: the longest.
+        num_stacks: how many stacks of layers it has.
         checkpoint_layers: in training, keep only the inputs of the front end and of each layer, and compute the
             rest again for the gradient (activation checkpointing, arXiv 1604.06174): a third more work, and
             memory that hardly grows with depth. Every number stays the same, random ones included, as long as
@@ -669,13 +715,18 @@ class Zipformer(nn.Module):
     it.
     """
 
+    feature_kind = "fbank"
     min_frames = subsampling.MIN_FRAMES
+    max_seconds = math.inf
 
     def __init__(self, config: ZipformerConfig):
         super().__init__()
         self.config = config
         self.checkpoint_layers = False
         self.output_dim = max(config.encoder_dim)
+        self.feature_dim = config.feature_dim
+        self.frame_seconds = 0.02 * config.output_downsampling_factor
+        self.num_stacks = len(config.encoder_dim)
         dropout = ScheduledFloat((0.0, 0.3), (20000.0, 0.1)) if config.dropout is None else constant(config.dropout)
         self.encoder_embed = subsampling.Conv2dSubsampling(
             config.feature_dim, config.encoder_dim[0], tuple(config.subsampling_channels), dropout
@@ -692,6 +743,10 @@ class Zipformer(nn.Module):
         for schedule in scheduled_floats(self):
             schedule.set_batch_count(batch_count)
 
+    def bottom(self, num_stacks: int) -> list[nn.Module]:
+        """The front end and the lowest stacks."""
+        return [self.encoder_embed, *self.encoder.encoders[:num_stacks]]
+
     def output_lens(self, feature_lens: Tensor) -> Tensor:
         """How many output frames utterances of these many feature frames give; (N,) -> (N,)"""
         return -(-subsampling.output_lens(feature_lens) // self.config.output_downsampling_factor)
@@ -702,7 +757,8 @@ class Zipformer(nn.Module):
         feature_lens: Tensor,
         chunk_size: int | None = None,
         left_context_frames: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        return_stacks: bool = False,
+    ) -> tuple[Tensor, ...]:
         """
         Args:
             features: log-mel features, 100 frames a second, (N, T, feature_dim); anything may lie beyond the
@@ -710,29 +766,18 @@ class Zipformer(nn.Module):
             feature_lens: (N,), in frames, each from `min_frames` to T.
             chunk_size, left_context_frames: for causal models, see ZipformerConfig; by default what that
                 says.
+            return_stacks: give the outputs of all stacks too.
 
         Returns:
-            encoder_out (N, T', D), encoder_out_lens (N,)
+            encoder_out (N, T', D), encoder_out_lens (N,); with `return_stacks` also stack_outs (S, N, T', D): after
+            each of the S stacks, what the output would be if it were the last, zero in dimensions that no stack so far
+            has. The last is encoder_out.
 
         Raises:
             ValueError: if shapes or lengths do not fit, or an utterance is too short.
         """
-        config = self.config
-        if features.dim() != 3 or features.shape[2] != config.feature_dim or len(features) != len(feature_lens):
-            raise ValueError(
-                f"features must be (N, T, {config.feature_dim}) with N lengths, but are "
-                f"{tuple(features.shape)} with {len(feature_lens)}"
-            )
+        shortest, longest = shortest_and_longest(features, feature_lens, self.config.feature_dim, self.min_frames)
         feature_lens = feature_lens.to(features.device)
-        shortest, longest = (int(v) for v in feature_lens.aminmax())
-        if shortest < self.min_frames:
-            raise ValueError(
-                f"an utterance has {shortest} feature frames, but the encoder needs at least "
-                f"{self.min_frames}; leave out such short ones"
-            )
-        if longest > features.shape[1]:
-            raise ValueError(f"feature_lens say {longest} frames, but features have {features.shape[1]} only")
-
         features = features[:, :longest]
         lens = subsampling.output_lens(feature_lens)
         valid = None
@@ -743,7 +788,11 @@ class Zipformer(nn.Module):
         checkpointed = self.checkpoint_layers and torch.is_grad_enabled()
         x = run(self.encoder_embed, features, valid, checkpointed=checkpointed)
         chunk_size, left_context_frames = self.context(chunk_size, left_context_frames)
-        return self.encoder(x, lens, chunk_size, left_context_frames, checkpointed), self.output_lens(feature_lens)
+        out = self.encoder(x, lens, chunk_size, left_context_frames, checkpointed, return_stacks)
+        if return_stacks:
+            encoder_out, stack_outs = out
+            return encoder_out, self.output_lens(feature_lens), stack_outs
+        return out, self.output_lens(feature_lens)
 
     def context(self, chunk_size: int | None, left_context_frames: int | None) -> tuple[int, int]:
         """Chunk size and left context for a batch: as asked for, drawn in training, the widest otherwise."""

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from speechllm.linear import Linear, linear_cross_entropy, product
 from speechllm.prompt import IGNORE
-from speechllm.rwkv7.linear import Linear, linear_cross_entropy, product
 from speechllm.rwkv7.state import RWKV7State
 from speechllm.rwkv7.wkv import row_lengths, wkv7
 
@@ -176,7 +176,7 @@ class TimeMix(nn.Module):
         self.g1, self.g2 = low_rank(ranks["gate"])
         self.k_k, self.k_a = vector(), vector()
         self.r_k = nn.Parameter(torch.empty(H, config.head_size))
-        self.receptance, self.key, self.value, self.output = (Linear(D, D) for _ in range(4))
+        self.receptance, self.key, self.value, self.output = (Linear(D, D, bias=False) for _ in range(4))
         self.ln_x = nn.GroupNorm(H, D, eps=_GROUP_NORM_EPS)
 
     def mixes(self) -> Tensor:
@@ -245,8 +245,8 @@ class ChannelMix(nn.Module):
     def __init__(self, config: RWKV7Config):
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
-        self.key = Linear(config.n_embd, config.ffn_size)
-        self.value = Linear(config.ffn_size, config.n_embd)
+        self.key = Linear(config.n_embd, config.ffn_size, bias=False)
+        self.value = Linear(config.ffn_size, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, prev: Tensor, rows: _Rows, wanted: Tensor | None) -> Tensor:
         """x (P, D), prev (N, D) -> (P, D), or (K, D) at the K ``wanted`` of the P positions."""
@@ -316,6 +316,8 @@ class RWKV7(nn.Module):
         (activation checkpointing, arXiv 1604.06174): a third more work, and memory that hardly grows with depth.
     """
 
+    name = "RWKV-7"
+
     def __init__(self, config: RWKV7Config, wkv_backend: str = "auto"):
         super().__init__()
         self.config, self.wkv_backend = config, wkv_backend
@@ -323,7 +325,7 @@ class RWKV7(nn.Module):
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = Linear(config.n_embd, config.vocab_size)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.register_parameter("initial_wkv", None)
         if not self.emb.weight.is_meta:  # else the weights are about to be loaded
             self.reset_parameters()
@@ -354,6 +356,18 @@ class RWKV7(nn.Module):
         if wkv.shape != expected:
             raise ValueError(f"initial state: wkv has shape {tuple(wkv.shape)}, this model needs {expected}")
         self.initial_wkv = nn.Parameter(wkv.squeeze(1).detach().clone())
+
+    def layers(self) -> list[nn.Module]:
+        """What computes one after the other, most of the model: the two halves of every block."""
+        return [layer for block in self.blocks for layer in (block.att, block.ffn)]
+
+    def untuned(self) -> "RWKV7":
+        """A model of the same sizes on the meta device, to be loaded."""
+        with torch.device("meta"):
+            model = RWKV7(self.config)
+            if self.initial_wkv is not None:
+                model.add_initial_state()
+        return model
 
     @property
     def _head_shape(self) -> tuple[int, int, int]:
@@ -520,44 +534,83 @@ class RWKV7(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The official initialisation (RWKV-LM, RWKV-v7/train_temp/src/model.py) of every parameter."""
-        c = self.config
-        D, V = c.n_embd, c.vocab_size
-        channel = torch.arange(D) / D
-        linear = torch.arange(D) / max(1, D - 1)  # 0 to 1
-        in_head = torch.linspace(-1, 1, c.head_size).repeat(D // c.head_size)
-        zigzag = in_head * in_head.abs()
-
-        def fill(parameter: Tensor, values: Tensor) -> None:
-            parameter.copy_(values.view_as(parameter))
-
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
-        nn.init.orthogonal_(self.head.weight, gain=0.5 * max(1.0, math.sqrt(V / D)))
+        nn.init.orthogonal_(self.head.weight, gain=0.5 * max(1.0, math.sqrt(self.vocab_size / self.hidden_size)))
         for i, block in enumerate(self.blocks):
-            depth, height = i / max(1, c.n_layer - 1), 1 - i / c.n_layer  # 0 to 1, 1 to almost 0
-            att, ffn = block.att, block.ffn
-            exponents = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
-            for name, exponent in exponents.items():
-                fill(getattr(att, f"x_{name}"), 1 - channel ** (exponent * height))
-            fill(att.w0, -6 + 6 * linear ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag)
-            fill(att.a0, -0.19 + 0.3 * zigzag + 0.4 * (linear - 0.5))
-            if i > 0:
-                fill(att.v0, 0.73 - 0.4 * (linear - 0.5))
-            for name in "wavg" if i > 0 else "wag":
-                nn.init.zeros_(getattr(att, f"{name}1"))
-                second = getattr(att, f"{name}2")
-                nn.init.orthogonal_(second, gain=0.1 * max(1.0, math.sqrt(second.shape[0] / second.shape[1])))
-            fill(att.k_k, 0.71 - 0.1 * (linear - 0.5))
-            att.k_a.fill_(1.02)
-            att.r_k.fill_(-0.04)
-            att.ln_x.weight.fill_(((1 + i) / c.n_layer) ** 0.7)
-            att.ln_x.bias.zero_()
-            nn.init.orthogonal_(att.receptance.weight)
-            nn.init.orthogonal_(att.key.weight, gain=0.1)
-            nn.init.orthogonal_(att.value.weight)
-            nn.init.zeros_(att.output.weight)
-            fill(ffn.x_k, 1 - channel ** (height**4))
-            nn.init.orthogonal_(ffn.key.weight)
-            nn.init.zeros_(ffn.value.weight)
+            _reset_block(block, self.config, i)
+
+
+class RWKV7Layers(nn.Module):
+    """The blocks of an RWKV-7 between other layers: no embedding of tokens, no vocabulary, no state carried on.
+
+    Args:
+      config: its sizes; ``vocab_size`` means nothing here.
+
+    Officially initialised, as ``RWKV7`` is.
+    """
+
+    def __init__(self, config: RWKV7Config):
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        if not self.ln_out.weight.is_meta:  # else the weights are about to be loaded
+            with torch.no_grad():
+                for i, block in enumerate(self.blocks):
+                    _reset_block(block, config, i)
+
+    def forward(self, x: Tensor, lens: Tensor) -> Tensor:
+        """x (N, L, D), lens (N,) -> (N, L, D), zero beyond the lengths; each row is read from its first position on."""
+        N, L, D = x.shape
+        lens = row_lengths(N, L, lens, None)
+        valid = (torch.arange(L) < lens[:, None]).flatten().nonzero().squeeze(1).to(x.device)
+        rows = _Rows(lens, x.device)
+        before = x.new_zeros(N, D)
+        H, K = D // self.config.head_size, self.config.head_size
+        state = x.new_zeros(N, H, K, K, dtype=torch.promote_types(self.ln_out.weight.dtype, torch.float32))
+        out, v_first = self.blocks[0].ln0(x.flatten(0, 1).index_select(0, valid)), None
+        for block in self.blocks:
+            out, v_first, *_ = block(out, v_first, before, before, state, rows, None, "auto")
+        out = self.ln_out(out)
+        return out.new_zeros(N * L, D).index_copy(0, valid, out).view(N, L, D)
+
+
+def _reset_block(block: Block, c: RWKV7Config, i: int) -> None:
+    """The official initialisation of block number ``i``, but for its LayerNorms, which have PyTorch's."""
+    D = c.n_embd
+    channel = torch.arange(D) / D
+    linear = torch.arange(D) / max(1, D - 1)  # 0 to 1
+    in_head = torch.linspace(-1, 1, c.head_size).repeat(D // c.head_size)
+    zigzag = in_head * in_head.abs()
+    depth, height = i / max(1, c.n_layer - 1), 1 - i / c.n_layer  # 0 to 1, 1 to almost 0
+    att, ffn = block.att, block.ffn
+
+    def fill(parameter: Tensor, values: Tensor) -> None:
+        parameter.copy_(values.view_as(parameter))
+
+    exponents = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
+    for name, exponent in exponents.items():
+        fill(getattr(att, f"x_{name}"), 1 - channel ** (exponent * height))
+    fill(att.w0, -6 + 6 * linear ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag)
+    fill(att.a0, -0.19 + 0.3 * zigzag + 0.4 * (linear - 0.5))
+    if i > 0:
+        fill(att.v0, 0.73 - 0.4 * (linear - 0.5))
+    for name in "wavg" if i > 0 else "wag":
+        nn.init.zeros_(getattr(att, f"{name}1"))
+        second = getattr(att, f"{name}2")
+        nn.init.orthogonal_(second, gain=0.1 * max(1.0, math.sqrt(second.shape[0] / second.shape[1])))
+    fill(att.k_k, 0.71 - 0.1 * (linear - 0.5))
+    att.k_a.fill_(1.02)
+    att.r_k.fill_(-0.04)
+    att.ln_x.weight.fill_(((1 + i) / c.n_layer) ** 0.7)
+    att.ln_x.bias.zero_()
+    nn.init.orthogonal_(att.receptance.weight)
+    nn.init.orthogonal_(att.key.weight, gain=0.1)
+    nn.init.orthogonal_(att.value.weight)
+    nn.init.zeros_(att.output.weight)
+    fill(ffn.x_k, 1 - channel ** (height**4))
+    nn.init.orthogonal_(ffn.key.weight)
+    nn.init.zeros_(ffn.value.weight)

@@ -1,4 +1,5 @@
-"""Parameter-efficient tuning of RWKV-7: adapters of the ``peft`` package, a trained initial state, quantised bases.
+"""Parameter-efficient tuning of language models: adapters of the ``peft`` package and, of RWKV-7, a trained initial
+state and quantised bases.
 
     model = tune(load_rwkv7(path), TuneConfig(method="lora", rank=16))   # prepared in place: only the adapter trains
     ...                                                                  # train it like any model
@@ -8,11 +9,14 @@
 
 Methods: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948), MiSS (2409.15371), AdaLoRA
 (2303.10512), and state tuning, where the initial state of every layer is all that trains (RWKV-PEFT).
+
+An adapter of a transformers model has the names that ``peft`` itself would give it on that model.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +35,10 @@ from speechllm.rwkv7.state import RWKV7State
 
 if TYPE_CHECKING:  # peft imports transformers, which takes seconds: only those who tune pay for it
     from peft import PeftConfig, PeftModel
+
+    from speechllm.transformers_lm import TransformersLM
+
+    Model = RWKV7 | TransformersLM
 
 QUANTIZED = ("none", "int8", "nf4")
 
@@ -64,10 +72,10 @@ class TuneConfig:
       rank: 8 if None; for AdaLoRA the average rank that is left at the end.
       alpha: the adapter counts alpha / rank times (rsLoRA: alpha / sqrt(rank)). 2 * rank if None, rank for PiSSA.
       dropout: on the adapter's input; 0 if None.
-      targets: names of matrices, each with or without its parents: ``key`` is ``att.key`` and ``ffn.key``.
-        receptance, key, value, output if None.
+      targets: names of matrices, each with or without its parents: ``key`` is ``att.key`` and ``ffn.key``. If None,
+        receptance, key, value, output of RWKV-7, and of other models every matrix of their layers.
       initial_rank: AdaLoRA's rank at the start, 1.5 * rank if None.
-      quantize: keep the frozen matrices of the blocks in ``int8`` or ``nf4``: by bitsandbytes where there is CUDA
+      quantize: keep the frozen matrices of RWKV-7's blocks in ``int8`` or ``nf4``: by bitsandbytes where there is CUDA
         (when the model is moved there), else by torchao, whose weights DistributedDataParallel does not take.
 
     Raises:
@@ -98,12 +106,11 @@ class TuneConfig:
         if "rank" in has:
             rank = self.rank = 8 if self.rank is None else self.rank
             self.dropout = 0.0 if self.dropout is None else self.dropout
-            self.targets = ["receptance", "key", "value", "output"] if self.targets is None else self.targets
             if rank < 1:
                 raise ValueError(f"rank must be at least 1, got {rank}")
             if not 0 <= self.dropout < 1:
                 raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-            if not self.targets:
+            if self.targets is not None and not self.targets:
                 raise ValueError("targets: name at least one matrix")
         if "alpha" in has:
             if self.alpha is None:
@@ -130,7 +137,7 @@ class _Tuning:
     originals: dict[str, Tensor] = field(default_factory=dict)  # base weights while the adapter is merged, by layer
 
 
-def tune(model: RWKV7, config: TuneConfig) -> RWKV7:
+def tune(model: Model, config: TuneConfig) -> Model:
     """Prepares a model for training, in place: freezes it, quantises it and adds what trains.
 
     Without training it computes what it did before (quantised ones nearly so).
@@ -140,11 +147,16 @@ def tune(model: RWKV7, config: TuneConfig) -> RWKV7:
 
     Raises:
       UserError: targets that match nothing, a rank above that of a target, a model that is tuned already, a package
-        that is not installed, DoRA on a matrix with rows of zeros, which have no direction.
+        that is not installed, DoRA on a matrix with rows of zeros, which have no direction, an option that is for
+        RWKV-7 alone.
     """
     if getattr(model, "tuning", None) is not None:
         raise UserError("tune: the model is tuned already; load the base anew, or load its adapter with load_adapter")
-    if config.targets is not None:
+    for option, wanted in (("method: state", config.method == "state"), ("quantize", config.quantize != "none")):
+        if wanted and not isinstance(model, RWKV7):
+            raise UserError(f"tune.{option}: is for RWKV-7; the language model is {model.name}")
+    if "targets" in _OPTIONS[config.method]:
+        config = replace(config, targets=config.targets or _default_targets(model))
         _check_targets(model, config)
     if config.method == "dora":
         for name, module in model.named_modules():
@@ -160,13 +172,13 @@ def tune(model: RWKV7, config: TuneConfig) -> RWKV7:
         model.initial_wkv.requires_grad_(True)
     elif config.method != "full":
         adapter = _inject(model, _peft_config(config))
-        if config.method == "pissa" and not model.emb.weight.is_meta:
+        if config.method == "pissa" and not next(model.parameters()).is_meta:
             _start_with_principal_components(model, adapter)
     model.tuning = _Tuning(adapter, quantized=config.quantize != "none")
     return model
 
 
-def save_adapter(model: RWKV7, folder: str | Path, base: str | Path | None = None) -> None:
+def save_adapter(model: Model, folder: str | Path, base: str | Path | None = None) -> None:
     """Writes what was tuned, without the base; replaces ``folder`` in one move.
 
     An adapter becomes a PEFT folder (``adapter_config.json``, ``adapter_model.safetensors``) that
@@ -181,8 +193,8 @@ def save_adapter(model: RWKV7, folder: str | Path, base: str | Path | None = Non
       UserError: the model has neither an adapter nor a tuned state.
     """
     tuning = _tuning(model)
-    if tuning.peft is None and model.initial_wkv is None:
-        raise UserError("save_adapter: there is no adapter, all of the model was trained: use save_rwkv7")
+    if tuning.peft is None and (not isinstance(model, RWKV7) or model.initial_wkv is None):
+        raise UserError("save_adapter: there is no adapter, all of the model was trained: save the model itself")
     with replaced_folder(folder) as tmp:
         if tuning.peft is None:
             model.initial_state(1).save(tmp / _STATE_FILE)
@@ -194,11 +206,11 @@ def save_adapter(model: RWKV7, folder: str | Path, base: str | Path | None = Non
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, tmp / _WEIGHTS_FILE)
 
 
-def load_adapter(model: RWKV7, folder: str | Path, trainable: bool = False) -> RWKV7:
+def load_adapter(model: Model, folder: str | Path, trainable: bool = False) -> Model:
     """Puts what ``save_adapter`` or ``peft`` wrote on a base, in place.
 
     Args:
-      model: the base, as ``load_rwkv7`` gives it.
+      model: the base, as ``load_rwkv7`` or ``load_transformers_lm`` gives it.
       trainable: the adapter goes on training; else nothing of the model trains.
 
     Raises:
@@ -210,6 +222,8 @@ def load_adapter(model: RWKV7, folder: str | Path, trainable: bool = False) -> R
         raise UserError(f"{folder}: the model is tuned already; load the base anew")
     if (folder / _STATE_FILE).is_file():
         adapter = None
+        if not isinstance(model, RWKV7):
+            raise UserError(f"{folder / _STATE_FILE}: is for RWKV-7; the language model is {model.name}")
         _load_state(model, folder / _STATE_FILE, trainable)
     else:
         adapter = _load_peft(model, folder, trainable)
@@ -217,7 +231,7 @@ def load_adapter(model: RWKV7, folder: str | Path, trainable: bool = False) -> R
     return model
 
 
-def merge(model: RWKV7) -> None:
+def merge(model: Model) -> None:
     """Adds the adapter to the weights it belongs to, so that it takes no time in decoding.
 
     The original of each weight is kept until ``unmerge`` puts it back, bit for bit.
@@ -236,7 +250,7 @@ def merge(model: RWKV7) -> None:
     tuning.originals = _merge_layers(model)
 
 
-def unmerge(model: RWKV7) -> None:
+def unmerge(model: Model) -> None:
     """Undoes ``merge`` exactly: the base has the weights it had, and the adapter can go on training.
 
     Raises:
@@ -252,8 +266,8 @@ def unmerge(model: RWKV7) -> None:
 
 
 @torch.no_grad()
-def merged_state_dict(model: RWKV7) -> dict[str, Tensor]:
-    """The state dict of an untuned RWKV7 that computes the same; the model stays as it is.
+def merged_state_dict(model: Model) -> dict[str, Tensor]:
+    """The state dict of an untuned model that computes the same; the model stays as it is.
 
     A tuned initial state is part of it (``initial_wkv``). Of a quantised base these are the weights that the adapter
     was trained with, in floating point, not those of the file that was quantised. (The 8-bit products of bitsandbytes
@@ -268,10 +282,7 @@ def merged_state_dict(model: RWKV7) -> dict[str, Tensor]:
     }
     if tuning is None or tuning.peft is None or tuning.originals:
         return weights
-    with torch.device("meta"):
-        plain = RWKV7(model.config)
-        if model.initial_wkv is not None:
-            plain.add_initial_state()
+    plain = model.untuned()
     plain.load_state_dict(weights, assign=True)
     config, adapter = _export(tuning.peft)
     _load_weights(_inject(plain, config), adapter)
@@ -333,7 +344,7 @@ class RankAllocation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.tuner is None:
             return
-        device = self.tuner.model.emb.weight.device
+        device = next(self.tuner.model.parameters()).device
         self.allocator.exp_avg_ipt = {name: x.to(device) for name, x in state["sensitivity"].items()}
         self.allocator.exp_avg_unc = {name: x.to(device) for name, x in state["uncertainty"].items()}
         self.allocator.ipt = {name: torch.zeros_like(x) for name, x in self.allocator.exp_avg_ipt.items()}
@@ -378,7 +389,7 @@ def _size(count: float) -> str:
     return f"{count:.3g} GiB"
 
 
-def _tuning(model: RWKV7) -> _Tuning:
+def _tuning(model: Model) -> _Tuning:
     tuning = getattr(model, "tuning", None)
     if tuning is None:
         raise UserError("the model was not tuned: call tune or load_adapter first")
@@ -395,15 +406,32 @@ def _is_target(name: str, targets: Sequence[str]) -> bool:
     return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
-def _check_targets(model: RWKV7, config: TuneConfig) -> None:
-    matrices = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+# The layers of RWKV-7 and of transformers are in lists: what is behind the number is the name in a layer.
+_LAYER_NAME = re.compile(r".*?\.\d+\.(.+)")
+
+
+def _matrices(model: Model) -> dict[str, Tensor]:
+    return {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _default_targets(model: Model) -> list[str]:
+    if isinstance(model, RWKV7):
+        return ["receptance", "key", "value", "output"]
+    return list(dict.fromkeys(match[1] for name in _matrices(model) if (match := _LAYER_NAME.fullmatch(name))))
+
+
+def _check_targets(model: Model, config: TuneConfig) -> None:
+    matrices = _matrices(model)
     unknown = [target for target in config.targets if not any(_is_target(name, [target]) for name in matrices)]
     if unknown:
-        there = dict.fromkeys(name.split(".", 2)[2] if name.startswith("blocks.") else name for name in matrices)
+        there = dict.fromkeys(_LAYER_NAME.sub(r"\1", name) for name in matrices)
         raise UserError(
-            f"tune.targets: no matrix is called {', '.join(unknown)}; there are {', '.join(there)} "
-            "(without att and ffn: both)"
+            f"tune.targets: no matrix of {model.name} is called {', '.join(unknown)}; there are {', '.join(there)} "
+            "(without what is before a dot: all of that name)"
         )
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    if tied := [n for n, weight in matrices.items() if id(weight) in embeddings and _is_target(n, config.targets)]:
+        raise UserError(f"tune.targets: {tied[0]} of {model.name} is its embedding too, and takes no adapter")
     largest = min(min(weight.shape) for name, weight in matrices.items() if _is_target(name, config.targets))
     if max(config.rank, config.initial_rank or 0) > largest:
         raise UserError(f"tune.rank: {config.initial_rank or config.rank} is too high: a target has only {largest}")
@@ -422,14 +450,14 @@ def _peft_config(config: TuneConfig) -> PeftConfig:
     return peft.LoraConfig(r=config.rank, **variant, **lora)
 
 
-def _inject(model: RWKV7, config: PeftConfig) -> PeftModel:
+def _inject(model: Model, config: PeftConfig) -> PeftModel:
     """Puts an adapter into the model, in place."""
     import peft
 
     with warnings.catch_warnings():
         # said of quantised bases, which are not merged here
         warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
-        adapter = peft.get_peft_model(model, config)
+        adapter = peft.get_peft_model(model if isinstance(model, RWKV7) else model.causal_lm, config)
     for _, layer in _adapter_layers(model):
         for constant in getattr(layer, "ranknum", {}).values():
             constant.requires_grad_(False)  # which it lost if it was moved to the device of the base
@@ -446,7 +474,7 @@ def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def _start_with_principal_components(model: RWKV7, adapter: PeftModel) -> None:
+def _start_with_principal_components(model: Model, adapter: PeftModel) -> None:
     """PiSSA: the adapter starts as the largest singular components of its matrix, which are taken from the matrix.
 
     Here they are taken by a second, constant adapter (A0, -B0), so that the base stays what it was. Its weights are
@@ -466,7 +494,7 @@ def _start_with_principal_components(model: RWKV7, adapter: PeftModel) -> None:
     adapter.base_model.set_adapter([_TRAINED, _INITIAL])
 
 
-def _merge_layers(model: RWKV7) -> dict[str, Tensor]:
+def _merge_layers(model: Model) -> dict[str, Tensor]:
     """Merges all active adapters; returns the weights as they were, by layer."""
     originals = {}
     for name, layer in _adapter_layers(model):
@@ -482,18 +510,18 @@ def _export(adapter: PeftModel) -> tuple[PeftConfig, dict[str, Tensor]]:
     import peft
 
     live = adapter.peft_config[_TRAINED]
-    config = replace(live)
+    config = replace(live, base_model_name_or_path=None)
     if config.peft_type == peft.PeftType.ADALORA:
         # The ranks that were taken away are stored as the zeros they are: in the compact form peft takes a matrix
         # that is left without any for a damaged one.
         config.rank_pattern = None
     adapter.peft_config[_TRAINED] = config
     try:
-        weights = peft.get_peft_model_state_dict(adapter, adapter_name=_TRAINED)
+        weights = peft.get_peft_model_state_dict(adapter, adapter_name=_TRAINED, save_embedding_layers=False)
     finally:
         adapter.peft_config[_TRAINED] = live
     if _INITIAL in adapter.peft_config:
-        start = peft.get_peft_model_state_dict(adapter, adapter_name=_INITIAL)
+        start = peft.get_peft_model_state_dict(adapter, adapter_name=_INITIAL, save_embedding_layers=False)
         weights = {name: torch.cat((x, start[name]), dim=int("lora_B" in name)) for name, x in weights.items()}
         config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
     return config, weights
@@ -505,7 +533,7 @@ def _load_weights(adapter: PeftModel, weights: dict[str, Tensor]) -> None:
     peft.set_peft_model_state_dict(adapter, weights, adapter_name=_TRAINED)
 
 
-def _load_peft(model: RWKV7, folder: Path, trainable: bool) -> PeftModel:
+def _load_peft(model: Model, folder: Path, trainable: bool) -> PeftModel:
     import peft
 
     for name in (_CONFIG_FILE, _WEIGHTS_FILE):
@@ -527,7 +555,7 @@ def _load_peft(model: RWKV7, folder: Path, trainable: bool) -> PeftModel:
         adapter = _inject(model, config)
     except ValueError as e:  # peft found none of its target modules, or does not know their kind
         raise UserError(f"{folder}: the adapter does not fit the model: {e}") from e
-    own = peft.get_peft_model_state_dict(adapter, adapter_name=_TRAINED)
+    own = peft.get_peft_model_state_dict(adapter, adapter_name=_TRAINED, save_embedding_layers=False)
     problems = [f"missing: {name}" for name in own if name not in weights]
     problems += [f"unexpected: {name}" for name in weights if name not in own]
     if not problems:

@@ -29,7 +29,7 @@ class Transcript:
     """A reference and what was recognised instead.
 
     The others group the results, and are None where unknown: `language` is `en`, or `en>zh` for a translation;
-    `duration` is in seconds.
+    `duration` is in seconds. `found_language`: of the speech, as the model has identified it.
     """
 
     id: str
@@ -38,15 +38,23 @@ class Transcript:
     language: str | None = None
     speaker: str | None = None
     duration: float | None = None
+    found_language: str | None = None
 
 
-def transcripts(batch: Batch, hyps: Sequence[str | None], text_steps: Sequence[str]) -> list[Transcript]:
+def transcripts(
+    batch: Batch,
+    hyps: Sequence[str | None],
+    text_steps: Sequence[str],
+    found_languages: Sequence[str | None] | None = None,
+) -> list[Transcript]:
     """The references of a batch and what was recognised, both normalised alike.
 
     Args:
         hyps: N texts; the utterances of those that are None are left out.
         text_steps: the configuration's `data.text` (see `speechllm.text`).
+        found_languages: N languages, of a model that identifies them.
     """
+    columns = batch.ids, batch.texts, hyps, batch.languages, batch.target_languages, batch.durations
     return [
         Transcript(
             id,
@@ -54,9 +62,10 @@ def transcripts(batch: Batch, hyps: Sequence[str | None], text_steps: Sequence[s
             normalize_text(hyp, text_steps),
             language_label(language, target),
             duration=duration,
+            found_language=found,
         )
-        for id, ref, hyp, language, target, duration in zip(
-            batch.ids, batch.texts, hyps, batch.languages, batch.target_languages, batch.durations, strict=True
+        for id, ref, hyp, language, target, duration, found in zip(
+            *columns, found_languages or [None] * len(batch), strict=True
         )
         if hyp is not None
     ]
@@ -159,6 +168,21 @@ def score(results: Iterable[Transcript], units: Callable[[str], list[str]] = wor
         units: `words` for the word error rate, `characters` for the character error rate, `mixed` for the mixed one.
     """
     return sum(count_errors(results, units), ErrorReport())
+
+
+def exact_match(results: Sequence[Transcript]) -> float:
+    """The share of results without any error, as `words` sees them; 0 to 1. One less it is the sentence error rate."""
+    return sum(words(result.ref) == words(result.hyp) for result in results) / max(1, len(results))
+
+
+def language_accuracy(results: Iterable[Transcript]) -> float | None:
+    """The share of results whose language was identified rightly, 0 to 1; None where no language is known and found."""
+    rights = [
+        result.found_language == result.language.partition(">")[0]
+        for result in results
+        if result.found_language is not None and result.language is not None
+    ]
+    return sum(rights) / len(rights) if rights else None
 
 
 def count_errors(results: Iterable[Transcript], units: Callable[[str], list[str]] = words) -> list[ErrorReport]:

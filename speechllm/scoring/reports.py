@@ -66,7 +66,8 @@ def _rows(results: Sequence[Transcript], by: str) -> list[tuple[str, list[int]]]
 
 
 def error_table(results: Iterable[Transcript], by: str = "language", unit: str = "word") -> str:
-    """Error rates by group and over all, with bounds of 95 % confidence; CER beside the others.
+    """Error rates by group and over all, with bounds of 95 % confidence; CER beside the others. `exact`: the share of
+    utterances without any error.
 
     Args:
         by: see `grouped`; results without a group are under `-`, and only `all` is shown where none has one.
@@ -78,7 +79,19 @@ def error_table(results: Iterable[Transcript], by: str = "language", unit: str =
     with_cer = split is not characters
     by_character = count_errors(results, characters) if with_cer else reports
     rows = [
-        [by, "utterances", plural, rate, *(["CER"] if with_cer else []), "ins", "del", "sub", f"{rate} 95% from", "to"]
+        [
+            by,
+            "utterances",
+            plural,
+            rate,
+            *(["CER"] if with_cer else []),
+            "ins",
+            "del",
+            "sub",
+            "exact",
+            f"{rate} 95% from",
+            "to",
+        ]
     ]
     for name, group in _rows(results, by):
         members, counted = [results[i] for i in group], [reports[i] for i in group]
@@ -95,6 +108,7 @@ def error_table(results: Iterable[Transcript], by: str = "language", unit: str =
                 str(report.insertions),
                 str(report.deletions),
                 str(report.substitutions),
+                f"{sum(r.errors == 0 for r in counted) / len(group):.2%}",
                 *(UNKNOWN if bound is None else f"{bound:.2%}" for bound in bounds),
             ]
         )

@@ -20,7 +20,7 @@ from speechllm.data.codec import CODECS, telephone_band, transcode
 from speechllm.data.manifest import DataError, ManifestError, SourceConfig, read_manifest
 from speechllm.data.noise import SoundBank, babble
 from speechllm.data.reverb import reverberate, simulate_rir
-from speechllm.data.specaugment import spec_augment
+from speechllm.data.specaugment import spec_augment, spec_augment_twice
 
 RATE = 16000
 
@@ -308,6 +308,22 @@ def test_spec_augment_masks_within_bounds():
         torch.testing.assert_close(out[changed].unique(), features.mean()[None])
     assert masked_frames > 0
     assert spec_augment(features, SpecAugmentConfig(probability=0.0), rng()) is features
+
+
+def test_two_views_are_warped_alike_and_masked_each_by_itself():
+    features = torch.randn(200, 80, generator=torch.Generator().manual_seed(0))
+    config = SpecAugmentConfig(probability=1.0, time_mask_frames=20, time_warp_frames=10)
+    warped = SpecAugmentConfig(probability=1.0, freq_masks=0, time_masks=0, time_warp_frames=10)
+    one, two = spec_augment_twice(features, config, rng(3))
+    plain, plain_too = spec_augment_twice(features, warped, rng(3))
+    assert torch.equal(plain, plain_too) and not torch.equal(plain, features)
+    for view in (one, two):
+        kept = view == plain
+        assert 0.3 < kept.float().mean() < 1
+        torch.testing.assert_close(view[~kept].unique(), plain.mean()[None])
+    assert not torch.equal(one, two)
+    again = spec_augment_twice(features, config, rng(3))
+    assert torch.equal(one, again[0]) and torch.equal(two, again[1])
 
 
 def test_spec_augment_takes_any_length():

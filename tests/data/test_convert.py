@@ -10,8 +10,9 @@ from lhotse import CutSet, Recording
 
 from speechllm.cli import main
 from speechllm.data import SourceConfig, fbank, read_manifest
-from speechllm.data.audio import load_samples
+from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
 from speechllm.data.convert import convert_to_cuts, convert_to_shar
+from speechllm.data.features import extract_features
 from speechllm.data.manifest import describe_cut
 from speechllm.errors import UserError
 
@@ -34,7 +35,8 @@ def source(tmp_path):
     lines = [
         {"audio_filepath": "audio/wide.wav", "duration": 1.0, "text": "a", "lang": "en"},
         {"audio_filepath": "audio/phone.wav", "duration": 0.7, "text": "b c", "id": "x.y/z"},
-        {"audio_filepath": "audio/long.wav", "duration": 1.25, "offset": 3.5, "text": "d"},
+        {"audio_filepath": "audio/long.wav", "duration": 1.25, "offset": 3.5, "text": "d"}
+        | {"alignment": {"word": [["d", 3.75, 0.5]]}},
         {"audio_filepath": "audio/plain.flac", "duration": 0.7, "text": "e", "ast_text": "f", "task": "ast"}
         | {"source_lang": "en", "target_lang": "zh"},
     ]
@@ -55,6 +57,7 @@ def write(source, tmp_path, to, **options):
 def test_entries_and_samples_come_back(source, tmp_path, to):
     before, after = list(read_manifest(source)), write(source, tmp_path, to)
     assert [describe_cut(cut) for cut in after] == [describe_cut(cut) for cut in before]
+    assert [describe_cut(cut).words for cut in after] == [None, None, (("d", 0.25, 0.75),), None]
     for one, other in zip(before, after, strict=True):
         assert np.array_equal(load_samples(one), load_samples(other)), one.id
         assert (other.recording.sampling_rate, other.num_channels) == rate_and_channels(one)
@@ -68,7 +71,7 @@ def rate_and_channels(cut) -> tuple[int, int]:
 @pytest.mark.parametrize("to", [".jsonl.gz", "shar"])
 def test_lhotse_reads_what_was_written_without_us(source, tmp_path, to):
     before = list(read_manifest(source))
-    write(source, tmp_path, to, features=True)
+    write(source, tmp_path, to, features="fbank")
     if to == "shar":
         assert len(list((tmp_path / "out").glob("cuts.*"))) == 2  # 4 utterances in shards of 3
         cuts = CutSet.from_shar(in_dir=tmp_path / "out")
@@ -78,6 +81,17 @@ def test_lhotse_reads_what_was_written_without_us(source, tmp_path, to):
         assert cut.load_audio().shape == (cut.num_channels, round(one.duration * cut.recording.sampling_rate))
         expected = fbank(load_samples(one))
         torch.testing.assert_close(torch.tensor(cut.load_features()), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("to", [".jsonl.gz", "shar"])
+def test_stored_features_have_the_kind_that_was_asked_for(source, tmp_path, to):
+    write(source, tmp_path, to, features="whisper128")
+    stored = SourceConfig(str(tmp_path / ("out" if to == "shar" else f"out{to}")))
+    for one, cut in zip(read_manifest(source), read_manifest(stored), strict=True):
+        expected = extract_features(load_samples(one), "whisper128")
+        torch.testing.assert_close(load_precomputed(cut, "whisper128"), expected, rtol=0, atol=1e-6)
+        with pytest.raises(UtteranceError, match="stored are whisper128, the model needs fbank"):
+            load_precomputed(cut, "fbank")
 
 
 @pytest.mark.parametrize(("audio_format", "formats"), [("wav", {"WAV"}), ("flac", {"FLAC"})])
@@ -144,6 +158,6 @@ def write_manifest_lines(folder, lines):
 def test_nothing_usable_leaves_nothing_behind(tmp_path, to, capsys):
     path = write_manifest(tmp_path / "m.jsonl", [{"audio_filepath": "0.wav", "duration": 1.0, "text": "x"}])
     output = tmp_path / "out.jsonl"
-    assert status(path, output, "--to", to, "--features") == 1
+    assert status(path, output, "--to", to, "--features", "fbank") == 1
     assert "no utterance can be used: 1 missing file" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["m.jsonl"]

@@ -5,9 +5,18 @@ import pytest
 import torch
 from lhotse import MonoCut, NumpyFilesWriter, Recording
 from lhotse.utils import fastcopy
+from transformers import WhisperFeatureExtractor
 
 from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
-from speechllm.data.features import fbank, fbank_extractor, fbank_padded, num_frames
+from speechllm.data.features import (
+    MEL_BINS,
+    extract_features,
+    extract_features_padded,
+    fbank,
+    fbank_extractor,
+    fbank_padded,
+    num_frames,
+)
 
 from .conftest import write_tone
 
@@ -20,19 +29,41 @@ def padded(utterances, garbage=0.0):
     return samples, lens
 
 
+@pytest.mark.parametrize("kind", MEL_BINS)
 @pytest.mark.parametrize("garbage", [0.0, 1e4, float("nan")])
-def test_a_batch_has_the_features_of_each_utterance_alone(garbage):
+def test_a_batch_has_the_features_of_each_utterance_alone(garbage, kind):
     generator = torch.Generator().manual_seed(1)
     # every remainder of a frame shift, from the shortest utterance on
     utterances = [0.1 * torch.randn(400 + 7 * i, generator=generator) for i in range(170)]
-    features, feature_lens = fbank_padded(*padded(utterances, garbage))
-    assert features.shape == (170, num_frames(len(utterances[-1])), 80) and features.dtype == torch.float32
+    features, feature_lens = extract_features_padded(*padded(utterances, garbage), kind)
+    shape = (170, num_frames(len(utterances[-1])), MEL_BINS[kind])
+    assert features.shape == shape and features.dtype == torch.float32
     assert feature_lens.dtype == torch.int64
     for row, length, utterance in zip(features, feature_lens.tolist(), utterances, strict=True):
-        alone = fbank(utterance)
+        alone = extract_features(utterance, kind)
         assert length == len(alone) == num_frames(len(utterance))
         torch.testing.assert_close(row[:length], alone, rtol=0, atol=1e-5)
         assert (row[length:] == 0).all()
+
+
+@pytest.mark.parametrize("bins", [80, 128])
+@pytest.mark.parametrize("numpy_frontend", [False, True])
+def test_whisper_features_are_those_of_transformers(bins, numpy_frontend):
+    """Of speech-like noise, silence, a click at the very end, and noise too even for the floor to be reached."""
+    extractor = WhisperFeatureExtractor(feature_size=bins)
+    rng = np.random.default_rng(0)
+    loud = (0.2 * rng.standard_normal(16000) * np.sin(np.arange(16000) / 900) ** 8).astype(np.float32)
+    click = np.zeros(8000, np.float32)
+    click[-1] = 1.0
+    even = rng.standard_normal(4800).astype(np.float32)
+    for samples in (loud, loud[:5333], np.zeros(4000, np.float32), click, even):
+        n = num_frames(len(samples))
+        waveform = np.pad(samples, (0, 480000 - len(samples)))
+        compute = extractor._np_extract_fbank_features if numpy_frontend else extractor._torch_extract_fbank_features
+        expected = compute(waveform[None], "cpu")[0].T if numpy_frontend else compute(waveform, "cpu").T
+        features = extract_features(samples, f"whisper{bins}")
+        assert features.shape == (n, bins)
+        torch.testing.assert_close(features, torch.tensor(expected[:n], dtype=torch.float32), rtol=0, atol=2e-4)
 
 
 def test_rows_may_all_be_shorter_than_the_batch():
@@ -61,10 +92,10 @@ def test_precomputed_features_are_those_of_the_worker(cut, tmp_path, in_memory):
     cut = cut.compute_and_store_features(fbank_extractor(), NumpyFilesWriter(tmp_path / "fbank"))
     if in_memory:
         cut = cut.move_to_memory(load_audio=False)
-    features = load_precomputed(cut)
+    features = load_precomputed(cut, "fbank")
     assert features.dtype == torch.float32
     torch.testing.assert_close(features, fbank(load_samples(cut)), rtol=0, atol=1e-5)
-    part = load_precomputed(cut.truncate(offset=0.4, duration=0.5))
+    part = load_precomputed(cut.truncate(offset=0.4, duration=0.5), "fbank")
     assert torch.equal(part, features[40:90])
 
 
@@ -88,17 +119,31 @@ def with_features(cut: MonoCut, array: np.ndarray, tmp_path, **changes) -> MonoC
 )
 def test_wrong_features_are_named(cut, tmp_path, array, changes, reason):
     with pytest.raises(UtteranceError, match=reason):
-        load_precomputed(with_features(cut, array, tmp_path, **changes))
+        load_precomputed(with_features(cut, array, tmp_path, **changes), "fbank")
+
+
+@pytest.mark.parametrize("stored", ["fbank", "whisper80", "whisper128"])
+def test_stored_features_of_another_kind_are_named(cut, tmp_path, stored):
+    array = np.zeros((124, MEL_BINS[stored]), np.float32)
+    cut = with_features(cut, array, tmp_path, type=stored, num_features=MEL_BINS[stored])
+    for kind in MEL_BINS:
+        if kind == stored:
+            assert load_precomputed(cut, kind).shape == (124, MEL_BINS[stored])
+        else:
+            with pytest.raises(UtteranceError, match=f"stored are {stored}, the model needs {kind}: .*--features"):
+                load_precomputed(cut, kind)
+    with pytest.raises(UtteranceError, match="stored are whisper-fbank, known are fbank, whisper80"):
+        load_precomputed(fastcopy(cut, features=fastcopy(cut.features, type="whisper-fbank")), "whisper80")
 
 
 def test_absent_and_unreadable_features(cut, tmp_path):
     with pytest.raises(UtteranceError, match="wrong features: cut .* has none"):
-        load_precomputed(cut)
+        load_precomputed(cut, "fbank")
     broken = with_features(cut, np.zeros((124, 80)), tmp_path)
     (path,) = (tmp_path / "fbank").rglob("*.npy")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UtteranceError, match="unreadable features"):
-        load_precomputed(broken)
+        load_precomputed(broken, "fbank")
     path.unlink()
     with pytest.raises(UtteranceError, match="unreadable features"):
-        load_precomputed(broken)
+        load_precomputed(broken, "fbank")

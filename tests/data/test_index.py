@@ -14,6 +14,7 @@ from speechllm.data import index as index_module
 from speechllm.data.audio import UtteranceError
 from speechllm.data.index import Corpus, open_index
 from speechllm.data.manifest import ManifestError, SourceConfig, describe_cut, read_manifest
+from speechllm.label import LabelTemplate
 
 from .conftest import write_manifest
 
@@ -21,7 +22,9 @@ from .conftest import write_manifest
 class LetterLabels:
     """A token for every letter."""
 
+    frame_seconds = 0.04
     seconds_per_position = 0.08
+    label_template = LabelTemplate()
 
     def label_lengths(self, texts):
         return [len(text) for text in texts]

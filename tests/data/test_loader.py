@@ -1,6 +1,7 @@
 """Loaders: what is in a batch, that nothing is lost or doubled, resume, ranks, curriculum."""
 
 import copy
+import json
 import logging
 import math
 import pickle
@@ -29,8 +30,9 @@ from speechllm.data import (
     build_train_loader,
     fbank,
 )
-from speechllm.data.features import fbank_extractor, num_frames
+from speechllm.data.features import MEL_BINS, fbank_extractor, num_frames
 from speechllm.data.sampling import curriculum_limit
+from speechllm.label import LabelTemplate
 from speechllm.prompt import PromptContext
 
 from .conftest import write_manifest, write_tone
@@ -202,18 +204,47 @@ def test_repeated_utterances_are_augmented_anew(corpus):
     assert sum(len(a) != len(b) or not torch.equal(a, b) for a, b in rows.values()) > 15
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_features_on_the_device_are_those_of_the_worker(corpus, num_workers):
-    in_worker = list(build_train_loader(config(corpus), seed=1))
-    on_device = build_train_loader(replace(config(corpus), features_on="device", num_workers=num_workers), seed=1)
+@pytest.mark.parametrize(("num_workers", "kind"), [(0, "fbank"), (1, "fbank"), (0, "whisper128")])
+def test_features_on_the_device_are_those_of_the_worker(corpus, num_workers, kind):
+    in_worker = list(build_train_loader(config(corpus), seed=1, feature_kind=kind))
+    settings = replace(config(corpus), features_on="device", num_workers=num_workers)
+    on_device = build_train_loader(settings, seed=1, feature_kind=kind)
     for expected, batch in zip(in_worker, on_device, strict=True):
         assert isinstance(batch, WaveformBatch) and len(batch) == len(expected)
         assert len(pickle.dumps(batch)) < 1.1 * batch.samples.nbytes + 2000 * len(batch)  # no noise travels along
         got = batch.to("cpu")
-        assert isinstance(got, Batch)
+        assert isinstance(got, Batch) and got.features.shape[2] == MEL_BINS[kind]
         torch.testing.assert_close(got.features, expected.features, rtol=0, atol=1e-3)
         assert torch.equal(got.feature_lens, expected.feature_lens)
         assert (got.ids, got.texts, got.durations) == (expected.ids, expected.texts, expected.durations)
+
+
+@pytest.mark.parametrize("features_on", ["worker", "device"])
+def test_two_views_of_each_utterance(corpus, features_on):
+    """The second views lie behind all the first; both are masked, and the same whichever process makes them."""
+    one_view = list(build_train_loader(config(corpus, augmented=False), seed=1))
+    cfg = replace(
+        config(corpus, augmented=False, features_on=features_on),
+        augment=AugmentConfig(spec_augment=SpecAugmentConfig(1.0, time_masks=5, time_mask_frames=10)),
+    )
+    batches = [batch.to("cpu") for batch in build_train_loader(cfg, seed=1, two_views=True)]
+    in_workers = build_train_loader(replace(cfg, num_workers=2), seed=1, two_views=True)
+    for batch, plain, again in zip(batches, one_view, in_workers, strict=True):
+        assert same(batch, again.to("cpu")) and batch.ids == plain.ids
+        assert torch.equal(batch.feature_lens, plain.feature_lens.repeat(2))
+        assert batch.padding_share == pytest.approx(plain.padding_share)
+        for i, n in enumerate(plain.feature_lens.tolist()):
+            first, second = batch.features[i], batch.features[i + len(plain)]
+            assert not torch.equal(first, second) and not first[n:].any() and not second[n:].any()
+            for view in (first[:n], second[:n]):
+                kept = torch.isclose(view, plain.features[i, :n], atol=1e-4)
+                assert kept.any() and not kept.all()
+
+
+def test_two_views_need_masks_to_differ_in(corpus):
+    for augment in (AugmentConfig(), AugmentConfig(spec_augment=SpecAugmentConfig(probability=0.0))):
+        with pytest.raises(DataError, match="data.augment.spec_augment: two views of an utterance would be the same"):
+            build_train_loader(replace(config(corpus), augment=augment), seed=1, two_views=True)
 
 
 def test_precomputed_features_are_those_of_the_worker(corpus, tmp_path):
@@ -430,3 +461,42 @@ def test_lhotse_cuts_work_too(corpus, tmp_path):
     CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
     loader = build_eval_loader(DataConfig(num_workers=0), [SourceConfig(str(tmp_path / "cuts.jsonl.gz"))])
     assert sum(len(batch) for batch in loader) == 20
+
+
+class TimedLabels(LetterLabels):
+    label_template = LabelTemplate("<|{lang}|>{timed_text}")
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_tokens_per_second": 1000.0}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_labels_are_made_where_the_line_has_all_that_they_need(corpus, tmp_path, limits, stream, caplog):
+    lines = [json.loads(line) for line in (corpus / "a.jsonl").read_text().splitlines()][:9]
+    for i, line in enumerate(lines):
+        line["audio_filepath"] = str(corpus / line["audio_filepath"])
+        line |= {"id": f"u{i}", "alignment": {"word": [["", 0.0, 0.16], ["A", 0.16, 0.08], [str(i), 0.24, 0.032]]}}
+    del lines[0]["lang"]
+    del lines[1]["alignment"]
+    lines[2]["alignment"]["word"].pop()
+    lines[8]["alignment"]["word"][-1][1] = 60.0
+    lines[3] |= {"task": "ast", "ast_text": "Ja", "target_lang": "de"}
+    path = write_manifest(tmp_path / "m.jsonl", lines)
+    augment = AugmentConfig(speed=SpeedConfig(factors=[0.5]))
+    settings = DataConfig(
+        train=[SourceConfig(str(path), stream=stream)], text=["lowercase"], num_workers=0, augment=augment, **limits
+    )
+    loaders = [build_train_loader(settings, 1, labels=TimedLabels())]
+    if not stream:
+        loaders.append(build_eval_loader(settings, settings.train, labels=TimedLabels()))
+    for loader, times in zip(loaders, ("<0.32>a<0.48><0.48> {}<0.56>", "<0.16>a<0.24><0.24> {}<0.24>"), strict=False):
+        caplog.clear()
+        labels = {i: label for batch in loader for i, label in zip(batch.ids, batch.labels, strict=True)}
+        assert labels == {"u3": "<|en|>ja"} | {f"u{i}": f"<|en|>{times.format(i)}" for i in range(4, 8)}
+        assert loader.skipped == {
+            "no language": 1,
+            "no word times": 1,
+            "word times of another text": 1,
+            "word times outside": 1,
+        }
+        assert "u0" in caplog.text and "give `lang`" in caplog.text and "give `alignment`" in caplog.text
+    plain = list(build_train_loader(replace(settings, max_tokens_per_second=None), 1))
+    assert sum(map(len, plain)) == 9 and all(batch.labels == batch.texts for batch in plain)

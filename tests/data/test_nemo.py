@@ -9,7 +9,7 @@ import pytest
 
 from speechllm.data import ManifestError, SourceConfig, read_manifest
 from speechllm.data.audio import load_samples
-from speechllm.data.manifest import describe, iter_objects, stream_cuts, to_cut
+from speechllm.data.manifest import LINE_ERRORS, describe, describe_cut, iter_objects, stream_cuts, to_cut
 
 from .conftest import write_manifest
 from .manifests import flat_name, streamed, true_cuts, write_corpus, write_kind, write_tar
@@ -42,6 +42,22 @@ def test_ids():
     assert said(offset=12345.678).id != said(offset=12345.679).id
     assert said(offset=0).id == "x/1"
     assert said(id=7).id == "7"
+
+
+def test_words_are_where_they_are_in_the_utterance():
+    alignment = {"word": [["one", 2.75, 0.25], ["two", 3.5, 0.5, 0.9]], "phone": [["w", 2.75, 0.125]]}
+    line = LINE | {"text": "one two", "offset": 2.5, "alignment": alignment}
+    source = SourceConfig("m.jsonl")
+    expected = (("one", 0.25, 0.5), ("two", 1.0, 1.5))
+    cut = to_cut(line, source)
+    assert describe(line, source).words == describe_cut(cut).words == expected
+    stored = cut.to_dict()
+    assert describe(stored, source).words == expected
+    assert describe_cut(cut.pad(5.0)).words is None
+    assert said().words is said(alignment={"phone": []}).words is None
+    for item in (["one", "2", 3], ["one", -2, 1], [3, 1, 1], ["one", 1], ["one", 1, float("nan")]):
+        with pytest.raises(LINE_ERRORS):
+            said(alignment={"word": [item]})
 
 
 def test_texts_and_tasks():

@@ -160,3 +160,6 @@ def test_limits_count_their_reasons():
         ]
         == 2
     )
+    # an encoder with twice as many frames
+    limits = UtteranceLimits(0.1, 30.0, max_tokens_per_frame=0.5, fastest=1.3, frame_seconds=0.02)
+    assert limits.admit(data)[1]["more than 0.5 tokens per encoder frame"] == 2

@@ -21,6 +21,7 @@ from speechllm.data.augment import (
 from speechllm.data.dataset import BatchPlan, SpeechDataset
 from speechllm.data.preview import write_previews
 from speechllm.errors import UserError
+from speechllm.label import LabelTemplate
 
 from .conftest import write_manifest
 
@@ -35,7 +36,14 @@ def test_what_is_shown_is_what_the_model_gets(corpus, tmp_path):
     )
     cuts = {cut.id: cut for cut in read_manifest(source)}
     dataset = SpeechDataset(
-        None, text_steps=[], augmenter=Augmenter(augment), seed=5, features_on="worker", allow_empty_text=False
+        None,
+        text_steps=[],
+        augmenter=Augmenter(augment),
+        seed=5,
+        features_on="worker",
+        feature_kind="fbank",
+        allow_empty_text=False,
+        label=LabelTemplate(),
     )
     made = list(write_previews([source], tmp_path / "out", count=4, seed=5, augment=augment))
     assert len({preview.id for preview in made}) == 4

@@ -37,7 +37,7 @@ class ListedTokenizer(Tokenizer):
             data = data[self._length(longest) if longest else 1 :]
         return ids
 
-    def stream(self):
+    def stream(self, keep_tags=False):
         return StreamDecoder(self._bytes_of, self._bytes_of)
 
     def _length(self, index):

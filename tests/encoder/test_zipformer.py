@@ -389,3 +389,27 @@ def test_bad_configurations(change, message):
 def test_unknown_configuration_key():
     with pytest.raises(ValueError, match="encoder_dims"):
         ZipformerConfig.from_dict({"model_type": "zipformer", "encoder_dims": [1]})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_of_all_stacks(name):
+    """The last is the output; each is what a shorter encoder would give, and the same alone as in a batch."""
+    encoder, io = golden(name)
+    batch = utterances(io)[:2]
+    lens = torch.tensor([len(f) for f in batch])
+    x = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=float("nan"))
+    with torch.no_grad():
+        out, out_lens, stacks = encoder(x, lens, return_stacks=True)
+        assert torch.equal(out, encoder(x, lens)[0]) and torch.equal(out, stacks[-1])
+        assert stacks.shape == (encoder.num_stacks, *out.shape)
+        for i, n in enumerate(out_lens):
+            _, _, single = encoder(batch[i][None], lens[i : i + 1], return_stacks=True)
+            torch.testing.assert_close(stacks[:, i, :n], single[:, 0], atol=1e-4, rtol=0)
+        # of the first stack nothing has followed, so it is as wide as it is
+        dim = encoder.config.encoder_dim[0]
+        assert stacks[0, ..., :dim].any() and not stacks[0, ..., dim:].any()
+        kept = encoder.encoder.encoders
+        encoder.encoder.encoders = kept[:-1]
+        shorter, _ = encoder(x, lens)
+        encoder.encoder.encoders = kept
+    torch.testing.assert_close(stacks[-2, ..., : shorter.shape[-1]], shorter)

@@ -60,7 +60,11 @@ def test_manifests_describe_the_audio(corpus):
     names = {path.stem for path in corpus.glob("*.jsonl")}
     langs = ["en", "es", "fr", "it", "ru"]
     expected = {f"{split}-{lang}" for split in ("train", "valid", "test") for lang in langs}
-    assert names == expected | {"test_other-es", "noise"}
+    seen, unseen = prepare_corpus.PAIRS, prepare_corpus.UNSEEN_PAIRS
+    translated = {f"{split}-ast-{a}-{b}" for split in ("train", "valid", "test") for a, b in seen}
+    translated |= {f"test-ast-{a}-{b}" for a, b in unseen}
+    assert names == expected | translated | {"test_other-es", "noise"}
+    assert len({*seen, *unseen}) == 15 and all(a != b for a, b in seen + unseen)
     for name in names:
         for line in read(corpus, name):
             info = soundfile.info(corpus / line["audio_filepath"])
@@ -71,6 +75,28 @@ def test_manifests_describe_the_audio(corpus):
     assert len(line["text"].split()) == 7
     # seven tones of 0.2 s with margins, pauses, and silence at the ends, not the 0.5 s of the files
     assert 7 * 0.2 < line["duration"] < 7 * 0.29 + 6 * 0.35 + 0.6
+
+
+def test_words_are_where_the_tones_are(corpus):
+    for line in read(corpus, "test-es"):
+        samples, rate = soundfile.read(corpus / line["audio_filepath"])
+        is_loud = np.convolve(np.abs(samples), np.ones(160) / 160, "same") > 0.005
+        said = np.zeros(len(samples), dtype=bool)
+        for _, start, duration in line["alignment"]["word"]:
+            said[round(start * rate) : round((start + duration) * rate)] = True
+        assert [word for word, *_ in line["alignment"]["word"]] == line["text"].split()
+        assert is_loud[said].mean() > 0.6 and not is_loud[~said].any()
+
+
+def test_translations_say_the_same_digits(corpus):
+    for split, a, b in [("train", "en", "es"), ("valid", "ru", "en"), ("test", "en", "it")]:
+        lines, sources = read(corpus, f"{split}-ast-{a}-{b}"), read(corpus, f"{split}-{a}")
+        for line, source in zip(lines, sources, strict=True):
+            assert (line["task"], line["lang"], line["target_lang"]) == ("ast", a, b)
+            assert line.items() > source.items()
+            assert digits_of({"text": line["ast_text"], "lang": b}) == digits_of(source)
+    ids = [line["id"] for pair in ("es", "fr") for line in read(corpus, f"test-ast-en-{pair}")]
+    assert len(set(ids)) == len(ids)
 
 
 def test_held_out_strings_are_in_no_training_set(corpus):

@@ -8,6 +8,7 @@ import torch
 from speechllm.checkpoint import load_checkpoint, share_path
 from speechllm.model import SpeechLLM
 from tests.recipes.test_train import command, run
+from tests.tiny_llms import TRANSFORMERS
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +34,18 @@ def test_it_learns_what_whole_models_learn(experiment, sharded, tmp_path):
             torch.testing.assert_close(others[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
     torch.testing.assert_close(shares["total"], whole["total"], rtol=1e-4, atol=0)
     assert shares["best"] == pytest.approx(whole["best"], rel=1e-3)
+
+
+def test_a_language_model_of_transformers_learns_what_a_whole_one_learns(experiment, tmp_path):
+    llm = ["--model.llm.rwkv7", "null", "--model.llm.transformers", str(TRANSFORMERS["qwen3"] | {"vocab_size": 300})]
+    for name, options in (("whole", []), ("shares", ["--train.fsdp", "true"])):
+        run(*command(experiment, tmp_path / name, *TWO, *llm, *options))
+    whole, shares = (load_checkpoint(tmp_path / name / "checkpoint-12.pt") for name in ("whole", "shares"))
+    assert (
+        "llm.causal_lm.lm_head.weight" in shares["sharded"]["names"] and shares["model"].keys() == whole["model"].keys()
+    )
+    for name, tensor in whole["model"].items():
+        torch.testing.assert_close(shares["model"][name], tensor, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def test_every_process_has_half_of_the_language_model(sharded):

@@ -11,14 +11,17 @@ import pytest
 import torch
 import yaml
 
-from speechllm.checkpoint import load_checkpoint
-from speechllm.config import from_dict
+from speechllm.checkpoint import load_checkpoint, save_checkpoint
+from speechllm.config import ConfigError, from_dict, override, to_dict
 from speechllm.data import Batch
 from speechllm.encoder import save_encoder
 from speechllm.errors import UserError
 from speechllm.model import ModelConfig, SpeechLLM
 from speechllm.rwkv7 import RWKV7, RWKV7Config, load_adapter, load_rwkv7, save_rwkv7
+from tests.conftest import SENTENCES
+from tests.hf_tokenizers import train_byte_level
 from tests.recipes.conftest import REPOSITORY
+from tests.tiny_llms import tiny_llm
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
@@ -60,6 +63,26 @@ def test_exp_folder_is_as_icefall_users_expect(finished):
     assert "ref: " in log and "hyp: " in log and "the largest batches fit" in log
     assert "Epoch 1, step 3, loss[" in log and "validation: loss: " in log and "ctc_wer: " in log
     assert (finished / "config.yaml").read_text().startswith("# recipes/train.py --config")
+
+
+def test_a_whisper_encoder_is_trained_in_part(experiment, tmp_path):
+    from transformers import WhisperConfig, WhisperModel
+
+    sizes = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    whisper = WhisperModel(WhisperConfig(**sizes, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16))
+    whisper.save_pretrained(tmp_path / "whisper")
+    settings = [
+        "--model.encoder", f"{{path: {tmp_path / 'whisper'}, freeze_stacks: 1}}", "--data.num_workers", "0",
+        "--train.save_every_n", "1", "--train.valid_every_n", "2", "--optim.warmup_steps", "0",
+        "--data.max_seconds", "27",
+    ]  # fmt: skip
+    run(*command(experiment, tmp_path / "exp", *settings, "--train.num_steps", "2"))
+    one, two = (load_checkpoint(tmp_path / f"exp/checkpoint-{step}.pt") for step in (1, 2))
+    assert set(one["base_weights"]) == {"encoder"} and one["base_weights"] == two["base_weights"]
+    assert not any(name.startswith(("encoder.conv", "encoder.layers.0.")) for name in two["model"])
+    assert not torch.equal(one["model"]["encoder.layers.1.fc1.weight"], two["model"]["encoder.layers.1.fc1.weight"])
+    failed = run(*command(experiment, tmp_path / "exp", *settings, "--data.max_seconds", "30"), check=False)
+    assert failed.returncode and "data.max_seconds: 30, played 0.9 times as fast, is longer than" in failed.stderr
 
 
 def test_two_processes_learn_as_one_with_the_same_global_batch(experiment, tmp_path):
@@ -132,6 +155,38 @@ def test_stages_start_from_one_another(experiment, tmp_path):
     assert "resuming from" in run(*command(path, tmp_path / "exp", "--stage", "adapter")).stderr
 
 
+def test_a_language_model_of_transformers_is_trained_and_tuned(experiment, tmp_path):
+    """Its folder has its tokenizer too, as on the Hugging Face hub; two stages, an average, decoding."""
+    tags = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|en|>"]
+    train_byte_level(SENTENCES * 20, tmp_path / "lm", 300, tags)
+    tiny_llm("qwen3", vocab_size=310).causal_lm.save_pretrained(tmp_path / "lm")
+    config = yaml.safe_load(experiment.read_text())
+    config["model"] |= {"tokenizer": str(tmp_path / "lm"), "llm": {"path": str(tmp_path / "lm"), "freeze": True}}
+    config["model"]["prompt"] = {
+        "preset": "qwen",
+        "asr": "<|im_start|>user\n{audio}<|{lang}|><|im_end|>\n<|im_start|>assistant\n",
+    }
+    config["train"] |= {"num_steps": 3, "valid_every_n": 3, "scan_largest_batches": False}
+    lora = {"model.llm.freeze": False, "model.llm.tune": {"method": "lora", "rank": 2}}
+    config["stages"] = {"projector": {}, "adapter": lora | {"model.llm.checkpoint_blocks": True}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    run(*command(path, tmp_path / "exp"))
+    first, second = (load_checkpoint(tmp_path / "exp" / name / "checkpoint-3.pt") for name in config["stages"])
+    assert not any(name.startswith("llm.") for name in first["model"])
+    trained = [name for name in second["model"] if name.startswith("llm.")]
+    assert trained and all(".lora_" in name for name in trained)
+    assert second["base_weights"]["llm"]["path"] == str(tmp_path / "lm")
+    model = tmp_path / "exp" / "adapter" / "iter-3-avg-1"
+    run(sys.executable, "tools/average_ckpt.py", "--exp-dir", str(model.parent), "--iter", "3", "--avg", "1")
+    decode = ["recipes/decode.py", "--config", str(path), "--exp-dir", str(model.parent), "--model", str(model)]
+    assert "beam_search_4 WER %" in run(sys.executable, *decode, "--search", "beam").stdout
+    refused = run(sys.executable, *decode, "--initial-state", "state.safetensors", check=False)
+    assert (
+        refused.returncode == 1 and "error: state files are for RWKV-7; the language model is qwen3" in refused.stderr
+    )
+
+
 def test_epochs_bound_a_run_and_are_places_to_go_on_from(experiment, tmp_path):
     bounded = run(*command(experiment, tmp_path, "--num-epochs", "2", "--use-bf16", "--train.num_steps", "1000"))
     epochs = [load_checkpoint(tmp_path / f"epoch-{n}.pt") for n in (1, 2)]
@@ -165,7 +220,7 @@ def test_memory_that_runs_out_names_the_settings(monkeypatch):
     class Loader:
         def largest_batches(self):
             features, lens = torch.zeros(3, 250, 80), torch.tensor([250, 10, 10])
-            yield Batch(["a"] * 3, [None] * 3, [None] * 3, ["x"] * 3, [2.5, 0.1, 0.1], features, lens)
+            yield Batch(["a"] * 3, ["a"] * 3, [None] * 3, [None] * 3, ["x"] * 3, [2.5, 0.1, 0.1], features, lens)
 
     accelerator, model = train.Accelerator(cpu=True), TooLarge(1, 1)
     with pytest.raises(train.MemoryRanOut, match="3 rows of 2.5 s: lower data.max_duration"):
@@ -218,21 +273,70 @@ def test_average_and_decode(experiment, finished):
         "--data.test.translated", json.dumps([{"path": str(translated), "task": "ast", "target_lang": "es"}]),
     )  # fmt: skip
     head, *rows = (re.split("  +", line) for line in result.stdout.strip().splitlines())
-    rates = ["greedy_search WER %", "greedy_search CER %", "ctc_greedy_search WER %", "ctc_greedy_search CER %"]
-    assert head == ["test set", "language", "words", *rates]
+    rates = ["WER %", "CER %", "exact %"]
+    columns = [f"{search} {rate}" for search in ("greedy_search", "ctc_greedy_search") for rate in rates]
+    assert head == ["test set", "language", "words", *columns, "greedy_search BLEU"]
     assert [row[:2] for row in rows] == [
         ["tones", "en"],
         ["tones", "all"],
         ["translated", "en>es"],
         ["translated", "all"],
     ]
-    assert [row[-2:] for row in rows[2:]] == [["-", "-"]] * 2 and "-" not in rows[0]
+    assert [row[6:9] for row in rows[2:]] == [["-"] * 3] * 2 and [row[-1] for row in rows[:2]] == ["-"] * 2
+    assert "-" not in [*rows[0][:9], rows[2][-1]]
     kinds = ("errs", "recogs", "wer-by-language", "wer-summary")
     for method, test_sets in (("greedy_search", ["tones", "translated"]), ("ctc_greedy_search", ["tones"])):
         names = {p.name for p in (finished / method).iterdir()}
         assert names == {f"{kind}-{test_set}-iter-12-avg-3.txt" for kind in kinds for test_set in test_sets}
     recogs = (finished / "greedy_search" / "recogs-translated-iter-12-avg-3.txt").read_text().splitlines()
     assert {line.split("\t")[1] for line in recogs[::2]} == {f"ref=['dos', '{i}']" for i in range(len(lines))}
+
+
+ENCODER_ALONE = {
+    "cr_ctc": ["--model.llm", "null", "--model.cr_ctc", "{weight: 0.2}"],
+    "transducer": [
+        "--model.llm", "null", "--model.ctc_weight", "0", "--model.transducer", "{decoder_dim: 16, joiner_dim: 16}",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENCODER_ALONE)
+def test_an_encoder_alone_is_trained_resumed_averaged_and_decoded(experiment, tmp_path, kind):
+    """In the same loop; stopped and started again it ends where a run ends that was never stopped."""
+    settings = [
+        *ENCODER_ALONE[kind],
+        "--train.num_steps",
+        "4",
+        "--train.valid_every_n",
+        "4",
+        "--train.save_every_n",
+        "2",
+    ]
+    whole = run(*command(experiment, tmp_path / "whole", *settings))
+    assert f"{kind}_loss=" in whole.stderr and "llm_loss" not in whole.stderr and "wer: " in whole.stderr
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "whole" / "checkpoint-2.pt").rename(tmp_path / "stopped" / "checkpoint-2.pt")
+    assert "resuming from" in run(*command(experiment, tmp_path / "stopped", *settings)).stderr
+    one, two = (load_checkpoint(tmp_path / name / "checkpoint-4.pt") for name in ("whole", "stopped"))
+    assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+    run(sys.executable, "tools/average_ckpt.py", "--exp-dir", str(tmp_path / "stopped"), "--iter", "4", "--avg", "2")
+    folder = tmp_path / "stopped" / "iter-4-avg-2"
+    decode = [
+        sys.executable, "recipes/decode.py", "--config", str(experiment), "--exp-dir", str(tmp_path / "stopped"),
+        "--model", str(folder), *ENCODER_ALONE[kind],
+    ]  # fmt: skip
+    table = run(*decode).stdout
+    names = {path.name for path in (tmp_path / "stopped").glob("*_search")}
+    assert names == {"ctc_greedy_search" if kind == "cr_ctc" else "greedy_search"} and table.count("WER %") == 1
+    wrong = run(*decode, "--search", "beam", check=False)
+    assert wrong.returncode == 1 and "method: beam is for a language model" in wrong.stderr
+    wav = experiment.parent / "valid" / "0.wav"
+    transcribe = [sys.executable, "-m", "speechllm.cli", "transcribe", str(wav), "--model", str(folder)]
+    words = json.loads(run(*transcribe, "--format", "json").stdout)
+    assert words["duration"] > 0
+    # and a language model is trained on it
+    settings = ["--model.encoder", f"{{path: {folder}, freeze: true}}", "--train.num_steps", "1"]
+    assert "encoder 0." in run(*command(experiment, tmp_path / "llm", *settings)).stderr
 
 
 def test_a_quantised_language_model_is_tuned_by_two_processes(experiment, tmp_path):
@@ -281,14 +385,45 @@ def test_transcribe_command(finished, experiment):
         (["--model.tokenizer", "/nowhere"], "tokenizer '/nowhere': no such file or folder"),
         (["--train.mixed_precision", "fp8"], "mixed_precision must be bf16, fp16 or null"),
         (["--stage", "nowhere"], "--stage: nowhere is none of"),
+        (
+            ["--stages", "{a: {}, b: {model.projector.kind: transformer}}", "--stage", "b"],
+            "stages.b has model.projector.kind: transformer, but goes on from the projector of stages.a, which has mlp",
+        ),
+        (["--model.projector.downsample", "1000"], "model.projector.downsample: 1000 makes one position of 40 s"),
+        (
+            ["--data.min_seconds", "1", "--data.max_positions", "14"],
+            "data.max_positions: 14 leaves no position for a label and its end of text: with model.projector.",
+        ),
         (["--optim.freeze", "[projector.nothing]"], "projector.nothing"),
         (["--max-duration", "auto"], "--max-duration auto needs a GPU"),
         (["--start-batch", "3"], "checkpoint-3.pt: no such checkpoint"),
+        (["--model.llm", "null", "--model.ctc_weight", "0"], "there is nothing to train the encoder with"),
+        (["--model.llm", "null", "--train.ctc_only_steps", "3"], "train.ctc_only_steps is about the language model"),
+        (["--model.llm", "null", "--data.max_positions", "9"], "data.max_positions is about the language model"),
+        (
+            ["--model.llm", "null", "--model.cr_ctc", "{}", "--data.augment.spec_augment", "null"],
+            "model.cr_ctc compares two views of an utterance, which differ by SpecAugment",
+        ),
     ],
 )
 def test_mistakes_are_one_line(experiment, tmp_path, settings, said):
     result = run(*command(experiment, tmp_path / "exp", *settings), check=False)
     assert result.returncode == 1 and said in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_stage_does_not_begin_with_another_projector(model_config, tmp_path, monkeypatch):
+    """Of the same names and shapes, so that the weights alone do not tell; an encoder more is no harm."""
+    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
+    train = importlib.import_module("train")
+    model = SpeechLLM.from_config(model_config)
+    content = {"model": model.state_dict(), "step": 1, "config": {"model": to_dict(model_config)}}
+    save_checkpoint(tmp_path / "checkpoint-1.pt", content)
+    encoder = {"zipformer": to_dict(model_config.encoder.zipformer)}
+    more = override(model_config, {"more_encoders": [{"encoder": encoder}]}, "test")
+    assert train.init_from_stage(SpeechLLM.from_config(more), tmp_path) == set(content["model"])
+    other = SpeechLLM.from_config(override(model_config, {"projector.kind": "transformer"}, "test"))
+    with pytest.raises(ConfigError, match="checkpoint-1.pt: .*projector.kind: transformer, but .* which has mlp"):
+        train.init_from_stage(other, tmp_path)
 
 
 def test_a_checkpoint_of_another_shape(experiment, finished):

@@ -148,7 +148,7 @@ def test_packed_rows_equal_separate_rows(backend):
 
 
 def test_loss_equals_cross_entropy_of_the_logits(monkeypatch):
-    monkeypatch.setattr("speechllm.rwkv7.linear._LOGITS_AT_ONCE", 40 * 7)  # several chunks
+    monkeypatch.setattr("speechllm.linear._LOGITS_AT_ONCE", 40 * 7)  # several chunks
     model = small_model()
     ids, lens = torch.randint(0, 40, (3, 20)), torch.tensor([20, 4, 11])
     labels = torch.where(torch.rand(3, 20) < 0.6, torch.randint(0, 40, (3, 20)), -100)

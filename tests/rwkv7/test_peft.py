@@ -9,8 +9,8 @@ from torch import nn
 
 from speechllm.checkpoint import average_state_dicts, load_trained, trained_state_dict
 from speechllm.errors import UserError
+from speechllm.linear import pack_for_inference
 from speechllm.rwkv7 import RWKV7, RWKV7Config, RWKV7State
-from speechllm.rwkv7.linear import pack_for_inference
 from speechllm.rwkv7.peft import (
     METHODS,
     RankAllocation,

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from speechllm.data import Batch
-from speechllm.scoring import ErrorReport, Transcript, align, characters, mixed, score, transcripts
+from speechllm.scoring import (
+    ErrorReport,
+    Transcript,
+    align,
+    characters,
+    exact_match,
+    language_accuracy,
+    mixed,
+    score,
+    transcripts,
+)
 
 RESULTS = [
     Transcript("b", "the association of edison", "the association of addison", "en"),
@@ -49,6 +59,7 @@ def test_equal_texts_in_other_unicode_form_are_equal():
 def test_transcripts_of_a_batch():
     batch = Batch(
         texts=["Hello, you", "你好！", "x", "Straße"],
+        labels=["Hello, you", "你好！", "x", "Straße"],
         languages=["en", "en", None, "de"],
         target_languages=[None, "zh", "zh", None],
         ids=["a", "b", "c", "d"],
@@ -68,6 +79,17 @@ def test_transcripts_of_a_batch():
     )
     with pytest.raises(ValueError, match="zip"):
         transcripts(batch, ["one"], [])
+
+
+def test_exact_matches_and_identified_languages():
+    results = [
+        Transcript("a", "one two", "one  two", "en", found_language="en"),
+        Transcript("b", "one", "two", "en>es", found_language="en"),
+        Transcript("c", "x", "", "es", found_language="en"),
+        Transcript("d", "", "", "es"),
+    ]
+    assert exact_match(results) == 2 / 4 and language_accuracy(results) == 2 / 3
+    assert exact_match([]) == 0 and language_accuracy(results[3:]) is None
 
 
 def test_a_star_is_a_word():

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from speechllm.encoder import Zipformer
+from speechllm.linear import product
 from speechllm.optim import OptimConfig
 from speechllm.rwkv7 import wkv7
-from speechllm.rwkv7.linear import product
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from speechllm.rwkv7 import linear
-from speechllm.rwkv7.linear import Linear, PackedLinear, linear_cross_entropy, pack_for_inference, product
+from speechllm import linear
+from speechllm.linear import Linear, PackedLinear, linear_cross_entropy, pack_for_inference, product
 
-from .small import small_model
+from .rwkv7.small import small_model
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "fallback"])
@@ -114,6 +114,17 @@ def test_packed_model(weights, tolerance, onednn):
     assert packed(ids, logits_mask=nowhere)[0].shape == model(ids, logits_mask=nowhere)[0].shape == (0, 40)
     loss, _ = packed.loss(ids, ids)
     assert abs(loss.loss - model.loss(ids, ids)[0].loss) <= tolerance * loss.loss
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("weights, tolerance", [("float32", 1e-5), ("bfloat16", 3e-2), ("int8", 5e-2)])
+@torch.no_grad()
+def test_packed_layers_keep_their_bias(rows, weights, tolerance, onednn):
+    plain = torch.nn.Sequential(Linear(64, 32))
+    plain[0].bias.mul_(100)
+    x = torch.randn(2, rows, 64)
+    got = pack_for_inference(copy.deepcopy(plain), weights)(x)
+    assert type(got) is torch.Tensor and (got - plain(x)).norm() <= tolerance * plain(x).norm()
 
 
 def test_unknown_weights():

@@ -1,4 +1,4 @@
-"""Matrix products of the language model: oneDNN's in training on the CPU, prepacked weights for inference there.
+"""Matrix products of encoder and language model: oneDNN's on the CPU, for inference there with prepacked weights.
 
 PyTorch sends float32 products on the CPU to MKL, which is slower than oneDNN on AMD processors with AVX-512
 (tools/bench_rwkv.py prints both). The operators behind ``torch.compile``'s CPU code give access to oneDNN; they are
@@ -91,13 +91,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without a bias, by ``product``."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    """``nn.Linear`` by ``product``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight)
+        return product(x, self.weight, self.bias)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -186,6 +183,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.weights = linear.in_features, linear.out_features, weights
         weight = linear.weight.detach()
+        self.bias = None if linear.bias is None else linear.bias.detach().to(_TYPE_OF_PRODUCT[weights])
         self.scale = None
         if weights == "int8":
             scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
@@ -199,15 +197,21 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.weights}"
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).to(torch.float32 if self.weights == "float32" else torch.bfloat16)
+        flat = x.reshape(-1, x.shape[-1]).to(_TYPE_OF_PRODUCT[self.weights])
         if self.weights != "int8":
-            out = _onednn(flat, self.packed) if has_onednn() else F.linear(flat, self.packed)
-        elif len(flat) <= _INT8_ROWS:
-            out = torch._weight_int8pack_mm(flat, self.packed, self.scale)
+            multiply = _onednn if has_onednn() else F.linear
+            out = multiply(flat, self.packed, self.bias)
         else:
-            out = F.linear(flat, self.packed.bfloat16()).mul_(self.scale)
+            if len(flat) <= _INT8_ROWS:
+                out = torch._weight_int8pack_mm(flat, self.packed, self.scale)
+            else:
+                out = F.linear(flat, self.packed.bfloat16()).mul_(self.scale)
+            if self.bias is not None:
+                out += self.bias
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
+
+_TYPE_OF_PRODUCT = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 
 # The number of rows that a packed layout is chosen for; it serves any number.
 _PACKED_FOR_ROWS = 32
@@ -220,7 +224,7 @@ def pack_for_inference(model: nn.Module, weights: str = "float32") -> nn.Module:
     """Replaces every ``Linear`` of a model, in place, for decoding on the CPU; it can no longer be trained or saved.
 
     Args:
-      model: an ``RWKV7``, or anything that holds one; adapters must have been merged.
+      model: an encoder, an ``RWKV7``, or anything that holds them; adapters must have been merged.
       weights: ``float32`` computes what the plain model does; ``bfloat16`` is faster on processors that have its
         instructions, ``int8`` takes a quarter of the memory; tools/bench_rwkv.py prints speed and error of each.
 
@@ -228,7 +232,8 @@ def pack_for_inference(model: nn.Module, weights: str = "float32") -> nn.Module:
       the model, in eval mode.
 
     Raises:
-      UserError: other ``weights``; the model is not on the CPU.
+      UserError: other ``weights``; the model is not on the CPU; there is no RWKV-7, whose ``weights`` could be
+        other than float32.
     """
     if weights not in INFERENCE_WEIGHTS:
         raise UserError(f"pack_for_inference: unknown weights {weights!r}, choose from {', '.join(INFERENCE_WEIGHTS)}")
@@ -238,4 +243,6 @@ def pack_for_inference(model: nn.Module, weights: str = "float32") -> nn.Module:
                 if child.weight.device.type != "cpu":
                     raise UserError(f"pack_for_inference: {name} is on {child.weight.device}; packing is for the CPU")
                 setattr(module, name, PackedLinear(child, weights))
+    if weights != "float32" and not any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise UserError(f"pack_for_inference: weights {weights!r} are for RWKV-7, which the model does not have")
     return model.requires_grad_(False).eval()

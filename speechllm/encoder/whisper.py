@@ -1,0 +1,195 @@
+"""Whisper's encoder: log-mel features at 100 frames a second in, embeddings at 50 out.
+
+"Robust speech recognition via large-scale weak supervision" (Radford et al., arXiv 2212.04356); its layers are those of
+transformers, and the names of the parameters too. Whisper was trained on audio padded to 30 seconds with silence, all
+of which attention sees. Here by default an utterance is as long as it is, and the padding of a batch is masked: that
+costs less, and is a little different from what released weights have seen. As the encoder of a language model Whisper
+is used both ways: without padding in SLAM-LLM (arXiv 2402.08846) and icefall's speech_llm/ASR_LLM, padded to 30 seconds
+in SALMONN (arXiv 2310.13289); here the latter is `pad_to_max_seconds`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speechllm.encoder.zipformer import run, shortest_and_longest
+from speechllm.errors import UserError
+
+# Where the encoder's weights are in a file: of the model with its head, of the model without.
+_PREFIXES = ("model.encoder.", "encoder.")
+_FEATURE_KINDS = {80: "whisper80", 128: "whisper128"}
+
+
+@dataclass
+class WhisperEncoderConfig:
+    """The encoder's part of a released Whisper's config.json, named as there; the defaults are those of whisper-small.
+
+    Args:
+        num_mel_bins: 80, or 128 as of large-v3.
+        max_source_positions: the most frames it can give, 50 a second.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+
+    num_mel_bins: int = 80
+    d_model: int = 768
+    encoder_layers: int = 12
+    encoder_attention_heads: int = 12
+    encoder_ffn_dim: int = 3072
+    max_source_positions: int = 1500
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, key: str, allowed: str) -> None:
+            if not ok:
+                raise ValueError(f"Whisper configuration: {key} is {getattr(self, key)}, but must be {allowed}")
+
+        check(self.num_mel_bins in _FEATURE_KINDS, "num_mel_bins", "80 or 128")
+        for key in ("encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions"):
+            check(getattr(self, key) > 0, key, "positive")
+        heads = self.encoder_attention_heads
+        check(self.d_model > 2 and self.d_model % 2 == 0, "d_model", "even, and more than 2")
+        check(self.d_model % heads == 0, "d_model", f"a multiple of encoder_attention_heads, {heads}")
+        for key in ("dropout", "attention_dropout", "activation_dropout"):
+            check(0 <= getattr(self, key) < 1, key, "from 0 to below 1")
+
+    @classmethod
+    def from_released(cls, values: dict[str, Any]) -> "WhisperEncoderConfig":
+        """Out of the contents of a config.json, which has the decoder's sizes and more as well.
+
+        Raises:
+            ValueError: for sizes that are missing, and as the constructor does.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if missing := [name for name in names[:6] if name not in values]:
+            raise ValueError(f"Whisper configuration: {', '.join(missing)} missing")
+        return cls(**{name: values[name] for name in names if name in values})
+
+
+class WhisperEncoder(nn.Module):
+    """The encoder, front end included. Call it as `encoder(features, feature_lens)`.
+
+    Attributes:
+        config: its WhisperEncoderConfig.
+        output_dim, frame_seconds, feature_kind, feature_dim, min_frames, max_seconds, num_stacks, checkpoint_layers: as
+            Zipformer has them; a stack is one layer.
+        pad_to_max_seconds: silence is put after each utterance, up to `max_seconds`, and attention sees it, as in
+            Whisper's own training. The output has the utterance's length all the same.
+    """
+
+    frame_seconds = 0.02
+    min_frames = 1
+
+    def __init__(self, config: WhisperEncoderConfig):
+        from transformers.models.whisper.configuration_whisper import WhisperConfig  # slow, and not everyone's
+        from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer, sinusoids
+
+        super().__init__()
+        self.config = config
+        self.checkpoint_layers = False
+        self.pad_to_max_seconds = False
+        self.output_dim = config.d_model
+        self.feature_dim = config.num_mel_bins
+        self.feature_kind = _FEATURE_KINDS[config.num_mel_bins]
+        self.max_seconds = config.max_source_positions * self.frame_seconds
+        self.num_stacks = config.encoder_layers
+        self.conv1 = nn.Conv1d(config.num_mel_bins, config.d_model, 3, padding=1)
+        self.conv2 = nn.Conv1d(config.d_model, config.d_model, 3, stride=2, padding=1)
+        self.register_buffer("embed_positions", sinusoids(config.max_source_positions, config.d_model))
+        layer_config = WhisperConfig(**dataclasses.asdict(config))
+        layer_config._attn_implementation = "sdpa"
+        self.layers = nn.ModuleList([WhisperEncoderLayer(layer_config) for _ in range(config.encoder_layers)])
+        self.layer_norm = nn.LayerNorm(config.d_model)
+
+    @staticmethod
+    def is_in_released(name: str) -> bool:
+        """Whether a weight of a released Whisper is the encoder's."""
+        return name.startswith(_PREFIXES)
+
+    @staticmethod
+    def state_dict_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a released Whisper's encoder under the names that they have here."""
+        names = {name: name.removeprefix("model.").removeprefix("encoder.") for name in weights}
+        return {own.removesuffix(".weight") if "positions" in own else own: weights[n] for n, own in names.items()}
+
+    def bottom(self, num_stacks: int) -> list[nn.Module]:
+        """The front end and the lowest layers."""
+        return [self.conv1, self.conv2, *self.layers[:num_stacks]]
+
+    def output_lens(self, feature_lens: Tensor) -> Tensor:
+        """How many output frames utterances of these many feature frames give; (N,) -> (N,)"""
+        return (feature_lens + 1) // 2
+
+    def forward(self, features: Tensor, feature_lens: Tensor, return_stacks: bool = False) -> tuple[Tensor, ...]:
+        """
+        Args:
+            features: of its `feature_kind`, 100 frames a second, (N, T, num_mel_bins); anything may lie beyond the
+                lengths.
+            feature_lens: (N,), in frames, each from 1 to T.
+            return_stacks: give the outputs of all layers too.
+
+        Returns:
+            encoder_out (N, T', D), encoder_out_lens (N,); with `return_stacks` also (S, N, T', D), the outputs of the S
+            layers, of which the last is encoder_out.
+
+        Raises:
+            ValueError: if shapes or lengths do not fit.
+            UserError: if an utterance is longer than `max_seconds`.
+        """
+        config = self.config
+        shortest, longest = shortest_and_longest(features, feature_lens, config.num_mel_bins, self.min_frames)
+        if longest > 2 * config.max_source_positions:
+            raise UserError(
+                f"an utterance has {longest / 100:.2f} s, but this Whisper encoder's position embeddings end at "
+                f"{self.max_seconds:g} s: lower data.max_seconds, or leave such long ones out of the data to evaluate "
+                "(transcribe cuts them at pauses, see --max-segment)"
+            )
+        feature_lens = feature_lens.to(features.device)
+        lens = self.output_lens(feature_lens)
+        features = features[:, :longest]
+        if self.pad_to_max_seconds:
+            features = with_silence(features, feature_lens, 2 * config.max_source_positions)
+            shortest = longest = features.shape[1]
+        valid = attended = None
+        if shortest < longest:
+            valid = (torch.arange(longest, device=features.device) < feature_lens[:, None]).unsqueeze(-1)
+            attended = torch.arange((longest + 1) // 2, device=features.device) < lens[:, None]
+            attended = attended[:, None, None]  # (N, heads, queries, keys)
+        checkpointed = self.checkpoint_layers and torch.is_grad_enabled()
+        x = run(self.front_end, features, valid, checkpointed=checkpointed)
+        x = F.dropout(x + self.embed_positions[: x.shape[1]], config.dropout, self.training)
+        t_out = int(lens.max())
+        outputs = []
+        for layer in self.layers:
+            x = run(layer, x, attended, checkpointed=checkpointed)
+            outputs.append(x[:, :t_out])
+        outputs[-1] = self.layer_norm(outputs[-1])
+        return (outputs[-1], lens, torch.stack(outputs)) if return_stacks else (outputs[-1], lens)
+
+    def front_end(self, features: Tensor, valid: Tensor | None) -> Tensor:
+        """(N, T, num_mel_bins) -> (N, (T + 1) // 2, D); `valid` (N, T, 1) is False on padding, None without any."""
+
+        def unpadded(x: Tensor) -> Tensor:
+            return x if valid is None else x.masked_fill(~valid, 0.0)
+
+        x = F.gelu(self.conv1(unpadded(features).transpose(1, 2))).transpose(1, 2)
+        return F.gelu(self.conv2(unpadded(x).transpose(1, 2))).transpose(1, 2)
+
+
+def with_silence(features: Tensor, feature_lens: Tensor, length: int) -> Tensor:
+    """Whisper's features (N, T, F), zero-padded, with what silence after each utterance gives: (N, length, F).
+
+    Features are (max(log10(energy), loudest - 8) + 4) / 4: so silence is 2 below the loudest, or what the least energy
+    of 1e-10 gives.
+    """
+    beyond = (torch.arange(length, device=features.device) >= feature_lens[:, None]).unsqueeze(-1)
+    features = F.pad(features, (0, 0, 0, length - features.shape[1]))
+    loudest = features.masked_fill(beyond, -torch.inf).amax((1, 2), keepdim=True)
+    return torch.where(beyond, (loudest - 2.0).clamp(min=-1.5), features)

@@ -1,0 +1,13 @@
+"""Projectors: encoder frames, 25 a second, to language-model embeddings, 25 / k a second.
+
+One interface for all: `projector(encoder_out, encoder_out_lens) -> audio_embeds, audio_lens`, `output_lens`,
+`downsample`, and one rule of length, T' = ceil(T / k): the last position stands for what is left of the frames, so none
+is lost. An utterance gets in a padded batch what it gets alone.
+"""
+
+from speechllm.projector.build import Projector, build_projector
+from speechllm.projector.config import ProjectorConfig
+from speechllm.projector.frames import one_after_another
+from speechllm.projector.stacks import WeightedStacks
+
+__all__ = ["Projector", "ProjectorConfig", "WeightedStacks", "build_projector", "one_after_another"]

@@ -1,0 +1,131 @@
+"""A transducer (arXiv 1211.3711) on an encoder: stateless decoder (arXiv 2109.07513), joiner and loss.
+
+Decoder and joiner are those of icefall's zipformer recipe: an embedding and a convolution over the last tokens; a sum
+of projections of encoder and decoder, tanh, and a linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+# The joiner's logits that are in memory at once: 64 MiB in float32.
+_LOGITS_AT_ONCE = 2**24
+_CONV_GROUP = 4  # channels, as in icefall
+
+
+@dataclass
+class TransducerConfig:
+    """`decoder_dim`: of the token embeddings; `joiner_dim`: in which encoder and decoder are added up;
+    `context_size`: how many tokens the decoder sees; `weight` of the loss. The sizes are icefall's."""
+
+    decoder_dim: int = 512
+    joiner_dim: int = 512
+    context_size: int = 2
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("decoder_dim", "joiner_dim", "context_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.decoder_dim % _CONV_GROUP:
+            raise ValueError(f"decoder_dim must be a multiple of {_CONV_GROUP}, got {self.decoder_dim}")
+        if self.weight <= 0:
+            raise ValueError(f"weight must be above 0, got {self.weight}; leave transducer out to train without it")
+
+
+class Transducer(nn.Module):
+    """Decoder and joiner.
+
+    Args:
+      encoder_dim: width of the encoder's output.
+      num_tokens: token ids are in [0, num_tokens); blank is the class behind them, and what stands before a text.
+    """
+
+    def __init__(self, config: TransducerConfig, encoder_dim: int, num_tokens: int) -> None:
+        super().__init__()
+        self.blank_id = num_tokens
+        self.context_size = config.context_size
+        self.embedding = nn.Embedding(num_tokens + 1, config.decoder_dim)
+        groups = config.decoder_dim // _CONV_GROUP
+        self.conv = nn.Conv1d(config.decoder_dim, config.decoder_dim, config.context_size, groups=groups, bias=False)
+        self.encoder_proj = nn.Linear(encoder_dim, config.joiner_dim)
+        self.decoder_proj = nn.Linear(config.decoder_dim, config.joiner_dim)
+        self.output = nn.Linear(config.joiner_dim, num_tokens + 1)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """The decoder, projected for the joiner: tokens (N, context_size - 1 + P) -> (N, P, joiner_dim).
+
+        Position p has seen the tokens p to p + context_size - 1.
+        """
+        embeds = self.embedding(tokens).transpose(1, 2)
+        return self.decoder_proj(self.conv(embeds).transpose(1, 2).relu())
+
+    def join(self, audio: Tensor, text: Tensor) -> Tensor:
+        """Both (..., joiner_dim), `audio` from `encoder_proj`, `text` from `read` -> logits (..., num_tokens + 1)."""
+        return self.output((audio + text).tanh())
+
+    def forward(self, encoder_out: Tensor, encoder_out_lens: Tensor, label_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Losses (N,), float32: -log p(label | audio), summed over all alignments; a frame may have any number
+        of tokens.
+
+        The logits of so many frames as `_LOGITS_AT_ONCE` allows are held at a time, and computed again in the backward
+        pass: memory does not grow with T * U * V.
+
+        Args:
+          encoder_out: (N, T, D); encoder_out_lens: (N,); label_ids: N token lists.
+        """
+        n, frames, _ = encoder_out.shape
+        device = encoder_out.device
+        rows = [torch.tensor([self.blank_id] * self.context_size + list(ids)) for ids in label_ids]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=self.blank_id).to(device)
+        labels = tokens[:, self.context_size :]  # (N, U)
+        audio, text = self.encoder_proj(encoder_out), self.read(tokens)
+        widest = max(audio.shape[-1], self.blank_id + 1)  # of the joiner's two layers
+        step = max(1, _LOGITS_AT_ONCE // (n * text.shape[1] * widest))
+        slices = [
+            checkpoint(self._scores, part, text, labels, use_reentrant=False, preserve_rng_state=False)
+            for part in audio.split(step, dim=1)
+        ]
+        blank_scores, label_scores = (torch.cat(parts, dim=1) for parts in zip(*slices, strict=True))
+        label_lens = torch.tensor([len(ids) for ids in label_ids], device=device)
+        return -alignments_log_prob(blank_scores, label_scores, encoder_out_lens.to(device), label_lens)
+
+    def _scores(self, audio: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Log probabilities of blank (N, T, U + 1) and of the label's next token (N, T, U)."""
+        logits = self.join(audio[:, :, None], text[:, None]).float()
+        scale = logits.logsumexp(-1)
+        next_tokens = labels[:, None, :, None].expand(-1, logits.shape[1], -1, -1)
+        label_scores = logits[:, :, :-1].gather(-1, next_tokens)[..., 0] - scale[:, :, :-1]
+        return logits[..., self.blank_id] - scale, label_scores
+
+
+def alignments_log_prob(blank_scores: Tensor, label_scores: Tensor, lens: Tensor, label_lens: Tensor) -> Tensor:
+    """log of the summed probabilities of all alignments: (N,), in the precision of the scores.
+
+    With u tokens said at frame t, an alignment goes on with token u + 1 (at the same frame), or with blank to frame
+    t + 1; it ends with the blank of the last frame (arXiv 1211.3711, section 2.4). Along the frames this recurrence is
+    linear and has a closed solution, so the loop is over the label alone. It runs in float64: the solution takes
+    differences of sums over all frames.
+
+    Args:
+      blank_scores: (N, T, U + 1), log probability of blank at frame t once u tokens are said.
+      label_scores: (N, T, U), that of token u + 1.
+      lens: (N,) frames; label_lens: (N,). What lies beyond them has no influence.
+    """
+    blanks, labels = blank_scores.double(), label_scores.double()
+    to_frame = F.pad(blanks[:, :-1].cumsum(1), (0, 0, 1, 0))  # all blank from frame 0 to frame t
+    reached = [to_frame[..., 0]]  # (N, T) for each number of tokens
+    for u in range(labels.shape[2]):
+        entering = reached[-1] + labels[..., u]
+        blank_before = to_frame[..., u + 1]
+        reached.append(blank_before + (entering - blank_before).logcumsumexp(1))
+    rows, last = torch.arange(len(lens), device=lens.device), lens - 1
+    log_probs = torch.stack(reached, dim=2)[rows, last, label_lens] + blanks[rows, last, label_lens]
+    return log_probs.to(blank_scores.dtype)
