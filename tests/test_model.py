@@ -235,7 +235,7 @@ def test_the_label_is_for_the_language_model_alone(tasks_config, batch):
 
 def test_a_prompt_that_tells_what_the_label_asks_is_an_error(model_config):
     section = to_dict(model_config) | {"label": "<|{lang}|>{text}"}
-    with pytest.raises(ConfigError, match=r"label '<\|\{lang.* the prompt '<\|\{lang"):
+    with pytest.raises(ConfigError, match=r"label '<\|\{lang.* the prompt 'User: .*<\|\{lang"):
         from_dict(ModelConfig, section)
     with pytest.raises(ConfigError, match=r"label: unknown slot \{txt\}"):
         from_dict(ModelConfig, section | {"label": "{txt}"})

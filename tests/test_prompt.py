@@ -290,7 +290,7 @@ def test_texts_of_their_own_do_not_fill_the_memory_with_states(prompted_model, b
 @pytest.mark.parametrize("options", [VARIANTS["qwen"], VARIANTS["all"]], ids=["qwen", "all"])
 def test_a_padded_batch_gives_each_utterance_what_it_gets_alone(prompted_model, batch, options):
     model = prompted_model(**options).eval()
-    columns = [*batch, TARGETS, CONTEXTS]
+    columns = [*batch, TARGETS, batch[2], CONTEXTS]  # the labels are the texts
     with torch.no_grad():
         whole = model(*columns)["llm_loss"]
         rows = [
@@ -303,7 +303,7 @@ def test_a_padded_batch_gives_each_utterance_what_it_gets_alone(prompted_model, 
 def test_every_learned_parameter_gets_a_gradient_from_a_frozen_language_model(prompted_model, batch):
     model = prompted_model(**WITH_CONTEXT, **LEARNED).train()
     model.llm.requires_grad_(False)
-    model(*batch, TARGETS, CONTEXTS)["loss"].backward()
+    model(*batch, TARGETS, contexts=CONTEXTS)["loss"].backward()
     learned = dict(model.prompt.named_parameters())
     assert set(learned) == {
         "soft", "boundary",
@@ -313,7 +313,7 @@ def test_every_learned_parameter_gets_a_gradient_from_a_frozen_language_model(pr
     # no text at all in a batch: still a gradient, so that all processes have one
     model.zero_grad()
     silent = prompted_model(asr="{audio}{previous}", ast="{audio}", **LEARNED)
-    silent(*batch, None, [PromptContext(previous="")] * 3)["loss"].backward()
+    silent(*batch, contexts=[PromptContext(previous="")] * 3)["loss"].backward()
     assert [name for name, p in silent.named_parameters() if p.grad is None] == []
 
 
@@ -342,8 +342,8 @@ def test_the_prompt_is_saved_with_the_model(prompted_model, batch, options, tmp_
     monkeypatch.setitem(INSTRUCTIONS, "en", {"asr": ["?"], "ast": ["?"]})
     loaded = SpeechLLM.from_pretrained(tmp_path / "model")
     assert loaded.config.prompt == model.config.prompt
-    expected = model(*batch, TARGETS, CONTEXTS)["llm_loss"]
-    assert torch.equal(loaded(*batch, TARGETS, CONTEXTS)["llm_loss"], expected)
+    expected = model(*batch, TARGETS, contexts=CONTEXTS)["llm_loss"]
+    assert torch.equal(loaded(*batch, TARGETS, contexts=CONTEXTS)["llm_loss"], expected)
 
 
 def test_a_small_model_learns_with_its_prompt(model_config, batch):
@@ -358,7 +358,7 @@ def test_a_small_model_learns_with_its_prompt(model_config, batch):
     before = {name: p.detach().clone() for name, p in model.prompt.named_parameters()}
     for step in range(40):
         model.encoder.set_batch_count(step)
-        out = model(features, lens, texts, ["en"] * 3, None, CONTEXTS)
+        out = model(features, lens, texts, ["en"] * 3, contexts=CONTEXTS)
         (out["loss"] / out["tokens"]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
