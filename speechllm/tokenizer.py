@@ -321,6 +321,10 @@ class HFTokenizer(Tokenizer):
         tags = self._tags if keep_tags else {}
         return StreamDecoder(self._first_bytes_of | tags, self._bytes_of | tags)
 
+    def piece(self, index: int) -> str:
+        special = self._tokenizer.get_added_tokens_decoder().get(index)
+        return self.decode([index]) if special is None else special.content
+
     def identity(self) -> str:
         return f"huggingface {hashlib.sha256(self._json).hexdigest()}"
 

@@ -23,8 +23,9 @@ from speechllm.prompt import (
     PromptProjectorConfig,
     splice,
 )
-from speechllm.tokenizer import RWKVTokenizer, train_sentencepiece
+from speechllm.tokenizer import HFTokenizer, RWKVTokenizer, train_sentencepiece
 from tests.conftest import SENTENCES
+from tests.hf_tokenizers import train_byte_level
 
 tokenizer = RWKVTokenizer()
 LEARNED = {"boundary": True, "soft_tokens": 3, "projector": PromptProjectorConfig(hidden=8)}
@@ -213,6 +214,21 @@ def test_tags_that_must_not_be_split(model_config, tokenizer_dir):
     whole.check_tags(tokenizer, "rwkv")  # it has no tag before its slots are filled
     with pytest.raises(UserError, match=r"<\|en\|> must be one token, but the tokenizer rwkv splits it into 5"):
         splice(whole, tokenizer, [2], ["en"])
+
+
+def test_chat_markers_of_a_hugging_face_tokenizer(tmp_path):
+    markers = ["<|im_start|>", "<|im_end|>"]
+    whole = HFTokenizer(train_byte_level(SENTENCES, tmp_path / "whole", special_tokens=["<|endoftext|>", *markers]))
+    prompt = PromptConfig(preset="qwen")
+    prompt.check_tags(whole, "whole")
+    (row,) = splice(prompt, whole, [1], ["en"]).token_ids.tolist()
+    pieces = [whole.piece(i) for i in row]
+    assert [pieces.count(marker) for marker in markers] == [2, 1] and pieces[0] == markers[0]
+    split = HFTokenizer(train_byte_level(SENTENCES, tmp_path / "split"))
+    with pytest.raises(
+        UserError, match=r"prompt.asr: <\|im_start\|> must be one token, but the tokenizer split splits"
+    ):
+        prompt.check_tags(split, "split")
 
 
 # ---- in a model ----
