@@ -394,8 +394,7 @@ class SpeechLLM(nn.Module):
     @property
     def seconds_per_position(self) -> float:
         """How much audio one position of the language model stands for, the positions of all encoders counted."""
-        parts = [(self.encoder, self.projector), *((more["encoder"], more["projector"]) for more in self.more_encoders)]
-        return 1 / sum(1 / (encoder.frame_seconds * projector.downsample) for encoder, projector in parts)
+        return 1 / sum(1 / (encoder.frame_seconds * projector.downsample) for encoder, projector in self._branches())
 
     @property
     def frame_seconds(self) -> float:
@@ -404,8 +403,7 @@ class SpeechLLM(nn.Module):
 
     def audio_lens(self, feature_lens: Tensor) -> Tensor:
         """How many positions of audio the language model reads for feature_lens (N,) frames: (N,)."""
-        pairs = [(self.encoder, self.projector), *((more["encoder"], more["projector"]) for more in self.more_encoders)]
-        return sum(projector.output_lens(encoder.output_lens(feature_lens)) for encoder, projector in pairs)
+        return sum(projector.output_lens(encoder.output_lens(feature_lens)) for encoder, projector in self._branches())
 
     @property
     def feature_kind(self) -> str:
@@ -414,9 +412,8 @@ class SpeechLLM(nn.Module):
 
     def features_of(self, encoder: Encoder, features: Tensor) -> Tensor:
         """What one of the encoders reads of features (N, T, F) of all kinds."""
-        bins = {
-            other.feature_kind: other.feature_dim for _, _, other in self.encoders()
-        }  # in the order of feature_kind
+        # in the order of `feature_kind`
+        bins = {other.feature_kind: other.feature_dim for other, _ in self._branches()}
         return dict(zip(bins, features.split(list(bins.values()), dim=2), strict=True))[encoder.feature_kind]
 
     def encoders(self) -> list[tuple[str, EncoderSection, Encoder]]:
@@ -427,6 +424,10 @@ class SpeechLLM(nn.Module):
             *((f"more_encoders.{i}.encoder", c.encoder, part["encoder"]) for i, (c, part) in enumerate(more)),
         ]
 
+    def _branches(self) -> list[tuple[Encoder, Projector]]:
+        more = [(part["encoder"], part["projector"]) for part in self.more_encoders]
+        return [(self.encoder, self.projector), *more]
+
     def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """features (N, T, F), (N,) -> encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,).
 
@@ -434,10 +435,9 @@ class SpeechLLM(nn.Module):
         """
         if not self.more_encoders:
             return _encode(self.encoder, self.projector, features, feature_lens)
-        pairs = [(self.encoder, self.projector), *((more["encoder"], more["projector"]) for more in self.more_encoders)]
         (encoder_out, encoder_out_lens, *first), *parts = (
             _encode(encoder, projector, self.features_of(encoder, features), feature_lens)
-            for encoder, projector in pairs
+            for encoder, projector in self._branches()
         )
         embeds, lens = zip(first, *(part[2:] for part in parts), strict=True)
         if self.training and self.config.encoder_dropout:
