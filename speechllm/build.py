@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from speechllm.config import load_config
 from speechllm.encoder_model import EncoderModel
 from speechllm.errors import UserError
 from speechllm.linear import pack_for_inference
-from speechllm.model import ModelConfig, SpeechLLM
+from speechllm.model import ModelConfig, SpeechLLM, load_model_config
 
 
 def build_model(config: ModelConfig) -> SpeechLLM | EncoderModel:
@@ -22,10 +21,7 @@ def load_model(folder: str | Path) -> SpeechLLM | EncoderModel:
     Raises:
       FileNotFoundError, UserError: the folder is not one, or its parts do not fit together.
     """
-    path = Path(folder) / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no config.yaml: not a folder written by save_pretrained")
-    config = load_config(ModelConfig, path)
+    config = load_model_config(folder)
     return (EncoderModel if config.llm is None else SpeechLLM).from_pretrained(folder)
 
 

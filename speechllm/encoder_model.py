@@ -14,30 +14,28 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from speechllm.checkpoint import load_state_dict_strict
-from speechllm.config import ConfigError, load_config, save_config
+from speechllm.config import ConfigError, save_config
 from speechllm.ctc import consistency_losses, ctc_losses
-from speechllm.decode.formats import Recording
-from speechllm.decode.recognise import RecogniseOptions, Speech
+from speechllm.decode.recognise import RecogniseOptions
 from speechllm.decode.recognise_encoder import EncoderRecogniser
-from speechllm.decode.result import Recognition
 from speechllm.encoder import Zipformer
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.label import LabelTemplate
-from speechllm.model import EncoderSection, ModelConfig, build_encoder, keep_frozen_in_eval
+from speechllm.model import EncoderSection, ModelConfig, build_encoder, load_model_config
 from speechllm.model_card import encoder_card
 from speechllm.prompt import PromptContext
+from speechllm.speech_model import SpeechModel
 from speechllm.tokenizer import Tokenizer, load_tokenizer
 from speechllm.transducer import Transducer
 
 
-class EncoderModel(nn.Module):
+class EncoderModel(SpeechModel):
     """See the module's docstring. Build one with `from_config` (training) or `from_pretrained` (use).
 
     Attributes:
@@ -51,8 +49,7 @@ class EncoderModel(nn.Module):
 
     def __init__(self, config: ModelConfig, encoder: Zipformer, tokenizer: Tokenizer) -> None:
         super().__init__()
-        self.config = config
-        self._before_label = config.prompt.written_out().before_label
+        self.config = dataclasses.replace(config, prompt=config.prompt.written_out())
         self.tokenizer = tokenizer
         self.encoder = encoder
         # Blank is the last class, so the others keep the tokenizer's ids.
@@ -82,17 +79,6 @@ class EncoderModel(nn.Module):
             )
         return cls(config, encoder, tokenizer)
 
-    def train(self, mode: bool = True) -> EncoderModel:
-        """A frozen encoder stays in evaluation mode."""
-        super().train(mode)
-        if mode:
-            keep_frozen_in_eval(self)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
     @property
     def needs_two_views(self) -> bool:
         """Whether it is trained on two views of each utterance."""
@@ -103,20 +89,6 @@ class EncoderModel(nn.Module):
         """How much audio one frame of the encoder's output stands for."""
         return self.frame_seconds
 
-    @property
-    def frame_seconds(self) -> float:
-        """The same."""
-        return self.encoder.frame_seconds
-
-    @property
-    def feature_kind(self) -> str:
-        """The features that the encoder reads (see `speechllm.data.features`)."""
-        return self.encoder.feature_kind
-
-    def features_of(self, encoder: Zipformer, features: Tensor) -> Tensor:
-        """All of the features: there is one encoder."""
-        return features
-
     def encoders(self) -> list[tuple[str, EncoderSection, Zipformer]]:
         """Name as a part of the model, configuration and module of the encoder; see `SpeechLLM.encoders`."""
         return [("encoder", self.config.encoder, self.encoder)]
@@ -126,22 +98,6 @@ class EncoderModel(nn.Module):
         trains = any(p.requires_grad for p in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             return self.encoder(features, feature_lens)
-
-    def label_ids(self, text: str) -> list[int]:
-        """The tokens of a label, as a `SpeechLLM` with the same tokenizer has them."""
-        return self.tokenizer.encode(self._before_label + text)
-
-    def label_lengths(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens each label has."""
-        return [len(self.label_ids(text)) for text in texts]
-
-    def label_identity(self) -> str:
-        """A string that differs between models that make other tokens of some label; for the names of caches."""
-        return f"{self.tokenizer.identity()} {self._before_label!r}"
-
-    def text(self, token_ids: Sequence[int]) -> str:
-        """The text of label tokens; the inverse of `label_ids`."""
-        return self.tokenizer.decode(token_ids).removeprefix(self._before_label)
 
     def forward(
         self,
@@ -207,19 +163,6 @@ class EncoderModel(nn.Module):
             "tokens": zero + sum(len(ids) + 1 for ids in label_ids),
         }
 
-    def recognise(
-        self,
-        features: Tensor,
-        feature_lens: Tensor,
-        languages: Sequence[str | None],
-        target_languages: Sequence[str | None] | None = None,
-        contexts: Sequence[PromptContext] | None = None,
-        options: RecogniseOptions | None = None,
-    ) -> list[Recognition]:
-        """What is said in a batch; `contexts` are not used."""
-        speech = Speech(features, feature_lens, languages, target_languages or [None] * len(languages), contexts)
-        return next(self.recogniser(options)([speech]))
-
     def recogniser(self, options: RecogniseOptions | None = None) -> EncoderRecogniser:
         """Recognises any number of batches.
 
@@ -227,17 +170,6 @@ class EncoderModel(nn.Module):
           UserError: the options ask for what the model does not have.
         """
         return EncoderRecogniser(self, options)
-
-    def transcribe(
-        self,
-        audio: Sequence[str | Path | np.ndarray | Tensor],
-        language: str | None = None,
-        options: RecogniseOptions | None = None,
-    ) -> list[Recording]:
-        """What is said in audio of any length; see `SpeechLLM.transcribe`."""
-        from speechllm.transcribe import transcribe_audio  # the model itself needs no lhotse
-
-        return transcribe_audio(self, audio, language, None, options)
 
     def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
         """Write the whole model: config.yaml, model.safetensors, tokenizer, README.md; and config.json, with which
@@ -264,13 +196,8 @@ class EncoderModel(nn.Module):
         Raises:
           FileNotFoundError, UserError: the folder is not one, or its parts do not fit together.
         """
-        folder = Path(folder)
-        if not (folder / "config.yaml").is_file():
-            raise FileNotFoundError(f"{folder}: no config.yaml: not a folder written by save_pretrained")
-        config = load_config(ModelConfig, folder / "config.yaml")
-        config = dataclasses.replace(config, tokenizer=str(folder / config.tokenizer))
-        path = folder / "model.safetensors"
+        path = Path(folder) / "model.safetensors"
         with torch.device("meta"):  # no time for initial values that are about to be replaced
-            model = cls.from_config(config)
+            model = cls.from_config(load_model_config(folder))
         load_state_dict_strict(model, load_file(path), path, assign=True)
         return model.eval()

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,9 +27,7 @@ from torch import Tensor, nn
 from speechllm.checkpoint import load_state_dict_strict
 from speechllm.config import ConfigError, load_config, save_config
 from speechllm.ctc import CRCTCConfig, ctc_losses
-from speechllm.decode.formats import Recording
-from speechllm.decode.recognise import RecogniseOptions, Recogniser, Speech
-from speechllm.decode.result import Recognition
+from speechllm.decode.recognise import RecogniseOptions, Recogniser
 from speechllm.encoder import WhisperEncoder, WhisperEncoderConfig, Zipformer, ZipformerConfig, load_encoder
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
@@ -50,6 +47,7 @@ from speechllm.rwkv7 import (
     tune,
 )
 from speechllm.rwkv7.wkv import BACKENDS
+from speechllm.speech_model import Encoder, SpeechModel
 from speechllm.tokenizer import Tokenizer, load_tokenizer
 from speechllm.transducer import TransducerConfig
 from speechllm.transformers_lm import (
@@ -59,8 +57,6 @@ from speechllm.transformers_lm import (
     new_transformers_lm,
     transformers_config,
 )
-
-Encoder = Zipformer | WhisperEncoder
 
 
 @dataclass
@@ -220,13 +216,13 @@ class ModelConfig:
             )
         if self.cr_ctc is not None and not self.ctc_weight:
             raise ValueError("cr_ctc makes what CTC says of two views agree, but ctc_weight is 0: set it above 0")
-        for name, default in (
-            ("projector", ProjectorConfig()),
-            ("prompt", PromptConfig()),
-            ("label", "{text}"),
-            ("more_encoders", []),
+        for name, given, default in (
+            ("projector", self.projector, ProjectorConfig()),
+            ("prompt", self.prompt.written_out(), PromptConfig().written_out()),
+            ("label", self.label, "{text}"),
+            ("more_encoders", self.more_encoders, []),
         ):
-            if getattr(self, name) != default:
+            if given != default:
                 raise ValueError(f"{name} leads to the language model, and llm is null: leave out {name}")
 
     @property
@@ -241,6 +237,19 @@ def _check_source(section: LLMSection, sizes: Sequence[str]) -> None:
         raise ValueError(f"give either path (a checkpoint) or {' or '.join(sizes)} (sizes to train from scratch)")
     if section.freeze and not section.path:
         raise ValueError("freeze without path would freeze random weights")
+
+
+def load_model_config(folder: str | Path) -> ModelConfig:
+    """The configuration in a folder that `save_pretrained` wrote; its tokenizer is in that folder.
+
+    Raises:
+      FileNotFoundError, ConfigError: the folder is not one.
+    """
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no config.yaml: not a folder written by save_pretrained")
+    config = load_config(ModelConfig, path)
+    return dataclasses.replace(config, tokenizer=str(Path(folder) / config.tokenizer))
 
 
 def build_encoder(section: EncoderSection) -> Encoder:
@@ -304,15 +313,7 @@ def _tied_weights(llm: RWKV7 | TransformersLM) -> dict[str, str]:
     return llm.tied_weights() if isinstance(llm, TransformersLM) else {}
 
 
-def keep_frozen_in_eval(model: nn.Module) -> None:
-    """Put the modules that have no trained parameter into evaluation mode."""
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            module.eval()
-
-
-class SpeechLLM(nn.Module):
+class SpeechLLM(SpeechModel):
     """See the module's docstring. Build one with `from_config` (training) or `from_pretrained` (use)."""
 
     needs_two_views = False
@@ -380,41 +381,14 @@ class SpeechLLM(nn.Module):
             more_encoders.append((other, build_projector(more.projector, *sizes)))
         return cls(config, encoder, projector, llm, tokenizer, more_encoders)
 
-    def train(self, mode: bool = True) -> SpeechLLM:
-        """Frozen parts stay in evaluation mode."""
-        super().train(mode)
-        if mode:
-            keep_frozen_in_eval(self)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.projector.parameters()).device
-
     @property
     def seconds_per_position(self) -> float:
         """How much audio one position of the language model stands for, the positions of all encoders counted."""
         return 1 / sum(1 / (encoder.frame_seconds * projector.downsample) for encoder, projector in self._branches())
 
-    @property
-    def frame_seconds(self) -> float:
-        """How much audio one frame of the first encoder's output stands for."""
-        return self.encoder.frame_seconds
-
     def audio_lens(self, feature_lens: Tensor) -> Tensor:
         """How many positions of audio the language model reads for feature_lens (N,) frames: (N,)."""
         return sum(projector.output_lens(encoder.output_lens(feature_lens)) for encoder, projector in self._branches())
-
-    @property
-    def feature_kind(self) -> str:
-        """The features that the encoders read (see `speechllm.data.features`): of several kinds side by side."""
-        return "+".join(dict.fromkeys(encoder.feature_kind for _, _, encoder in self.encoders()))
-
-    def features_of(self, encoder: Encoder, features: Tensor) -> Tensor:
-        """What one of the encoders reads of features (N, T, F) of all kinds."""
-        # in the order of `feature_kind`
-        bins = {other.feature_kind: other.feature_dim for other, _ in self._branches()}
-        return dict(zip(bins, features.split(list(bins.values()), dim=2), strict=True))[encoder.feature_kind]
 
     def encoders(self) -> list[tuple[str, EncoderSection, Encoder]]:
         """Name as a part of the model, configuration and module of each encoder, the first one first."""
@@ -483,22 +457,6 @@ class SpeechLLM(nn.Module):
         spliced = self.spliced(audio_lens, languages, label_ids, target_languages, contexts)
         return self.embed(spliced, audio_embeds, audio_lens), spliced.lens, spliced.labels
 
-    def label_ids(self, label: str) -> list[int]:
-        """The tokens of a label as it stands behind the prompt, without the end of text."""
-        return self.tokenizer.encode(self.config.prompt.before_label + label)
-
-    def label_lengths(self, labels: Sequence[str]) -> list[int]:
-        """How many tokens each label has behind the prompt, the end of text not counted."""
-        return [len(self.label_ids(label)) for label in labels]
-
-    def label_identity(self) -> str:
-        """A string that differs between models that make other tokens of some label; for the names of caches."""
-        return f"{self.tokenizer.identity()} {self.config.prompt.before_label!r} {self.label_template}"
-
-    def text(self, token_ids: Sequence[int]) -> str:
-        """The text of the tokens of a transcript, which is what the CTC head writes."""
-        return self.tokenizer.decode(token_ids).removeprefix(self.config.prompt.before_label)
-
     def read_label(self, token_ids: Sequence[int]) -> ReadLabel:
         """What the language model says with the tokens of a label; the inverse of `label_ids` of `label_template`."""
         if self.label_template.is_plain:
@@ -545,7 +503,8 @@ class SpeechLLM(nn.Module):
         (llm_loss, tokens, correct), _ = self.llm.loss(labels, inputs_embeds=inputs_embeds, lens=lens)
         ctc_loss = llm_loss.new_zeros(())
         if self.ctc_head is not None:
-            losses = self.ctc_losses(encoder_out, encoder_out_lens, [self.label_ids(text) for text in texts])
+            transcripts = label_ids if self.label_template.is_plain else [self.label_ids(text) for text in texts]
+            losses = ctc_losses(self.ctc_head(encoder_out), encoder_out_lens, transcripts, self.blank_id)
             # Of translations it counts nothing, but it is computed: every parameter gets a gradient in every batch.
             is_transcript = torch.tensor([target is None for target in target_languages], device=losses.device)
             ctc_loss = (losses * is_transcript).sum()
@@ -557,26 +516,6 @@ class SpeechLLM(nn.Module):
             "correct": correct,
         }
 
-    def ctc_losses(self, encoder_out: Tensor, encoder_out_lens: Tensor, label_ids: Sequence[Sequence[int]]) -> Tensor:
-        """CTC losses (N,); that of a label that has more tokens than its audio has frames is 0."""
-        return ctc_losses(self.ctc_head(encoder_out), encoder_out_lens, label_ids, self.blank_id)
-
-    def recognise(
-        self,
-        features: Tensor,
-        feature_lens: Tensor,
-        languages: Sequence[str | None],
-        target_languages: Sequence[str | None] | None = None,
-        contexts: Sequence[PromptContext] | None = None,
-        options: RecogniseOptions | None = None,
-    ) -> list[Recognition]:
-        """What is said in a batch; for more than one batch, a `Recogniser` searches across them.
-
-        Rows with a target language are translated; the CTC head cannot, and has no text for them.
-        """
-        speech = Speech(features, feature_lens, languages, target_languages or [None] * len(languages), contexts)
-        return next(self.recogniser(options)([speech]))
-
     def recogniser(self, options: RecogniseOptions | None = None) -> Recogniser:
         """Recognises any number of batches, which it searches together.
 
@@ -584,30 +523,6 @@ class SpeechLLM(nn.Module):
           UserError: the options ask for what the model does not have.
         """
         return Recogniser(self, options)
-
-    def transcribe(
-        self,
-        audio: Sequence[str | Path | np.ndarray | Tensor],
-        language: str | None = None,
-        target_language: str | None = None,
-        options: RecogniseOptions | None = None,
-        context: PromptContext | None = None,
-    ) -> list[Recording]:
-        """What is said in audio of any length; translations with a target language. `[0].text` is that of the first.
-
-        Long audio is cut at pauses; what is silent has no text.
-
-        Args:
-          audio: files of any format and sampling rate, or (num_samples,) floating-point samples in [-1, 1], 16 kHz.
-          context: for the prompt's slots of that kind, the same for all.
-
-        Raises:
-          DataError: a file cannot be read; the message names it.
-          UserError: the prompt has a slot for a language that is not given; samples of another shape.
-        """
-        from speechllm.transcribe import transcribe_audio  # the model itself needs no lhotse
-
-        return transcribe_audio(self, audio, language, target_language, options, context)
 
     def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
         """Write the whole model: config.yaml, model.safetensors, tokenizer, README.md. Replaces `folder` in one move.
@@ -658,16 +573,12 @@ class SpeechLLM(nn.Module):
         Raises:
           FileNotFoundError, UserError: the folder is not one, or its parts do not fit together.
         """
-        folder = Path(folder)
-        if not (folder / "config.yaml").is_file():
-            raise FileNotFoundError(f"{folder}: no config.yaml: not a folder written by save_pretrained")
-        config = load_config(ModelConfig, folder / "config.yaml")
+        folder, config = Path(folder), load_model_config(folder)
         if config.llm is None:
             raise UserError(
                 f"{folder}: holds an encoder without a language model: load it as an EncoderModel, or train a language "
                 "model on it (model.encoder.path)"
             )
-        config = dataclasses.replace(config, tokenizer=str(folder / config.tokenizer))
         path = folder / "model.safetensors"
         weights = load_file(path)
         if config.llm.path is not None:

@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 
     from speechllm.data import Entry
     from speechllm.decode.formats import Recording, Segment
-    from speechllm.decode.recognise import RecogniseOptions, Speech
+    from speechllm.decode.recognise import Speech
     from speechllm.decode.result import Recognition
-    from speechllm.encoder_model import EncoderModel
-    from speechllm.model import SpeechLLM
     from speechllm.prompt import PromptContext
 
     Recogniser = Callable[[Iterable[Speech]], Iterator[list[Recognition]]]
@@ -408,28 +406,6 @@ def transcribe_inputs(
         on_progress(sum(part.duration for part in parts))
         yield from finished()
     yield from finished()
-
-
-def transcribe_audio(
-    model: SpeechLLM | EncoderModel,
-    audio: Sequence[str | Path | np.ndarray | Tensor],
-    language: str | None,
-    target_language: str | None,
-    options: RecogniseOptions | None,
-    context: PromptContext | None = None,
-) -> list[Recording]:
-    """What `SpeechLLM.transcribe` does, with any model."""
-    inputs = [audio_input(a, f"audio[{i}]", language, target_language, context) for i, a in enumerate(audio)]
-    was_training = model.training
-    model.eval()
-    try:
-        results = transcribe_inputs(inputs, model.recogniser(options), feature_kind=model.feature_kind)
-        found = [result for _, result in results]
-    finally:
-        model.train(was_training)
-    if errors := [result for result in found if isinstance(result, Exception)]:
-        raise errors[0]
-    return found
 
 
 def _parts(

@@ -126,7 +126,8 @@ def test_logits_only_where_asked(model, read):
     assert_same(model, same, state)
 
 
-def test_loss_equals_cross_entropy_of_the_logits(model):
+def test_loss_equals_cross_entropy_of_the_logits(model, monkeypatch):
+    monkeypatch.setattr("speechllm.linear._LOGITS_AT_ONCE", 40 * 7)  # several chunks
     ids, lens = torch.randint(0, 40, (4, 12)), torch.tensor(LENS)
     labels = torch.where(torch.rand(4, 12) < 0.6, torch.randint(0, 40, (4, 12)), -100)
     labels = labels.masked_fill(torch.arange(12) >= lens[:, None], -100)
@@ -144,6 +145,8 @@ def test_loss_equals_cross_entropy_of_the_logits(model):
         results.append((loss, correct, *(p.grad for p in model.parameters() if p.grad is not None)))
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="asked for at 3 positions of padding"):
+        model.loss(torch.zeros(1, 12, dtype=torch.long), ids[:1], lens=torch.tensor([9]))
 
 
 def test_loss_of_a_batch_is_that_of_its_rows(model, read):

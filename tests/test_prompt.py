@@ -340,7 +340,8 @@ def test_the_prompt_projector_begins_as_the_identity_and_nothing_off_has_paramet
         for prompt in (PromptConfig(), projector)
     )
     assert not [*plain.prompt.parameters()] and [*projected.prompt.parameters()]
-    projected.load_state_dict(plain.state_dict(), strict=False)
+    loaded = projected.load_state_dict(plain.state_dict(), strict=False)
+    assert not loaded.unexpected_keys and all(name.startswith("prompt.projector.") for name in loaded.missing_keys)
     assert torch.equal(projected(*batch)["llm_loss"], plain(*batch)["llm_loss"])
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_long_audio_has_each_word_once(seed, pause, timestamps):
     assert len(found.segments) > 4
     assert words_of(found) == words
     assert found.duration == pytest.approx(len(words) * (0.4 + pause))
-    for before, after in zip(found.segments, found.segments[1:], strict=False):
+    for before, after in pairwise(found.segments):
         assert before.offset + before.duration <= after.offset + 1e-6
     if timestamps:
         timed = [word for segment in found.segments for word in segment.words]

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -288,7 +289,7 @@ def forced_align(
     lengths = lens.tolist()
     alignable = [
         all(0 <= token < classes and token != blank for token in row)
-        and len(row) + sum(a == b for a, b in zip(row, row[1:], strict=False)) <= length
+        and len(row) + sum(a == b for a, b in pairwise(row)) <= length
         for row, length in zip(tokens, lengths, strict=True)
     ]
     rows = [list(row) if can else [] for row, can in zip(tokens, alignable, strict=True)]

@@ -118,6 +118,10 @@ class Recogniser:
         self._initial_state = None
         if self.options.initial_state is not None:
             self._initial_state = load_state(self.options.initial_state, model.llm)
+        # Of the longest label: any token of its text may be a word, with a time before and behind it.
+        encode, label = model.tokenizer.encode, model.label_template
+        self._tag_tokens = len(encode(label.fill("", "xx", "xx")))
+        self._label_growth = 1 + 2 * len(encode("<88.88>")) if label.has_times else 1
         self._states: dict[tuple[int, ...], LanguageModelState | None] = {}  # by the tokens before the audio
 
     def _build_scorers(self) -> list[Scorer]:
@@ -185,14 +189,8 @@ class Recogniser:
             embeds, start = inputs_embeds[i, : spliced.lens[i]], int(spliced.audio_starts[i])
             read, state = self._state_before_audio(tuple(spliced.token_ids[i, :start].tolist()), embeds[:start])
             seconds = int(audio_lens[i]) * model.seconds_per_position
-            yield utterance, Prompt(embeds[read:], self._max_tokens(seconds), state)
-
-    def _max_tokens(self, seconds: float) -> int:
-        """The longest label: any token of its text may be a word, with a time before and behind it."""
-        encode, label = self.model.tokenizer.encode, self.model.label_template
-        tag = len(encode(label.fill("", "xx", "xx")))
-        times = 2 * len(encode("<88.88>")) if label.has_times else 0
-        return self.options.search.max_tokens(seconds) * (1 + times) + tag
+            max_tokens = self.options.search.max_tokens(seconds) * self._label_growth + self._tag_tokens
+            yield utterance, Prompt(embeds[read:], max_tokens, state)
 
     def _ctc(self, encoder_out: Tensor, lens: Tensor) -> tuple[list[list[int]] | None, Tensor | None]:
         """The CTC head's own result, and its log probabilities (N, T, V) where they are needed later."""

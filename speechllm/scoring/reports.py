@@ -26,7 +26,6 @@ from speechllm.scoring.counting import (
 from speechllm.scoring.significance import confidence_interval
 from speechllm.scoring.translation import translation_scores
 
-GROUPINGS = ("language", "speaker", "duration")
 # What cannot be grouped, and what cannot be told.
 UNKNOWN = "-"
 # Nothing, on one side of an error, as icefall shows it.

@@ -1,5 +1,7 @@
 """Audio in blocks, and where it is cut."""
 
+from itertools import pairwise
+
 import av
 import numpy as np
 import pytest
@@ -58,7 +60,7 @@ def test_segments_are_the_audio_in_order_and_what_is_left_out_is_quiet(seed):
         assert np.array_equal(segment.samples, samples[place : place + len(segment.samples)])
         assert len(segment.samples) <= 12.0 * RATE
         covered[place : place + len(segment.samples)] = True
-    for before, after in zip(segments, segments[1:], strict=False):
+    for before, after in pairwise(segments):
         assert max(0.0, ends(before) - after.start) == pytest.approx(after.overlap)
     assert not covered.all()
     assert np.abs(samples[~covered]).max() < 0.01

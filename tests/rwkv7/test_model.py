@@ -93,30 +93,6 @@ def test_each_row_gets_what_it_gets_alone(model, garbage):
     torch.testing.assert_close(stepped, together[:, 0], **NEAR)
 
 
-@torch.no_grad()
-def test_ids_beyond_the_length_may_be_anything(model):
-    ids, lens = torch.randint(0, 160, (2, 20)), torch.tensor([20, 12])
-    expected, _ = model(ids, lens=lens)
-    ids[1, 12:] = -100
-    torch.testing.assert_close(model(ids, lens=lens)[0], expected)
-
-
-@torch.no_grad()
-def test_embeddings_in_place_of_ids(model):
-    ids = torch.randint(0, 160, (2, 20))
-    assert torch.equal(model(inputs_embeds=model.embed(ids))[0], model(ids)[0])
-
-
-@torch.no_grad()
-def test_logits_only_where_asked(model):
-    ids, mask = torch.randint(0, 160, (3, 20)), torch.rand(3, 20) < 0.3
-    logits, state = model(ids)
-    some, same = model(ids, logits_mask=mask)
-    assert some.shape == (int(mask.sum()), 160)
-    torch.testing.assert_close(some, logits[mask])
-    assert_same(same, state)
-
-
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_packed_rows_equal_separate_rows(backend):
     model = small_model()
@@ -145,30 +121,6 @@ def test_packed_rows_equal_separate_rows(backend):
     assert_same(end.select(torch.tensor([2])), state.select(torch.tensor([2])))
     for x, y in zip(grads, grads_2, strict=True):
         assert (x - y).norm() <= 1e-4 * y.norm()
-
-
-def test_loss_equals_cross_entropy_of_the_logits(monkeypatch):
-    monkeypatch.setattr("speechllm.linear._LOGITS_AT_ONCE", 40 * 7)  # several chunks
-    model = small_model()
-    ids, lens = torch.randint(0, 40, (3, 20)), torch.tensor([20, 4, 11])
-    labels = torch.where(torch.rand(3, 20) < 0.6, torch.randint(0, 40, (3, 20)), -100)
-    labels = labels.masked_fill(torch.arange(20) >= lens[:, None], -100)
-    results = []
-    for whole in (True, False):
-        model.zero_grad()
-        if whole:
-            logits, end = model(ids, lens=lens)
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            correct = (logits.argmax(-1) == labels).sum()
-        else:
-            (loss, tokens, correct), end = model.loss(labels, ids, lens=lens)
-            assert tokens == (labels != -100).sum()
-        (loss * 0.3).backward()
-        results.append((loss, correct, end.wkv, *(p.grad for p in model.parameters() if p.grad is not None)))
-    for x, y in zip(*results, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="asked for at 7 positions of padding"):
-        model.loss(torch.zeros(1, 20, dtype=torch.long), ids[:1], lens=torch.tensor([13]))
 
 
 def test_loss_without_a_label_is_zero_and_has_gradients():
