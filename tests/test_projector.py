@@ -21,10 +21,11 @@ KINDS = [
     {"kind": "qformer"},
     {"kind": "qformer", "num_queries": 3},
     {"kind": "transformer"},
+    {"kind": "conformer"},
     {"kind": "rwkv"},
     {"kind": "rwkv", "bidirectional": True},
 ]
-IDS = ["mlp", "conv", "qformer", "qformer-3", "transformer", "rwkv", "birwkv"]
+IDS = ["mlp", "conv", "qformer", "qformer-3", "transformer", "conformer", "rwkv", "birwkv"]
 every_kind = pytest.mark.parametrize("settings", KINDS, ids=IDS)
 
 
@@ -70,7 +71,7 @@ def test_no_frame_is_lost(settings, k):
     assert [n for n, p in projector.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-@pytest.mark.parametrize(("settings", "first", "last"), [(KINDS[5], 3, 3), (KINDS[6], 0, 3)], ids=["rwkv", "birwkv"])
+@pytest.mark.parametrize(("settings", "first", "last"), [(KINDS[6], 3, 3), (KINDS[7], 0, 3)], ids=["rwkv", "birwkv"])
 def test_rwkv_reads_in_one_direction_or_both(settings, first, last):
     """The positions that a change at position 3 of 4 reaches."""
     projector = built(settings)
@@ -227,8 +228,8 @@ def test_one_of_several_encoders_may_be_frozen(three_encoders, model_config, bat
     ("settings", "said"),
     [
         ({"downsample": 0}, "downsample must be at least 1"),
-        ({"kind": "lstm"}, "projector.kind: expected one of mlp, conv, qformer, transformer, rwkv"),
-        ({"num_layers": 2}, "num_layers has no effect with kind: mlp; it is for kind: qformer, transformer, rwkv"),
+        ({"kind": "lstm"}, "projector.kind: expected one of mlp, conv, qformer, transformer, conformer, rwkv"),
+        ({"num_layers": 2}, "num_layers has no effect with kind: mlp; it is for kind: qformer, .*, conformer, rwkv"),
         ({"kind": "transformer", "num_queries": 2}, "num_queries has no effect with kind: transformer"),
         ({"kind": "conv", "bidirectional": True}, "bidirectional has no effect with kind: conv; it is for kind: rwkv"),
         ({"kind": "rwkv", "num_layers": 0}, "num_layers must be at least 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from speechllm.config import ConfigError
 from speechllm.projector.config import ProjectorConfig
+from speechllm.projector.conformer import ConformerProjector
 from speechllm.projector.conv import ConvProjector
 from speechllm.projector.mlp import MLPProjector
 from speechllm.projector.qformer import QFormerProjector
@@ -11,6 +12,7 @@ from speechllm.projector.rwkv import RWKVProjector
 from speechllm.projector.stacks import WeightedStacks
 from speechllm.projector.transformer import TransformerProjector
 
+# a ConformerProjector is a TransformerProjector with other layers
 Projector = MLPProjector | ConvProjector | QFormerProjector | TransformerProjector | RWKVProjector | WeightedStacks
 
 _CHANNELS = 64  # of a head
@@ -49,6 +51,8 @@ def _projector(config: ProjectorConfig, input_dim: int, output_dim: int) -> Proj
         return QFormerProjector(*sizes, *layers, config.num_queries or 1)
     if config.kind == "transformer":
         return TransformerProjector(*sizes, *layers)
+    if config.kind == "conformer":
+        return ConformerProjector(*sizes, *layers)
     return RWKVProjector(*sizes, *layers, config.bidirectional)
 
 

@@ -11,6 +11,7 @@ _OPTIONS = {
     "conv": ("hidden_dim",),
     "qformer": ("hidden_dim", "num_layers", "num_heads", "num_queries"),
     "transformer": ("hidden_dim", "num_layers", "num_heads"),
+    "conformer": ("hidden_dim", "num_layers", "num_heads"),
     "rwkv": ("hidden_dim", "num_layers", "num_heads", "bidirectional"),
 }
 
@@ -21,10 +22,11 @@ class ProjectorConfig:
 
     Attributes:
       kind: `mlp`, on k frames side by side; `conv`, strided convolutions; `qformer`, learned queries that look at a
-        window of frames; `transformer`, a Transformer encoder on k frames side by side; `rwkv`, RWKV-7 blocks on them.
+        window of frames; `transformer` and `conformer`, such an encoder on k frames side by side; `rwkv`, RWKV-7 blocks
+        on them.
       downsample: k, encoder frames per audio position: T frames make ceil(T / k) positions, with every kind.
       hidden_dim: width between; null for the language model's.
-      num_layers: of `qformer`, `transformer` and `rwkv`; null for 2.
+      num_layers: of `qformer`, `transformer`, `conformer` and `rwkv`; null for 2.
       num_heads: of the same, a divisor of the width; null for heads of 64 channels, or of a few more where 64 does not
         divide the width.
       num_queries: of `qformer`, per window of num_queries * k frames; null for 1.
@@ -36,7 +38,7 @@ class ProjectorConfig:
       ValueError: a value out of range; a setting that the kind does not have.
     """
 
-    kind: Literal["mlp", "conv", "qformer", "transformer", "rwkv"] = "mlp"
+    kind: Literal["mlp", "conv", "qformer", "transformer", "conformer", "rwkv"] = "mlp"
     downsample: int = 2
     hidden_dim: int | None = None
     num_layers: int | None = None

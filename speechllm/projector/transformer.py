@@ -20,14 +20,13 @@ class TransformerProjector(nn.Module):
         super().__init__()
         self.downsample = downsample
         self.in_proj = nn.Linear(input_dim * downsample, hidden_dim)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                hidden_dim, num_heads, 4 * hidden_dim, 0.0, "gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(self.layer(hidden_dim, num_heads) for _ in range(num_layers))
         self.out_norm = nn.LayerNorm(hidden_dim)
         self.out_proj = nn.Linear(hidden_dim, output_dim)
+
+    @staticmethod
+    def layer(dim: int, num_heads: int) -> nn.Module:
+        return nn.TransformerEncoderLayer(dim, num_heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
 
     def output_lens(self, lens: Tensor) -> Tensor:
         """Audio positions (N,) for `lens` (N,) encoder frames."""
