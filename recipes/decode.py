@@ -9,9 +9,10 @@ search that is asked for and, where the model has a CTC head, by CTC as well. EX
 ...) and EXP_DIR/ctc_greedy_search receive, as in icefall, recogs-SET-MODEL.txt, errs-SET-MODEL.txt,
 wer-summary-SET-MODEL.txt and wer-by-language-SET-MODEL.txt. By language are printed, and put into the model's card
 (README.md): WER, CER, the share of texts without any error (exact), that of languages identified rightly, by a model
-that does so, and the BLEU of translations, where sacrebleu is installed. Translations are in groups such as en>zh, and
-CTC has none of them. A text that a guard has stopped, because it repeats itself or is too long for its audio, is cut
-there; how many is logged.
+that does so, how far the times of words are off (those in the manifest are its `alignment`), where they are written by
+the model or found by --timestamps, and the BLEU of translations, where sacrebleu is installed. Translations are in
+groups such as en>zh, and CTC has none of them. A text that a guard has stopped, because it repeats itself or is too
+long for its audio, is cut there; how many is logged.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -45,6 +47,7 @@ from speechllm.scoring import (
     language_accuracy,
     score,
     transcripts,
+    word_time_error,
     write_reports,
 )
 from speechllm.scoring.translation import translation_scores
@@ -66,11 +69,17 @@ def main() -> None:
         help="on the CPU, how the language model's matrices are kept: float32 is exact, bfloat16 faster on processors "
         "that have its instructions, int8 smaller (default: %(default)s)",
     )
+    parser.add_argument(
+        "--timestamps",
+        action="store_true",
+        help="find when each word is said, with the CTC head, where the model does not write it",
+    )
     add_search_options(parser)
     args, overrides = parser.parse_known_args()
     try:
         config = load_config(Config, args.config, overrides)
-        decode(config, args.exp_dir, args.model, args.llm_weights, search_options(args))
+        options = replace(search_options(args), timestamps=args.timestamps)
+        decode(config, args.exp_dir, args.model, args.llm_weights, options)
     except (UserError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")
 
@@ -103,8 +112,13 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, opt
 
         for found in recogniser(speech()):
             batch = batches.popleft()
-            texts, languages = [r.text for r in found], [r.language for r in found]
-            results[search] += transcripts(batch, texts, config.data.text, languages)
+            results[search] += transcripts(
+                batch,
+                [r.text for r in found],
+                config.data.text,
+                [r.language for r in found],
+                [r.words for r in found],
+            )
             if ctc_found := transcripts(batch, [r.ctc_text for r in found], config.data.text):
                 results[ctc_search] += ctc_found
             audio_seconds += batch.audio_seconds
@@ -144,6 +158,8 @@ def measures(setting: str, group: Sequence[Transcript]) -> dict[str, str]:
     }
     if (accuracy := language_accuracy(group)) is not None:
         cells[f"{setting} language %"] = f"{100 * accuracy:.2f}"
+    if (off := word_time_error(group)) is not None:
+        cells[f"{setting} times off, ms"] = f"{1000 * off:.0f}"
     if all(">" in (result.language or "") for result in group) and importlib.util.find_spec("sacrebleu") is not None:
         bleu = translation_scores(group)
         cells |= {f"{setting} BLEU": f"{bleu.bleu:.2f}"} if bleu is not None else {}

@@ -19,7 +19,7 @@ from speechllm.data.index import Corpus
 from speechllm.data.manifest import describe_cut
 from speechllm.data.source import label_of
 from speechllm.data.specaugment import spec_augment, spec_augment_twice
-from speechllm.label import LabelError, LabelTemplate
+from speechllm.label import LabelError, LabelTemplate, WordTime
 from speechllm.prompt import PromptContext
 from speechllm.text import normalize_text
 
@@ -30,8 +30,8 @@ FEATURES_ON = ("worker", "device", "precomputed")
 class _Batch:
     """What is known of N utterances besides their audio: the `texts` that are said or their translations, the `labels`
     to write (`speechllm.label`), `languages` (None where unknown), `target_languages` (None where nothing is
-    translated), `ids`, `durations` (seconds, after speed perturbation), and `contexts`, for the prompt's other slots
-    (None where nothing is known)."""
+    translated), `ids`, `durations` (seconds, after speed perturbation), `contexts`, for the prompt's other slots, and
+    the times of the `words` of `texts`, as the manifest has them (both None where nothing is known)."""
 
     texts: list[str]
     labels: list[str]
@@ -40,6 +40,7 @@ class _Batch:
     ids: list[str]
     durations: list[float]
     contexts: list[PromptContext] | None = field(default=None, kw_only=True)
+    words: list[tuple[WordTime, ...] | None] | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -234,7 +235,18 @@ class SpeechDataset(torch.utils.data.Dataset):
         draw = instruction_draw(self._seed, epoch, times, cut.id) if self._augmenter is not None else 0.0
         context = PromptContext(cut.id, entry.previous, entry.hotwords, draw)
         return Utterance(
-            cut.id, samples, features, text, label, entry.lang, target_language, duration, context, rng, second_view
+            cut.id,
+            samples,
+            features,
+            text,
+            label,
+            entry.lang,
+            target_language,
+            duration,
+            context,
+            entry.words if target_language is None else None,
+            rng,
+            second_view,
         )
 
     def _collate(self, utterances: list[Utterance]) -> Batch | WaveformBatch:
@@ -242,16 +254,15 @@ class SpeechDataset(torch.utils.data.Dataset):
             return collate(utterances)
         samples, lens = _padded([torch.from_numpy(u.samples) for u in utterances])
         config = self._augmenter.config.spec_augment if self._augmenter is not None else None
-        generators, contexts = [u.rng for u in utterances], [u.context for u in utterances]
+        generators = [u.rng for u in utterances]
         return WaveformBatch(
-            *_fields(utterances),
-            samples,
-            lens,
-            config,
-            generators,
-            self._feature_kind,
-            self._two_views,
-            contexts=contexts,
+            **_fields(utterances),
+            samples=samples,
+            sample_lens=lens,
+            spec_augment=config,
+            generators=generators,
+            feature_kind=self._feature_kind,
+            two_views=self._two_views,
         )
 
 
@@ -283,6 +294,7 @@ class Utterance:
     target_language: str | None
     duration: float
     context: PromptContext = PromptContext()
+    words: tuple[WordTime, ...] | None = None
     rng: np.random.Generator | None = None
     second_view: Tensor | None = None
 
@@ -291,18 +303,22 @@ def collate(utterances: Iterable[Utterance]) -> Batch:
     """Pad utterances with zeros on the right to one batch."""
     utterances = list(utterances)
     views = [u.features for u in utterances] + [u.second_view for u in utterances if u.second_view is not None]
-    return Batch(*_fields(utterances), *_padded(views), contexts=[u.context for u in utterances])
+    features, lens = _padded(views)
+    return Batch(**_fields(utterances), features=features, feature_lens=lens)
 
 
-def _fields(utterances: list[Utterance]) -> tuple[list, ...]:
-    return (
-        [u.text for u in utterances],
-        [u.label for u in utterances],
-        [u.language for u in utterances],
-        [u.target_language for u in utterances],
-        [u.id for u in utterances],
-        [u.duration for u in utterances],
-    )
+def _fields(utterances: list[Utterance]) -> dict[str, list]:
+    """Those of `_Batch`."""
+    return {
+        "texts": [u.text for u in utterances],
+        "labels": [u.label for u in utterances],
+        "languages": [u.language for u in utterances],
+        "target_languages": [u.target_language for u in utterances],
+        "ids": [u.id for u in utterances],
+        "durations": [u.duration for u in utterances],
+        "contexts": [u.context for u in utterances],
+        "words": [u.words for u in utterances],
+    }
 
 
 def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from speechllm.scoring.counting import (
     mixed,
     score,
     transcripts,
+    word_time_error,
     words,
 )
 from speechllm.scoring.reports import error_table, errs_text, recogs_text, write_reports
@@ -45,6 +46,7 @@ __all__ = [
     "recogs_text",
     "score",
     "transcripts",
+    "word_time_error",
     "words",
     "write_reports",
 ]

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import kaldialign
 
+from speechllm.decode.result import Word
+from speechllm.label import WordTime
 from speechllm.text import normalize_text
 
 if TYPE_CHECKING:
@@ -28,8 +30,9 @@ _NOTHING = ""
 class Transcript:
     """A reference and what was recognised instead.
 
-    The others group the results, and are None where unknown: `language` is `en`, or `en>zh` for a translation;
-    `duration` is in seconds. `found_language`: of the speech, as the model has identified it.
+    The others are None where unknown. `language` (`en`, or `en>zh` for a translation), `speaker` and `duration` (in
+    seconds) group the results. `found_language`: of the speech, as the model has identified it. `words`: when the words
+    of the reference are said; `found_words`: when those recognised are, as was found.
     """
 
     id: str
@@ -39,6 +42,8 @@ class Transcript:
     speaker: str | None = None
     duration: float | None = None
     found_language: str | None = None
+    words: tuple[WordTime, ...] | None = None
+    found_words: tuple[WordTime, ...] | None = None
 
 
 def transcripts(
@@ -46,6 +51,7 @@ def transcripts(
     hyps: Sequence[str | None],
     text_steps: Sequence[str],
     found_languages: Sequence[str | None] | None = None,
+    found_words: Sequence[Sequence[Word] | None] | None = None,
 ) -> list[Transcript]:
     """The references of a batch and what was recognised, both normalised alike.
 
@@ -53,8 +59,20 @@ def transcripts(
         hyps: N texts; the utterances of those that are None are left out.
         text_steps: the configuration's `data.text` (see `speechllm.text`).
         found_languages: N languages, of a model that identifies them.
+        found_words: of N utterances, where they have times.
     """
-    columns = batch.ids, batch.texts, hyps, batch.languages, batch.target_languages, batch.durations
+    unknown = [None] * len(batch)
+    columns = (
+        batch.ids,
+        batch.texts,
+        hyps,
+        batch.languages,
+        batch.target_languages,
+        batch.durations,
+        found_languages or unknown,
+        batch.words or unknown,
+        found_words or unknown,
+    )
     return [
         Transcript(
             id,
@@ -62,13 +80,21 @@ def transcripts(
             normalize_text(hyp, text_steps),
             language_label(language, target),
             duration=duration,
-            found_language=found,
+            found_language=found_language,
+            words=_said(words, text_steps),
+            found_words=_said(found and [WordTime(word.text, word.start, word.end) for word in found], text_steps),
         )
-        for id, ref, hyp, language, target, duration, found in zip(
-            *columns, found_languages or [None] * len(batch), strict=True
-        )
+        for id, ref, hyp, language, target, duration, found_language, words, found in zip(*columns, strict=True)
         if hyp is not None
     ]
+
+
+def _said(words: Sequence[WordTime] | None, text_steps: Sequence[str]) -> tuple[WordTime, ...] | None:
+    """The words normalised; those of which nothing is left are silence."""
+    if words is None:
+        return None
+    normalized = ((normalize_text(word, text_steps), start, end) for word, start, end in words)
+    return tuple(WordTime(*word) for word in normalized if word[0])
 
 
 def language_label(language: str | None, target: str | None) -> str | None:
@@ -183,6 +209,19 @@ def language_accuracy(results: Iterable[Transcript]) -> float | None:
         if result.found_language is not None and result.language is not None
     ]
     return sum(rights) / len(rights) if rights else None
+
+
+def word_time_error(results: Iterable[Transcript]) -> float | None:
+    """By how many seconds the times of words are off, the mean over the starts and the ends of all that were recognised
+    rightly; None where there are none with times."""
+    off = []
+    for result in results:
+        refs, hyps = iter(result.words or ()), iter(result.found_words or ())
+        for ref, hyp in align([w.word for w in result.words or ()], [w.word for w in result.found_words or ()]):
+            said, found = ref and next(refs), hyp and next(hyps)
+            if ref == hyp:
+                off += [abs(said.start - found.start), abs(said.end - found.end)]
+    return sum(off) / len(off) if off else None
 
 
 def count_errors(results: Iterable[Transcript], units: Callable[[str], list[str]] = words) -> list[ErrorReport]:

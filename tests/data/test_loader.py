@@ -501,3 +501,6 @@ def test_labels_are_made_where_the_line_has_all_that_they_need(corpus, tmp_path,
         assert "u0" in caplog.text and "give `lang`" in caplog.text and "give `alignment`" in caplog.text
     plain = list(build_train_loader(replace(settings, max_tokens_per_second=None), 1))
     assert sum(map(len, plain)) == 9 and all(batch.labels == batch.texts for batch in plain)
+    words = {i: said for batch in plain for i, said in zip(batch.ids, batch.words, strict=True)}
+    assert words["u1"] is None and words["u3"] is None  # a translation has other words
+    assert [word for word, _, _ in words["u4"]] == ["", "A", "4"] and words["u4"][2].start == pytest.approx(0.24)

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from speechllm.data import Batch
+from speechllm.decode.result import Word
+from speechllm.label import WordTime
 from speechllm.scoring import (
     ErrorReport,
     Transcript,
@@ -20,6 +22,7 @@ from speechllm.scoring import (
     mixed,
     score,
     transcripts,
+    word_time_error,
 )
 
 RESULTS = [
@@ -90,6 +93,25 @@ def test_exact_matches_and_identified_languages():
     ]
     assert exact_match(results) == 2 / 4 and language_accuracy(results) == 2 / 3
     assert exact_match([]) == 0 and language_accuracy(results[3:]) is None
+
+
+def test_times_of_the_words_that_were_recognised_rightly():
+    def batch(words):
+        ids = ["a", "b"]
+        return Batch(
+            ids, ids, ["en"] * 2, [None] * 2, ids, [3.0] * 2, torch.zeros(2, 1, 80), torch.ones(2), words=words
+        )
+
+    said = (WordTime("<sil>", 0.0, 0.2), WordTime("One", 0.2, 0.5), WordTime("two", 0.9, 1.2), WordTime("six", 1.5, 2))
+    found = [Word("oh", 0.0, 0.2, 1.0), Word("one", 0.3, 0.5, 1.0), Word("six,", 1.5, 2.5, 1.0)]
+    steps = ["lowercase", "remove_punctuation"]
+
+    def error(words, found_words):
+        return word_time_error(transcripts(batch(words), ["", ""], steps, found_words=found_words))
+
+    assert error([said, None], [found, found]) == pytest.approx((0.1 + 0 + 0 + 0.5) / 4)
+    assert error([said, said], [found, None]) == pytest.approx((0.1 + 0 + 0 + 0.5) / 4)
+    assert error([said, said], [found[:1], None]) is None and error(None, [found, found]) is None
 
 
 def test_a_star_is_a_word():
