@@ -5,6 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/venv.sh
 install_speechllm test
+# kenlm has no wheels: where it cannot be built, the one test that compares it with our n-grams is skipped.
+if command -v c++ >/dev/null; then install_speechllm ngram || echo "kenlm cannot be built here; going on without"; fi
 # The tests' tensors are small: more threads only wait for each other.
 export OMP_NUM_THREADS=1
 ruff check .
