@@ -251,10 +251,10 @@ class Augmenter:
             samples = samples * np.float32(rng.uniform(config.volume.low, config.volume.high))
         return samples
 
-    def features(self, features: Tensor, rng: np.random.Generator) -> Tensor:
-        """(T, F) with SpecAugment."""
+    def features(self, features: Tensor, rng: np.random.Generator, kind: str) -> Tensor:
+        """(T, F) of this kind (see `speechllm.data.features.MEL_BINS`) with SpecAugment."""
         config = self.config.spec_augment
-        return features if config is None else spec_augment(features, config, rng)
+        return features if config is None else spec_augment(features, config, rng, kind)
 
     def two_views(self, features: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """(T, F) twice, with other masks of SpecAugment."""

@@ -109,7 +109,7 @@ class WaveformBatch(_Batch):
             features, feature_lens = torch.cat([first, second]), feature_lens.repeat(2)
         elif self.spec_augment is not None:
             for row, frames, rng in zip(features, feature_lens.tolist(), self.generators, strict=True):
-                row[:frames] = spec_augment(row[:frames], self.spec_augment, rng)
+                row[:frames] = spec_augment(row[:frames], self.spec_augment, rng, self.feature_kind)
         known = {f.name: getattr(self, f.name) for f in fields(_Batch)}
         return Batch(**known, features=features, feature_lens=feature_lens)
 
@@ -230,7 +230,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         if features is not None and self._two_views:
             features, second_view = self._augmenter.two_views(features, rng)
         elif features is not None and self._augmenter is not None:
-            features = self._augmenter.features(features, rng)
+            features = self._augmenter.features(features, rng, self._feature_kind)
         target_language = entry.target_lang if entry.task == "ast" else None
         draw = instruction_draw(self._seed, epoch, times, cut.id) if self._augmenter is not None else 0.0
         context = PromptContext(cut.id, entry.previous, entry.hotwords, draw)

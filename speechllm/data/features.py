@@ -22,6 +22,11 @@ _WHISPER_WINDOW = 400  # samples
 _OVERHANG = 200
 
 
+def kind_bins(kind: str) -> list[int]:
+    """Mel bins of each of the kinds that stand side by side."""
+    return [MEL_BINS[one] for one in kind.split("+")]
+
+
 @cache
 def fbank_extractor(device: str = "cpu") -> Fbank:
     """lhotse's extractor of these features; also to store them beforehand, as in

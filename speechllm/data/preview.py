@@ -142,7 +142,7 @@ def _preview(name: str, cut: Cut, augmenter: Augmenter, seed: int, text_steps: S
     # a run draws speeds before it makes batches
     speed = float(augmenter.config.draw_speeds(1, augmentation_rng(seed, epoch=0, times=0, id=cut.id))[0])
     augmented = augmenter.samples(load_samples(cut, speed=speed), rng)
-    features = augmenter.features(fbank(augmented), rng)
+    features = augmenter.features(fbank(augmented), rng, "fbank")
     text = normalize_text(describe_cut(cut).target, text_steps)
     return Preview(name, cut.id, text, speed, samples, augmented, fbank(samples), features)
 

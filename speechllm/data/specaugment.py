@@ -9,15 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speechllm.data.features import kind_bins
+
 if TYPE_CHECKING:
     from speechllm.data.augment import SpecAugmentConfig
 
 
-def spec_augment(features: Tensor, config: SpecAugmentConfig, rng: np.random.Generator) -> Tensor:
-    """SpecAugment of one utterance: (T, F) -> (T, F); an utterance too short for a mask gets none."""
+def spec_augment(features: Tensor, config: SpecAugmentConfig, rng: np.random.Generator, kind: str = "fbank") -> Tensor:
+    """SpecAugment of one utterance: (T, F) -> (T, F); an utterance too short for a mask gets none.
+
+    Args:
+        kind: of `features.MEL_BINS`; of several, `fbank+whisper80`, each has masks of frequency of its own, and those
+            of time are at the same place.
+    """
     if rng.random() >= config.probability:
         return features
-    return _masked(time_warp(features, config.time_warp_frames, rng), config, rng)
+    return _masked(time_warp(features, config.time_warp_frames, rng), config, rng, kind)
 
 
 def spec_augment_twice(features: Tensor, config: SpecAugmentConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -26,19 +33,21 @@ def spec_augment_twice(features: Tensor, config: SpecAugmentConfig, rng: np.rand
     if rng.random() < config.probability:
         features = time_warp(features, config.time_warp_frames, rng)
     first, second = (
-        _masked(features, config, rng) if rng.random() < config.probability else features for _ in range(2)
+        _masked(features, config, rng, "fbank") if rng.random() < config.probability else features for _ in range(2)
     )
     return first, second
 
 
-def _masked(features: Tensor, config: SpecAugmentConfig, rng: np.random.Generator) -> Tensor:
-    frames, bins = features.shape
-    mean = features.mean()
+def _masked(features: Tensor, config: SpecAugmentConfig, rng: np.random.Generator, kind: str) -> Tensor:
+    frames = len(features)
     features = features.clone()
-    for _ in range(config.freq_masks):
-        width = int(rng.integers(min(config.freq_mask_bins, bins) + 1))
-        start = int(rng.integers(bins - width + 1))
-        features[:, start : start + width] = mean
+    means_and_parts = [(part.mean(), part) for part in features.split(kind_bins(kind), dim=1)]
+    for mean, part in means_and_parts:
+        bins = part.shape[1]
+        for _ in range(config.freq_masks):
+            width = int(rng.integers(min(config.freq_mask_bins, bins) + 1))
+            start = int(rng.integers(bins - width + 1))
+            part[:, start : start + width] = mean
     # as many masks as it takes to cover the fraction with full-width ones, so that short utterances get few
     budget = int(config.max_time_fraction * frames)
     if config.time_masks > 0 and config.time_mask_frames > 0 and budget > 0:
@@ -47,7 +56,8 @@ def _masked(features: Tensor, config: SpecAugmentConfig, rng: np.random.Generato
         for _ in range(count):
             width = int(rng.integers(widest + 1))
             start = int(rng.integers(frames - width + 1))
-            features[start : start + width] = mean
+            for mean, part in means_and_parts:
+                part[start : start + width] = mean
     return features
 
 

@@ -82,7 +82,7 @@ def augmented(config: AugmentConfig, voices: list, samples: np.ndarray, seed: in
     augmenter, generator = Augmenter(config, voices), rng(seed)
     speed = float(config.draw_speeds(1, generator)[0])
     samples = augmenter.samples(samples, generator)
-    return speed, samples, augmenter.features(torch.from_numpy(samples[:8000].reshape(-1, 80)), generator)
+    return speed, samples, augmenter.features(torch.from_numpy(samples[:8000].reshape(-1, 80)), generator, "fbank")
 
 
 def test_length_and_type_are_kept_and_the_input_is_untouched(everything, voices):
@@ -111,7 +111,7 @@ def test_absent_and_improbable_sections_change_nothing(everything, voices):
         augmenter, generator = Augmenter(config, voices), rng()
         assert (config.draw_speeds(100, generator) == 1.0).all()
         assert augmenter.samples(samples, generator) is samples
-        assert augmenter.features(features, generator) is features
+        assert augmenter.features(features, generator, "fbank") is features
         assert not config.changes_waveform and config.fastest == 1.0
 
 
@@ -308,6 +308,22 @@ def test_spec_augment_masks_within_bounds():
         torch.testing.assert_close(out[changed].unique(), features.mean()[None])
     assert masked_frames > 0
     assert spec_augment(features, SpecAugmentConfig(probability=0.0), rng()) is features
+
+
+def test_kinds_of_features_side_by_side_have_masks_of_their_own():
+    fbank, whisper = torch.randn(2, 200, 80, generator=torch.Generator().manual_seed(0))
+    config = SpecAugmentConfig(probability=1.0, freq_masks=1, freq_mask_bins=20, time_masks=2)
+    features = torch.cat([fbank - 8.0, whisper], dim=1)
+    changed_bins = []
+    for seed in range(20):
+        out = spec_augment(features, config, rng(seed), "fbank+whisper80")
+        masked = (out != features).split(80, dim=1)
+        assert torch.equal(masked[0].all(dim=1), masked[1].all(dim=1))
+        changed_bins.append([part.all(dim=0).sum().item() for part in masked])
+        for part, of, before in zip(out.split(80, dim=1), masked, features.split(80, dim=1), strict=True):
+            torch.testing.assert_close(part[of].unique(), before.mean()[None])
+    one, other = zip(*changed_bins, strict=True)
+    assert max(one) <= 20 and max(other) <= 20 and max(map(sum, changed_bins)) > 20 and one != other
 
 
 def test_two_views_are_warped_alike_and_masked_each_by_itself():
