@@ -80,14 +80,16 @@ def compare(name: str, config: Path, settings: dict[str, Any], exp_dir: Path, te
     run("tools/average_ckpt.py", "--exp-dir", str(exp_dir), "--iter", str(steps), "--avg", str(AVERAGED))
     run("recipes/decode.py", "--config", str(exp_dir / "config.yaml"), "--exp-dir", str(exp_dir), "--model", str(model))
     scalars = read_run(exp_dir).scalars
-    speeds = scalars["train/audio_seconds_per_second"][1]
+    # a run of fewer steps than train.log_every_n has none
+    speeds = scalars.get("train/audio_seconds_per_second", ((), ()))[1]
+    memory = scalars.get("train/peak_memory_gb", ((), ()))[1]
     return (
         name,
         word_error_rate(exp_dir / "greedy_search", test_set, model.name),
         word_error_rate(exp_dir / "ctc_greedy_search", test_set, model.name),
         f"{trained_parameters(exp_dir / f'checkpoint-{steps}.pt') / 1e6:.2f}",
-        f"{statistics.median(speeds):.0f}",
-        f"{max(scalars['train/peak_memory_gb'][1]):.2f}",
+        f"{statistics.median(speeds):.0f}" if speeds else "-",
+        f"{max(memory):.2f}" if memory else "-",
     )
 
 
