@@ -141,6 +141,8 @@ def _build(annotation: Any, value: Any, source: str, key: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise error("a number")
         return float(value)
+    if annotation is str and isinstance(value, dict):  # YAML's reading of {timed_text}
+        raise error("text; one that begins with a brace stands in quotes, '\"{...}\"' on the command line")
     if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
         raise error(_name(annotation))
     return value

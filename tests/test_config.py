@@ -23,6 +23,7 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
     many: dict[str, list[Inner]] = field(default_factory=dict)
     maybe: Inner | None = None
+    label: str = ""
     flag: bool = False
 
 
@@ -54,6 +55,7 @@ def test_overrides(tmp_path):
         ({"inner": {"names": "a"}}, "inner.names: expected a list"),
         ({"inner": {"size": -1}}, "inner: size must be at least 0, got -1"),
         ({"many": {"x": [{}, {"size": 1.5}]}}, "many.x[1].size: expected an integer, got 1.5"),
+        ({"label": {"text": None}}, "label: expected text; one that begins with a brace stands in quotes"),
         ({"flag": 1}, "flag: expected true or false, got 1"),
     ],
 )
