@@ -31,15 +31,15 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from train import Config  # recipes/train.py: one experiment file for both
 
-from speechllm.build import load_model, pack_model
+from speechllm.cli.search_options import add_search_options, search_options
 from speechllm.config import ConfigError, load_config
 from speechllm.data import Batch, build_eval_loader
-from speechllm.decode.options import add_search_options, search_options
-from speechllm.decode.recognise import RecogniseOptions, Speech
+from speechllm.decode.recognizer import RecogniseOptions, Speech
 from speechllm.errors import UserError
 from speechllm.linear import INFERENCE_WEIGHTS
 from speechllm.log import setup_logging
-from speechllm.model_card import add_results
+from speechllm.model.build import load_model, pack_model
+from speechllm.model.card import add_results
 from speechllm.scoring import (
     Transcript,
     characters,

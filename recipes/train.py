@@ -48,13 +48,21 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import speechllm
-from speechllm.build import build_model
-from speechllm.checkpoint import (
-    CheckpointError,
+from speechllm.config import ConfigError, from_dict, load_config, override, parse_overrides, save_config, to_dict
+from speechllm.data import Batch, DataConfig, SpeechLoader, build_eval_loader, build_train_loader
+from speechllm.encoder import init_from_data
+from speechllm.errors import UserError
+from speechllm.files import describe_write_error, replaced_file
+from speechllm.llm.adapters import RankAllocation
+from speechllm.log import setup_logging
+from speechllm.model.build import build_model
+from speechllm.model.encoder_model import EncoderModel
+from speechllm.model.speech_llm import ModelConfig, SpeechLLM
+from speechllm.optim.optimizer import OptimConfig, build_optimizer, build_scheduler, freeze_parameters
+from speechllm.scoring import characters, score, transcripts
+from speechllm.train.checkpoint import (
     RunningAverage,
-    file_hash,
     load_checkpoint,
-    load_state_dict_strict,
     load_trained,
     newest_checkpoint,
     remove_old_checkpoints,
@@ -64,21 +72,10 @@ from speechllm.checkpoint import (
     set_rng_state,
     trained_state_dict,
 )
-from speechllm.config import ConfigError, from_dict, load_config, override, parse_overrides, save_config, to_dict
-from speechllm.data import Batch, DataConfig, SpeechLoader, build_eval_loader, build_train_loader
-from speechllm.diagnostics import ActivationStatistics
-from speechllm.encoder import init_from_data
-from speechllm.encoder_model import EncoderModel
-from speechllm.errors import UserError
-from speechllm.files import describe_write_error, replaced_file
-from speechllm.log import setup_logging
-from speechllm.model import ModelConfig, SpeechLLM
-from speechllm.monitor import Averages, Throughput, norms_by_part, peak_memory_gb
-from speechllm.optim import OptimConfig, build_optimizer, build_scheduler, freeze_parameters
-from speechllm.plot import plot_runs, read_run
-from speechllm.rwkv7 import RankAllocation
-from speechllm.scoring import characters, score, transcripts
-from speechllm.sharding import (
+from speechllm.train.diagnostics import ActivationStatistics
+from speechllm.train.monitor import Averages, Throughput, norms_by_part, peak_memory_gb
+from speechllm.train.plot import plot_runs, read_run
+from speechllm.train.sharding import (
     average_gradients,
     clip_grad_norm,
     describe_shares,
@@ -87,6 +84,7 @@ from speechllm.sharding import (
     optimizer_shares,
     shard_language_model,
 )
+from speechllm.weights import CheckpointError, file_hash, load_state_dict_strict
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ class TrainConfig:
     one value to the next in the running average of the weights (tools/average_ckpt.py --use-averaged-model).
     `scan_largest_batches`: the largest batches are run before the first step, so that memory runs out then if it does.
     `fsdp`: the language model is sharded over the processes, for one whose training does not fit on one GPU
-    (`speechllm.sharding`).
+    (`speechllm.train.sharding`).
 
     In the first `ctc_only_steps` the CTC loss alone trains (the encoder): a language model that begins with an encoder
     that hears nothing learns to ignore the audio, and takes long to unlearn it.

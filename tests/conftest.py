@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from speechllm.encoder import ZipformerConfig
-from speechllm.model import EncoderSection, LLMSection, ModelConfig, SpeechLLM
+from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, SpeechLLM
 from speechllm.rwkv7 import RWKV7Config
-from speechllm.tokenizer import train_sentencepiece
+from speechllm.text.tokenizer import train_sentencepiece
 
 SENTENCES = [" one two three", " three two", " uno dos tres", " tres uno", " two"]
 

@@ -9,7 +9,7 @@ With --use-averaged-model the same epochs, or the steps between the same checkpo
 them that the run's running average has seen, as in icefall: by the difference of the running averages at both ends, so
 epoch-15.pt and epoch-20.pt, or checkpoint-3000.pt and the eighth before it.
 
-The result is a folder that `speechllm.build.load_model`, `recipes/decode.py --model` and `speechllm transcribe
+The result is a folder that `speechllm.model.build.load_model`, `recipes/decode.py --model` and `speechllm transcribe
 --model` read. Frozen parts come from where the run took them; an adapter is averaged as an adapter, before it is
 merged (if it is: --no-merge), and is in the folder by itself too.
 """
@@ -24,20 +24,19 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from speechllm.build import build_model
-from speechllm.checkpoint import (
-    CheckpointError,
-    average_between,
-    average_state_dicts,
-    checkpoints_to_average,
-    file_hash,
-    load_checkpoint,
-    load_trained,
-)
 from speechllm.config import from_dict
 from speechllm.errors import UserError
 from speechllm.files import describe_write_error
-from speechllm.model import ModelConfig
+from speechllm.model.build import build_model
+from speechllm.model.speech_llm import ModelConfig
+from speechllm.train.checkpoint import (
+    average_between,
+    average_state_dicts,
+    checkpoints_to_average,
+    load_checkpoint,
+    load_trained,
+)
+from speechllm.weights import CheckpointError, file_hash
 
 
 def main() -> None:

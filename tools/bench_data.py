@@ -37,7 +37,7 @@ from lhotse.utils import fastcopy
 
 from speechllm.config import from_dict
 from speechllm.data import DataConfig, build_train_loader, load_samples, read_manifest
-from speechllm.data.augment import Augmenter
+from speechllm.data.augment.augmenter import Augmenter
 from speechllm.data.features import SAMPLE_RATE, fbank
 
 MAX_DURATION = 200.0  # seconds in a batch

@@ -24,13 +24,13 @@ import torch
 from bench_wkv import exit_status, in_own_process, memory_of, number, print_table
 
 from speechllm.data.features import SAMPLE_RATE
-from speechllm.decode.recognise import RecogniseOptions, Recogniser, Speech
+from speechllm.decode.recognizer import RecogniseOptions, Recogniser, Speech
 from speechllm.decode.result import Recognition
 from speechllm.decode.search import SearchOptions
 from speechllm.encoder import ZipformerConfig
-from speechllm.model import EncoderSection, LLMSection, ModelConfig, SpeechLLM
+from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, SpeechLLM
 from speechllm.rwkv7 import RWKV7Config
-from speechllm.transcribe import SegmentOptions, audio_input, transcribe_inputs
+from speechllm.transcribe.recordings import SegmentOptions, audio_input, transcribe_inputs
 
 _RATE = 44100
 

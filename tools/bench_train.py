@@ -69,19 +69,20 @@ from bench_wkv import (
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from speechllm.checkpoint import RunningAverage
 from speechllm.config import from_dict
 from speechllm.data import Batch, DataConfig, build_train_loader
 from speechllm.data.features import SAMPLE_RATE
 from speechllm.encoder import ZipformerConfig, init_from_data
 from speechllm.encoder.pretrained import FULLY_TRAINED
 from speechllm.linear import has_onednn, product
-from speechllm.model import EncoderSection, LLMSection, ModelConfig, SpeechLLM
-from speechllm.monitor import Averages
-from speechllm.optim import OptimConfig, build_optimizer
-from speechllm.rwkv7 import RWKV7Config, TuneConfig, tune
-from speechllm.sharding import clip_grad_norm
-from speechllm.tokenizer import train_sentencepiece
+from speechllm.llm.adapters import TuneConfig, tune
+from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, SpeechLLM
+from speechllm.optim.optimizer import OptimConfig, build_optimizer
+from speechllm.rwkv7 import RWKV7Config
+from speechllm.text.tokenizer import train_sentencepiece
+from speechllm.train.checkpoint import RunningAverage
+from speechllm.train.monitor import Averages
+from speechllm.train.sharding import clip_grad_norm
 
 DIGITS = Path(__file__).resolve().parents[1] / "configs" / "digits.yaml"
 

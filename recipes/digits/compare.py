@@ -20,10 +20,10 @@ from typing import Any
 
 import yaml
 
-from speechllm.checkpoint import load_checkpoint
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
-from speechllm.plot import read_run
+from speechllm.train.checkpoint import load_checkpoint
+from speechllm.train.plot import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 AVERAGED = 5  # checkpoints

@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from speechllm.prompt import PromptConfig
-from speechllm.tokenizer import train_sentencepiece
+from speechllm.prompt.template import PromptConfig
+from speechllm.text.tokenizer import train_sentencepiece
 
 
 def main() -> None:

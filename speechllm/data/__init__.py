@@ -1,22 +1,22 @@
 """Manifests to batches of features: reading, mixing, augmentation, bucketing, resume; built on lhotse."""
 
 from speechllm.data.audio import UtteranceError, load_samples
-from speechllm.data.augment import (
+from speechllm.data.augment.augmenter import (
     AugmentConfig,
     Augmenter,
     BabbleConfig,
     CodecConfig,
     NoiseConfig,
     ReverbConfig,
-    SpecAugmentConfig,
     SpeedConfig,
     TelephoneConfig,
     VolumeConfig,
 )
+from speechllm.data.augment.specaugment import SpecAugmentConfig
 from speechllm.data.dataset import Batch, WaveformBatch
 from speechllm.data.features import NUM_MEL_BINS, SAMPLE_RATE, fbank
 from speechllm.data.loader import DataConfig, SpeechLoader, build_eval_loader, build_train_loader
-from speechllm.data.manifest import DataError, Entry, ManifestError, SourceConfig, describe_cut, read_manifest
+from speechllm.data.manifests.manifest import DataError, Entry, ManifestError, SourceConfig, describe_cut, read_manifest
 
 __all__ = [
     "NUM_MEL_BINS",

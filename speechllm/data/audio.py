@@ -28,8 +28,8 @@ from lhotse.utils import compute_num_samples, perturb_num_samples
 from torch import Tensor
 
 from speechllm.data.features import FRAME_SHIFT, MEL_BINS, SAMPLE_RATE
-from speechllm.data.manifest import HEADER_UNREAD, IS_SEGMENT
-from speechllm.data.tar import TAR, with_tar_data
+from speechllm.data.manifests.manifest import HEADER_UNREAD, IS_SEGMENT
+from speechllm.data.manifests.tar import TAR, with_tar_data
 
 # Manifests round durations, and compressed formats end a little later than they say.
 DURATION_TOLERANCE = 0.1

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from speechllm.config import load_config
 from speechllm.data.audio import UtteranceError, load_precomputed, load_samples, read_header, stored_kind
 from speechllm.data.loader import DataConfig
-from speechllm.data.manifest import (
+from speechllm.data.manifests.manifest import (
     LINE_ERRORS,
     Entry,
     ManifestError,
@@ -31,8 +31,8 @@ from speechllm.data.manifest import (
     to_cut,
 )
 from speechllm.files import replaced_file
-from speechllm.text import normalize_text
-from speechllm.tokenizer import Tokenizer
+from speechllm.text.normalize import normalize_text
+from speechllm.text.tokenizer import Tokenizer
 
 PROBLEMS_SHOWN = 20
 EXTREMES_SHOWN = 3
@@ -80,7 +80,7 @@ def _each_once(*parts: Sequence[SourceConfig]) -> list[SourceConfig]:
 @dataclass(frozen=True)
 class CheckOptions:
     """`audio`: none reads the manifests only, header opens each audio file, full decodes it. `tokenizer`: to count
-    tokens per second of audio, of the text after `text_steps` (see `speechllm.text`). Utterances outside
+    tokens per second of audio, of the text after `text_steps` (see `speechllm.text.normalize`). Utterances outside
     `min_seconds` to `max_seconds` are problems, and without a text, unless they are `sounds`. `jobs`: threads that read
     audio."""
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from speechllm.data.audio import UtteranceError, load_samples, read_header, recordings
 from speechllm.data.features import FRAME_SHIFT, MEL_BINS, SAMPLE_RATE, extract_features
-from speechllm.data.manifest import (
+from speechllm.data.manifests.manifest import (
     LINE_ERRORS,
     ManifestError,
     SourceConfig,
@@ -33,7 +33,7 @@ from speechllm.data.manifest import (
     iter_objects,
     to_cut,
 )
-from speechllm.data.tar import TAR
+from speechllm.data.manifests.tar import TAR
 from speechllm.errors import UserError
 from speechllm.files import replaced_file, replaced_folder
 

@@ -13,15 +13,15 @@ from lhotse.cut import Cut
 from torch import Tensor
 
 from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
-from speechllm.data.augment import Augmenter, SpecAugmentConfig
+from speechllm.data.augment.augmenter import Augmenter
+from speechllm.data.augment.specaugment import SpecAugmentConfig, spec_augment, spec_augment_twice
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, extract_features, extract_features_padded
 from speechllm.data.index import Corpus
-from speechllm.data.manifest import describe_cut
-from speechllm.data.source import label_of
-from speechllm.data.specaugment import spec_augment, spec_augment_twice
-from speechllm.label import LabelError, LabelTemplate, WordTime
-from speechllm.prompt import PromptContext
-from speechllm.text import normalize_text
+from speechllm.data.manifests.manifest import describe_cut
+from speechllm.data.manifests.source import label_of
+from speechllm.prompt.label import LabelError, LabelTemplate, WordTime
+from speechllm.prompt.template import PromptContext
+from speechllm.text.normalize import normalize_text
 
 FEATURES_ON = ("worker", "device", "precomputed")
 
@@ -29,7 +29,7 @@ FEATURES_ON = ("worker", "device", "precomputed")
 @dataclass
 class _Batch:
     """What is known of N utterances besides their audio: the `texts` that are said or their translations, the `labels`
-    to write (`speechllm.label`), `languages` (None where unknown), `target_languages` (None where nothing is
+    to write (`speechllm.prompt.label`), `languages` (None where unknown), `target_languages` (None where nothing is
     translated), `ids`, `durations` (seconds, after speed perturbation), `contexts`, for the prompt's other slots, and
     the times of the `words` of `texts`, as the manifest has them (both None where nothing is known)."""
 
@@ -154,7 +154,7 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     Args:
         corpus: where plans have numbers; None where they have cuts.
-        text_steps: normalisation of the targets (`speechllm.text`).
+        text_steps: normalisation of the targets (`speechllm.text.normalize`).
         augmenter: for training; None leaves the audio as it is.
         seed: the augmentation of an utterance, and the instruction in its prompt, depend on this, the epoch, its
             passes and its id, on nothing else.

@@ -27,7 +27,7 @@ from lhotse.cut import Cut
 from tqdm import tqdm
 
 from speechllm.data.audio import UtteranceError
-from speechllm.data.manifest import (
+from speechllm.data.manifests.manifest import (
     LINE_ERRORS,
     DataError,
     Entry,
@@ -41,10 +41,10 @@ from speechllm.data.manifest import (
     parse_line,
     to_cut,
 )
-from speechllm.data.source import planned_label
+from speechllm.data.manifests.source import planned_label
 from speechllm.files import replaced_folder
-from speechllm.label import LabelTemplate
-from speechllm.text import normalize_text
+from speechllm.prompt.label import LabelTemplate
+from speechllm.text.normalize import normalize_text
 
 # Part of the name of every index: those of another layout are not found.
 _LAYOUT = 2
@@ -148,7 +148,7 @@ def open_index(
     """The index of `source`, made where there is none yet.
 
     Args:
-        text_steps: normalisation of the targets (`speechllm.text`).
+        text_steps: normalisation of the targets (`speechllm.text.normalize`).
         labels: counts tokens; without it `Index.tokens` is None.
         folder: where indexes are kept; None for `default_index_dir()`.
 

@@ -24,15 +24,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from speechllm.data.augment import AugmentConfig, Augmenter
+from speechllm.data.augment.augmenter import AugmentConfig, Augmenter
 from speechllm.data.dataset import FEATURES_ON, Batch, BatchPlan, Skipped, SpeechDataset, WaveformBatch
 from speechllm.data.index import Corpus, Labels, open_index
-from speechllm.data.manifest import DataError, SourceConfig
+from speechllm.data.manifests.manifest import DataError, SourceConfig
 from speechllm.data.plan import Plan, draw, evaluation_plan, training_plan
 from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits, curriculum_limit
 from speechllm.data.streams import mix, stream_batches
-from speechllm.label import LabelTemplate
-from speechllm.text import check_steps
+from speechllm.prompt.label import LabelTemplate
+from speechllm.text.normalize import check_steps
 
 # From so many utterances of the corpus the voices of babble are taken.
 _VOICES = 300
@@ -44,7 +44,7 @@ class DataConfig:
 
     Sources: `train`, `valid`, and `test` by name of test set. An epoch has every training utterance once, or
     `epoch_cuts` of them; where the sources have weights, they are drawn in that proportion and come again where needed.
-    `text`: steps of normalisation (`speechllm.text`) that the targets go through.
+    `text`: steps of normalisation (`speechllm.text.normalize`) that the targets go through.
 
     Used in training are utterances between `min_seconds` and `max_seconds`, with at most `max_chars_per_second`,
     `max_tokens_per_second`, `max_tokens_per_frame` (of the encoder's output; CTC needs at most 1) in their label.

@@ -17,10 +17,11 @@ from lhotse.cut import Cut
 from torch import Tensor
 
 from speechllm.data.audio import UtteranceError, load_samples
-from speechllm.data.augment import AugmentConfig, Augmenter, SpecAugmentConfig, SpeedConfig, VolumeConfig
+from speechllm.data.augment.augmenter import AugmentConfig, Augmenter, SpeedConfig, VolumeConfig
+from speechllm.data.augment.specaugment import SpecAugmentConfig
 from speechllm.data.dataset import augmentation_rng
 from speechllm.data.features import FRAME_SHIFT, NUM_MEL_BINS, SAMPLE_RATE, fbank
-from speechllm.data.manifest import (
+from speechllm.data.manifests.manifest import (
     LINE_ERRORS,
     ManifestError,
     SourceConfig,
@@ -31,7 +32,7 @@ from speechllm.data.manifest import (
 )
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
-from speechllm.text import normalize_text
+from speechllm.text.normalize import normalize_text
 
 DEFAULT_AUGMENT = AugmentConfig(speed=SpeedConfig(), volume=VolumeConfig(), spec_augment=SpecAugmentConfig())
 """Without a configuration: what most recipes for speech recognition have, as far as it needs no other recordings."""

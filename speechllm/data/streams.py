@@ -21,12 +21,19 @@ from lhotse.dataset.sampling.base import SamplingConstraint
 from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from lhotse.lazy import Dillable
 
-from speechllm.data.augment import AugmentConfig
+from speechllm.data.augment.augmenter import AugmentConfig
 from speechllm.data.index import Labels
-from speechllm.data.manifest import DataError, ManifestError, SourceConfig, describe_cut, has_shards, stream_cuts
+from speechllm.data.manifests.manifest import (
+    DataError,
+    ManifestError,
+    SourceConfig,
+    describe_cut,
+    has_shards,
+    stream_cuts,
+)
+from speechllm.data.manifests.source import planned_label
 from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits
-from speechllm.data.source import planned_label
-from speechllm.text import normalize_text
+from speechllm.text.normalize import normalize_text
 
 # Enough cuts to know the distribution of durations, few enough to read them before each epoch.
 _CUTS_TO_ESTIMATE_BUCKETS = 1000

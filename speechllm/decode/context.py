@@ -15,7 +15,7 @@ from torch import Tensor
 
 from speechllm.decode.timestamps import word_spans
 from speechllm.errors import UserError
-from speechllm.tokenizer import Tokenizer
+from speechllm.text.tokenizer import Tokenizer
 
 # The log10 probability of a word is at least this: kenlm gives -100 to the words that a file without <unk> lacks, with
 # which no text would ever have one.

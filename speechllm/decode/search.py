@@ -1,4 +1,4 @@
-"""Searches over the language-model seam (`speechllm.llm`): greedy, beam and sampling.
+"""Searches over the language-model seam (`speechllm.llm.interface`): greedy, beam and sampling.
 
 All three are one loop over a batch of running hypotheses, one row each; they differ in which tokens are candidates.
 Prompts are read in parallel and each further token costs one row of a step. Rows leave the batch as they finish and the
@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.decode.result import Hypothesis, Stopped
 from speechllm.errors import UserError
-from speechllm.llm import LanguageModel, LanguageModelState
+from speechllm.llm.interface import LanguageModel, LanguageModelState
 
 Method = Literal["greedy", "beam", "sample"]
 

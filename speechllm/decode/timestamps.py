@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from speechllm.decode.ctc import TokenSpan
 from speechllm.decode.result import Word
-from speechllm.label import ReadLabel
-from speechllm.tokenizer import Tokenizer
+from speechllm.prompt.label import ReadLabel
+from speechllm.text.tokenizer import Tokenizer
 
 # CTC emits a token in one frame or two and blank in the rest of it; a syllable lasts about so long.
 _TOKEN_SECONDS = 0.2

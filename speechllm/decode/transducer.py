@@ -1,4 +1,4 @@
-"""Greedy search with a transducer (`speechllm.transducer`)."""
+"""Greedy search with a transducer (`speechllm.encoder.transducer`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from speechllm.transducer import Transducer
+from speechllm.encoder.transducer import Transducer
 
 # A frame of 40 ms has a syllable at most, in tokens of at least a byte. A search that never says blank has to end.
 MAX_SYMBOLS_PER_FRAME = 5

@@ -11,13 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from speechllm.checkpoint import load_state_dict_strict
 from speechllm.encoder import subsampling
 from speechllm.encoder.scaling import swoosh_r
 from speechllm.encoder.whisper import WhisperEncoder, WhisperEncoderConfig
 from speechllm.encoder.zipformer import Zipformer, ZipformerConfig
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
+from speechllm.weights import load_state_dict_strict
 
 WEIGHT_FILES = ("model.safetensors", "pretrained.safetensors", "pretrained.pt", "model.pt")
 # The names a composite model gives its encoder; its config.json has "<name>_config", or "<name>".

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speechllm.checkpoint import load_state_dict_strict
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
 from speechllm.rwkv7.model import RWKV7, RWKV7Config
+from speechllm.weights import load_state_dict_strict
 
 # Present in released files, never used: the first layer has no earlier values to mix in.
 _UNUSED = {f"blocks.0.att.v{i}" for i in range(3)}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from speechllm.linear import Linear, linear_cross_entropy, product
-from speechllm.prompt import IGNORE
+from speechllm.llm.interface import IGNORE
 from speechllm.rwkv7.state import RWKV7State
 from speechllm.rwkv7.wkv import row_lengths, wkv7
 

@@ -12,7 +12,7 @@ from speechllm.scoring.counting import UNITS
 from speechllm.scoring.reading import Line, listed, matched, read_lines, with_manifest
 from speechllm.scoring.reports import error_table, translation_table, write_reports
 from speechllm.scoring.significance import FEW_SEGMENTS, REPLICATES, Comparison, compare, resampled_by
-from speechllm.text import check_steps, normalize_text
+from speechllm.text.normalize import check_steps, normalize_text
 
 
 def score_files(
@@ -33,7 +33,7 @@ def score_files(
     Args:
         ref, hyp: see `read_lines`; `hyp` is None where `ref` holds both.
         unit: `word`, `char` or `mixed`.
-        text_steps: of both sides (see `speechllm.text`).
+        text_steps: of both sides (see `speechllm.text.normalize`).
         by: `language`, `speaker` or `duration`; None: by language, if any is known.
         manifest: says languages, speakers and durations, where `ref` does not.
         compare_with: the hypotheses of another system.

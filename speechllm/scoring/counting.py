@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import kaldialign
 
 from speechllm.decode.result import Word
-from speechllm.label import WordTime
-from speechllm.text import normalize_text
+from speechllm.prompt.label import WordTime
+from speechllm.text.normalize import normalize_text
 
 if TYPE_CHECKING:
     from speechllm.data import Batch
@@ -57,7 +57,7 @@ def transcripts(
 
     Args:
         hyps: N texts; the utterances of those that are None are left out.
-        text_steps: the configuration's `data.text` (see `speechllm.text`).
+        text_steps: the configuration's `data.text` (see `speechllm.text.normalize`).
         found_languages: N languages, of a model that identifies them.
         found_words: of N utterances, where they have times.
     """

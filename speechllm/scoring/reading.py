@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from speechllm.data.manifest import LINE_ERRORS, ManifestError, SourceConfig, describe, explain, iter_objects
-from speechllm.data.nemo import is_nemo
-from speechllm.data.source import numbered_lines, string_of
+from speechllm.data.manifests.manifest import LINE_ERRORS, ManifestError, SourceConfig, describe, explain, iter_objects
+from speechllm.data.manifests.nemo import is_nemo
+from speechllm.data.manifests.source import numbered_lines, string_of
 from speechllm.errors import UserError
 from speechllm.scoring.counting import Transcript, language_label
-from speechllm.text import normalize_text
+from speechllm.text.normalize import normalize_text
 
 _RECOGS_LINE = re.compile(r"([^\t]*):\t(ref|hyp)=(\[.*\])\s*")
 # One of these is in all JSON lines that have a reference, if only an empty one.
@@ -41,7 +41,7 @@ def read_lines(path: Path) -> dict[str, Line]:
     Of four kinds, told apart by the first line: `recogs-*` files as icefall and recipes/decode.py write them; JSON
     lines with `text` (NeMo manifests, where `pred_text` is what was recognised, lhotse cuts, or just `id` and `text`);
     and Kaldi's `text`, an id and words. A directory is a manifest in Kaldi's or Shar's form. Without an `id`, that of
-    a JSON line comes from its `audio_filepath`, as everywhere (`speechllm.data.nemo`).
+    a JSON line comes from its `audio_filepath`, as everywhere (`speechllm.data.manifests.nemo`).
 
     Raises:
         UserError: the file, or a line of it, cannot be read, or an id comes twice.
@@ -67,7 +67,7 @@ def matched(
     Args:
         refs, hyps: of `read_lines`; may be the same.
         names: the files that they are from, for errors.
-        text_steps: see `speechllm.text`.
+        text_steps: see `speechllm.text.normalize`.
         missing_as_empty: where there is no hypothesis, nothing was recognised.
 
     Raises:

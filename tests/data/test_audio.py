@@ -12,8 +12,8 @@ from lhotse.audio.backend import AudioBackend, LibsndfileCompatibleAudioInfo, au
 from lhotse.utils import fastcopy
 
 from speechllm.data.audio import UtteranceError, load_samples
-from speechllm.data.manifest import read_manifest
-from speechllm.data.tar import TAR, scan_tar
+from speechllm.data.manifests.manifest import read_manifest
+from speechllm.data.manifests.tar import TAR, scan_tar
 
 from .conftest import write_manifest, write_tone
 

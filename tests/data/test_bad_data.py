@@ -20,7 +20,7 @@ from speechllm.data import (
     read_manifest,
 )
 from speechllm.data.audio import UtteranceError, load_samples
-from speechllm.data.augment import NoiseConfig, SpeedConfig
+from speechllm.data.augment.augmenter import NoiseConfig, SpeedConfig
 
 from .conftest import write_manifest, write_tone
 

@@ -8,10 +8,10 @@ import pytest
 import soundfile
 from lhotse import CutSet, Recording
 
-from speechllm.cli import main
+from speechllm.cli.main import main
 from speechllm.data import SourceConfig
 from speechllm.data.check import PROBLEMS_SHOWN, CheckOptions, check_manifests
-from speechllm.tokenizer import load_tokenizer
+from speechllm.text.tokenizer import load_tokenizer
 
 from .conftest import write_manifest, write_tone
 

@@ -8,12 +8,12 @@ import soundfile
 import torch
 from lhotse import CutSet, Recording
 
-from speechllm.cli import main
+from speechllm.cli.main import main
 from speechllm.data import SourceConfig, fbank, read_manifest
 from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
 from speechllm.data.convert import convert_to_cuts, convert_to_shar
 from speechllm.data.features import extract_features
-from speechllm.data.manifest import describe_cut
+from speechllm.data.manifests.manifest import describe_cut
 from speechllm.errors import UserError
 
 from .conftest import write_manifest, write_tone

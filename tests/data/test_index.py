@@ -13,8 +13,8 @@ import pytest
 from speechllm.data import index as index_module
 from speechllm.data.audio import UtteranceError
 from speechllm.data.index import Corpus, open_index
-from speechllm.data.manifest import ManifestError, SourceConfig, describe_cut, read_manifest
-from speechllm.label import LabelTemplate
+from speechllm.data.manifests.manifest import ManifestError, SourceConfig, describe_cut, read_manifest
+from speechllm.prompt.label import LabelTemplate
 
 from .conftest import write_manifest
 

@@ -32,11 +32,11 @@ from speechllm.data import (
 )
 from speechllm.data.features import MEL_BINS, fbank_extractor, num_frames
 from speechllm.data.sampling import curriculum_limit
-from speechllm.label import LabelTemplate
-from speechllm.prompt import PromptContext
+from speechllm.prompt.label import LabelTemplate
+from speechllm.prompt.template import PromptContext
+from tests.data.corpora import KINDS, write_corpus, write_kind
 
 from .conftest import write_manifest, write_tone
-from .manifests import KINDS, write_corpus, write_kind
 from .test_index import LetterLabels
 
 

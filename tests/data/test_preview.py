@@ -7,21 +7,15 @@ import pytest
 import soundfile
 import torch
 
-from speechllm.cli import main
+from speechllm.cli.main import main
 from speechllm.data import SourceConfig, read_manifest
 from speechllm.data.audio import load_samples
-from speechllm.data.augment import (
-    AugmentConfig,
-    Augmenter,
-    NoiseConfig,
-    SpecAugmentConfig,
-    SpeedConfig,
-    VolumeConfig,
-)
+from speechllm.data.augment.augmenter import AugmentConfig, Augmenter, NoiseConfig, SpeedConfig, VolumeConfig
+from speechllm.data.augment.specaugment import SpecAugmentConfig
 from speechllm.data.dataset import BatchPlan, SpeechDataset
 from speechllm.data.preview import write_previews
 from speechllm.errors import UserError
-from speechllm.label import LabelTemplate
+from speechllm.prompt.label import LabelTemplate
 
 from .conftest import write_manifest
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from speechllm.data import DataConfig, DataError, SourceConfig, build_train_loader
+from tests.data.corpora import write_corpus, write_kind
 
-from .manifests import write_corpus, write_kind
 from .test_index import LetterLabels
 
 

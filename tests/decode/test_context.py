@@ -14,7 +14,13 @@ from speechllm.decode.context import LEAST_LOG10, Hotwords, KenLM, NGram
 from speechllm.decode.search import Prompt, SearchOptions, search
 from speechllm.errors import UserError
 from speechllm.rwkv7 import RWKV7, RWKV7Config
-from speechllm.tokenizer import RWKVTokenizer, SentencePieceTokenizer, StreamDecoder, Tokenizer, train_sentencepiece
+from speechllm.text.tokenizer import (
+    RWKVTokenizer,
+    SentencePieceTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    train_sentencepiece,
+)
 
 EOS = 0
 

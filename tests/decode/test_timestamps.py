@@ -6,7 +6,7 @@ import pytest
 
 from speechllm.decode.ctc import TokenSpan
 from speechllm.decode.timestamps import word_spans, words_from_alignment
-from speechllm.tokenizer import RWKVTokenizer, load_tokenizer
+from speechllm.text.tokenizer import RWKVTokenizer, load_tokenizer
 
 TEXTS = [
     "one  two, three-four's 3.5 \u00e4\u00f6\n",

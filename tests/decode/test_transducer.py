@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from speechllm.decode.transducer import transducer_greedy
-from speechllm.transducer import Transducer, TransducerConfig
+from speechllm.encoder.transducer import Transducer, TransducerConfig
 
 
 @pytest.fixture

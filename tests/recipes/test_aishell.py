@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from speechllm.checkpoint import load_checkpoint
 from speechllm.config import load_config, override
 from speechllm.encoder import Zipformer, ZipformerConfig, save_encoder
 from speechllm.rwkv7 import RWKV7, RWKV7Config, save_rwkv7
+from speechllm.train.checkpoint import load_checkpoint
 from tests.recipes.conftest import REPOSITORY
 from tests.recipes.mandarin import SENTENCES, SPEAKERS, write_aishell
 

@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 
-from speechllm.checkpoint import load_checkpoint, share_path
-from speechllm.model import SpeechLLM
+from speechllm.model.speech_llm import SpeechLLM
+from speechllm.train.checkpoint import load_checkpoint, share_path
+from tests.llm.tiny_llms import TRANSFORMERS
 from tests.recipes.test_train import command, run
-from tests.tiny_llms import TRANSFORMERS
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from speechllm.checkpoint import load_checkpoint, newest_checkpoint
+from speechllm.train.checkpoint import load_checkpoint, newest_checkpoint
 from tests.recipes.conftest import REPOSITORY
 from tests.recipes.test_train import ENV, command, run
 

@@ -11,17 +11,18 @@ import pytest
 import torch
 import yaml
 
-from speechllm.checkpoint import load_checkpoint, save_checkpoint
 from speechllm.config import ConfigError, from_dict, override, to_dict
 from speechllm.data import Batch
 from speechllm.encoder import save_encoder
 from speechllm.errors import UserError
-from speechllm.model import ModelConfig, SpeechLLM
-from speechllm.rwkv7 import RWKV7, RWKV7Config, load_adapter, load_rwkv7, save_rwkv7
+from speechllm.llm.adapters import load_adapter
+from speechllm.model.speech_llm import ModelConfig, SpeechLLM
+from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7, save_rwkv7
+from speechllm.train.checkpoint import load_checkpoint, save_checkpoint
 from tests.conftest import SENTENCES
 from tests.hf_tokenizers import train_byte_level
+from tests.llm.tiny_llms import tiny_llm
 from tests.recipes.conftest import REPOSITORY
-from tests.tiny_llms import tiny_llm
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from speechllm.optim import OptimConfig, build_optimizer
+from speechllm.optim.optimizer import OptimConfig, build_optimizer
 from speechllm.rwkv7 import RWKV7, RWKV7Config
 
 from .plain import PlainRWKV7

@@ -11,7 +11,7 @@ import torch
 
 from speechllm.data import Batch
 from speechllm.decode.result import Word
-from speechllm.label import WordTime
+from speechllm.prompt.label import WordTime
 from speechllm.scoring import (
     ErrorReport,
     Transcript,

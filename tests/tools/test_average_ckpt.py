@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from speechllm.checkpoint import RunningAverage, file_hash, save_checkpoint, trained_state_dict
 from speechllm.config import to_dict
-from speechllm.model import LLMSection, SpeechLLM
-from speechllm.rwkv7 import TuneConfig, load_adapter, load_rwkv7, save_rwkv7
+from speechllm.llm.adapters import TuneConfig, load_adapter
+from speechllm.model.speech_llm import LLMSection, SpeechLLM
+from speechllm.rwkv7 import load_rwkv7, save_rwkv7
+from speechllm.train.checkpoint import RunningAverage, save_checkpoint, trained_state_dict
+from speechllm.weights import file_hash
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "average_ckpt.py"
 

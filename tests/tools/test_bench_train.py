@@ -10,7 +10,7 @@ import torch
 
 from speechllm.encoder import Zipformer
 from speechllm.linear import product
-from speechllm.optim import OptimConfig
+from speechllm.optim.optimizer import OptimConfig
 from speechllm.rwkv7 import wkv7
 
 ROOT = Path(__file__).parents[2]

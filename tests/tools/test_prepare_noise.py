@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechllm.data.augment import AugmentConfig, Augmenter, NoiseConfig
-from speechllm.data.manifest import SourceConfig
+from speechllm.data.augment.augmenter import AugmentConfig, Augmenter, NoiseConfig
+from speechllm.data.manifests.manifest import SourceConfig
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "prepare_noise.py"
 

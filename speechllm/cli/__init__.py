@@ -1,0 +1,1 @@
+"""The command line, `speechllm`: its options are read here and in the recipes, nowhere else."""

@@ -1,0 +1,107 @@
+"""What the language model reads, token by token, to be looked at: `speechllm prompt show`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby, islice
+
+import torch
+
+from speechllm.data.dataset import instruction_draw
+from speechllm.data.features import FRAME_SHIFT
+from speechllm.data.manifests.manifest import SourceConfig, describe_cut, read_manifest
+from speechllm.data.manifests.source import label_of
+from speechllm.llm.interface import IGNORE
+from speechllm.model.speech_llm import SpeechLLM
+from speechllm.prompt.template import Kind, PromptContext, Spliced
+from speechllm.text.normalize import normalize_text
+from speechllm.text.tokenizer import Tokenizer
+
+# How runs of positions that are no tokens are shown.
+_EMBEDDINGS = {Kind.SOFT: "soft", Kind.BOUNDARY: "boundary", Kind.AUDIO: "audio"}
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """An utterance without audio."""
+
+    text: str
+    language: str | None
+    target_language: str | None
+    context: PromptContext
+    seconds: float = 5.0
+
+
+def show_prompts(
+    model: SpeechLLM,
+    data: Sequence[SourceConfig] | MadeUp,
+    *,
+    count: int,
+    seed: int,
+    text_steps: Sequence[str],
+) -> Iterator[str]:
+    """The first `count` utterances of the manifests, or the one that is made up, as training reads them.
+
+    No audio is opened: its length is that of the manifest, at its own speed.
+
+    Args:
+      seed: of the training run, whose first epoch draws the instructions.
+      text_steps: normalisation of the labels (`speechllm.text.normalize`).
+
+    Raises:
+      UserError: an utterance lacks what the prompt needs; a line of a manifest cannot be used.
+    """
+    for name, utterance, label in _utterances(model, data, count, seed, text_steps):
+        frames = torch.tensor([round(utterance.seconds / FRAME_SHIFT)])
+        audio_lens = model.audio_lens(frames)
+        spliced = model.spliced(
+            audio_lens,
+            [utterance.language],
+            [model.label_ids(label)],
+            [utterance.target_language],
+            [utterance.context],
+        )
+        lines = [
+            f"{name}: {utterance.seconds:.2f} s, {int(spliced.lens)} positions",
+            *positions(spliced, model.tokenizer),
+        ]
+        yield "\n".join(lines) + "\n"
+
+
+def _utterances(
+    model: SpeechLLM, data: Sequence[SourceConfig] | MadeUp, count: int, seed: int, text_steps: Sequence[str]
+) -> Iterator[tuple[str, MadeUp, str]]:
+    """Name, utterance and label."""
+    template = model.label_template
+    if isinstance(data, MadeUp):
+        text = normalize_text(data.text, text_steps)
+        yield "made up", data, template.fill(text, data.language, data.target_language)
+        return
+    for cut in islice(chain.from_iterable(map(read_manifest, data)), count):
+        entry = describe_cut(cut)
+        draw = instruction_draw(seed, epoch=1, times=0, id=cut.id)
+        context = PromptContext(cut.id, entry.previous, entry.hotwords, draw)
+        target_language = entry.target_lang if entry.task == "ast" else None
+        label = label_of(entry, template, text_steps)
+        yield cut.id, MadeUp(entry.target, entry.lang, target_language, context, cut.duration), label
+
+
+def positions(spliced: Spliced, tokenizer: Tokenizer) -> Iterator[str]:
+    """A line for each token of the only row, and for each run of embeddings that stand for none: where, id, text, and
+    behind an arrow the token whose prediction counts in the loss."""
+
+    def counted(label: int) -> str:
+        if label == IGNORE:
+            return ""
+        return f"  -> {label} {'end of text' if label == tokenizer.eos_id else repr(tokenizer.piece(label))}"
+
+    kinds, ids, labels = (t[0].tolist() for t in (spliced.kinds, spliced.token_ids, spliced.labels))
+    for kind, run in groupby(range(len(ids)), key=kinds.__getitem__):
+        run = list(run)
+        if kind in _EMBEDDINGS:
+            where = str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
+            yield f"{where:>9}         [{_EMBEDDINGS[kind]} x {len(run)}]{counted(labels[run[-1]])}"
+            continue
+        for i in run:
+            yield f"{i:>9}  {ids[i]:>6} {tokenizer.piece(ids[i])!r}{counted(labels[i])}"

@@ -1,0 +1,1 @@
+"""Augmentation of training utterances: speed, rooms, noise, babble, telephone, codecs, volume, SpecAugment."""

@@ -1,0 +1,1 @@
+"""The forms of manifests: NeMo, Kaldi, Shar, tar shards, lhotse cuts; each line to a cut."""

@@ -1,0 +1,134 @@
+"""Kaldi data directories (https://kaldi-asr.org/doc/data_prep.html) as NeMo lines.
+
+`wav.scp` is needed; `text`, `segments`, `utt2spk`, `utt2lang`, `utt2dur` and `reco2dur` are used where they are. Paths
+are relative to the current directory, as in Kaldi.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from lhotse.audio.backend import info as audio_info
+from lhotse.audio.utils import AudioLoadingError
+
+from speechllm.data.manifests.nemo import AUDIO_COMMAND
+from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, explain, numbered_lines
+
+_TABLES = ("wav.scp", "text", "utt2spk", "utt2lang", "utt2dur", "reco2dur")
+
+
+def kaldi_files(folder: Path) -> list[Path]:
+    """The files of a data directory that are read.
+
+    Raises:
+        ManifestError: there is no wav.scp.
+    """
+    if not (folder / "wav.scp").is_file():
+        raise ManifestError(f"{folder / 'wav.scp'}: no such file; a Kaldi data directory must have it")
+    return [folder / name for name in (*_TABLES, "segments") if (folder / name).is_file()]
+
+
+def kaldi_objects(folder: Path) -> Iterator[tuple[str, dict | ManifestError]]:
+    """FILE:LINE and NeMo line of every utterance, in the order of `segments`, or of `wav.scp` where there is none.
+
+    The tables are held in memory. Where no file says how long a recording is, the header of its audio does.
+    """
+    tables: dict[str, dict[bytes, bytes]] = {}
+    for name in _TABLES:
+        tables[name] = {}
+        if (folder / name).is_file():
+            yield from _read_table(folder / name, tables[name])
+    has_segments = (folder / "segments").is_file()
+    waiting = set(tables["wav.scp"])
+    for where, line in numbered_lines(str(folder / ("segments" if has_segments else "wav.scp"))):
+        try:
+            if has_segments:
+                yield where, _segment(line, tables)
+            elif (name := line.split(maxsplit=1)[0]) in waiting:
+                waiting.remove(name)
+                yield where, _whole_recording(name, tables)
+        except (*LINE_ERRORS, OSError, AudioLoadingError, subprocess.SubprocessError) as error:
+            yield where, ManifestError(f"{where}: {explain(error)}")
+
+
+def _read_table(path: Path, table: dict[bytes, bytes]) -> Iterator[tuple[str, ManifestError]]:
+    """Fills `table`, and yields the lines whose key it has already."""
+    for where, line in numbered_lines(str(path)):
+        key, *rest = line.strip().split(maxsplit=1)
+        if key in table:
+            name = key.decode(errors="replace")
+            yield where, ManifestError(f"{where}: {name} is in {path.name} twice; the first line is used")
+        else:
+            table[key] = rest[0] if rest else b""
+
+
+def _whole_recording(name: bytes, tables: dict[str, dict[bytes, bytes]]) -> dict:
+    duration = tables["utt2dur"].get(name)
+    seconds = _recording_seconds(name, tables) if duration is None else _seconds(duration, "utt2dur")
+    return _utterance(name, name, seconds, tables)
+
+
+def _segment(line: bytes, tables: dict[str, dict[bytes, bytes]]) -> dict:
+    fields = line.split()
+    if len(fields) not in (4, 5):  # Kaldi allows a channel as fifth
+        raise ValueError(f"expected utterance, recording, start and end, found {len(fields)} fields")
+    name, recording = fields[:2]
+    if recording not in tables["wav.scp"]:
+        raise ValueError(f"recording {_text(recording)} is not in wav.scp")
+    start = _seconds(fields[2], "start")
+    to_its_end = fields[3].startswith(b"-1")
+    end = _recording_seconds(recording, tables) if to_its_end else _seconds(fields[3], "end")
+    if end <= start:
+        raise ValueError(f"the segment begins at {start} s and ends at {end} s")
+    return _utterance(name, recording, round(end - start, 6), tables) | {"offset": start}
+
+
+def _utterance(name: bytes, recording: bytes, seconds: float, tables: dict[str, dict[bytes, bytes]]) -> dict:
+    line = {"id": _text(name), **_audio(recording, tables), "duration": seconds}
+    line["text"] = _text(tables["text"].get(name, b""))
+    for field, table in (("speaker", "utt2spk"), ("lang", "utt2lang")):
+        if name in tables[table]:
+            line[field] = _text(tables[table][name])
+    return line
+
+
+def _audio(recording: bytes, tables: dict[str, dict[bytes, bytes]]) -> dict[str, str]:
+    where = _text(tables["wav.scp"][recording])
+    if where.endswith("|"):
+        return {AUDIO_COMMAND: where[:-1].strip()}
+    if not where:
+        raise ValueError(f"wav.scp has no audio of {_text(recording)}")
+    if re.search(r"\.ark:\d+$", where):
+        raise ValueError(f"wav.scp: {where} is inside a Kaldi archive; unpack it with wav-copy")
+    return {"audio_filepath": os.path.abspath(where)}
+
+
+def _recording_seconds(recording: bytes, tables: dict[str, dict[bytes, bytes]]) -> float:
+    duration = tables["reco2dur"].get(recording)
+    if duration is not None:
+        return _seconds(duration, "reco2dur")
+    audio = _audio(recording, tables)
+    if AUDIO_COMMAND in audio:
+        output = subprocess.run(audio[AUDIO_COMMAND], shell=True, check=True, stdout=subprocess.PIPE).stdout
+        return audio_info(io.BytesIO(output)).duration
+    return audio_info(audio["audio_filepath"]).duration
+
+
+def _seconds(value: bytes, name: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{name}: expected seconds, found {_text(value)!r}")
+    return seconds
+
+
+def _text(value: bytes) -> str:
+    return value.decode().strip()

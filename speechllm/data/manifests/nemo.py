@@ -1,0 +1,371 @@
+"""NeMo's manifests: JSON lines, and its tarred form, in which the audio is in tar shards.
+
+The fields are those of NVIDIA NeMo's ASR and Canary data sets; the tarred form is what its script
+`convert_to_tarred_audio_dataset.py` writes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from lhotse import AudioSource, Recording, SupervisionSegment
+from lhotse.cut import MonoCut
+from lhotse.serialization import open_best
+from lhotse.supervision import AlignmentItem
+
+from speechllm.data.features import SAMPLE_RATE
+from speechllm.data.manifests.source import (
+    LINE_ERRORS,
+    Entry,
+    ManifestError,
+    SourceConfig,
+    duration_of,
+    existing_files,
+    expand_braces,
+    explain,
+    hotwords_of,
+    is_remote,
+    parse_line,
+    parsed_lines,
+    seconds_of,
+    string_of,
+    task_of,
+    words_of,
+)
+from speechllm.data.manifests.tar import TAR, in_memory, scan_tar
+
+# Custom fields of cuts that come from NeMo lines: the header of the audio file has not been read yet; the line is of a
+# part of the file.
+HEADER_UNREAD = "header_unread"
+IS_SEGMENT = "is_segment"
+
+# Instead of `audio_filepath`, in lines made from Kaldi directories: a command that writes the audio.
+AUDIO_COMMAND = "audio_command"
+
+
+def is_nemo(line: dict) -> bool:
+    """Whether the object of a line is NeMo's."""
+    return "audio_filepath" in line or AUDIO_COMMAND in line
+
+
+def describe_nemo(line: dict, source: SourceConfig) -> Entry:
+    """What a line says; without a field `id`, the id is the audio path without extension, and the offset.
+
+    Raises:
+        KeyError, ValueError: a field is missing, or has a wrong type or value.
+    """
+    path = line[AUDIO_COMMAND] if AUDIO_COMMAND in line else line["audio_filepath"]
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"audio_filepath: expected a path, found {path!r}")
+    offset = seconds_of(line, "offset") if line.get("offset") is not None else 0.0
+    name = line.get("id")
+    task = task_of(line) or source.task or "asr"
+    text = string_of(line, "text", "asr_text")
+    ast_text = string_of(line, "ast_text")
+    answer = string_of(line, "answer")  # Canary's name for whatever the task asks for
+    if answer is not None:
+        if task == "ast" and ast_text is None:
+            ast_text = answer
+        elif task == "asr" and text is None:
+            text = answer
+    return Entry(
+        _derived_id(path, offset) if name is None else str(name),
+        duration_of(line),
+        (text or "").strip(),
+        string_of(line, "lang", "source_lang") or source.lang,
+        task,
+        (ast_text or "").strip(),
+        string_of(line, "target_lang") or source.target_lang,
+        words_of(line.get("alignment"), offset),
+        string_of(line, "previous"),
+        hotwords_of(line),
+    )
+
+
+def nemo_cut(line: dict, source: SourceConfig) -> MonoCut:
+    """The cut of one line, without touching the audio file.
+
+    The recording is declared as 16 kHz mono up to the end of the segment, and marked as such; the reader replaces it by
+    what the file's header says.
+
+    Raises:
+        KeyError, ValueError: a field is missing, or has a wrong type or value.
+    """
+    entry = describe_nemo(line, source)
+    is_segment = line.get("offset") is not None
+    offset = seconds_of(line, "offset") if is_segment else 0.0
+    num_samples = max(1, round((offset + entry.duration) * SAMPLE_RATE))
+    recording = Recording(
+        id=entry.id,
+        sources=[_audio_source(line, source)],
+        sampling_rate=SAMPLE_RATE,
+        num_samples=num_samples,
+        duration=num_samples / SAMPLE_RATE,
+    )
+    stated = {
+        "task": task_of(line) or source.task,
+        "ast_text": entry.ast_text or None,
+        "target_lang": entry.target_lang,
+        "previous": entry.previous,
+        "hotwords": None if entry.hotwords is None else list(entry.hotwords),
+    }
+    supervision = SupervisionSegment(
+        id=entry.id,
+        recording_id=entry.id,
+        start=0.0,
+        duration=entry.duration,
+        text=entry.text,
+        language=entry.lang,
+        speaker=string_of(line, "speaker"),
+        custom={name: value for name, value in stated.items() if value is not None} or None,
+        alignment=_alignment(line),
+    )
+    custom = {HEADER_UNREAD: True, IS_SEGMENT: is_segment}
+    if source.channel is not None:
+        custom["channel"] = source.channel
+    if TAR in line:
+        custom[TAR] = line[TAR]
+    return MonoCut(entry.id, offset, entry.duration, 0, supervisions=[supervision], recording=recording, custom=custom)
+
+
+def _alignment(line: dict) -> dict[str, list[AlignmentItem]] | None:
+    if line.get("alignment") is None:
+        return None
+    return {kind: [AlignmentItem.deserialize(item) for item in items] for kind, items in line["alignment"].items()}
+
+
+def _derived_id(path: str, offset: float) -> str:
+    stem, dot, extension = path.rpartition(".")
+    name = stem if dot and "/" not in extension else path
+    return f"{name}@{offset:.10g}" if offset else name
+
+
+def _audio_source(line: dict, source: SourceConfig) -> AudioSource:
+    if AUDIO_COMMAND in line:
+        return AudioSource(type="command", channels=[0], source=line[AUDIO_COMMAND])
+    # in a tar file this is a name to be shown; the data come from elsewhere
+    folder = line[TAR]["recording"]["path"] if TAR in line else os.path.dirname(source.path)
+    return AudioSource(type="file", channels=[0], source=os.path.join(folder, line["audio_filepath"]))
+
+
+def nemo_objects(files: list[str]) -> Iterator[tuple[str, dict | ManifestError]]:
+    """FILE:LINE and object of the lines of several manifests."""
+    for path in files:
+        for where, found in parsed_lines(path):
+            if len(files) > 1 and not isinstance(found, ManifestError):
+                found = _with_full_path(found, os.path.dirname(path))
+            yield where, found
+
+
+def _with_full_path(line: dict, folder: str) -> dict:
+    """Several manifests may lie in several folders; the id stays what it would be from the path as it is given."""
+    try:
+        name = describe_nemo(line, SourceConfig(folder)).id
+    except LINE_ERRORS:
+        return line  # has the same error when it is described, or is no NeMo line
+    return line | {"id": name, "audio_filepath": os.path.abspath(os.path.join(folder, line["audio_filepath"]))}
+
+
+@dataclass
+class TarShard:
+    """A tar file and the lines of its audio: those of a manifest of its own, or of `places` (number and byte offset) in
+    one manifest for all."""
+
+    tar: str
+    manifest: str
+    places: tuple[array, array] | None = None
+
+    def lines(self) -> Iterator[tuple[str, dict | ManifestError]]:
+        if self.places is None:
+            yield from parsed_lines(self.manifest)
+            return
+        with open_best(self.manifest, "rb") as file:
+            for number, offset in zip(*self.places, strict=True):
+                file.seek(offset)
+                yield f"{self.manifest}:{number}", parse_line(file.readline())
+
+
+@dataclass
+class TarShards:
+    """The shards of a source; `errors`: lines of one manifest for all that say no shard, as (FILE:LINE, error)."""
+
+    shards: list[TarShard] = field(default_factory=list)
+    errors: list[tuple[str, ManifestError]] = field(default_factory=list)
+
+
+def tarred_files(source: SourceConfig) -> tuple[list[str], list[str]]:
+    """The manifests and the tar files of a tarred source.
+
+    Raises:
+        ManifestError: some are missing, or there are not as many of both.
+    """
+    manifests, tars = existing_files(source.path), expand_braces(source.tar_path)
+    for tar in tars:
+        if not is_remote(tar) and not Path(tar).is_file():
+            raise ManifestError(f"{tar}: no such tar file")
+    if len(manifests) not in (1, len(tars)):
+        raise ManifestError(
+            f"{source.path}: {len(manifests)} manifests, and {len(tars)} tar files in {source.tar_path}: there must be "
+            "a manifest beside each tar file, or one for all whose lines have shard_id"
+        )
+    return manifests, tars
+
+
+def _shards(source: SourceConfig) -> TarShards:
+    manifests, tars = tarred_files(source)
+    if len(manifests) == len(tars):
+        return TarShards([TarShard(*pair) for pair in zip(tars, manifests, strict=True)])
+    (manifest,) = manifests
+    if is_remote(manifest):
+        raise ManifestError(f"{manifest}: one manifest for all tar files must be a file here; copy it")
+    result = TarShards([TarShard(tar, manifest, (array("q"), array("q"))) for tar in tars])
+    by_number = {_shard_number(shard.tar): shard for shard in result.shards}
+    if None in by_number or len(by_number) < len(tars):
+        raise ManifestError(f"{source.tar_path}: the names must end in the numbers of the shards, as in audio_0.tar")
+    with open_best(manifest, "rb") as file:
+        offset = 0
+        for number, line in enumerate(file, start=1):
+            if not line.isspace():
+                try:
+                    shard_id = parse_line(line)["shard_id"]
+                    if shard_id not in by_number:
+                        raise ValueError(f"shard_id: {shard_id!r} is not among the {len(tars)} tar files")
+                    numbers, offsets = by_number[shard_id].places
+                    numbers.append(number)
+                    offsets.append(offset)
+                except LINE_ERRORS as error:
+                    where = f"{manifest}:{number}"
+                    result.errors.append((where, ManifestError(f"{where}: {explain(error)}")))
+            offset += len(line)
+    return result
+
+
+def _shard_number(tar: str) -> int | None:
+    match = re.search(r"(\d+)\.tar\b[^/]*$", tar)
+    return int(match[1]) if match else None
+
+
+def tarred_objects(source: SourceConfig) -> Iterator[tuple[str, dict | ManifestError]]:
+    """FILE:LINE and object of every line, with where its audio is in the tar shard; shard by shard."""
+    shards = _shards(source)
+    yield from shards.errors
+    for shard in shards.shards:
+        members = {}
+        try:
+            for member in scan_tar(shard.tar):
+                members[member["name"].removeprefix("./")] = member
+        except ManifestError as error:
+            yield shard.tar, error
+        used = set()
+        for where, line in shard.lines():
+            if isinstance(line, ManifestError):
+                yield where, line
+                continue
+            name = next((name for name in (*_member_names(line), _whole_file(line)) if name in members), None)
+            if name is None:
+                yield where, _no_member(where, line, shard)
+                continue
+            used.add(name)
+            yield where, line | {TAR: {"recording": members[name]}}
+        for name in (name for name in members if name not in used):
+            yield _no_line(name, shard)
+
+
+def _member_names(line: dict) -> list[str]:
+    """The names that the audio of a line may have in the tar file: its own, or flattened as NeMo does it."""
+    path = line.get("audio_filepath")
+    if not isinstance(path, str):
+        return []
+    stem, extension = os.path.splitext(path)
+    return list(dict.fromkeys([path.removeprefix("./"), stem.replace("/", "_").replace(".", "_") + extension]))
+
+
+def _whole_file(line: dict) -> str | None:
+    """The member of which a line is a further part: NeMo calls these NAME-sub1, NAME-sub2 and so on."""
+    match = re.fullmatch(r"(.*)-sub\d+(\.\w+)?", str(line.get("audio_filepath")))
+    return match and match[1] + (match[2] or "")
+
+
+def _no_member(where: str, line: dict, shard: TarShard) -> ManifestError:
+    return ManifestError(f"{where}: audio_filepath: {line.get('audio_filepath')!r} is not in {shard.tar}")
+
+
+def _no_line(name: str, shard: TarShard) -> tuple[str, ManifestError]:
+    where = f"{shard.tar}:{name}"
+    return where, ManifestError(f"{where}: no line of {shard.manifest} is about it")
+
+
+def stream_tarred(source: SourceConfig, rng: np.random.Generator) -> Iterator[tuple[str, MonoCut | ManifestError]]:
+    """FILE:LINE and cut of every line, with its audio in memory; the shards in random order, each read once from
+    beginning to end."""
+    shards = _shards(source)
+    yield from shards.errors
+    for i in rng.permutation(len(shards.shards)):
+        yield from _stream_shard(shards.shards[i], source)
+
+
+def _stream_shard(shard: TarShard, source: SourceConfig) -> Iterator[tuple[str, MonoCut | ManifestError]]:
+    missing: dict[str, dict] = {}
+    by_name: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}
+    for where, line in _readable(shard.manifest, shard.lines):
+        if isinstance(line, ManifestError):
+            yield where, line
+            continue
+        missing[where] = line
+        for name in _member_names(line):
+            by_name.setdefault(name, []).append(where)
+        if (whole := _whole_file(line)) is not None:
+            parts.setdefault(whole, []).append(where)
+
+    # The data of lines that are perhaps parts of a member, until it is known that they have no member of their own.
+    waiting: list[tuple[str, bytes]] = []
+    for name, data in _readable(shard.tar, lambda: _members(shard.tar)):
+        if isinstance(data, ManifestError):
+            yield name, data
+            continue
+        own = [where for where in by_name.get(name, ()) if where in missing]
+        for where in own:
+            yield where, _cut_in_memory(where, missing.pop(where), source, data)
+        waiting += ((where, data) for where in parts.get(name, ()))
+        if not own and name not in parts:
+            yield _no_line(name, shard)
+    for where, data in waiting:
+        if where in missing:
+            yield where, _cut_in_memory(where, missing.pop(where), source, data)
+    for where, line in missing.items():
+        yield where, _no_member(where, line, shard)
+
+
+def _cut_in_memory(where: str, line: dict, source: SourceConfig, data: bytes) -> MonoCut | ManifestError:
+    try:
+        cut = nemo_cut(line, source)
+    except LINE_ERRORS as error:
+        return ManifestError(f"{where}: {explain(error)}")
+    cut.recording = in_memory(cut.recording, data)
+    return cut
+
+
+def _members(tar_path: str) -> Iterator[tuple[str, bytes]]:
+    with open_best(tar_path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # else it remembers them all
+            if member.isfile():
+                yield member.name.removeprefix("./"), tar.extractfile(member).read()
+
+
+def _readable(path: str, read: Callable[[], Iterator[tuple]]) -> Iterator[tuple]:
+    """What `read` yields, and at last why it could not go on, if so."""
+    try:
+        yield from read()
+    except MemoryError:
+        raise
+    except Exception as error:  # of lhotse's ways to open URLs and commands each has its own
+        yield path, ManifestError(f"{path}: cannot be read to its end ({error})")

@@ -1,0 +1,85 @@
+"""Audio and features inside tar files: where they are, and reading them from there by seek."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from typing import TypedDict
+
+from lhotse import AudioSource, Recording, fastcopy
+from lhotse.cut import Cut
+from lhotse.cut.data import DataCut
+from lhotse.shar.utils import fill_shar_placeholder
+
+from speechllm.data.manifests.source import ManifestError
+
+# Custom field of cuts whose audio or features are members of tar files: {"recording": Member, "features": Member}.
+TAR = "tar"
+
+
+class Member(TypedDict):
+    """Where the data of a member begin in the tar file `path`, and how many bytes they have."""
+
+    path: str
+    name: str
+    offset: int
+    size: int
+
+
+def scan_tar(path: str) -> Iterator[Member]:
+    """The files in an uncompressed tar file, from its headers alone.
+
+    Raises:
+        ManifestError: it is missing, damaged or compressed; after the members before the damage.
+    """
+    try:
+        whole = os.path.getsize(path)
+        with tarfile.open(path, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # else it remembers them all
+                if member.offset_data + member.size > whole:
+                    raise tarfile.ReadError(f"it ends inside {member.name}")
+                if member.isfile():
+                    yield Member(path=path, name=member.name, offset=member.offset_data, size=member.size)
+    except (OSError, tarfile.TarError) as error:
+        raise ManifestError(f"{path}: not a whole, uncompressed tar file ({error})") from error
+
+
+def read_member(member: Member) -> bytes:
+    """The data of a member.
+
+    Raises:
+        OSError: the tar file is missing or ends too early.
+    """
+    with open(member["path"], "rb") as file:
+        data = os.pread(file.fileno(), member["size"], member["offset"])
+    if len(data) < member["size"]:
+        raise OSError(f"{member['path']} ends inside {member['name']}: it has changed, or was not copied to its end")
+    return data
+
+
+def with_tar_data(cut: Cut) -> Cut:
+    """The cut with its audio and features in memory, if they are members of tar files; else the cut itself.
+
+    Raises:
+        OSError: a tar file is missing or ends too early.
+    """
+    members = (cut.custom or {}).get(TAR) if isinstance(cut, DataCut) else None
+    if members is None:
+        return cut
+    loaded = {}
+    if "recording" in members:
+        loaded["recording"] = in_memory(cut.recording, read_member(members["recording"]))
+    if "features" in members:
+        features = fastcopy(cut.features)
+        fill_shar_placeholder(features, read_member(members["features"]), members["features"]["name"])
+        loaded["features"] = features
+    custom = {name: value for name, value in cut.custom.items() if name != TAR}
+    return fastcopy(cut, **loaded, custom=custom or None)
+
+
+def in_memory(recording: Recording, data: bytes) -> Recording:
+    """The recording with the contents of its audio file."""
+    (source,) = recording.sources
+    return fastcopy(recording, sources=[AudioSource(type="memory", channels=source.channels, source=data)])

@@ -1,0 +1,103 @@
+"""From features to text without a language model: encoder, CTC or transducer, word times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from speechllm.decode.ctc import ctc_greedy, ctc_prefix_beam_search, forced_align
+from speechllm.decode.recognizer import RecogniseOptions, Speech
+from speechllm.decode.result import Hypothesis, Recognition
+from speechllm.decode.timestamps import words_from_alignment
+from speechllm.decode.transducer import transducer_greedy
+from speechllm.errors import UserError
+
+if TYPE_CHECKING:
+    from speechllm.model.encoder_model import EncoderModel
+
+
+class EncoderRecogniser:
+    """Recognises batches of speech, one after the other; built once, for any number of them.
+
+    The text is that of the transducer's greedy search if there is a transducer, else that of CTC's greedy or, with
+    `ctc_beam`, prefix beam search. A token's log probability is the transducer's, or CTC's mean over its frames.
+
+    Args:
+      model: in evaluation mode.
+      options: `ctc_beam` and `timestamps` need a CTC head; `fallback` never happens, as no search is stopped.
+
+    Raises:
+      UserError: the options ask for what the model does not have.
+    """
+
+    def __init__(self, model: EncoderModel, options: RecogniseOptions | None = None) -> None:
+        self.model, self.options = model, options or RecogniseOptions()
+        given = self.options
+        without = RecogniseOptions(ctc_beam=given.ctc_beam, timestamps=given.timestamps, fallback=given.fallback)
+        pairs = ((given.search, without.search), (replace(given, search=without.search), without))
+        for ours, default in pairs:
+            for field in fields(ours):
+                if (value := getattr(ours, field.name)) != getattr(default, field.name):
+                    raise UserError(
+                        f"{field.name}: {value} is for a language model, and this model is an encoder alone (it was "
+                        "trained with model.llm: null): leave it out"
+                    )
+        for name, asked in (("ctc_beam", given.ctc_beam > 1), ("timestamps", given.timestamps)):
+            if asked and model.ctc_head is None:
+                raise UserError(f"{name}: the model has no CTC head (it was trained with model.ctc_weight: 0)")
+
+    @torch.no_grad()
+    def __call__(self, batches: Iterable[Speech]) -> Iterator[list[Recognition]]:
+        """The results of each batch, in order.
+
+        Raises:
+          UserError: something is to be translated.
+        """
+        for speech in batches:
+            for language in speech.target_languages:
+                if language is not None:
+                    raise UserError(f"{language} is asked for, but an encoder alone (model.llm: null) cannot translate")
+            yield self._recognise(speech)
+
+    def _recognise(self, speech: Speech) -> list[Recognition]:
+        model = self.model
+        encoder_out, lens = model.encode(speech.features.to(model.device), speech.feature_lens.to(model.device))
+        log_probs = ctc = None
+        if model.ctc_head is not None:
+            log_probs = model.ctc_head(encoder_out).float().log_softmax(-1)
+            ctc = self._ctc_tokens(log_probs, lens)
+        if model.transducer is None:
+            spans = forced_align(log_probs, lens, [tokens for tokens, _ in ctc], model.blank_id)
+            found = [
+                Hypothesis(tokens, tuple(span.score for span in row), score, "end")
+                for (tokens, score), row in zip(ctc, spans, strict=True)
+            ]
+        else:
+            said = transducer_greedy(model.transducer, encoder_out, lens)
+            found = [Hypothesis(hyp.tokens, hyp.log_probs, hyp.log_prob, "end") for hyp in said]
+            spans = [None] * len(found)
+            if self.options.timestamps:
+                spans = forced_align(log_probs, lens, [hyp.tokens for hyp in found], model.blank_id)
+        results = []
+        for i, (hypothesis, row) in enumerate(zip(found, spans, strict=True)):
+            text = model.text(hypothesis.tokens)
+            ctc_text = model.text(ctc[i][0]) if ctc is not None and model.transducer is not None else None
+            words = None
+            if self.options.timestamps and row is not None:  # None: the transducer says more than there are frames
+                words = words_from_alignment(row, model.tokenizer, model.seconds_per_position, int(lens[i]))
+            results.append(Recognition(text, (hypothesis,), (text,), None, ctc_text, words))
+        return results
+
+    def _ctc_tokens(self, log_probs: Tensor, lens: Tensor) -> list[tuple[tuple[int, ...], float]]:
+        """Tokens, and the log probability that the search ranks them by, of each row."""
+        blank = self.model.blank_id
+        if self.options.ctc_beam > 1:
+            best = ctc_prefix_beam_search(log_probs, lens, blank, self.options.ctc_beam)
+            return [(nbest[0].tokens, nbest[0].log_prob) for nbest in best]
+        is_frame = torch.arange(log_probs.shape[1], device=lens.device) < lens[:, None]
+        scores = (log_probs.amax(-1) * is_frame).sum(1).tolist()
+        return [(tuple(ids), s) for ids, s in zip(ctc_greedy(log_probs, lens, blank), scores, strict=True)]

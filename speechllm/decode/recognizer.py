@@ -1,0 +1,245 @@
+"""From features to text: encoder, prompt, search, guards, word times.
+
+What is before the audio in the prompt is read once; its state is where all utterances with that text go on from.
+Batches are encoded as the search has places for their utterances, so that it never waits for the slowest of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from speechllm.decode.context import Hotwords, NGram
+from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, forced_align
+from speechllm.decode.result import Hypothesis, Recognition, Word
+from speechllm.decode.search import Prompt, Scorer, SearchOptions, search
+from speechllm.decode.timestamps import words_from_alignment, words_from_label
+from speechllm.errors import UserError
+from speechllm.llm.interface import LanguageModelState
+from speechllm.prompt.template import PromptContext
+from speechllm.rwkv7.initial_state import load_state
+
+if TYPE_CHECKING:
+    from speechllm.model.speech_llm import SpeechLLM
+
+# States that are kept. Where utterances have texts of their own before the audio, none would be used again.
+_MAX_STATES = 32
+
+
+@dataclass(frozen=True)
+class RecogniseOptions:
+    """How speech is recognised.
+
+    Attributes:
+      search: of the language model.
+      fallback: what becomes of a text that a guard has stopped, because it repeats itself or is longer than the audio
+        can say: `cut`, it ends there; `ctc`, the text of the CTC head is taken instead, where there is one.
+      ctc_weight: of the CTC head's scores in the search (arXiv 1609.06773); 0: they have no part in it.
+      ctc_beam: of the CTC head's own search; 1 is greedy search.
+      timestamps: find the words' times with the CTC head, where the model does not write them itself.
+      hotwords: a file of phrases that the search prefers (see `context.Hotwords.from_file`), and their weight.
+      ngram: a kenlm model that takes part in the search, and its weight.
+      initial_state: a state file of RWKV-7 (`RWKV7State.save`), tuned or of a text read before, that prompts go on
+        from.
+
+    Raises:
+      UserError: a value is out of range.
+    """
+
+    search: SearchOptions = field(default_factory=SearchOptions)
+    fallback: Literal["cut", "ctc"] = "cut"
+    ctc_weight: float = 0.0
+    ctc_beam: int = 1
+    timestamps: bool = False
+    hotwords: str | None = None
+    hotword_weight: float = 1.0
+    ngram: str | None = None
+    ngram_weight: float = 0.3
+    initial_state: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.fallback not in ("cut", "ctc"):
+            raise UserError(f"fallback: unknown {self.fallback!r}, choose from cut, ctc")
+        if self.ctc_weight < 0:
+            raise UserError(f"ctc_weight: must be at least 0, got {self.ctc_weight}")
+        if self.ctc_beam < 1:
+            raise UserError(f"ctc_beam: must be at least 1, got {self.ctc_beam}")
+
+
+class Speech(NamedTuple):
+    """A batch: features (N, T, F), feature_lens (N,), N languages and target languages (None where there is none), N
+    contexts of the prompt (None where it needs none)."""
+
+    features: Tensor
+    feature_lens: Tensor
+    languages: Sequence[str | None]
+    target_languages: Sequence[str | None]
+    contexts: Sequence[PromptContext] | None = None
+
+
+@dataclass
+class _Utterance:
+    """What is needed of an utterance once its search has ended."""
+
+    ctc_tokens: Sequence[int] | None
+    ctc_log_probs: Tensor | None  # (T, V)
+
+
+class Recogniser:
+    """Recognises batches of speech; built once, for any number of them.
+
+    Args:
+      model: in evaluation mode.
+
+    Raises:
+      UserError: the options ask for what the model does not have; a file cannot be read.
+    """
+
+    def __init__(self, model: SpeechLLM, options: RecogniseOptions | None = None) -> None:
+        self.model, self.options = model, options or RecogniseOptions()
+        label = model.label_template
+        uses_ctc = {"ctc_weight": self.options.ctc_weight > 0, "timestamps": self.options.timestamps}
+        for name, used in uses_ctc.items():
+            if used and model.ctc_head is None and not (name == "timestamps" and label.has_times):
+                raise UserError(f"{name}: the model has no CTC head (it was trained with model.ctc_weight: 0)")
+        for name in ("ctc_weight", "hotwords", "ngram"):
+            if getattr(self.options, name) and not label.is_plain:
+                raise UserError(
+                    f"{name}: knows texts alone, but the model writes more: it was trained with model.label: "
+                    f"{label.template!r}"
+                )
+        self._keeps_log_probs = model.ctc_head is not None and any(uses_ctc.values())
+        self._utterances: dict[int, _Utterance] = {}
+        self._scorers = self._build_scorers()
+        self._initial_state = None
+        if self.options.initial_state is not None:
+            self._initial_state = load_state(self.options.initial_state, model.llm)
+        # Of the longest label: any token of its text may be a word, with a time before and behind it.
+        encode, label = model.tokenizer.encode, model.label_template
+        self._tag_tokens = len(encode(label.fill("", "xx", "xx")))
+        self._label_growth = 1 + 2 * len(encode("<88.88>")) if label.has_times else 1
+        self._states: dict[tuple[int, ...], LanguageModelState | None] = {}  # by the tokens before the audio
+
+    def _build_scorers(self) -> list[Scorer]:
+        options, model = self.options, self.model
+        scorers: list[Scorer] = []
+        if options.ctc_weight > 0:
+            scorers.append(
+                CTCScorer(
+                    options.ctc_weight,
+                    lambda number: self._utterances[number].ctc_log_probs,
+                    model.blank_id,
+                    model.tokenizer.eos_id,
+                )
+            )
+        if options.hotwords is not None:
+            scorers.append(Hotwords.from_file(options.hotwords, model.tokenizer, options.hotword_weight))
+        if options.ngram is not None:
+            scorers.append(NGram.from_file(options.ngram, model.tokenizer, options.ngram_weight))
+        return scorers
+
+    @torch.no_grad()
+    def __call__(self, batches: Iterable[Speech]) -> Iterator[list[Recognition]]:
+        """The results of each batch, in order; batches are drawn when there is room for them.
+
+        Raises:
+          UserError: the prompt has a slot for what is not given.
+        """
+        sizes: list[int] = []  # of the batches that were drawn
+        found: dict[int, Recognition] = {}
+        first = batch = 0  # the next number to be given out, and its batch
+
+        def prompts() -> Iterator[Prompt]:
+            for speech in batches:
+                number = sum(sizes)
+                sizes.append(len(speech.feature_lens))
+                for i, (utterance, prompt) in enumerate(self._prompts(speech)):
+                    self._utterances[number + i] = utterance
+                    yield prompt
+
+        results = search(self.model.llm, prompts(), self.options.search, self.model.tokenizer.eos_id, self._scorers)
+        for number, nbest in results:
+            found[number] = self._recognition(self._utterances.pop(number), nbest)
+            while batch < len(sizes) and all(first + i in found for i in range(sizes[batch])):
+                yield [found.pop(first + i) for i in range(sizes[batch])]
+                first, batch = first + sizes[batch], batch + 1
+
+    def _prompts(self, speech: Speech) -> Iterator[tuple[_Utterance, Prompt]]:
+        model = self.model
+        features, feature_lens = speech.features.to(model.device), speech.feature_lens.to(model.device)
+        encoder_out, encoder_out_lens, audio_embeds, audio_lens = model.encode(features, feature_lens)
+        ctc_tokens, ctc_log_probs = self._ctc(encoder_out, encoder_out_lens)
+        spliced = model.spliced(
+            audio_lens, speech.languages, target_languages=speech.target_languages, contexts=speech.contexts
+        )
+        inputs_embeds = model.embed(spliced, audio_embeds, audio_lens)
+        # Each utterance is read after what is before its audio, of which there are few, if more than one.
+        for i, target_language in enumerate(speech.target_languages):
+            is_transcript = target_language is None
+            if self.options.ctc_weight > 0 and not is_transcript:
+                raise UserError(f"ctc_weight: the CTC head knows transcripts only, but {target_language} is asked for")
+            utterance = _Utterance(
+                ctc_tokens[i] if ctc_tokens is not None and is_transcript else None,
+                ctc_log_probs[i, : encoder_out_lens[i]].clone() if ctc_log_probs is not None else None,
+            )
+            embeds, start = inputs_embeds[i, : spliced.lens[i]], int(spliced.audio_starts[i])
+            read, state = self._state_before_audio(tuple(spliced.token_ids[i, :start].tolist()), embeds[:start])
+            seconds = int(audio_lens[i]) * model.seconds_per_position
+            max_tokens = self.options.search.max_tokens(seconds) * self._label_growth + self._tag_tokens
+            yield utterance, Prompt(embeds[read:], max_tokens, state)
+
+    def _ctc(self, encoder_out: Tensor, lens: Tensor) -> tuple[list[list[int]] | None, Tensor | None]:
+        """The CTC head's own result, and its log probabilities (N, T, V) where they are needed later."""
+        if self.model.ctc_head is None:
+            return None, None
+        scores = self.model.ctc_head(encoder_out).float()
+        blank = self.model.blank_id
+        log_probs = scores.log_softmax(-1) if self._keeps_log_probs or self.options.ctc_beam > 1 else None
+        if self.options.ctc_beam > 1:
+            best = ctc_prefix_beam_search(log_probs, lens, blank, self.options.ctc_beam)
+            tokens = [list(nbest[0].tokens) for nbest in best]
+        else:
+            tokens = ctc_greedy(scores, lens, blank)
+        return tokens, log_probs if self._keeps_log_probs else None
+
+    def _state_before_audio(self, token_ids: tuple[int, ...], embeds: Tensor) -> tuple[int, LanguageModelState | None]:
+        """How many of `embeds` (L, D), what is before the audio, have been read already, and the state behind them."""
+        if not token_ids or (token_ids not in self._states and len(self._states) == _MAX_STATES):
+            return 0, self._initial_state
+        if token_ids not in self._states:
+            is_last = torch.arange(len(token_ids), device=embeds.device)[None] == len(token_ids) - 1
+            _, self._states[token_ids] = self.model.llm(
+                inputs_embeds=embeds[None], state=self._initial_state, logits_mask=is_last
+            )
+        return len(token_ids), self._states[token_ids]
+
+    def _recognition(self, utterance: _Utterance, nbest: tuple[Hypothesis, ...]) -> Recognition:
+        model = self.model
+        labels = [model.read_label(hypothesis.tokens) for hypothesis in nbest]
+        ctc_text = None if utterance.ctc_tokens is None else model.text(utterance.ctc_tokens)
+        best, text, fallback = labels[0], labels[0].text, None
+        if nbest[0].stopped != "end":
+            fallback = "cut"
+            if self.options.fallback == "ctc" and ctc_text is not None:
+                text, fallback = ctc_text, "ctc"
+        if best.words is not None and fallback != "ctc":
+            words = words_from_label(best, nbest[0].tokens, nbest[0].log_probs, model.tokenizer)
+        else:
+            words = self._words(utterance, text)
+        texts = tuple(label.text for label in labels)
+        return Recognition(text, nbest, texts, fallback, ctc_text, words, best.language)
+
+    def _words(self, utterance: _Utterance, text: str) -> tuple[Word, ...] | None:
+        """The words of a transcript, where the CTC head hears them."""
+        if utterance.ctc_log_probs is None or not self.options.timestamps or utterance.ctc_tokens is None:
+            return None  # of a translation there are no times
+        log_probs = utterance.ctc_log_probs
+        lens = torch.tensor([len(log_probs)], device=log_probs.device)
+        (spans,) = forced_align(log_probs[None], lens, [self.model.label_ids(text)], self.model.blank_id)
+        if spans is None:  # more tokens than frames: whatever it is, it was not said
+            return None
+        return words_from_alignment(spans, self.model.tokenizer, self.model.frame_seconds, len(log_probs))

@@ -1,0 +1,657 @@
+"""Parameter-efficient tuning of language models: adapters of the ``peft`` package and, of RWKV-7, a trained initial
+state and quantised bases.
+
+    model = tune(load_rwkv7(path), TuneConfig(method="lora", rank=16))   # prepared in place: only the adapter trains
+    ...                                                                  # train it like any model
+    save_adapter(model, "adapter", base=path)                            # a standard PEFT folder
+    model = load_adapter(load_rwkv7(path), "adapter")                    # for decoding, or to train on
+    merge(model)                                                         # as fast as the base; unmerge(model) undoes it
+
+Methods: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948), MiSS (2409.15371), AdaLoRA
+(2303.10512), and state tuning, where the initial state of every layer is all that trains (RWKV-PEFT).
+
+An adapter of a transformers model has the names that ``peft`` itself would give it on that model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from speechllm.errors import UserError
+from speechllm.files import replaced_folder
+from speechllm.rwkv7.model import RWKV7, RWKV7Config
+from speechllm.rwkv7.state import RWKV7State
+
+if TYPE_CHECKING:  # peft imports transformers, which takes seconds: only those who tune pay for it
+    from peft import PeftConfig, PeftModel
+
+    from speechllm.llm.transformers import TransformersLM
+
+    Model = RWKV7 | TransformersLM
+
+QUANTIZED = ("none", "int8", "nf4")
+
+_ADAPTER = ("rank", "dropout", "targets")
+_OPTIONS = {  # those of TuneConfig that each method has
+    "full": (),
+    "lora": (*_ADAPTER, "alpha", "quantize"),
+    "rslora": (*_ADAPTER, "alpha", "quantize"),
+    "dora": (*_ADAPTER, "alpha"),
+    "pissa": (*_ADAPTER, "alpha"),
+    "miss": _ADAPTER,
+    "adalora": (*_ADAPTER, "alpha", "initial_rank"),
+    "state": ("quantize",),
+}
+METHODS = tuple(_OPTIONS)
+
+_STATE_FILE = "initial_state.safetensors"
+_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+# peft's names of the adapter that trains, and of PiSSA's own start, which is subtracted.
+_TRAINED, _INITIAL = "default", "initial"
+
+
+@dataclass
+class TuneConfig:
+    """What of a language model trains, and how.
+
+    Attributes:
+      method: one of ``METHODS``. ``full`` trains everything, as a model without a TuneConfig does: it is there to be
+        compared with by changing one key.
+      rank: 8 if None; for AdaLoRA the average rank that is left at the end.
+      alpha: the adapter counts alpha / rank times (rsLoRA: alpha / sqrt(rank)). 2 * rank if None, rank for PiSSA.
+      dropout: on the adapter's input; 0 if None.
+      targets: names of matrices, each with or without its parents: ``key`` is ``att.key`` and ``ffn.key``. If None,
+        receptance, key, value, output of RWKV-7, and of other models every matrix of their layers.
+      initial_rank: AdaLoRA's rank at the start, 1.5 * rank if None.
+      quantize: keep the frozen matrices of RWKV-7's blocks in ``int8`` or ``nf4``: by bitsandbytes where there is CUDA
+        (when the model is moved there), else by torchao, whose weights DistributedDataParallel does not take.
+
+    Raises:
+      ValueError: an unknown method, an option that the method does not have, a value out of range.
+    """
+
+    method: str
+    rank: int | None = None
+    alpha: int | None = None
+    dropout: float | None = None
+    targets: list[str] | None = None
+    initial_rank: int | None = None
+    quantize: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: {self.method!r} is unknown; choose from {', '.join(METHODS)}")
+        if self.quantize not in QUANTIZED:
+            raise ValueError(f"quantize: {self.quantize!r} is unknown; choose from {', '.join(QUANTIZED)}")
+        given = {name for name in (*_ADAPTER, "alpha", "initial_rank") if getattr(self, name) is not None}
+        if self.quantize != "none":
+            given.add("quantize")
+        has = _OPTIONS[self.method]
+        if unused := sorted(given - set(has)):
+            raise ValueError(
+                f"{unused[0]}: method {self.method} does not have it; it has {', '.join(has) or 'no options'}"
+            )
+        if "rank" in has:
+            rank = self.rank = 8 if self.rank is None else self.rank
+            self.dropout = 0.0 if self.dropout is None else self.dropout
+            if rank < 1:
+                raise ValueError(f"rank must be at least 1, got {rank}")
+            if not 0 <= self.dropout < 1:
+                raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+            if self.targets is not None and not self.targets:
+                raise ValueError("targets: name at least one matrix")
+        if "alpha" in has:
+            if self.alpha is None:
+                self.alpha = rank if self.method == "pissa" else 2 * rank
+            if self.alpha < 1:
+                raise ValueError(f"alpha must be at least 1, got {self.alpha}")
+        if "initial_rank" in has:
+            self.initial_rank = math.ceil(1.5 * rank) if self.initial_rank is None else self.initial_rank
+            if self.initial_rank <= rank:
+                raise ValueError(f"initial_rank must be above rank ({rank}), got {self.initial_rank}")
+
+    @property
+    def freezes_base(self) -> bool:
+        """Whether the weights that the model was loaded with stay as they are."""
+        return self.method != "full"
+
+
+@dataclass
+class _Tuning:
+    """What ``tune`` and ``load_adapter`` leave at a model, as its attribute ``tuning``."""
+
+    peft: PeftModel | None  # no registered submodule of the model, which is one of its own
+    quantized: bool = False
+    originals: dict[str, Tensor] = field(default_factory=dict)  # base weights while the adapter is merged, by layer
+
+
+def tune(model: Model, config: TuneConfig) -> Model:
+    """Prepares a model for training, in place: freezes it, quantises it and adds what trains.
+
+    Without training it computes what it did before (quantised ones nearly so).
+
+    Returns:
+      the model itself; ``forward``, ``step`` and all else are called as before.
+
+    Raises:
+      UserError: targets that match nothing, a rank above that of a target, a model that is tuned already, a package
+        that is not installed, DoRA on a matrix with rows of zeros, which have no direction, an option that is for
+        RWKV-7 alone.
+    """
+    if getattr(model, "tuning", None) is not None:
+        raise UserError("tune: the model is tuned already; load the base anew, or load its adapter with load_adapter")
+    for option, wanted in (("method: state", config.method == "state"), ("quantize", config.quantize != "none")):
+        if wanted and not isinstance(model, RWKV7):
+            raise UserError(f"tune.{option}: is for RWKV-7; the language model is {model.name}")
+    if "targets" in _OPTIONS[config.method]:
+        config = replace(config, targets=config.targets or _default_targets(model))
+        _check_targets(model, config)
+    if config.method == "dora":
+        for name, module in model.named_modules():
+            if _is_target(name, config.targets) and not module.weight.is_meta and not module.weight.any(dim=1).all():
+                raise UserError(f"tune: {name} has rows of zeros, which DoRA cannot scale: leave it out of the targets")
+    model.requires_grad_(not config.freezes_base)
+    if config.quantize != "none":
+        _quantize(model, config.quantize)
+    adapter = None
+    if config.method == "state":
+        if model.initial_wkv is None:
+            model.add_initial_state()
+        model.initial_wkv.requires_grad_(True)
+    elif config.method != "full":
+        adapter = _inject(model, _peft_config(config))
+        if config.method == "pissa" and not next(model.parameters()).is_meta:
+            _start_with_principal_components(model, adapter)
+    model.tuning = _Tuning(adapter, quantized=config.quantize != "none")
+    return model
+
+
+def save_adapter(model: Model, folder: str | Path, base: str | Path | None = None) -> None:
+    """Writes what was tuned, without the base; replaces ``folder`` in one move.
+
+    An adapter becomes a PEFT folder (``adapter_config.json``, ``adapter_model.safetensors``) that
+    ``peft.PeftModel.from_pretrained`` puts on the base as it was before tuning. PiSSA is written as the LoRA of twice
+    the rank that makes the same difference. A tuned state becomes ``initial_state.safetensors``, which
+    ``RWKV7State.load`` reads too, for use with any call that takes a state.
+
+    Args:
+      base: the checkpoint that the model came from, to be noted in the folder.
+
+    Raises:
+      UserError: the model has neither an adapter nor a tuned state.
+    """
+    tuning = _tuning(model)
+    if tuning.peft is None and (not isinstance(model, RWKV7) or model.initial_wkv is None):
+        raise UserError("save_adapter: there is no adapter, all of the model was trained: save the model itself")
+    with replaced_folder(folder) as tmp:
+        if tuning.peft is None:
+            model.initial_state(1).save(tmp / _STATE_FILE)
+            return
+        config, weights = _export(tuning.peft)
+        config.base_model_name_or_path = None if base is None else str(base)
+        config.inference_mode = True
+        config.save_pretrained(str(tmp))
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, tmp / _WEIGHTS_FILE)
+
+
+def load_adapter(model: Model, folder: str | Path, trainable: bool = False) -> Model:
+    """Puts what ``save_adapter`` or ``peft`` wrote on a base, in place.
+
+    Args:
+      model: the base, as ``load_rwkv7`` or ``load_transformers_lm`` gives it.
+      trainable: the adapter goes on training; else nothing of the model trains.
+
+    Raises:
+      FileNotFoundError: the folder holds neither an adapter nor a state.
+      UserError: it does not fit the model, whose weights are as before; the message lists the names.
+    """
+    folder = Path(folder)
+    if getattr(model, "tuning", None) is not None:
+        raise UserError(f"{folder}: the model is tuned already; load the base anew")
+    if (folder / _STATE_FILE).is_file():
+        adapter = None
+        if not isinstance(model, RWKV7):
+            raise UserError(f"{folder / _STATE_FILE}: is for RWKV-7; the language model is {model.name}")
+        _load_state(model, folder / _STATE_FILE, trainable)
+    else:
+        adapter = _load_peft(model, folder, trainable)
+    model.tuning = _Tuning(adapter)
+    return model
+
+
+def merge(model: Model) -> None:
+    """Adds the adapter to the weights it belongs to, so that it takes no time in decoding.
+
+    The original of each weight is kept until ``unmerge`` puts it back, bit for bit.
+
+    Raises:
+      UserError: there is no adapter (a tuned state needs no merging), it is merged, or the base is quantised:
+        rounding the sum to the quantised type would lose most of the adapter.
+    """
+    tuning = _tuning(model)
+    if tuning.peft is None:
+        raise UserError("merge: the model has no adapter")
+    if tuning.originals:
+        raise UserError("merge: the adapter is merged already")
+    if tuning.quantized:
+        raise UserError("merge: the base is quantised; merged_state_dict gives the merged weights in floating point")
+    tuning.originals = _merge_layers(model)
+
+
+def unmerge(model: Model) -> None:
+    """Undoes ``merge`` exactly: the base has the weights it had, and the adapter can go on training.
+
+    Raises:
+      UserError: the adapter is not merged.
+    """
+    tuning = _tuning(model)
+    if not tuning.originals:
+        raise UserError("unmerge: the adapter is not merged")
+    for name, layer in _adapter_layers(model):
+        layer.unmerge()  # clears peft's marks; its W + d - d is not quite W
+        layer.get_base_layer().weight.data = tuning.originals[name]
+    tuning.originals = {}
+
+
+@torch.no_grad()
+def merged_state_dict(model: Model) -> dict[str, Tensor]:
+    """The state dict of an untuned model that computes the same; the model stays as it is.
+
+    A tuned initial state is part of it (``initial_wkv``). Of a quantised base these are the weights that the adapter
+    was trained with, in floating point, not those of the file that was quantised. (The 8-bit products of bitsandbytes
+    round their inputs too, so there "the same" is within some percent.)
+    """
+    tuning = getattr(model, "tuning", None)
+    # peft puts the parameters of a base layer one level deeper
+    weights = {
+        name.replace(".base_layer.", "."): _dequantized(model, name, t)
+        for name, t in model.state_dict().items()
+        if not _ADAPTER_PARTS & set(name.split("."))
+    }
+    if tuning is None or tuning.peft is None or tuning.originals:
+        return weights
+    plain = model.untuned()
+    plain.load_state_dict(weights, assign=True)
+    config, adapter = _export(tuning.peft)
+    _load_weights(_inject(plain, config), adapter)
+    _merge_layers(plain)
+    return merged_state_dict(plain)
+
+
+class RankAllocation:
+    """What AdaLoRA does besides the gradient steps: less rank for the matrices that need less. Nothing for others.
+
+    The ranks stay as they are for the first tenth of the steps, fall to their average of ``TuneConfig.rank``, and stay
+    for the last three tenths.
+
+    Args:
+      model: a tuned model, or any other.
+      num_steps: optimiser steps in the whole training.
+    """
+
+    ORTHOGONALITY = 0.1  # weight of its loss, as in the paper's experiments
+
+    def __init__(self, model: nn.Module, num_steps: int):
+        tuning = getattr(model, "tuning", None)
+        tuner = None if tuning is None or tuning.peft is None else tuning.peft.base_model
+        self.allocator = getattr(tuner, "rankallocator", None)
+        self.tuner = None if self.allocator is None else tuner
+        if self.tuner is not None:
+            config = self._config
+            config.total_step, config.tinit, config.tfinal = num_steps, num_steps // 10, 3 * num_steps // 10
+
+    @property
+    def _config(self) -> PeftConfig:
+        return self.tuner.peft_config[_TRAINED]
+
+    def loss(self) -> Tensor | float:
+        """A scalar to add to the mean loss of a step: how far the singular vectors are from orthogonal ones."""
+        if self.tuner is None:
+            return 0.0
+        vectors = []
+        for _, layer in _adapter_layers(self.tuner.model):
+            vectors += [layer.lora_A[_TRAINED], layer.lora_B[_TRAINED].T]
+        distances = [torch.dist(x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)) for x in vectors]
+        return self.ORTHOGONALITY * torch.stack(distances).mean()
+
+    def step(self, step: int) -> None:
+        """To be called after the optimiser's step number ``step`` (from 1), with the gradients still there."""
+        if self.tuner is not None:
+            self.tuner.update_and_allocate(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs to go on as if it had never stopped."""
+        if self.tuner is None:
+            return {}
+        return {
+            "sensitivity": dict(self.allocator.exp_avg_ipt),
+            "uncertainty": dict(self.allocator.exp_avg_unc),
+            "rank_pattern": self._config.rank_pattern,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.tuner is None:
+            return
+        device = next(self.tuner.model.parameters()).device
+        self.allocator.exp_avg_ipt = {name: x.to(device) for name, x in state["sensitivity"].items()}
+        self.allocator.exp_avg_unc = {name: x.to(device) for name, x in state["uncertainty"].items()}
+        self.allocator.ipt = {name: torch.zeros_like(x) for name, x in self.allocator.exp_avg_ipt.items()}
+        self._config.rank_pattern = state["rank_pattern"]
+
+
+def tuning_table(
+    config: RWKV7Config, rank: int | None = None, targets: Sequence[str] | None = None, methods: Sequence[str] = METHODS
+) -> str:
+    """What each method would train and store, in float32; no weights are made.
+
+    Returns:
+      a table in Markdown: the method; parameters trained and their share of the model's; size of the saved adapter;
+      memory for what trains: the parameters, their gradients and AdamW's two averages.
+
+    Raises:
+      UserError: targets that match nothing; ValueError: an unknown method.
+    """
+    lines = ["| method | trained | share % | saved | in training |", "|---|---:|---:|---:|---:|"]
+    for method in methods:
+        options = {"rank": rank, "targets": None if targets is None else list(targets)}
+        tuned = TuneConfig(method, **{k: v for k, v in options.items() if k in _OPTIONS.get(method, ())})
+        with torch.device("meta"):
+            model = RWKV7(config)
+        total = sum(p.numel() for p in model.parameters())
+        tune(model, tuned)
+        trained = saved = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if method == "pissa":
+            saved = 2 * trained  # its start is stored too
+        elif method == "state":
+            saved += 2 * config.n_layer * config.n_embd  # the shifts, which are zero
+        share = f"{100 * trained / total:.3f}"
+        lines.append(f"| {method} | {trained:,} | {share} | {_size(4 * saved)} | {_size(16 * trained)} |")
+    return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
+
+
+def _tuning(model: Model) -> _Tuning:
+    tuning = getattr(model, "tuning", None)
+    if tuning is None:
+        raise UserError("the model was not tuned: call tune or load_adapter first")
+    return tuning
+
+
+# ---- adapters ---------------------------------------------------------------------------------------------------
+
+# The names of what peft adds to a layer.
+_ADAPTER_PARTS = {"lora_A", "lora_B", "lora_E", "lora_magnitude_vector", "miss_block", "ranknum"}
+
+
+def _is_target(name: str, targets: Sequence[str]) -> bool:
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+# The layers of RWKV-7 and of transformers are in lists: what is behind the number is the name in a layer.
+_LAYER_NAME = re.compile(r".*?\.\d+\.(.+)")
+
+
+def _matrices(model: Model) -> dict[str, Tensor]:
+    return {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _default_targets(model: Model) -> list[str]:
+    if isinstance(model, RWKV7):
+        return ["receptance", "key", "value", "output"]
+    return list(dict.fromkeys(match[1] for name in _matrices(model) if (match := _LAYER_NAME.fullmatch(name))))
+
+
+def _check_targets(model: Model, config: TuneConfig) -> None:
+    matrices = _matrices(model)
+    unknown = [target for target in config.targets if not any(_is_target(name, [target]) for name in matrices)]
+    if unknown:
+        there = dict.fromkeys(_LAYER_NAME.sub(r"\1", name) for name in matrices)
+        raise UserError(
+            f"tune.targets: no matrix of {model.name} is called {', '.join(unknown)}; there are {', '.join(there)} "
+            "(without what is before a dot: all of that name)"
+        )
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    if tied := [n for n, weight in matrices.items() if id(weight) in embeddings and _is_target(n, config.targets)]:
+        raise UserError(f"tune.targets: {tied[0]} of {model.name} is its embedding too, and takes no adapter")
+    largest = min(min(weight.shape) for name, weight in matrices.items() if _is_target(name, config.targets))
+    if max(config.rank, config.initial_rank or 0) > largest:
+        raise UserError(f"tune.rank: {config.initial_rank or config.rank} is too high: a target has only {largest}")
+
+
+def _peft_config(config: TuneConfig) -> PeftConfig:
+    import peft
+
+    targets = list(config.targets)
+    if config.method == "miss":
+        return peft.MissConfig(r=config.rank, miss_dropout=config.dropout, target_modules=targets)
+    lora = {"lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": targets}
+    if config.method == "adalora":  # total_step: until RankAllocation knows
+        return peft.AdaLoraConfig(init_r=config.initial_rank, target_r=config.rank, total_step=1, **lora)
+    variant = {"use_rslora": config.method == "rslora", "use_dora": config.method == "dora"}
+    return peft.LoraConfig(r=config.rank, **variant, **lora)
+
+
+def _inject(model: Model, config: PeftConfig) -> PeftModel:
+    """Puts an adapter into the model, in place."""
+    import peft
+
+    with warnings.catch_warnings():
+        # said of quantised bases, which are not merged here
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
+        adapter = peft.get_peft_model(model if isinstance(model, RWKV7) else model.causal_lm, config)
+    for _, layer in _adapter_layers(model):
+        for constant in getattr(layer, "ranknum", {}).values():
+            constant.requires_grad_(False)  # which it lost if it was moved to the device of the base
+    model.train(model.training)  # also what was added
+    return adapter
+
+
+def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+
+
+@torch.no_grad()
+def _start_with_principal_components(model: Model, adapter: PeftModel) -> None:
+    """PiSSA: the adapter starts as the largest singular components of its matrix, which are taken from the matrix.
+
+    Here they are taken by a second, constant adapter (A0, -B0), so that the base stays what it was. Its weights are
+    buffers: a checkpoint holds them, and a resumed run does not depend on a decomposition giving the same again.
+    """
+    config = replace(adapter.peft_config[_TRAINED], lora_dropout=0.0)
+    adapter.add_adapter(_INITIAL, config)
+    for _, layer in _adapter_layers(model):
+        base = layer.get_base_layer()
+        original = base.weight.data
+        layer.pissa_init(_TRAINED, "pissa_niter_16")
+        base.weight.data = original
+        for part, sign in ((layer.lora_A, 1), (layer.lora_B, -1)):
+            start = sign * part[_TRAINED].weight
+            del part[_INITIAL].weight
+            part[_INITIAL].register_buffer("weight", start)
+    adapter.base_model.set_adapter([_TRAINED, _INITIAL])
+
+
+def _merge_layers(model: Model) -> dict[str, Tensor]:
+    """Merges all active adapters; returns the weights as they were, by layer."""
+    originals = {}
+    for name, layer in _adapter_layers(model):
+        weight = layer.get_base_layer().weight
+        originals[name] = weight.data
+        weight.data = weight.data.clone()  # peft may add in place
+        layer.merge()
+    return originals
+
+
+def _export(adapter: PeftModel) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Configuration and weights of the adapter as PEFT stores them, for the base as it was before tuning."""
+    import peft
+
+    live = adapter.peft_config[_TRAINED]
+    config = replace(live, base_model_name_or_path=None)
+    if config.peft_type == peft.PeftType.ADALORA:
+        # The ranks that were taken away are stored as the zeros they are: in the compact form peft takes a matrix
+        # that is left without any for a damaged one.
+        config.rank_pattern = None
+    adapter.peft_config[_TRAINED] = config
+    try:
+        weights = peft.get_peft_model_state_dict(adapter, adapter_name=_TRAINED, save_embedding_layers=False)
+    finally:
+        adapter.peft_config[_TRAINED] = live
+    if _INITIAL in adapter.peft_config:
+        start = peft.get_peft_model_state_dict(adapter, adapter_name=_INITIAL, save_embedding_layers=False)
+        weights = {name: torch.cat((x, start[name]), dim=int("lora_B" in name)) for name, x in weights.items()}
+        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    return config, weights
+
+
+def _load_weights(adapter: PeftModel, weights: dict[str, Tensor]) -> None:
+    import peft
+
+    peft.set_peft_model_state_dict(adapter, weights, adapter_name=_TRAINED)
+
+
+def _load_peft(model: Model, folder: Path, trainable: bool) -> PeftModel:
+    import peft
+
+    for name in (_CONFIG_FILE, _WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name}: no such file; expected a PEFT folder ({_CONFIG_FILE}, {_WEIGHTS_FILE}) or one "
+                f"with {_STATE_FILE}"
+            )
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        weights = load_file(folder / _WEIGHTS_FILE)
+    except (SafetensorError, ValueError, TypeError, KeyError) as e:
+        raise UserError(f"{folder}: not an adapter that this version of peft reads ({type(e).__name__}: {e})") from e
+    if trainable and getattr(config, "rank_pattern", None):
+        raise UserError(f"{folder}: rank_pattern: an adapter whose ranks were cut down cannot go on training")
+    config.base_model_name_or_path = None  # it is the model given, whatever its path
+    config.inference_mode = not trainable
+    try:
+        adapter = _inject(model, config)
+    except ValueError as e:  # peft found none of its target modules, or does not know their kind
+        raise UserError(f"{folder}: the adapter does not fit the model: {e}") from e
+    own = peft.get_peft_model_state_dict(adapter, adapter_name=_TRAINED, save_embedding_layers=False)
+    problems = [f"missing: {name}" for name in own if name not in weights]
+    problems += [f"unexpected: {name}" for name in weights if name not in own]
+    if not problems:
+        try:
+            _load_weights(adapter, weights)
+        except RuntimeError as e:  # shapes
+            problems = [line.strip() for line in str(e).splitlines()[1:]]
+    if problems:
+        adapter.unload()
+        shown = "\n  ".join(problems[:20])
+        raise UserError(f"{folder}: the adapter does not fit the model:\n  {shown}")
+    return adapter
+
+
+def _load_state(model: RWKV7, path: Path, trainable: bool) -> None:
+    state = RWKV7State.load(path)
+    try:
+        model.add_initial_state(state)
+    except ValueError as e:
+        raise UserError(f"{path}: does not fit the model: {e}") from e
+    model.requires_grad_(False)
+    model.initial_wkv.requires_grad_(trainable)
+
+
+# ---- quantised bases --------------------------------------------------------------------------------------------
+
+
+def _quantize(model: RWKV7, kind: str) -> None:
+    """Replaces the matrices of the blocks by quantised ones, in place."""
+    make = _bitsandbytes_linear if torch.cuda.is_available() else _torchao_linear
+    for module in list(model.blocks.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, make(child, kind))
+
+
+# 256 scales of 64 weights each are quantised together.
+_NF4_BLOCK = 64 * 256
+
+
+def _torchao_linear(linear: nn.Linear, kind: str) -> nn.Linear:
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
+    except ImportError as e:
+        raise UserError(
+            f"tune.quantize: {kind} needs torchao 0.18 or newer on the CPU: pip install 'speechllm[quant]'"
+        ) from e
+    quantized = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    weight = linear.weight.detach()
+    if kind == "nf4":
+        if weight.numel() % _NF4_BLOCK:
+            raise UserError(
+                f"tune.quantize: nf4 needs matrices of a multiple of {_NF4_BLOCK} weights, got {tuple(weight.shape)}"
+            )
+        weight = to_nf4(weight)
+    quantized.weight = nn.Parameter(weight, requires_grad=False)
+    if kind == "int8":
+        quantize_(quantized, Int8WeightOnlyConfig())
+    return quantized
+
+
+def _bitsandbytes_linear(linear: nn.Linear, kind: str) -> nn.Linear:
+    """Quantised when it is moved to the GPU."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError as e:
+        raise UserError(f"tune.quantize: {kind} needs bitsandbytes on CUDA: pip install 'speechllm[gpu]'") from e
+    sizes = linear.in_features, linear.out_features
+    weight = linear.weight.detach()
+    if kind == "nf4":
+        quantized = bnb.nn.Linear4bit(*sizes, bias=False, quant_type="nf4", device="meta")
+        quantized.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=quantized)
+    else:
+        quantized = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, device="meta")
+        quantized.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    quantized.register_state_dict_post_hook(_drop_scales)
+    return quantized
+
+
+def _drop_scales(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """The scales of bitsandbytes are no parameters, but no part of what a checkpoint has to hold either: they come
+    from the base."""
+    for name in [name for name in state if name.startswith(prefix) and name != f"{prefix}weight"]:
+        del state[name]
+
+
+def _dequantized(model: RWKV7, name: str, weight: Tensor) -> Tensor:
+    """The entry ``name`` of the model's state dict, in floating point."""
+    kind = type(weight).__name__
+    if kind == "NF4Tensor":  # torchao
+        return weight.get_original_weight()
+    if kind == "Int8Tensor":
+        return weight.dequantize()
+    module = model.get_submodule(name.rpartition(".")[0])
+    if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):  # bitsandbytes
+        from peft.utils.integrations import dequantize_bnb_weight
+
+        return dequantize_bnb_weight(module.weight, state=getattr(module, "state", None)).to(model.emb.weight.dtype)
+    return weight

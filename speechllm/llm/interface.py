@@ -1,0 +1,95 @@
+"""The seam: what SpeechLLM and the searches ask of a language model, and no more.
+
+`speechllm.rwkv7.RWKV7` implements it with its recurrent state, `speechllm.llm.transformers.TransformersLM` with the
+keys and values of any causal language model of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+IGNORE = -100  # of labels: no loss at this position; PyTorch's cross-entropy default
+
+
+class LanguageModelState(Protocol):
+    """Everything that a row has read so far; rows along the batch, N of them."""
+
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def select(self, index: Tensor, overwrite: bool = False) -> LanguageModelState:
+        """Rows `index` (M,), in that order: beam reordering, dropping finished rows. With `overwrite` this state is
+        given up.
+        """
+        ...
+
+    def repeat(self, n: int) -> LanguageModelState:
+        """Each row `n` times, its copies side by side."""
+        ...
+
+    @staticmethod
+    def cat(states: Sequence[LanguageModelState]) -> LanguageModelState:
+        """The rows of all `states`, one state's after the other's: utterances that enter the batch."""
+        ...
+
+
+class LanguageModel(Protocol):
+    """A decoder-only language model over embeddings."""
+
+    name: str
+    """What messages and model cards call it."""
+    hidden_size: int
+    vocab_size: int
+    checkpoint_blocks: bool
+    """In training, compute activations again in the backward pass."""
+
+    def layers(self) -> list[nn.Module]:
+        """What computes one after the other, most of the model: what is sharded one by one."""
+        ...
+
+    def untuned(self) -> LanguageModel:
+        """A model of the same sizes, to be loaded: without values, and without an adapter."""
+        ...
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """(...,) int64 -> (..., D)."""
+        ...
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        lens: Tensor | None = None,
+        state: LanguageModelState | None = None,
+        logits_mask: Tensor | None = None,
+    ) -> tuple[Tensor, LanguageModelState]:
+        """Read (N, L) or (N, L, D), right-padded by `lens` (N,), from any state.
+
+        Returns logits (N, L, V), or (K, V) for the K true positions of `logits_mask` (N, L) in row-major
+        order, and the state at each row's own length.
+        """
+        ...
+
+    def loss(
+        self,
+        labels: Tensor,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        lens: Tensor | None = None,
+        state: LanguageModelState | None = None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], LanguageModelState | None]:
+        """Summed cross entropy of `labels` (N, L), -100 where there is none; how many labels there are, and how many
+        of them are the best guess. Its own method, because logits at every position need not exist for it, nor a
+        state: None where keeping one has a price.
+        """
+        ...
+
+    def step(
+        self, token_ids: Tensor, state: LanguageModelState, overwrite: bool = False
+    ) -> tuple[Tensor, LanguageModelState]:
+        """One token per row, (N,) -> logits (N, V) and the new state. With `overwrite` the given state is given up."""
+        ...

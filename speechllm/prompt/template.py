@@ -1,0 +1,461 @@
+"""Prompts: templates with slots, learned parts, and the splice [soft | before | audio | after | label].
+
+The default is RWKV's chat form, as its official chat checkpoints were trained: `User: ... \\n\\nAssistant: ...`.
+Training and decoding lay out and embed prompts with the same functions, and a model is saved with the templates
+written out: what is decoded with is what was trained with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from speechllm.errors import UserError
+from speechllm.llm.interface import IGNORE, LanguageModel
+from speechllm.text.languages import NAMES_IN, language_name
+from speechllm.text.tokenizer import Tokenizer
+
+PRESETS = {
+    # BlinkDL/RWKV-LM, the chat form of its World models; the tags are those of Whisper (arXiv 2212.04356).
+    "rwkv": {
+        "asr": "User: {audio}<|{lang}|>\n\nAssistant:",
+        "ast": "User: {audio}<|{lang}|><|{target_lang}|>\n\nAssistant:",
+        "before_label": " ",
+    },
+    # ChatML as Qwen's chat models have it, the instruction after the audio as in icefall's ASR_LLM recipe.
+    "qwen": {
+        "asr": "<|im_start|>user\n{audio}{instruction}<|im_end|>\n<|im_start|>assistant\n",
+        "ast": "<|im_start|>user\n{audio}{instruction}<|im_end|>\n<|im_start|>assistant\n",
+        "before_label": "",
+    },
+    "tags": {
+        "asr": "{audio}<|{lang}|>",
+        "ast": "{audio}<|{lang}|><|{target_lang}|>",
+        "before_label": "",
+    },
+}
+
+# Decoding takes the first.
+INSTRUCTIONS = {
+    "en": {
+        "asr": [
+            "Transcribe the {language} speech.",
+            "Transcribe this {language} speech to text.",
+            "Write down what is said in {language}.",
+            "What does the {language} speaker say?",
+        ],
+        "ast": [
+            "Translate the {language} speech into {target_language}.",
+            "Translate this {language} speech to {target_language} text.",
+            "Write down in {target_language} what is said in {language}.",
+            "What does the {language} speaker say, in {target_language}?",
+        ],
+    },
+    "zh": {
+        "asr": [
+            "请转录这段{language:zh}语音",
+            "请将这段{language:zh}语音转写为文字",
+            "请写下这段{language:zh}录音的内容",
+            "这段{language:zh}语音说了什么？",
+        ],
+        "ast": [
+            "请将这段{language:zh}语音翻译成{target_language:zh}",
+            "请用{target_language:zh}写下这段{language:zh}语音的内容",
+            "这段{language:zh}语音用{target_language:zh}怎么说？",
+        ],
+    },
+    "zh-hant": {
+        "asr": [
+            "請轉錄這段{language:zh-hant}語音",
+            "請將這段{language:zh-hant}語音轉寫為文字",
+            "請寫下這段{language:zh-hant}錄音的內容",
+            "這段{language:zh-hant}語音說了什麼？",
+        ],
+        "ast": [
+            "請將這段{language:zh-hant}語音翻譯成{target_language:zh-hant}",
+            "請用{target_language:zh-hant}寫下這段{language:zh-hant}語音的內容",
+            "這段{language:zh-hant}語音用{target_language:zh-hant}怎麼說？",
+        ],
+    },
+}
+
+_POOLS = {"asr": "instructions", "ast": "ast_instructions"}
+_TRANSCRIPTION_SLOTS = ("lang", "language", "previous", "hotwords")
+_TRANSLATION_SLOTS = (*_TRANSCRIPTION_SLOTS, "target_lang", "target_language")
+_NAME_SLOTS = ("language", "target_language")
+# May be filled with no text at all.
+_CONTEXT_SLOTS = ("previous", "hotwords")
+# What an utterance lacks that cannot fill a slot, and where it is given.
+_LANGUAGE = ("language", "`lang` in its manifest line or data source (or --language)")
+_TARGET = ("target language", "`target_lang` in its manifest line or data source (or --target-language)")
+_LACKING = {
+    "lang": _LANGUAGE,
+    "language": _LANGUAGE,
+    "target_lang": _TARGET,
+    "target_language": _TARGET,
+    "previous": ("previous text", "`previous` in its manifest line (or --previous)"),
+    "hotwords": ("hotwords", "`hotwords` in its manifest line (or --prompt-hotwords)"),
+}
+_TAG = re.compile(r"<\|[^<>{}|]+\|>")
+# ChatML's: in pieces they are not what a chat model was trained with.
+_ALWAYS_WHOLE = ("<|im_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class PromptContext:
+    """What the prompt of one utterance may need besides its languages.
+
+    Attributes:
+      id: names the utterance in errors.
+      previous: the text before this utterance, for `{previous}`; "" at the beginning of a recording.
+      hotwords: phrases that may be said, for `{hotwords}`.
+      draw: in [0, 1), which of the instructions; 0 is the first.
+    """
+
+    id: str | None = None
+    previous: str | None = None
+    hotwords: tuple[str, ...] | None = None
+    draw: float = 0.0
+
+
+@dataclass
+class PromptProjectorConfig:
+    """`hidden`: the width between the two layers."""
+
+    hidden: int = 64
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1:
+            raise ValueError(f"hidden must be at least 1, got {self.hidden}")
+
+
+@dataclass
+class PromptConfig:
+    """What the language model reads around the audio.
+
+    `preset` (rwkv, qwen, tags) gives the texts that are null: `asr` asks for a transcript, `ast` for a translation,
+    in the rows that have a target language; `before_label` becomes part of the label.
+
+    Slots of the templates: `{audio}`, exactly once; `{lang}`, `{target_lang}`, the tags of the languages as the data
+    has them; `{language}`, `{target_language}`, their names, `{language:zh}` and `{language:zh-hant}` those in
+    simplified and traditional Chinese; `{instruction}`; `{previous}` and `{hotwords}`, of the same fields of the
+    manifest line. The slots of a translation's target are in `ast` only.
+
+    `instructions`, `ast_instructions`: what `{instruction}` stands for, the name of a shipped pool (en, zh, zh-hant) or
+    a list of templates; null for en. Training draws one for each utterance, decoding takes the first.
+
+    `whole_tags`: every <|...|> must be one token of the tokenizer; <|im_start|> and <|im_end|> must always.
+
+    Learned parts: `boundary`, an embedding before and one after the audio; `soft_tokens`, so many embeddings before
+    everything else (arXiv 2104.08691); `projector`, a small network on the embeddings of the prompt's text
+    (`PromptProjector`).
+    """
+
+    preset: Literal["rwkv", "qwen", "tags"] = "rwkv"
+    asr: str | None = None
+    ast: str | None = None
+    before_label: str | None = None
+    instructions: list[str] | str | None = None
+    ast_instructions: list[str] | str | None = None
+    whole_tags: bool = False
+    boundary: bool = False
+    soft_tokens: int = 0
+    projector: PromptProjectorConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise UserError(f"preset: unknown {self.preset!r}, choose from {', '.join(PRESETS)}")
+        if self.soft_tokens < 0:
+            raise UserError(f"soft_tokens must be at least 0, got {self.soft_tokens}")
+        for name, slots in (("asr", _TRANSCRIPTION_SLOTS), ("ast", _TRANSLATION_SLOTS)):
+            template = self._text(name)
+            found = _checked_slots(name, template, ("audio", "instruction", *slots))
+            if found.count("audio") != 1:
+                raise UserError(f"{name}: the slot {{audio}} must be there once, it is {found.count('audio')} times")
+            is_audio_alone = not any(text for text, *_ in _parsed(template)) and {*found} <= {"audio", *_CONTEXT_SLOTS}
+            if is_audio_alone and not (self.boundary or self.soft_tokens):
+                raise UserError(f"{name}: a prompt needs more than audio: text that is always there, or soft_tokens")
+            pool = _POOLS[name]
+            if "instruction" in found:
+                for number, instruction in enumerate(self._pool(name)):
+                    _checked_slots(f"{pool}[{number}]", instruction, slots)
+            elif getattr(self, pool) is not None:
+                raise UserError(f"{pool}: {name} has no {{instruction}} slot to put them in: {template!r}")
+
+    def tells_language(self) -> str | None:
+        """A text of the prompt that has the language of the speech in it, as a tag or by name."""
+        full = self.written_out()
+        texts = [full.asr, full.ast, *(full.instructions or ()), *(full.ast_instructions or ())]
+        slots = {"lang", "language"}
+        return next((text for text in texts if any(slot in slots for _, slot, _ in _parsed(text))), None)
+
+    def written_out(self) -> PromptConfig:
+        """The same prompt with nothing left to a preset or a shipped pool, as it is saved with a model."""
+        texts = {name: self._text(name) for name in ("asr", "ast", "before_label")}
+        pools = {
+            pool: self._pool(name) if any(slot == "instruction" for _, slot, _ in _parsed(texts[name])) else None
+            for name, pool in _POOLS.items()
+        }
+        return dataclasses.replace(self, **texts, **pools)
+
+    def fill(
+        self, language: str | None, target_language: str | None = None, context: PromptContext | None = None
+    ) -> tuple[str, str]:
+        """The text before and after the audio of an utterance in `language`.
+
+        With `target_language` the prompt is that for a translation into it.
+
+        Raises:
+          UserError: the prompt has a slot for what the utterance does not have.
+        """
+        context = context or PromptContext()
+        name = "asr" if target_language is None else "ast"
+        values = {
+            "lang": language,
+            "target_lang": target_language,
+            "language": language,
+            "target_language": target_language,
+            "previous": context.previous,
+            "hotwords": None if context.hotwords is None else ", ".join(context.hotwords),
+        }
+
+        def value(slot: str, name_in: str) -> str:
+            if slot == "instruction":
+                pool = self._pool(name)
+                return "".join(filled(pool[int(context.draw * len(pool))]))
+            found = values[slot]
+            if found is None or (not found and slot not in _CONTEXT_SLOTS):
+                who = "the utterance" if context.id is None else f"utterance {context.id}"
+                kind, where = _LACKING[slot]
+                raise UserError(
+                    f"the prompt has a {{{slot}}} slot but {who} has no {kind}: give {where}, or take the slot out of "
+                    f"prompt.{name}"
+                )
+            return language_name(found, name_in or "en") if slot in _NAME_SLOTS else found
+
+        def filled(template: str) -> list[str | None]:
+            """Texts and values in order; the audio is None."""
+            parts = []
+            for text, slot, name_in in _parsed(template):
+                parts += [text, None if slot == "audio" else value(slot, name_in)] if slot is not None else [text]
+            return parts
+
+        parts = filled(self._text(name))
+        audio = parts.index(None)
+        return "".join(parts[:audio]), "".join(parts[audio + 1 :])
+
+    def check_tags(self, tokenizer: Tokenizer, name: str) -> None:
+        """Raise a `UserError` where the templates have a tag that must be one token, and `name`'s tokenizer splits it.
+
+        Tags that have slots are checked when they are filled.
+        """
+        for template in ("asr", "ast"):
+            _check_tags(f"prompt.{template}", self._text(template), tokenizer, name, self.whole_tags)
+
+    def _text(self, name: str) -> str:
+        given = getattr(self, name)
+        return PRESETS[self.preset][name] if given is None else given
+
+    def _pool(self, name: str) -> list[str]:
+        key = _POOLS[name]
+        given = getattr(self, key)
+        if isinstance(given, list):
+            if not given:
+                raise UserError(f"{key}: an empty list; give instructions, or null for those in English")
+            return given
+        if given is not None and given not in INSTRUCTIONS:
+            raise UserError(f"{key}: no pool {given!r}; shipped are {', '.join(INSTRUCTIONS)}, or give a list of texts")
+        return INSTRUCTIONS[given or "en"][name]
+
+
+def _parsed(template: str) -> list[tuple[str, str | None, str]]:
+    """Text, the slot behind it (None at the end), and what stands behind the slot's colon."""
+    return [(text, slot, spec or "") for text, slot, spec, _ in string.Formatter().parse(template)]
+
+
+def _checked_slots(name: str, template: str, allowed: Sequence[str]) -> list[str]:
+    """The slots of a template."""
+    try:
+        parsed = [part for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise UserError(f"{name}: {error}; write {{{{ and }}}} for braces that are no slot") from error
+    for _, slot, spec, conversion in parsed:
+        if slot in ("target_lang", "target_language") and slot not in allowed:
+            raise UserError(f"{name}: the slot {{{slot}}} is for translation: use it in ast or ast_instructions")
+        if slot not in allowed:
+            raise UserError(
+                f"{name}: unknown slot {{{slot}}}; allowed: {', '.join(f'{{{slot}}}' for slot in allowed)}; "
+                "write {{ and }} for braces that are no slot"
+            )
+        if conversion or (spec and (slot not in _NAME_SLOTS or spec not in NAMES_IN)):
+            raise UserError(
+                f"{name}: {{{slot}}} is not to be formatted; only names of languages are, with {', '.join(NAMES_IN)}, "
+                "as in {language:zh}"
+            )
+    return [slot for _, slot, _, _ in parsed]
+
+
+def _check_tags(where: str, text: str, tokenizer: Tokenizer, name: str, whole_tags: bool) -> None:
+    for tag in _TAG.findall(text):
+        if not (whole_tags or tag in _ALWAYS_WHOLE):
+            continue
+        ids = tokenizer.encode(tag)
+        if len(ids) != 1:
+            pieces = " ".join(repr(tokenizer.piece(i)) for i in ids)
+            raise UserError(
+                f"{where}: {tag} must be one token, but the tokenizer {name} splits it into {len(ids)}: {pieces}; take "
+                "a tokenizer that has it, or another prompt (prompt.preset, prompt.whole_tags)"
+            )
+
+
+class Kind(IntEnum):
+    """What is at a position of what the language model reads."""
+
+    PADDING = 0
+    SOFT = 1
+    TEXT = 2  # of the prompt
+    BOUNDARY = 3
+    AUDIO = 4
+    LABEL = 5
+
+
+class Spliced(NamedTuple):
+    """What the language model reads; L positions, right-padded."""
+
+    token_ids: Tensor  # (N, L) int64, 0 where there is no token
+    kinds: Tensor  # (N, L) uint8, of `Kind`
+    lens: Tensor  # (N,) int64
+    labels: Tensor  # (N, L) int64: the token to predict AT each position, IGNORE where there is no loss
+    audio_starts: Tensor  # (N,) int64, the first position of the audio
+
+    def to(self, device: torch.device) -> Spliced:
+        return Spliced(*(t.to(device) for t in self))
+
+
+def splice(
+    prompt: PromptConfig,
+    tokenizer: Tokenizer,
+    audio_lens: Sequence[int],
+    languages: Sequence[str | None],
+    label_ids: Sequence[Sequence[int]] | None = None,
+    target_languages: Sequence[str | None] | None = None,
+    contexts: Sequence[PromptContext] | None = None,
+) -> Spliced:
+    """Lay out [soft | text | boundary | audio | boundary | text | label] for each row; built on the CPU.
+
+    Rows with a target language have the prompt of a translation; without `target_languages` no row has one.
+
+    With `label_ids` the last prompt position predicts the first label token and the last label token predicts
+    the tokenizer's `eos_id`: loss on label and end of text only. Without, the rows end with the prompt, ready
+    for decoding, and `labels` is IGNORE throughout.
+
+    Raises:
+      UserError: the prompt has a slot for what an utterance does not have, or a tag that the tokenizer must not split.
+    """
+    n = len(languages)
+    target_languages = target_languages or [None] * n
+    contexts = contexts or [PromptContext()] * n
+    rows: list[list[tuple[Kind, Sequence[int]]]] = []
+    boundary = (Kind.BOUNDARY, [0] * int(prompt.boundary))
+    for i, (audio_len, *tags, context) in enumerate(
+        zip(audio_lens, languages, target_languages, contexts, strict=True)
+    ):
+        texts = prompt.fill(*tags, context)
+        for text in texts if prompt.whole_tags else ():
+            _check_tags("prompt", text, tokenizer, tokenizer.identity().split()[0], whole_tags=True)
+        before, after = (tokenizer.encode(text) if text else [] for text in texts)
+        rows.append(
+            [
+                (Kind.SOFT, [0] * prompt.soft_tokens),
+                (Kind.TEXT, before),
+                boundary,
+                (Kind.AUDIO, [0] * int(audio_len)),
+                boundary,
+                (Kind.TEXT, after),
+                (Kind.LABEL, label_ids[i] if label_ids is not None else []),
+            ]
+        )
+    lens = torch.tensor([sum(len(ids) for _, ids in row) for row in rows])
+    shape = (n, int(lens.max()))
+    token_ids = torch.zeros(shape, dtype=torch.long)
+    kinds = torch.full(shape, Kind.PADDING, dtype=torch.uint8)
+    labels = torch.full(shape, IGNORE)
+    audio_starts = torch.tensor([sum(len(ids) for _, ids in row[:3]) for row in rows])
+    for i, row in enumerate(rows):
+        token_ids[i, : lens[i]] = torch.tensor([token for _, ids in row for token in ids])
+        kinds[i, : lens[i]] = torch.tensor([kind for kind, ids in row for _ in ids], dtype=torch.uint8)
+        if label_ids is not None:
+            labels[i, lens[i] - len(label_ids[i]) - 1 : lens[i]] = torch.tensor([*label_ids[i], tokenizer.eos_id])
+    return Spliced(token_ids, kinds, lens, labels, audio_starts)
+
+
+class PromptProjector(nn.Module):
+    """A small network on the embeddings of the prompt's text, trained while the language model may be frozen.
+
+    arXiv 2601.20898: which prompt is best differs from one data set to the next, and a learned projection of its
+    embeddings does better than the best of them. Here it is residual and begins as the identity, so that training
+    starts from the prompt as it is written.
+    """
+
+    def __init__(self, config: PromptProjectorConfig, dim: int) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(dim, config.hidden)
+        self.out_proj = nn.Linear(config.hidden, dim)
+        nn.init.zeros_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, text_embeds: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        x = text_embeds.to(self.in_proj.weight.dtype)
+        return x + self.out_proj(nn.functional.silu(self.in_proj(x)))
+
+
+class PromptEmbedder(nn.Module):
+    """Embeds what `splice` laid out; has the prompt's learned parts, and no parameters where they are off.
+
+    Learned embeddings begin as those of tokens drawn at random, as the language model knows such (arXiv 2104.08691).
+    """
+
+    def __init__(self, config: PromptConfig, llm: LanguageModel) -> None:
+        super().__init__()
+
+        def embeddings(count: int) -> nn.Parameter | None:
+            if not count:
+                return None
+            return nn.Parameter(llm.embed(torch.randint(llm.vocab_size, (count,))).detach().float().clone())
+
+        self.soft = embeddings(config.soft_tokens)  # (n, D)
+        self.boundary = embeddings(2 * config.boundary)  # (2, D): before and after the audio
+        self.projector = PromptProjector(config.projector, llm.hidden_size) if config.projector is not None else None
+
+    def forward(self, spliced: Spliced, token_embeds: Tensor, audio_embeds: Tensor) -> Tensor:
+        """Put everything that is no plain token in its place.
+
+        Args:
+          spliced: of N rows and L positions, on the device of the embeddings.
+          token_embeds: (N, L, D), the language model's of `spliced.token_ids`.
+          audio_embeds: (M, D), those of all rows one after the other.
+
+        Returns:
+          inputs_embeds (N, L, D), of the type of `token_embeds`.
+        """
+        rows = len(spliced.lens)
+        parts = [(Kind.AUDIO, audio_embeds)]
+        if self.soft is not None:
+            parts.append((Kind.SOFT, self.soft.repeat(rows, 1)))
+        if self.boundary is not None:
+            parts.append((Kind.BOUNDARY, self.boundary.repeat(rows, 1)))
+        if self.projector is not None:
+            parts.append((Kind.TEXT, self.projector(token_embeds[spliced.kinds == Kind.TEXT])))
+        embeds = token_embeds
+        for kind, values in parts:
+            embeds = embeds.masked_scatter((spliced.kinds == kind)[..., None], values.to(embeds.dtype))
+        return embeds

@@ -1,0 +1,1 @@
+"""What a training run needs besides its loop, which is in recipes/train.py."""

@@ -1,0 +1,29 @@
+import argparse
+
+import pytest
+
+from speechllm.cli.search_options import add_search_options, search_options
+from speechllm.decode.recognizer import RecogniseOptions
+from speechllm.decode.search import SearchOptions
+from speechllm.errors import UserError
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    add_search_options(parser)
+    return search_options(parser.parse_args(arguments))
+
+
+def test_defaults_are_those_of_the_library():
+    assert parse() == RecogniseOptions()
+
+
+def test_what_is_given_arrives():
+    given = parse("--search", "beam", "--beam", "8", "--nbest", "3", "--ctc-weight", "0.3", "--hotwords", "f")
+    assert given == RecogniseOptions(SearchOptions("beam", beam=8, nbest=3), ctc_weight=0.3, hotwords="f")
+    assert parse("--search", "sample", "--top-p", "0.9", "--seed", "7").search.seed == 7
+
+
+def test_what_makes_no_sense_is_an_error():
+    with pytest.raises(UserError, match="temperature: is for method sample alone"):
+        parse("--temperature", "0.5")

@@ -1,0 +1,172 @@
+"""NeMo's lines, and its tarred form with what can be wrong in it."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from speechllm.data import ManifestError, SourceConfig, read_manifest
+from speechllm.data.audio import load_samples
+from speechllm.data.manifests.manifest import LINE_ERRORS, describe, describe_cut, iter_objects, stream_cuts, to_cut
+from tests.data.conftest import write_manifest
+from tests.data.corpora import flat_name, streamed, true_cuts, write_corpus, write_kind, write_tar
+
+LINE = {"audio_filepath": "x/1.wav", "duration": 1.5}
+
+
+def said(source=None, **fields):
+    return describe(LINE | fields, source or SourceConfig("m.jsonl"))
+
+
+def test_lines_without_opening_the_audio(tmp_path):
+    lines = [
+        LINE | {"text": "one", "lang": "en"},
+        {"audio_filepath": "/abs/2.flac", "duration": 2, "text": "two", "source_lang": "de"},
+        {"audio_filepath": "3.wav", "duration": 1.0, "offset": 2.5, "text": "three", "id": "third"},
+    ]
+    source = SourceConfig(str(write_manifest(tmp_path / "m.jsonl", lines)), lang="xx")
+    first, second, third = cuts = list(read_manifest(source))
+    assert (first.id, first.duration, first.supervisions[0].text) == ("x/1", 1.5, "one")
+    assert first.recording.sources[0].source == str(tmp_path / "x/1.wav")
+    assert second.recording.sources[0].source == "/abs/2.flac"
+    assert [cut.supervisions[0].language for cut in cuts] == ["en", "de", "xx"]
+    assert (third.id, third.start, third.end) == ("third", 2.5, 3.5)
+
+
+def test_ids():
+    assert said(audio_filepath="a.b/c").id == "a.b/c"
+    assert said(audio_filepath="a.b/c.flac").id == "a.b/c"
+    assert said(offset=12345.678).id != said(offset=12345.679).id
+    assert said(offset=0).id == "x/1"
+    assert said(id=7).id == "7"
+
+
+def test_words_are_where_they_are_in_the_utterance():
+    alignment = {"word": [["one", 2.75, 0.25], ["two", 3.5, 0.5, 0.9]], "phone": [["w", 2.75, 0.125]]}
+    line = LINE | {"text": "one two", "offset": 2.5, "alignment": alignment}
+    source = SourceConfig("m.jsonl")
+    expected = (("one", 0.25, 0.5), ("two", 1.0, 1.5))
+    cut = to_cut(line, source)
+    assert describe(line, source).words == describe_cut(cut).words == expected
+    stored = cut.to_dict()
+    assert describe(stored, source).words == expected
+    assert describe_cut(cut.pad(5.0)).words is None
+    assert said().words is said(alignment={"phone": []}).words is None
+    for item in (["one", "2", 3], ["one", -2, 1], [3, 1, 1], ["one", 1], ["one", 1, float("nan")]):
+        with pytest.raises(LINE_ERRORS):
+            said(alignment={"word": [item]})
+
+
+def test_texts_and_tasks():
+    assert said(text=None).text == ""
+    assert said(asr_text=" a ").text == "a"
+    assert said(text="b", asr_text="a").text == "b"
+    for name in ("ast", "s2t_translation", "translate"):
+        for field in ("task", "taskname"):
+            entry = said(**{field: name}, text="a", answer="b", source_lang="en", target_lang="de")
+            assert (entry.task, entry.text, entry.target, entry.lang, entry.target_lang) == (
+                "ast",
+                "a",
+                "b",
+                "en",
+                "de",
+            )
+    assert said(taskname="ast", answer="a", ast_text="b").target == "b"
+    assert said(taskname="asr", answer="a").target == "a"
+    default = SourceConfig("m.jsonl", task="ast", lang="fr", target_lang="en")
+    assert said(default, ast_text="b").target == "b"
+    assert said(default, task="asr", text="a", ast_text="b").target == "a"
+    assert (said(default).lang, said(default).target_lang, said(default, lang="it").lang) == ("fr", "en", "it")
+
+
+def problems(source) -> list[str]:
+    return [str(found) for _, found in iter_objects(source) if isinstance(found, ManifestError)]
+
+
+@pytest.fixture
+def tarred(tmp_path):
+    lines = write_corpus(tmp_path)
+    return write_kind("tarred", tmp_path, lines), lines
+
+
+def test_each_line_and_member_must_have_the_other(tarred, tmp_path):
+    source, lines = tarred
+    path = tmp_path / "manifest_0.json"
+    first, second, third = path.read_text().splitlines()
+    lost = json.dumps(json.loads(second) | {"audio_filepath": "gone.wav"})
+    path.write_text("\n".join([first, lost, "{", third]))
+    found = problems(source)
+    assert len(found) == 3
+    assert "manifest_0.json:2: " in found[0] and "'gone.wav' is not in" in found[0]
+    assert "manifest_0.json:3: invalid JSON" in found[1]
+    assert f"audio_0.tar:{json.loads(second)['audio_filepath']}: no line of" in found[2]
+    assert sum(not isinstance(f, ManifestError) for _, f in iter_objects(source)) == len(lines) - 1
+    cuts, errors = streamed(source)
+    assert {cut.id for cut in cuts} == {line["id"] for line in lines} - {"u1"}
+    assert all(any(problem in error for error in errors) for problem in found)
+
+
+@pytest.mark.parametrize("broken", [lambda data: data[: len(data) // 2], gzip.compress, lambda data: b"nonsense" * 200])
+def test_a_damaged_tar_file_is_named_and_the_others_are_read(broken, tarred, tmp_path):
+    source, lines = tarred
+    tar = tmp_path / "audio_0.tar"
+    tar.write_bytes(broken(tar.read_bytes()))
+    assert f"{tar}: not a whole, uncompressed tar file" in problems(source)[0]
+    good = [to_cut(obj, source) for _, obj in iter_objects(source) if not isinstance(obj, ManifestError)]
+    assert {line["id"] for line in lines[3:]} <= {cut.id for cut in good}
+    true = {cut.id: cut for cut in true_cuts(tmp_path, lines)}
+    for cut in good:
+        assert np.array_equal(load_samples(cut), load_samples(true[cut.id]))
+    cuts, errors = streamed(source)
+    assert {line["id"] for line in lines[3:]} <= {cut.id for cut in cuts}
+    if broken is gzip.compress:  # a stream unpacks it as it comes
+        assert len(cuts) == len(lines)
+    else:
+        assert any(f"{tar}: cannot be read to its end" in error for error in errors)
+
+
+def test_names_in_the_tar(tmp_path):
+    lines = write_corpus(tmp_path, 3)
+    data = [(tmp_path / line["audio_filepath"]).read_bytes() for line in lines]
+    names = [lines[0]["audio_filepath"], flat_name(lines[1]["audio_filepath"]), "./c.wav", "c-sub2.wav"]
+    tar = write_tar(tmp_path / "a.tar", dict(zip(names, (*data, data[0]), strict=True)))
+    about = [0, 1, 2, 2, 0]  # the utterance that each line is about; c-sub2.wav has a member of its own
+    paths = [lines[0]["audio_filepath"], lines[1]["audio_filepath"], "c.wav", "c-sub1.wav", "c-sub2.wav"]
+    manifest = write_manifest(
+        tmp_path / "m.json",
+        [
+            lines[i] | {"audio_filepath": path, "id": str(number)}
+            for number, (i, path) in enumerate(zip(about, paths, strict=True))
+        ],
+    )
+    source = SourceConfig(str(manifest), tar_path=str(tar))
+    true = [load_samples(cut) for cut in true_cuts(tmp_path, lines)]
+    for cuts in (read_manifest(source), streamed(source)[0]):
+        samples = {cut.id: load_samples(cut) for cut in cuts}
+        assert len(samples) == len(about)
+        for number, i in enumerate(about):
+            assert np.array_equal(samples[str(number)], true[i])
+
+
+def test_shards_must_go_together(tarred, tmp_path):
+    source, lines = tarred
+    with pytest.raises(ManifestError, match="3 manifests, and 2 tar files"):
+        write_manifest(tmp_path / "manifest_2.json", [])
+        read_manifest(replace(source, path=str(tmp_path / "manifest_{0..2}.json")))
+    one = write_manifest(tmp_path / "one.json", [lines[0] | {"shard_id": 5}, lines[1]])
+    found = problems(replace(source, path=str(one)))
+    assert "one.json:1: shard_id: 5 is not among the 2 tar files" in found[0]
+    assert "one.json:2: missing field 'shard_id'" in found[1]
+    (tmp_path / "audio_1.tar").rename(tmp_path / "audio_x.tar")
+    with pytest.raises(ManifestError, match="must end in the numbers"):
+        problems(SourceConfig(str(one), tar_path=str(tmp_path / "audio_{0,x}.tar")))
+
+
+def test_streams_through_commands(tarred, tmp_path):
+    source, lines = tarred
+    piped = SourceConfig(
+        f"pipe:cat {tmp_path}/manifest_{{0..1}}.json", tar_path=f"pipe:cat {tmp_path}/audio_{{0..1}}.tar", stream=True
+    )
+    assert {cut.id for cut in stream_cuts(piped, seed=0, epoch=0)} == {line["id"] for line in lines}

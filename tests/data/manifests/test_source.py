@@ -1,0 +1,51 @@
+"""What all kinds of manifests share: brace patterns, lines, and the checks of a source's configuration."""
+
+import subprocess
+
+import pytest
+
+from speechllm.data.manifests.source import SourceConfig, expand_braces, parse_line
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["a.tar", "a_{0..3}.tar", "a_{08..11}.tar", "a_{3..1}", "{x,y}/{0..1}.tar", "a{x}b", "a{}", "{0..10}", "{00..1}"],
+)
+def test_braces_expand_as_in_bash(pattern):
+    expected = subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, text=True, check=True).stdout
+    assert expand_braces(pattern) == expected.split()
+
+
+def test_braces_of_nemo():
+    assert expand_braces("audio__OP_0..2_CL_.tar") == expand_braces("audio_{0..2}.tar")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"weight": 0},
+        {"weight": float("inf")},
+        {"weight": "much"},
+        {"task": "tts"},
+        {"kind": "csv"},
+        {"channel": -1},
+        {"channel": True},
+        {"tar_path": "a.tar", "kind": "kaldi"},
+        {"tar_path": "pipe:curl https://host/a.tar"},
+    ],
+)
+def test_a_wrong_source_is_named_with_its_key(wrong):
+    with pytest.raises(ValueError, match=f"source here.jsonl: {next(iter(wrong))}: "):
+        SourceConfig("here.jsonl", **wrong)
+
+
+def test_urls_are_for_streams():
+    with pytest.raises(ValueError, match="path: .*stream: true"):
+        SourceConfig("s3://bucket/cuts.{0..3}.jsonl.gz")
+    assert SourceConfig("s3://bucket/cuts.{0..3}.jsonl.gz", stream=True).stream
+
+
+def test_lines():
+    assert parse_line(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00"}\r\n') == {"a": "\N{GRINNING FACE}"}
+    with pytest.raises(UnicodeError):
+        parse_line(b'{"a": "\\ud83d"}')

@@ -1,0 +1,302 @@
+"""Language models of transformers: their files and settings, and a SpeechLLM with one. The seam: test_llm.py."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from speechllm.config import from_dict, to_dict
+from speechllm.decode.recognizer import RecogniseOptions
+from speechllm.decode.search import SearchOptions
+from speechllm.encoder import init_from_data
+from speechllm.linear import pack_for_inference
+from speechllm.llm.adapters import TuneConfig, merge, tune, unmerge
+from speechllm.llm.transformers import load_transformers_lm, new_transformers_lm
+from speechllm.model.speech_llm import LLMSection, ModelConfig, SpeechLLM
+from speechllm.optim.optimizer import OptimConfig, build_optimizer
+from speechllm.train.checkpoint import load_trained, trained_state_dict
+from tests.conftest import SENTENCES
+from tests.hf_tokenizers import train_byte_level
+from tests.llm.tiny_llms import SIZES, TRANSFORMERS, tiny_llm
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+@torch.no_grad()
+def test_logits_are_those_of_transformers(kind):
+    model, ids = tiny_llm(kind), torch.randint(0, 40, (2, 20))
+    torch.testing.assert_close(model(ids)[0], model.causal_lm(ids).logits)
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_a_folder_of_transformers_loads_as_it_is(kind, tmp_path):
+    model, ids = tiny_llm(kind), torch.randint(0, 40, (2, 20))
+    model.causal_lm.save_pretrained(tmp_path)
+    loaded = load_transformers_lm(tmp_path)
+    assert torch.equal(loaded(ids)[0], model(ids)[0])
+    assert loaded.config == model.config and new_transformers_lm(loaded.config).config == model.config
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in loaded.parameters()) and not loaded.training
+
+
+def test_folders_that_do_not_load(tmp_path):
+    tiny_llm("qwen3").causal_lm.save_pretrained(tmp_path)
+    config, weights = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+
+    def refused(message: str, error: type = ValueError, **changes) -> None:
+        changed = {name: value for name, value in (config | changes).items() if value is not None}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(error, match=message):
+            load_transformers_lm(tmp_path)
+
+    refused("'qwen33' is no type of a causal .* did you mean qwen3", model_type="qwen33")
+    refused("'own' .* for example: llama", model_type="own", auto_map={"AutoModelForCausalLM": "own.Model"})
+    refused("hidden_size.*expected int, got str", hidden_size="wide")
+    refused("qwen3 is not supported: its weights are quantised", quantization_config={"quant_method": "gptq"})
+    granite = {"model_type": "granite", "logits_scaling": 8.0}
+    refused("granite is not supported: it changes its logits .*logits_scaling: 8", **granite)
+    for model_type, message in (
+        ("qwen3_next", "layers of the type linear_attention; only full_attention and sliding_attention are"),
+        ("mamba", "layers of the type linear_attention"),
+        ("bloom", "its forward does not take position_ids"),
+    ):
+        refused(f"{model_type} is not supported: {message}", layer_types=None, model_type=model_type)
+    refused("(?s)another shape: .*embed_tokens.weight", vocab_size=50)
+    refused("(?s)missing: model.layers.2.*", num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    save_file(weights | {"model.extra": torch.ones(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    refused("unexpected: model.extra")
+    (tmp_path / "model.safetensors").write_bytes(b"hello")
+    refused("not safetensors files, or truncated ones")
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    refused("neither model.safetensors nor", FileNotFoundError)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json: not a JSON object"):
+        load_transformers_lm(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="config.json: no such file"):
+        load_transformers_lm(tmp_path)
+
+
+@pytest.mark.parametrize("section, message", [
+    ({"transformers": TRANSFORMERS["llama"], "path": "x"}, "either path .* or rwkv7 or transformers"),
+    ({}, "either path .* or rwkv7 or transformers"),
+    ({"transformers": SIZES}, "llm: .*transformers: model_type: None is no type"),
+    ({"transformers": {"model_type": "qwen3", "hiden_size": 8}}, "hiden_size: qwen3 has no such .* mean hidden_size?"),
+    ({"transformers": {"model_type": "qwen3", "hidden_size": "8"}}, "hidden_size.* expected int"),
+    ({"transformers": TRANSFORMERS["llama"], "freeze": True}, "freeze without path"),
+    ({"transformers": TRANSFORMERS["llama"], "tune": {"method": "lora"}}, "tune without path"),
+])  # fmt: skip
+def test_settings_that_make_no_sense(section, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(LLMSection, section, "llm")
+
+
+def test_older_names_of_settings_are_known():
+    model = new_transformers_lm(TRANSFORMERS["llama"] | {"rope_theta": 500.0})
+    assert model.config["rope_parameters"]["rope_theta"] == 500.0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_checkpoint_blocks_computes_a_layer_again(frozen):
+    model, embeds = tiny_llm("llama").train(not frozen), torch.randn(2, 5, 32, requires_grad=True)
+    model.requires_grad_(not frozen)
+    model.checkpoint_blocks = True
+    labels, computed = torch.randint(0, 40, (2, 5)), []
+    model.causal_lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: computed.append(1))
+    model.loss(labels, inputs_embeds=embeds)[0][0].backward()
+    assert len(computed) == 2 and embeds.grad.abs().sum() > 0
+    assert all(module.training != frozen for module in model.modules())
+    _, state = model(inputs_embeds=embeds)
+    with pytest.raises(ValueError, match="checkpoint_blocks llama cannot go on from a state"):
+        model.loss(labels, inputs_embeds=embeds, state=state)
+    with torch.no_grad():
+        loss = model.loss(labels, inputs_embeds=embeds, state=state)[0][0]
+        torch.testing.assert_close(loss, -model(inputs_embeds=embeds, state=state)[0].log_softmax(-1).gather(
+            2, labels[..., None]).sum())  # fmt: skip
+
+
+@torch.no_grad()
+def test_rows_that_have_read_nothing():
+    model, ids = tiny_llm("qwen2"), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    _, state = model(ids, lens=torch.tensor([3, 0]))
+    expected, _ = model(ids[:1])
+    nothing = state.select(torch.tensor([1]))
+    torch.testing.assert_close(model(ids[:1], state=nothing)[0], expected)
+    torch.testing.assert_close(model.step(ids[0, :1], nothing)[0], expected[:, 0])
+
+
+# ---- in a SpeechLLM -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def hf_tokenizer_dir(tmp_path_factory):
+    tags = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|en|>", "<|es|>"]
+    return train_byte_level(SENTENCES * 20, tmp_path_factory.mktemp("hf_tokenizer"), 300, tags)
+
+
+@pytest.fixture
+def config(model_config, hf_tokenizer_dir):
+    """A tiny Qwen 3 with tied embeddings, of which a few have no token, as in the released ones."""
+    llm = LLMSection(transformers=TRANSFORMERS["qwen3"] | {"vocab_size": 310})
+    return dataclasses.replace(model_config, tokenizer=str(hf_tokenizer_dir), llm=llm)
+
+
+def train(model, batch, steps, lr=5e-3):
+    optimizer, losses = build_optimizer(model, OptimConfig(lr=lr)), []
+    for step in range(steps):
+        model.encoder.set_batch_count(step)
+        out = model(*batch)
+        (out["loss"] / out["tokens"]).backward()
+        assert [n for n, p in model.named_parameters() if (p.grad is not None) != p.requires_grad] == []
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(out["loss"].item())
+    return losses
+
+
+def texts(model, batch, **search):
+    features, lens, _, languages = batch
+    options = RecogniseOptions(SearchOptions(**search))
+    return [(r.text, r.nbest[0].score) for r in model.recognise(features, lens, languages, options=options)]
+
+
+def test_a_small_model_learns_and_is_saved_and_loaded(config, batch, tmp_path):
+    torch.manual_seed(0)
+    model = SpeechLLM.from_config(config)
+    init_from_data(model.encoder, *batch[:2])
+    losses = train(model, batch, 40)
+    assert losses[-1] < 0.1 * losses[0]
+    model.eval().save_pretrained(tmp_path / "model")
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {
+        "README.md", "config.yaml", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert "qwen3 language model" in (tmp_path / "model" / "README.md").read_text()
+    loaded = SpeechLLM.from_pretrained(tmp_path / "model")
+    assert loaded.llm.causal_lm.lm_head.weight is loaded.llm.causal_lm.model.embed_tokens.weight
+    assert {n for n, _ in loaded.named_parameters()} == {n for n, _ in model.named_parameters()}
+    for name, value in loaded(*batch).items():
+        assert torch.equal(value, model(*batch)[name])
+    for search in ({}, {"method": "beam", "beam": 3}):
+        found = texts(model, batch, **search)
+        assert found == texts(loaded, batch, **search)
+        assert [text for text, _ in found] == batch[2]
+        for i in range(3):
+            rows = [batch[0][i : i + 1, : batch[1][i]], *(column[i : i + 1] for column in batch[1:])]
+            assert texts(model, rows, **search) == [(found[i][0], pytest.approx(found[i][1], abs=1e-3))]
+
+
+@pytest.fixture
+def tune_config(config, tmp_path):
+    """A function of a method: the configuration of a model whose language model is tuned by it."""
+    tiny_llm("qwen3", vocab_size=310).causal_lm.save_pretrained(tmp_path / "llm")
+
+    def configured(method: str, **options):
+        llm = LLMSection(path=str(tmp_path / "llm"), tune=TuneConfig(method, **options))
+        return from_dict(ModelConfig, to_dict(dataclasses.replace(config, llm=llm)))
+
+    return configured
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "rslora", "dora", "pissa", "miss", "adalora"])
+def test_a_tuned_model_is_saved_merged_and_as_an_adapter(method, tune_config, batch, tmp_path):
+    config = tune_config(method)
+    model = SpeechLLM.from_config(config).train()
+    train(model, batch, 2)
+    model.eval()
+    expected = model(*batch)["loss"]
+    before = {name: t.clone() for name, t in model.llm.state_dict().items()}
+    stored = trained_state_dict(model)
+    assert any(name.startswith("llm.") for name in stored)
+    resumed = SpeechLLM.from_config(config).eval()
+    load_trained(resumed, stored, "checkpoint")
+    torch.testing.assert_close(resumed(*batch)["loss"], expected)
+
+    model.save_pretrained(tmp_path / "merged")
+    assert all(torch.equal(t, before[name]) for name, t in model.llm.state_dict().items())
+    merged = SpeechLLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(*batch)["loss"], expected, rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "merged" / "adapter").exists() == (method != "full")
+    if method == "full":
+        return
+    frozen = [n for n, p in model.llm.named_parameters() if not p.requires_grad]
+    assert frozen and not any(f"llm.{name}" in stored for name in frozen)
+    model.save_pretrained(tmp_path / "apart", merged=False)
+    assert not any(name.startswith("llm.") for name in load_file(tmp_path / "apart" / "model.safetensors"))
+    apart = SpeechLLM.from_pretrained(tmp_path / "apart")
+    torch.testing.assert_close(apart(*batch)["loss"], expected, rtol=1e-4, atol=1e-4)
+    apart.save_pretrained(tmp_path / "merged again")
+    again = SpeechLLM.from_pretrained(tmp_path / "merged again")
+    torch.testing.assert_close(again(*batch)["loss"], expected, rtol=1e-4, atol=1e-4)
+    merge(model.llm)
+    torch.testing.assert_close(model(*batch)["loss"], expected, rtol=1e-4, atol=1e-4)
+    unmerge(model.llm)
+    assert all(torch.equal(t, before[name]) for name, t in model.llm.state_dict().items())
+
+    ids = torch.randint(0, 310, (2, 9))
+    base = AutoModelForCausalLM.from_pretrained(config.llm.path)
+    by_peft = peft.PeftModel.from_pretrained(base, tmp_path / "apart" / "adapter").eval()
+    torch.testing.assert_close(by_peft(ids).logits, model.llm(ids)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_targets(tune_config, tmp_path):
+    path = tune_config("lora").llm.path
+
+    def tuned(**options):
+        return tune(load_transformers_lm(path), TuneConfig("lora", **options))
+
+    trained = {n.split(".lora")[0].split(".", 4)[4] for n, p in tuned().named_parameters() if p.requires_grad}
+    assert trained == {
+        *(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+    }  # fmt: skip
+    trained = [n for n, p in tuned(targets=["q_proj"]).named_parameters() if p.requires_grad]
+    assert len(trained) == 4 and all("q_proj" in name for name in trained)
+    with pytest.raises(ValueError, match="no matrix of qwen3 is called receptance; there are self_attn.q_proj, "):
+        tuned(targets=["receptance"])
+    with pytest.raises(ValueError, match="lm_head of qwen3 is its embedding too"):
+        tuned(targets=["lm_head"])
+    with pytest.raises(ValueError, match="rank: 20 is too high: a target has only 16"):
+        tuned(rank=20)
+
+
+def test_a_frozen_model_stays_as_it_is(tune_config, batch):
+    config = tune_config("full")
+    config.llm = LLMSection(path=config.llm.path, freeze=True)
+    model = SpeechLLM.from_config(config).train()
+    assert not model.llm.training
+    train(model, batch, 2)
+    stored = trained_state_dict(model)
+    assert not any(name.startswith("llm.") for name in stored)
+    load_trained(model, stored, "checkpoint")
+
+
+def test_what_only_rwkv7_has(tune_config, config, tmp_path):
+    with pytest.raises(ValueError, match="tune.method: state: is for RWKV-7; the language model is qwen3"):
+        SpeechLLM.from_config(tune_config("state"))
+    with pytest.raises(ValueError, match="tune.quantize: is for RWKV-7; the language model is qwen3"):
+        SpeechLLM.from_config(tune_config("lora", quantize="int8"))
+    for llm in (config.llm, LLMSection(path=tune_config("lora").llm.path)):
+        llm = dataclasses.replace(llm, wkv_backend="chunked")
+        with pytest.raises(ValueError, match="llm.wkv_backend: chunked is for RWKV-7; the language model is qwen3"):
+            SpeechLLM.from_config(dataclasses.replace(config, llm=llm))
+    model = SpeechLLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="state files are for RWKV-7; the language model is qwen3"):
+        model.recognise(
+            torch.randn(1, 100, 80), torch.tensor([100]), ["en"], options=RecogniseOptions(initial_state="x")
+        )
+    with pytest.raises(ValueError, match="weights 'int8' are for RWKV-7"):
+        pack_for_inference(model.llm, "int8")
+    Path(tmp_path / "initial_state.safetensors").touch()
+    llm = LLMSection(path=tune_config("lora").llm.path, freeze=True, adapter=str(tmp_path))
+    with pytest.raises(ValueError, match="initial_state.safetensors: is for RWKV-7; the language model is qwen3"):
+        SpeechLLM.from_config(dataclasses.replace(config, llm=llm))
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer(config):
+    llm = LLMSection(transformers=TRANSFORMERS["qwen3"])
+    with pytest.raises(ValueError, match=r"language model \(qwen3\) has a vocabulary of 40, the tokenizer"):
+        SpeechLLM.from_config(dataclasses.replace(config, llm=llm))

@@ -1,0 +1,161 @@
+"""Output formats: golden lines, and what a reader of each format gets back."""
+
+import json
+import math
+import re
+
+import pytest
+
+from speechllm.decode.result import Hypothesis, Recognition, Word
+from speechllm.transcribe.formats import FORMATS, Recording, Segment
+
+
+def hypothesis(*log_probs, stopped="end"):
+    return Hypothesis(tuple(range(len(log_probs) - 1)), log_probs, sum(log_probs), stopped)
+
+
+def recognition(text, words=None, **more):
+    return Recognition(text, (hypothesis(-0.1, -0.3),), (text,), words=words, **more)
+
+
+def evenly(text, seconds=0.4, start=0.0):
+    """A word each so many seconds, of nine tenths of them."""
+    return tuple(
+        Word(word, start + i * seconds, start + (i + 0.9) * seconds, 0.5) for i, word in enumerate(text.split())
+    )
+
+
+HELLO = recognition("hello world", (Word("hello", 0.2, 0.48, 0.9), Word("world", 0.6, 1.0, 0.75)))
+SILENCE = Recognition("", (), (), words=())
+RECORDING = Recording(
+    "a talk",
+    "talks/a talk.wav",
+    3661.5,
+    [Segment(0.0, 2.0, SILENCE), Segment(2.0, 1.5, HELLO), Segment(3600.04, 2.0, recognition("no  times\there"))],
+)
+
+
+def write(format, recording=RECORDING):
+    return FORMATS[format](recording)
+
+
+def test_txt():
+    assert write("txt") == "hello world\nno times here\n"
+
+
+def test_tsv():
+    assert write("tsv") == "start\tend\ttext\n2000\t3500\thello world\n3600040\t3602040\tno times here\n"
+
+
+def test_ctm():
+    assert write("ctm").splitlines() == [
+        "a_talk 1 2.200 0.280 hello 0.9000",
+        "a_talk 1 2.600 0.400 world 0.7500",
+        ";; a_talk 3600.040: no word times, 3 words spread evenly",
+        "a_talk 1 3600.040 0.667 no 0.8187",
+        "a_talk 1 3600.707 0.667 times 0.8187",
+        "a_talk 1 3601.373 0.667 here 0.8187",
+    ]
+
+
+def test_srt():
+    assert write("srt") == (
+        "1\n00:00:02,200 --> 00:00:03,200\nhello world\n\n2\n01:00:00,040 --> 01:00:02,040\nno times here\n"
+    )
+
+
+def test_json():
+    line = write("json")
+    assert line.count("\n") == 1
+    record = json.loads(line)
+    segments = record.pop("segments")
+    assert record == {
+        "id": "a talk",
+        "audio": "talks/a talk.wav",
+        "duration": 3661.5,
+        "text": "hello world no times here",
+        "confidence": round(math.exp(-0.2), 4),
+    }
+    silence, hello, plain = segments
+    assert silence == {"start": 0.0, "end": 2.0, "text": "", "confidence": None, "stopped": None, "words": []}
+    assert hello["words"][0] == {"word": "hello", "start": 2.2, "end": 2.48, "confidence": 0.9}
+    assert plain == {"start": 3600.04, "end": 3602.04, "text": "no times here", "confidence": 0.8187, "stopped": "end"}
+
+
+def test_json_has_alternatives_and_what_the_guards_did():
+    nbest = (hypothesis(-0.1, -0.3, stopped="loop"), hypothesis(-1.0, -2.0))
+    found = Recognition("\u00e4", nbest, ("a a", "b"), fallback="ctc", ctc_text="\u00e4")
+    (segment,) = json.loads(write("json", Recording("x", "x.wav", 1.0, [Segment(0, 1.0, found)])))["segments"]
+    assert (segment["text"], segment["fallback"], segment["ctc_text"]) == ("\u00e4", "ctc", "\u00e4")
+    assert segment["stopped"] == "loop"
+    assert segment["nbest"] == [
+        {"text": "a a", "score": -0.4, "confidence": 0.8187, "stopped": "loop"},
+        {"text": "b", "score": -3.0, "confidence": 0.2231, "stopped": "end"},
+    ]
+    assert "\u00e4" in write("json", Recording("x", "x.wav", 1.0, [Segment(0, 1.0, found)]))
+
+
+@pytest.mark.parametrize("format, expected", [("txt", ""), ("ctm", ""), ("srt", ""), ("tsv", "start\tend\ttext\n")])
+def test_nothing_said_is_nothing_written(format, expected):
+    assert write(format, Recording("x", "x.wav", 2.0, [Segment(0, 2.0, SILENCE)])) == expected
+    assert write(format, Recording("x", "x.wav", 2.0, [])) == expected
+
+
+def read_srt(text):
+    """(start, end, lines) of each cue, as a player reads them; the numbers must count from 1."""
+    cues = []
+    for number, block in enumerate(text.split("\n\n"), start=1):
+        first, times, *lines = block.strip().split("\n")
+        assert int(first) == number
+        assert re.fullmatch(r"\d\d:[0-5]\d:[0-5]\d,\d{3} --> \d\d:[0-5]\d:[0-5]\d,\d{3}", times)
+        start, end = (
+            sum(float(part) * unit for part, unit in zip(time.replace(",", ".").split(":"), (3600, 60, 1), strict=True))
+            for time in times.split(" --> ")
+        )
+        cues.append((start, end, lines))
+    return cues
+
+
+def srt_of(text, words, offset=100.0):
+    return read_srt(write("srt", Recording("x", "x.wav", 1e4, [Segment(offset, 900.0, recognition(text, words))])))
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0.1, 0.4, 2.0])
+def test_cues_hold_the_text_and_the_limits(seconds):
+    text = " ".join(["a", "considerable", "number", "of", "words"] * 30)
+    cues = srt_of(text, evenly(text, seconds))
+    assert " ".join(line for _, _, lines in cues for line in lines) == text
+    for start, end, lines in cues:
+        assert len(lines) <= 2 and max(map(len, lines)) <= 42
+        assert 0 < end - start <= 6.0 + 1e-6
+    times = [time for start, end, _ in cues for time in (start, end)]
+    assert times == sorted(times)
+    assert times[0] == 100.0
+    if seconds <= 0.1:  # as full as they may be
+        assert all(len(" ".join(lines)) > 42 for _, _, lines in cues[:-1])
+
+
+def test_a_pause_ends_a_cue():
+    words = evenly("one two") + evenly("three", start=3.0)
+    assert [lines for _, _, lines in srt_of("one two three", words)] == [["one two"], ["three"]]
+
+
+def test_short_cues_are_shown_until_the_next_one():
+    words = (Word("one", 0.0, 0.1, 1.0), Word("two", 1.5, 1.6, 1.0))
+    assert [(start, end) for start, end, _ in srt_of("one two", words)] == [(100.0, 101.0), (101.5, 102.5)]
+
+
+def test_chinese_has_no_spaces_and_wide_columns():
+    text = "\u4f60\u597d" * 19 + " hello"
+    characters = [*text[:38], "hello"]
+    words = tuple(Word(c, 0.1 * i, 0.1 * i + 0.1, 1.0) for i, c in enumerate(characters))
+    ((_, _, lines),) = srt_of(text, words)
+    assert lines == [text[:21], text[21:]]
+    # The same without times.
+    assert srt_of(text, None)[0][2] == lines
+
+
+def test_a_word_longer_than_a_line_stands_alone():
+    long = "a" * 50
+    text = f"one {long} two"
+    assert [line for _, _, lines in srt_of(text, evenly(text)) for line in lines] == ["one", long, "two"]
