@@ -1,6 +1,7 @@
-"""Weights of a model: strict loading, and the hash that names a file of them."""
+"""Weights of a model: strict loading, what a file is that holds none, and the hash that names a file of them."""
 
 import hashlib
+import zipfile
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -42,6 +43,46 @@ def check_fits(own: dict[str, Tensor], state: dict[str, Tensor], source: str | P
     if problems:
         shown = "\n".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise CheckpointError(f"{source}: does not fit {target}:\n{shown}")
+
+
+# What the suffix of a file tells; what is in files of PyTorch, `foreign_format` looks up.
+_FORMATS = {
+    ".onnx": "an ONNX model",
+    ".ort": "an ONNX Runtime model",
+    ".nemo": "a NeMo archive",
+    ".tflite": "a TensorFlow Lite model",
+    ".rknn": "an RKNN model",
+    ".mlmodel": "a Core ML model",
+    ".param": "an ncnn model",
+}
+_BEGINNINGS = {b"GGUF": "a GGUF file", b"version https://git-lfs": "a Git LFS pointer, and not the file it stands for"}
+
+
+def foreign_format(path: str | Path) -> str | None:
+    """What a file is that holds no plain tensors to be loaded: "a TorchScript model", ...; None if it is none of these.
+
+    Nothing of the file is executed.
+    """
+    path = Path(path)
+    if path.suffix.lower() in _FORMATS:
+        return _FORMATS[path.suffix.lower()]
+    with open(path, "rb") as file:
+        beginning = file.read(64)
+    for start, name in _BEGINNINGS.items():
+        if beginning.startswith(start):
+            return name
+    if beginning[:1] == b"\x08" and any(producer in beginning for producer in (b"pytorch", b"onnx")):
+        return "an ONNX model"  # whose first fields are its version and its producer
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] or name for name in archive.namelist()}
+    except zipfile.BadZipFile:
+        return None
+    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
+        return "a TorchScript model (torch.jit.save)"
+    if any(name.startswith("models/") or "exported_program" in name for name in names):
+        return "a program exported by torch.export"
+    return None
 
 
 def file_hash(path: str | Path) -> str:

@@ -17,11 +17,13 @@ from speechllm.encoder.whisper import WhisperEncoder, WhisperEncoderConfig
 from speechllm.encoder.zipformer import Zipformer, ZipformerConfig
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
-from speechllm.weights import load_state_dict_strict
+from speechllm.weights import foreign_format, load_state_dict_strict
 
-WEIGHT_FILES = ("model.safetensors", "pretrained.safetensors", "pretrained.pt", "model.pt")
+WEIGHT_FILES = ("model.safetensors", "pretrained.safetensors", "pretrained.pt", "model.pt", "pytorch_model.bin")
 # The names a composite model gives its encoder; its config.json has "<name>_config", or "<name>".
 COMPOSITE_NAMES = ("audio_encoder", "speech_encoder", "encoder")
+# Whisper's model_type in the config.json of transformers and of Auden.
+_WHISPER = ("whisper", "whisper-encoder")
 # icefall's models do not have the count, and are fully trained: all schedules are past their end.
 FULLY_TRAINED = 100000.0
 
@@ -34,7 +36,8 @@ def load_encoder(
     A Zipformer may be under "state_dict" or "model" in its file, its names with "module." in front or not, beside
     optimiser, decoder and heads, as in icefall's `pretrained.pt` and `epoch-N.pt` of transducers, CTC, CR-CTC and
     attention models. Of a Whisper (config.json with `model_type: whisper`, as openai/whisper-small on the Hugging
-    Face Hub) only the encoder's weights are read.
+    Face Hub) only the encoder's weights are read. Of a composite model the encoder's config.json and weights may also
+    be in a folder of that name (`COMPOSITE_NAMES`), as Auden writes them beside an adapter.
 
     Args:
         path: a folder with config.json and one of `WEIGHT_FILES`, or such a file with config.json beside it.
@@ -47,15 +50,7 @@ def load_encoder(
         UserError: if they do not belong together, with the names of all weights that are missing, left over
             or of another shape; `sizes` contradict config.json; a file cannot be read.
     """
-    path = Path(path)
-    weights_path = path
-    if path.is_dir():
-        found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"{path}: no encoder weights; expected one of {', '.join(WEIGHT_FILES)}")
-        weights_path = found[0]
-    if not weights_path.is_file():
-        raise FileNotFoundError(f"{weights_path}: no such file; an encoder needs its weights")
+    weights_path = _weights_path(Path(path))
     config = _encoder_config(weights_path.parent / "config.json", sizes)
     with torch.device("meta"):
         encoder = WhisperEncoder(config) if isinstance(config, WhisperEncoderConfig) else Zipformer(config)
@@ -79,6 +74,43 @@ def save_encoder(encoder: Zipformer, folder: str | Path) -> None:
         tmp.write_text(json.dumps(encoder.config.to_dict(), indent=2) + "\n")
 
 
+def _weights_path(path: Path) -> Path:
+    """The file to read, of a folder or itself; an error that says what is there if it holds no weights."""
+    if path.is_dir():
+        own = [path / name for name in COMPOSITE_NAMES if (path / name / "config.json").is_file()]
+        folder = own[0] if own else path
+        found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+        if not found:
+            raise FileNotFoundError(
+                f"{folder}: no encoder weights; expected one of {', '.join(WEIGHT_FILES)}{_what_is_there(folder)}"
+            )
+        path = found[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; an encoder needs its weights")
+    if what := foreign_format(path):
+        way_out = "git lfs pull fetches it" if "LFS" in what else _WAY_OUT
+        raise UserError(f"{path}: is {what}, from which an encoder cannot be loaded: {way_out}")
+    return path
+
+
+_WAY_OUT = (
+    "take the PyTorch checkpoint that it was made from, in icefall's releases exp/pretrained.pt, or write that with "
+    "icefall's zipformer/export.py without --jit"
+)
+
+
+def _what_is_there(folder: Path) -> str:
+    """Files that somebody may have meant, for an error message."""
+    suffixes = (".pt", ".pth", ".ckpt", ".bin", ".onnx", ".ort", ".nemo", ".tflite", ".param", ".safetensors")
+    files = [p for pattern in ("*", "exp/*") for p in sorted(folder.glob(pattern)) if p.suffix in suffixes][:5]
+    if not files:
+        return ""
+    kinds = [(p.relative_to(folder), foreign_format(p)) for p in files]
+    foreign = any(kind for _, kind in kinds)
+    listed = ", ".join(f"{name} ({kind})" if kind else str(name) for name, kind in kinds)
+    return f"; it holds {listed}: {_WAY_OUT if foreign else 'give the file itself'}"
+
+
 def _encoder_config(path: Path, sizes: ZipformerConfig | None) -> ZipformerConfig | WhisperEncoderConfig:
     if not path.is_file():
         if sizes is None:
@@ -89,14 +121,13 @@ def _encoder_config(path: Path, sizes: ZipformerConfig | None) -> ZipformerConfi
             )
         return sizes
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}") from e
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: is not a JSON object")
     try:
-        if values.get("model_type") == "whisper":
-            config = WhisperEncoderConfig.from_released(values)
-        else:
-            config = ZipformerConfig.from_dict(_own_values(values))
+        config = _config_of(_own_values(values))
     except ValueError as e:
         raise UserError(f"{path}: {e}") from e
     if sizes is not None and sizes != config:
@@ -106,6 +137,16 @@ def _encoder_config(path: Path, sizes: ZipformerConfig | None) -> ZipformerConfi
         other = "; ".join(f"{k}: {given[k]}, there {own[k]}" for k in own if own[k] != given[k])
         raise UserError(f"model.encoder.zipformer contradicts {path} ({other}): leave it out, or remove that file")
     return config
+
+
+def _config_of(values: dict[str, Any]) -> ZipformerConfig | WhisperEncoderConfig:
+    """An encoder's configuration; without sizes of a Zipformer only a Zipformer's says that it is one."""
+    model_type = values.get("model_type", "zipformer")
+    if model_type in _WHISPER:
+        return WhisperEncoderConfig.from_released(values)
+    if model_type != "zipformer" and "encoder_dim" not in values:
+        raise ValueError(f"model_type: {model_type!r}; encoders are 'zipformer', or {' or '.join(map(repr, _WHISPER))}")
+    return ZipformerConfig.from_dict(values)
 
 
 def _own_values(values: dict[str, Any]) -> dict[str, Any]:
