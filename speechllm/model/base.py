@@ -130,7 +130,9 @@ class SpeechModel(nn.Module, ABC):
           UserError: the prompt has a slot for a language that is not given; samples of another shape; an encoder alone
             is to translate.
         """
-        from speechllm.transcribe.recordings import audio_input, transcribe_inputs  # the model itself needs no lhotse
+        # here, not above: the model itself needs no lhotse
+        from speechllm.transcribe.inputs import audio_input
+        from speechllm.transcribe.segments import transcribe_inputs
 
         inputs = [audio_input(a, f"audio[{i}]", language, target_language, context) for i, a in enumerate(audio)]
         was_training = self.training
