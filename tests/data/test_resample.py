@@ -29,10 +29,10 @@ def test_equals_torchaudio_and_what_lhotse_gives(rate):
     found = resample(samples, rate, 16000)
     expected = torchaudio.functional.resample(torch.from_numpy(samples), rate, 16000).numpy()
     assert found.dtype == np.float32 and len(found) == math.ceil(len(samples) * 16000 / rate)
-    np.testing.assert_allclose(found, expected, atol=2e-5)  # its filter is computed in float32
+    np.testing.assert_allclose(found, expected, atol=1e-4)  # its filter is computed in float32
     # cuts whose manifest asks for resampling are resampled by lhotse
     lhotse = get_or_create_resampler(rate, 16000)(torch.from_numpy(samples)).numpy()
-    np.testing.assert_allclose(found, lhotse, atol=2e-5)
+    np.testing.assert_allclose(found, lhotse, atol=1e-4)
 
 
 @pytest.mark.parametrize("rate", [*RATES, 22254, 44101])
