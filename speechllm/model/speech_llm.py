@@ -104,7 +104,8 @@ class LLMSection:
     """`path`: an RWKV-7 checkpoint, or a folder of any causal language model of Hugging Face transformers; without it,
     one of the sizes in `rwkv7`, or of the `model_type` and settings in `transformers`, is trained from scratch.
 
-    `adapter`: a folder with what was tuned before (a PEFT adapter or a state), put on the checkpoint and not trained.
+    `adapter`: what was tuned before, put on the checkpoint and not trained: the folder of a PEFT adapter or of a state,
+    or a .pth file of RWKV-PEFT (`speechllm.llm.rwkv_peft`), for a LoRA with its `adapter_alpha`.
     `tune`: what of the checkpoint trains, and how; without it everything does, or with `freeze` nothing.
     `checkpoint_blocks`: activations are computed again in the backward pass: less memory, a third more work.
     `wkv_backend`: of RWKV-7, see `rwkv7.wkv.wkv7`.
@@ -113,6 +114,7 @@ class LLMSection:
     path: str | None = None
     freeze: bool = False
     adapter: str | None = None
+    adapter_alpha: float | None = None
     tune: TuneConfig | None = None
     checkpoint_blocks: bool = False
     wkv_backend: str = "auto"
@@ -134,6 +136,8 @@ class LLMSection:
             raise ValueError(
                 "adapter goes on the checkpoint at path, and with freeze: true; to train on, merge it first"
             )
+        if self.adapter_alpha is not None and self.adapter is None:
+            raise ValueError("adapter_alpha is the alpha of a LoRA in a file of RWKV-PEFT: give that file as adapter")
         if self.tune is not None and self.freeze:
             raise ValueError("give either freeze (nothing is trained) or tune (which freezes what it does not train)")
 
@@ -351,7 +355,7 @@ class SpeechLLM(SpeechModel):
         encoder = build_encoder(config.encoder)
         llm = _language_model(config.llm)
         if config.llm.adapter is not None:
-            load_adapter(llm, config.llm.adapter)
+            load_adapter(llm, config.llm.adapter, alpha=config.llm.adapter_alpha)
         if config.llm.tune is not None:
             tune(llm, config.llm.tune)
         llm.checkpoint_blocks = config.llm.checkpoint_blocks
