@@ -35,9 +35,10 @@ def load_encoder(
 
     A Zipformer may be under "state_dict" or "model" in its file, its names with "module." in front or not, beside
     optimiser, decoder and heads, as in icefall's `pretrained.pt` and `epoch-N.pt` of transducers, CTC, CR-CTC and
-    attention models. Of a Whisper (config.json with `model_type: whisper`, as openai/whisper-small on the Hugging
-    Face Hub) only the encoder's weights are read. Of a composite model the encoder's config.json and weights may also
-    be in a folder of that name (`COMPOSITE_NAMES`), as Auden writes them beside an adapter.
+    attention models, and in PyTorch Lightning's `.ckpt`. Of a Whisper (config.json with `model_type: whisper`, as
+    openai/whisper-small on the Hugging Face Hub) only the encoder's weights are read. Of a composite model the
+    encoder's config.json and weights may also be in a folder of that name (`COMPOSITE_NAMES`), as Auden writes them
+    where its own file leaves the encoder out.
 
     Args:
         path: a folder with config.json and one of `WEIGHT_FILES`, or such a file with config.json beside it.
@@ -57,7 +58,7 @@ def load_encoder(
     if isinstance(encoder, WhisperEncoder):
         state_dict = encoder.state_dict_of(_read_weights(weights_path, encoder.is_in_released))
     else:
-        state_dict = encoder_state_dict(_read_weights(weights_path))
+        state_dict = encoder_state_dict(_read_weights(weights_path), weights_path)
         state_dict.setdefault("model_batch_count", torch.tensor(FULLY_TRAINED))
     state_dict = {name: t.float() for name, t in state_dict.items()}
     load_state_dict_strict(encoder, state_dict, weights_path, assign=True)
@@ -181,7 +182,7 @@ def _read_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True)
     return {k: v for k, v in content.items() if isinstance(v, Tensor) and wanted(k)}
 
 
-def encoder_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def encoder_state_dict(weights: dict[str, Tensor], source: str | Path = "weights") -> dict[str, Tensor]:
     """The Zipformer's part of the weights of a model that has one, under the names it has alone.
 
     An encoder alone has "encoder_embed.*", "encoder.*" and perhaps "model_batch_count". A composite model has
@@ -191,13 +192,13 @@ def encoder_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: if there is no Zipformer in them.
     """
-    weights = {k.removeprefix("module."): v for k, v in weights.items()}
+    weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
     for prefix in (*(f"{name}." for name in COMPOSITE_NAMES), ""):
         if any(k.startswith(f"{prefix}encoder_embed.") for k in weights):
             own = tuple(f"{prefix}{part}" for part in ("encoder_embed.", "encoder.", "model_batch_count"))
             return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(own)}
     raise UserError(
-        f"the weights hold no Zipformer: no name begins with encoder_embed., or one of {COMPOSITE_NAMES} "
+        f"{source}: the weights hold no Zipformer: no name begins with encoder_embed., or one of {COMPOSITE_NAMES} "
         f"and encoder_embed.; the first names are {list(weights)[:5]}"
     )
 

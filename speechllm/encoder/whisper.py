@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from speechllm.encoder.zipformer import run, shortest_and_longest
 from speechllm.errors import UserError
 
-# Where the encoder's weights are in a file: of the model with its head, of the model without, of Auden's models.
-_PREFIX = re.compile(r"(module\.)?(model\.)?((audio_|speech_)?encoder\.)+")
+# Where the encoder's weights are in a file: of the model with its head, of the model without, of Auden's models and
+# rwkv_asr's; or of the encoder alone.
+_PREFIX = re.compile(
+    r"(module\.)?(model\.)?((audio_|speech_|whisper_)?encoder\.)+|(?=(conv\d|embed_positions|layers|layer_norm)\.)"
+)
 _FEATURE_KINDS = {80: "whisper80", 128: "whisper128"}
 
 

@@ -622,6 +622,7 @@ def _put_on(model: Model, config: PeftConfig, weights: dict[str, Tensor], folder
     if trainable and getattr(config, "rank_pattern", None):
         raise UserError(f"{folder}: rank_pattern: an adapter whose ranks were cut down cannot go on training")
     config.base_model_name_or_path = None  # it is the model given, whatever its path
+    config.task_type = None  # whose class in peft asks for methods of transformers, and is not what computes here
     config.inference_mode = not trainable
     try:
         adapter = _inject(model, config)

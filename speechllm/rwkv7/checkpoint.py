@@ -173,7 +173,10 @@ def save_rwkv7(model: RWKV7, path: str | Path) -> None:
 def _read_pth(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder; expected an RWKV-7 .pth file or a model folder")
-    return read_rwkv_pth(path)
+    weights = read_rwkv_pth(path)
+    if "llm.emb.weight" in weights:  # a model of speech: ours, or rwkv_asr
+        weights = {name.removeprefix("llm."): x for name, x in weights.items() if name.startswith("llm.")}
+    return weights
 
 
 def _infer_config(weights: dict[str, Tensor], source: str) -> RWKV7Config:

@@ -92,6 +92,48 @@ def test_layouts(tmp_path, content):
     check(write(tmp_path, content))
 
 
+# What Lightning writes beside the weights, and the metrics of Zipformer_Lightning's model among them.
+LIGHTNING = {
+    "epoch": 3, "global_step": 4000, "pytorch-lightning_version": "2.4.0", "loops": {"fit_loop": {"state_dict": {}}},
+    "callbacks": {"ModelCheckpoint{'monitor': 'avg_valid_loss'}": {"best_model_path": "epoch=3-step=4000.ckpt"}},
+    "optimizer_states": [{"state": {0: {"delta": torch.zeros(2)}}}], "lr_schedulers": [{"last_epoch": 3}],
+}  # fmt: skip
+TRANSDUCER_LIGHTNING = {
+    "decoder.embedding.weight": torch.zeros(2, 2),
+    "jointer.output_linear.weight": torch.zeros(3, 3),
+    "avg_train_loss.mean_value": torch.zeros(()),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_a_checkpoint_of_zipformer_lightning(tmp_path, prefix):
+    """Its sizes are in a HyperPyYAML file, which is a program; they are given as those of icefall's models."""
+    weights = prefixed(prefix)
+    del weights[f"{prefix}model_batch_count"]
+    torch.save({**LIGHTNING, "state_dict": {**weights, **TRANSDUCER_LIGHTNING}}, tmp_path / "epoch=3-step=4000.ckpt")
+    encoder = load_encoder(tmp_path / "epoch=3-step=4000.ckpt", ZipformerConfig.from_dict(CONFIG))
+    assert all(torch.equal(encoder.state_dict()[k], v.float()) for k, v in WEIGHTS.items() if k != "model_batch_count")
+    with pytest.raises(FileNotFoundError, match="epoch=3-step=4000.ckpt: give the file itself"):
+        load_encoder(tmp_path, ZipformerConfig.from_dict(CONFIG))
+
+
+def test_checkpoints_of_zhu_han_speechllm(tmp_path):
+    """epoch-N-avg-M.pt: the encoder, where it was trained, beside an adapter of peft and the projector."""
+    others = {
+        "llm.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.zeros(2, 2),
+        "encoder_projector.linear1.weight": torch.zeros(2, 2),
+        "prompt_embedding.weight": torch.zeros(4, 2),
+    }
+    weights = {k: v for k, v in prefixed("encoder.").items() if "batch_count" not in k}
+    torch.save({"model": {**weights, **others}}, tmp_path / "epoch-10-avg-5.pt")
+    sizes = ZipformerConfig.from_dict(CONFIG)
+    encoder = load_encoder(tmp_path / "epoch-10-avg-5.pt", sizes)
+    assert all(torch.equal(encoder.state_dict()[k], v.float()) for k, v in WEIGHTS.items() if k != "model_batch_count")
+    torch.save({"model": others}, tmp_path / "frozen.pt")  # where it was not, nothing of it is in the file
+    with pytest.raises(UserError, match="frozen.pt: the weights hold no Zipformer"):
+        load_encoder(tmp_path / "frozen.pt", sizes)
+
+
 def test_files_and_formats(tmp_path):
     check(GOLDEN)
     check(GOLDEN / "model.safetensors")

@@ -170,3 +170,20 @@ def test_the_encoder_of_a_composite_model(released, tmp_path, prefix):
         loaded = load_encoder(tmp_path)
         for name, value in encoder.state_dict().items():
             torch.testing.assert_close(loaded.state_dict()[name], value)
+
+
+def test_the_encoder_alone_as_rwkv_asr_keeps_it(released, tmp_path):
+    """whisper_encoder/ with Whisper's config.json, and the names of the bare encoder in pytorch_model.bin; trained,
+    they are `whisper_encoder.*` beside two projectors and two RWKV-7."""
+    theirs, folder, encoder = released
+    bare = theirs.get_encoder().state_dict()
+    others = ("projector1.weight", "audio_lm_model.blocks.0.ln1.weight", "llm.blocks.0.ln1.weight")
+    trained = {f"whisper_encoder.{name}": x for name, x in bare.items()} | dict.fromkeys(others, torch.zeros(2))
+    config = (folder / "config.json").read_text()
+    for name, weights in (("alone", bare), ("trained", trained)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+        torch.save(weights, tmp_path / name / "pytorch_model.bin")
+        loaded = load_encoder(tmp_path / name).state_dict()
+        for key, value in encoder.state_dict().items():
+            torch.testing.assert_close(loaded[key], value)

@@ -1,6 +1,7 @@
 """Files of RWKV-PEFT, made here in its layout: what they compute, what they become, and what is wrong with one."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -229,6 +230,15 @@ def test_to_peft_and_back(base, tmp_path):
     assert convert_adapter(path, tmp_path / "pissa") == 2 * RANK
     assert convert_adapter(tmp_path / "pissa", tmp_path / "pissa.pth") == 2 * RANK
     check(base, tmp_path / "pissa.pth", added(base, differences), alpha=2 * RANK)
+
+
+def test_a_folder_of_newer_versions(base, tmp_path):
+    """peft's own, of a model that has a task."""
+    path = saved(tmp_path / "lora.pth", lora_file(base))
+    convert_adapter(path, tmp_path / "run-adapter", alpha=16)
+    config = tmp_path / "run-adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": "CAUSAL_LM"}))
+    check(base, tmp_path / "run-adapter", added(base, lora_difference(lora_file(base), 16)))
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "pissa", "miss"])
