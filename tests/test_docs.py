@@ -20,9 +20,9 @@ def test_configurations_of_the_pages_for_other_projects(page):
     for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
         tree = yaml.safe_load(block)
         from_dict(ModelConfig, {"ctc_weight": 1.0} | tree["model"])
-    for inline in re.findall(r"`model\.(\w+): (\{.*?\})`", text):
-        name, value = inline[0], yaml.safe_load(inline[1].replace("...", "base"))
-        from_dict(ModelConfig, {"tokenizer": "rwkv", "encoder": {"path": "encoder"}, "ctc_weight": 1.0} | {name: value})
+    whole = {"tokenizer": "rwkv", "encoder": {"path": "encoder"}, "llm": {"path": "base"}}
+    for section, value in re.findall(r"`model\.(\w+): (\{.*?\})`", text):
+        from_dict(ModelConfig, whole | {section: yaml.safe_load(value.replace("...", "base"))})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
