@@ -82,8 +82,8 @@ def apt_download(name: str, folder: Path) -> None:
         # A fresh machine has no package lists, and only root may fetch them for all: fetch them for ourselves.
         print("fetching the lists of packages", flush=True)
         with replaced_folder(folder.with_name(".apt")) as own:
-            for name_ in ("lists/partial", "cache/archives/partial"):
-                (own / name_).mkdir(parents=True)
+            for part in ("lists/partial", "cache/archives/partial"):
+                (own / part).mkdir(parents=True)
             where = ["-o", f"Dir::State::Lists={own.resolve()}/lists", "-o", f"Dir::Cache={own.resolve()}/cache"]
             run("apt-get", "-q", *where, "update", folder=folder)
             run("apt-get", "-q", *where, "download", name, folder=folder)

@@ -25,7 +25,6 @@ _TITLE = re.compile(r"\b(dr|mr|mrs)\b\.?")
 _SAINT = re.compile(r"\bst\.(?= )")
 _DOLLARS = re.compile(r"\$(\d[\d,]*(?:\.\d+)?)")
 _DECADE = re.compile(r"\b(1[89]|20)(\d)0'?s\b")
-_TENS = "hundreds tens twenties thirties forties fifties sixties seventies eighties nineties".split()
 _ORDINAL = re.compile(r"\b(\d+)(?:st|nd|rd|th)\b")
 _YEAR = re.compile(r"(?<![\d,.])(1[1-9]\d\d|20\d\d)(?![\d,]*\d|\.\d)")
 _NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?")
@@ -76,7 +75,7 @@ class EnglishText:
         text = _SAINT.sub("saint", text)
         text = _DOLLARS.sub(r"\1 dollars", text)
         text = re.sub(r"(?<=\d)\s*%", " percent", text)
-        text = _DECADE.sub(lambda match: f"{num2words(int(match[1]))} {_TENS[int(match[2])]}", text)
+        text = _DECADE.sub(_decade_in_words, text)
         text = _ORDINAL.sub(lambda match: num2words(int(match[1]), to="ordinal"), text)
         text = _YEAR.sub(lambda match: num2words(int(match[1]), to="year"), text)
         text = _NUMBER.sub(lambda match: f" {_number_in_words(match[0])} ", text)
@@ -113,8 +112,14 @@ def installed_dictionary() -> Path:
     try:
         import pocketsphinx
     except ImportError as e:
-        raise UserError("pocketsphinx is not installed: pip install -r recipes/english/requirements.txt") from e
+        raise UserError("pocketsphinx is not installed: pip install 'speechllm[english]'") from e
     return Path(pocketsphinx.get_model_path("en-us/cmudict-en-us.dict"))
+
+
+def _decade_in_words(match: re.Match) -> str:
+    century, tens = int(match[1]), int(match[2])
+    # twenty -> twenties
+    return f"{num2words(century)} {('hundreds', 'tens')[tens] if tens < 2 else num2words(10 * tens)[:-1] + 'ies'}"
 
 
 def _number_in_words(digits: str) -> str:

