@@ -25,13 +25,13 @@ with pytest.MonkeyPatch.context() as patch:
 
 from speechllm.errors import UserError  # noqa: E402
 
-DICTIONARY = set("the of you a hello there joe go away no well done sloth it is locked hmm ten and he was".split())
+DICTIONARY = "the of you a hello there joe go away no well done sloth it is locked hmm ten and he was"
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("dictionary") / "words.dict"
-    path.write_text("".join(f"{word} X Y\n{word}(2) X\n" for word in sorted(DICTIONARY)))
+    path.write_text("".join(f"{word} X Y\n{word}(2) X\n" for word in DICTIONARY.split()))
     return english_text.EnglishText.load(path)
 
 
