@@ -160,7 +160,7 @@ def test_tokenizer_and_what_is_not_to_be_written(convert, whisper, tmp_path):
     tokenizer.save(str(source / "tokenizer.json"))
     settings = {"suppress_ids": [1, 2], "suppress_ids_begin": [220], "alignment_heads": [[0, 1]]}
     (source / "config.json").write_text(json.dumps(settings))
-    assert "tokenizer" not in convert(source, tmp_path / "hf")
+    assert "no tokenizer" not in convert(source, tmp_path / "hf")
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert generation["suppress_tokens"] == [1, 2] and generation["begin_suppress_tokens"] == [220]
     assert generation["alignment_heads"] == [[0, 1]] and generation["is_multilingual"]

@@ -12,16 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 gguf = pytest.importorskip("gguf")
 PROGRAM = Path(__file__).parents[2] / "tools" / "convert_gguf.py"
 WIDTH, FFN, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
-TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    *map(chr, range(ord("a"), ord("z") + 1)),
-    "Ġ",
-    "th",
-    "the",
-    "Ġthe",
-]
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyzĠ", "th", "the", "Ġthe"]
 MERGES = ["t h", "th e", "Ġ the"]
 
 
@@ -97,7 +88,7 @@ def write(path: Path, architecture: str, quantised: bool) -> dict[str, np.ndarra
 def test_a_plain_folder(convert, tmp_path, architecture, quantised):
     weights = write(tmp_path / "small.gguf", architecture, quantised)
     printed = convert(tmp_path / "small.gguf", tmp_path / "hf", "--dtype", "float32")
-    assert f"{'Llama' if architecture == 'llama' else 'Qwen2'}ForCausalLM" in printed and "36 tokens" not in printed
+    assert f"{'Llama' if architecture == 'llama' else 'Qwen2'}ForCausalLM" in printed
     assert "quantization_config" not in (tmp_path / "hf" / "config.json").read_text()
     assert [path.name for path in (tmp_path / "hf").glob("*.*t*r*s")] == ["model.safetensors"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
@@ -117,8 +108,8 @@ def test_a_plain_folder(convert, tmp_path, architecture, quantised):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    ids = tokenizer("the the", add_special_tokens=False).input_ids
-    assert [TOKENS[i] for i in ids] == ["the", "Ġthe"] and tokenizer.decode(ids) == "the the"
+    ids = tokenizer("the the the", add_special_tokens=False).input_ids
+    assert [TOKENS[i] for i in ids] == ["the", "Ġthe", "Ġthe"] and tokenizer.decode(ids) == "the the the"
     assert tokenizer.eos_token == "<|im_end|>"
 
     ids = torch.tensor([ids])

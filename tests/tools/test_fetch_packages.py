@@ -90,6 +90,6 @@ def test_wheels(fetch, system, tmp_path, monkeypatch):
 
 def test_wheels_need_hashes(fetch, tmp_path):
     (tmp_path / "parts.txt").write_text(f"one==0.1.0 {HASH}\ntwo==0.2\n")
-    with pytest.raises(SystemExit, match="parts.txt, line 2: 'two==0.2' is not NAME==VERSION --hash"):
+    with pytest.raises(SystemExit, match="parts.txt, line 2: expected NAME==VERSION --hash=sha256:..., got 'two==0.2'"):
         fetch("pypi", tmp_path / "packages", tmp_path / "parts.txt")
     assert not (tmp_path / "packages").exists()
