@@ -72,6 +72,9 @@ class WhisperEncoderConfig:
             raise ValueError(f"Whisper configuration: {', '.join(missing)} missing")
         return cls(**{name: values[name] for name in names if name in values})
 
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
 
 class WhisperEncoder(nn.Module):
     """The encoder, front end included. Call it as `encoder(features, feature_lens)`.
