@@ -73,6 +73,7 @@ from speechllm.train.checkpoint import (
     trained_state_dict,
 )
 from speechllm.train.diagnostics import ActivationStatistics
+from speechllm.train.encoder_cache import use_encoder_cache
 from speechllm.train.monitor import Averages, Throughput, norms_by_part, peak_memory_gb
 from speechllm.train.plot import plot_runs, read_run
 from speechllm.train.sharding import (
@@ -327,6 +328,9 @@ def train(
     logger.info("parameters: %s", describe_parameters(model))
 
     check_lengths(config.data, model)
+    if config.data.cache_encoder is not None:
+        with accelerator.main_process_first():
+            config.data = use_encoder_cache(config.data, model)
     feature_kind = model.feature_kind
 
     def training_data(max_duration: float) -> SpeechLoader:
