@@ -138,7 +138,7 @@ def stored_kind(cut: Cut) -> str:
     try:
         bins_of(kind)
     except ValueError as error:
-        raise UtteranceError("wrong features", f"cut {cut.id}: {error}") from error
+        raise UtteranceError("wrong features", f"cut {cut.id}: stored are {error}") from error
     return kind
 
 

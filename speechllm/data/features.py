@@ -39,7 +39,7 @@ def bins_of(kind: str) -> int:
     if stored := re.fullmatch(r"encoder-[0-9a-f]+-(\d+)", kind):
         return int(stored[1])
     if kind not in MEL_BINS:
-        raise ValueError(f"{kind} is no kind of features; known are {', '.join(MEL_BINS)}")
+        raise ValueError(f"{kind}, known are {', '.join(MEL_BINS)}")
     return MEL_BINS[kind]
 
 
