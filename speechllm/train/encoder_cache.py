@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from speechllm.config import ConfigError
-from speechllm.data import DataConfig, SourceConfig
+from speechllm.data import SAMPLE_RATE, DataConfig, SourceConfig, UtteranceError
 from speechllm.data.convert import convert_to_cuts
 from speechllm.data.features import extract_features
 from speechllm.encoder import WhisperEncoder
@@ -58,6 +58,9 @@ def use_encoder_cache(config: DataConfig, model: SpeechModel) -> DataConfig:
 
     @torch.inference_mode()
     def extract(samples: np.ndarray) -> np.ndarray:
+        if len(samples) > encoder.max_seconds * SAMPLE_RATE:
+            seconds = len(samples) / SAMPLE_RATE
+            raise UtteranceError("too long", f"{seconds:.2f} s, and the encoder hears {encoder.max_seconds:g} s")
         features = extract_features(samples, encoder.feature_kind)
         return encoder.lower(features, num_stacks).half().numpy()
 

@@ -9,7 +9,7 @@ import soundfile
 import torch
 
 from speechllm.config import ConfigError
-from speechllm.data import AugmentConfig, DataConfig, SourceConfig, SpeedConfig, build_eval_loader
+from speechllm.data import AugmentConfig, DataConfig, SourceConfig, SpeedConfig, build_eval_loader, read_manifest
 from speechllm.encoder import WhisperEncoderConfig
 from speechllm.model.encoder_model import EncoderModel
 from speechllm.model.speech_llm import EncoderSection, ModelConfig
@@ -103,6 +103,14 @@ def test_outputs_are_computed_once_for_the_same_weights_and_data(tokenizer_dir, 
         file.write("\n")
     use_encoder_cache(data, model_of(tokenizer_dir, released, freeze_stacks=2))
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 4 * 3
+
+
+def test_what_the_encoder_cannot_hear_is_left_out(tokenizer_dir, released, data, tmp_path, caplog):
+    model = model_of(tokenizer_dir, released, freeze=True)
+    model.encoder.max_seconds = 0.9
+    (source,) = use_encoder_cache(data, model).train
+    assert len(list(read_manifest(source))) == 2
+    assert "1.00 s, and the encoder hears 0.9 s" in caplog.text
 
 
 def test_what_cannot_be_cached(tokenizer_dir, released, data, model):
