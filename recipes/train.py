@@ -51,6 +51,7 @@ from speechllm.optim.optimizer import OptimConfig, build_optimizer, build_schedu
 from speechllm.train.build import init_new_encoders, training_data, validation_data
 from speechllm.train.checkpoint import RunningAverage, load_checkpoint, newest_checkpoint
 from speechllm.train.diagnostics import save_batches, statistics_of
+from speechllm.train.encoder_cache import use_encoder_cache
 from speechllm.train.monitor import Averages, RunLog, describe_parameters, norms_by_part, provenance
 from speechllm.train.plot import plot_if_possible
 from speechllm.train.preflight import check_lengths, frozen_base_weights, largest_max_duration, scan_largest_batches
@@ -258,6 +259,9 @@ def train(
     from_stage_before = init_from_stage(bare, init_dir) if init_dir is not None else set()
     logger.info("parameters: %s", describe_parameters(bare))
     check_lengths(config.data, bare)
+    if config.data.cache_encoder is not None:
+        with accelerator.main_process_first():
+            config = replace(config, data=use_encoder_cache(config.data, bare))
     checkpoint = exp_dir / start_from if start_from is not None else newest_checkpoint(exp_dir)
     if find_max_duration and checkpoint is not None:  # it was found when the run began
         found = load_checkpoint(checkpoint)["config"]["data"]["max_duration"]
