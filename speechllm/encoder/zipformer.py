@@ -52,8 +52,9 @@ PER_STACK = (
 # What Auden means where its config.json lacks a key and icefall's default is another.
 AUDEN_DEFAULTS = {"feedforward_dim": [576, 768, 1152, 1536, 1152, 768]}
 
-# Keys of icefall and its relatives for what is beside the encoder, one letter or word away from keys of the encoder.
+# Keys of icefall, its relatives and transformers for what is beside the encoder, near to keys of the encoder.
 _NOT_OF_THE_ENCODER = {
+    "num_beams",
     "decoder_dim",
     "num_decoder_layers",
     "encoder_out_dim",
@@ -61,7 +62,7 @@ _NOT_OF_THE_ENCODER = {
     "subsampling_factor",
 }
 # From this share of common letters on, an unknown key is taken for a mistyped one. transformers' own keys are below.
-_SIMILAR = 0.76
+_SIMILAR = 0.72
 
 
 def _mistyped(key: str, known: list[str]) -> str | None:

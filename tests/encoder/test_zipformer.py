@@ -389,6 +389,7 @@ MISTYPED = {
     "num_encoder_layer": "num_encoder_layers",
     "downsample_factor": "downsampling_factor",
     "n_heads": "num_heads",
+    "num_layers": "num_encoder_layers",
     "cnn_module_kernel_size": "cnn_module_kernel",
     "is_causal": "causal",
     "left_context": "left_context_frames",
