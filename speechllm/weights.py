@@ -82,6 +82,8 @@ _FORMATS = {
     ".nemo": "a NeMo archive",
     ".tflite": "a TensorFlow Lite model",
     ".rknn": "an RKNN model",
+    ".mnn": "an MNN model",
+    ".engine": "a TensorRT engine",
     ".mlmodel": "a Core ML model",
     ".param": "an ncnn model",
 }
@@ -94,8 +96,11 @@ def foreign_format(path: str | Path) -> str | None:
     Nothing of the file is executed.
     """
     path = Path(path)
-    if path.suffix.lower() in _FORMATS:
-        return _FORMATS[path.suffix.lower()]
+    suffix = path.suffix.lower()
+    if suffix == ".bin" and path.with_suffix(".param").is_file():
+        suffix = ".param"  # ncnn's weights beside their graph
+    if suffix in _FORMATS:
+        return _FORMATS[suffix]
     with open(path, "rb") as file:
         beginning = file.read(64)
     for start, name in _BEGINNINGS.items():

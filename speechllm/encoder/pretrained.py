@@ -102,7 +102,7 @@ _WAY_OUT = (
 
 def _what_is_there(folder: Path) -> str:
     """Files that somebody may have meant, for an error message."""
-    suffixes = (".pt", ".pth", ".ckpt", ".bin", ".onnx", ".ort", ".nemo", ".tflite", ".param", ".safetensors")
+    suffixes = (".pt", ".pth", ".ckpt", ".bin", ".onnx", ".ort", ".nemo", ".rknn", ".tflite", ".param", ".safetensors")
     found = [p for pattern in ("*", "exp/*") for p in sorted(folder.glob(pattern))]
     files = [p for p in found if p.suffix in suffixes and p.is_file()][:5]
     if not files:

@@ -41,9 +41,9 @@ def load_state(path: str | Path, llm: LanguageModel) -> RWKV7State:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such state file")
     state = RWKV7State.load(path)
-    for name in state.__dataclass_fields__:
-        has, needs = (list(getattr(x, name).shape) for x in (state, expected))
-        if has != needs:
-            raise UserError(f"{path}: `{name}` has shape {has}, the language model needs {needs}: it is not its state")
+    shapes = {name: [list(getattr(x, name).shape) for x in (state, expected)] for name in vars(state)}
+    wrong = [f"`{name}` has shape {has}, not {needs}" for name, (has, needs) in shapes.items() if has != needs]
+    if wrong:
+        raise UserError(f"{path}: {', '.join(wrong)}, which the language model needs: it is not its state")
     shifts = (x.to(expected.att_shift.dtype) for x in (state.att_shift, state.ffn_shift))
     return RWKV7State(*shifts, state.wkv).to(llm.emb.weight.device)

@@ -210,6 +210,8 @@ def test_files_that_hold_no_tensors_are_named(tmp_path):
     torch.export.save(torch.export.export(Joined(), (torch.zeros(2),)), tmp_path / "exported.pt2")
     (tmp_path / "encoder.int8.onnx").write_bytes(ONNX)
     (tmp_path / "model.bin").write_bytes(ONNX)
+    (tmp_path / "encoder.ncnn.param").write_text("7767517\n")
+    (tmp_path / "encoder.ncnn.bin").write_bytes(bytes(64))
     (tmp_path / "pointer.pt").write_bytes(LFS)
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
     kinds = {
@@ -218,6 +220,7 @@ def test_files_that_hold_no_tensors_are_named(tmp_path):
         "encoder.int8.onnx": "is an ONNX model",
         "model.bin": "is an ONNX model",
         "model.gguf": "is a GGUF file",
+        "encoder.ncnn.bin": "is an ncnn model",
         "pointer.pt": "is a Git LFS pointer.*git lfs pull",
     }
     for name, message in kinds.items():
