@@ -99,9 +99,9 @@ def run_tune(args: argparse.Namespace) -> int:
     import torch
 
     from speechllm.errors import UserError
-    from speechllm.llm.adapters import TuneConfig, save_adapter, tune, tuning_table
+    from speechllm.llm.adapters import TuneConfig, save_adapter, tune
     from speechllm.log import setup_logging
-    from speechllm.rwkv7 import load_rwkv7, save_rwkv7
+    from speechllm.rwkv7 import load_rwkv7, save_rwkv7, tuning_table
     from speechllm.text.tokenizer import load_tokenizer
     from speechllm.train.text_tuning import TextTuning, read_documents, tune_on_text
 

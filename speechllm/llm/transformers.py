@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from speechllm.errors import UserError
 from speechllm.linear import linear_cross_entropy
-from speechllm.llm.interface import IGNORE
+from speechllm.llm.interface import IGNORE, LAYER_NAME
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -112,6 +112,9 @@ class TransformersLM(nn.Module):
         self.config = _settings(causal_lm.config)
         self.checkpoint_blocks = False
 
+    has_initial_state = False
+    initial_state_is_tuned = False
+
     @property
     def name(self) -> str:
         return self.causal_lm.config.model_type
@@ -123,6 +126,11 @@ class TransformersLM(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.causal_lm.get_input_embeddings().num_embeddings
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its weights."""
+        return self.causal_lm.get_input_embeddings().weight.dtype
 
     def layers(self) -> list[nn.Module]:
         """What computes one after the other, most of the model."""
@@ -143,6 +151,15 @@ class TransformersLM(nn.Module):
     def tie_weights(self) -> None:
         """Make one again what `tied_weights` names, after new tensors were assigned."""
         self.causal_lm.tie_weights()
+
+    def adapter_root(self) -> nn.Module:
+        """What `peft` puts an adapter on: the model of transformers, so that the names are those of its own files."""
+        return self.causal_lm
+
+    def default_targets(self) -> list[str]:
+        """The matrices that take an adapter when none are named: all of the layers, by their names in one."""
+        matrices = (name for name, module in self.named_modules() if isinstance(module, nn.Linear))
+        return list(dict.fromkeys(match[1] for name in matrices if (match := LAYER_NAME.fullmatch(name))))
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(...,) int64 -> (..., D)."""
@@ -262,7 +279,7 @@ class TransformersLM(nn.Module):
         if not valid.all():  # whatever is there would reach other positions as 0 * nan
             padding = ~valid.to(self._device)
             inputs = inputs.masked_fill(padding if input_ids is not None else padding[..., None], 0)
-        return inputs if input_ids is None else self.embed(inputs), valid
+        return inputs.to(self.dtype) if input_ids is None else self.embed(inputs), valid
 
     def _wanted(self, mask: Tensor, valid: Tensor, what: str) -> Tensor:
         if mask.shape != valid.shape:

@@ -301,10 +301,6 @@ def _language_model(section: LLMSection) -> RWKV7 | TransformersLM:
     return llm
 
 
-def _tied_weights(llm: RWKV7 | TransformersLM) -> dict[str, str]:
-    return llm.tied_weights() if isinstance(llm, TransformersLM) else {}
-
-
 class SpeechLLM(SpeechModel):
     """See the module's docstring. Build one with `from_config` (training) or `from_pretrained` (use)."""
 
@@ -551,7 +547,7 @@ class SpeechLLM(SpeechModel):
             save_config(config, tmp / "config.yaml")
             weights = {k: v for k, v in self.state_dict().items() if not k.startswith("llm.")}
             if merged:
-                tied = _tied_weights(self.llm)
+                tied = self.llm.tied_weights()
                 weights |= {f"llm.{k}": v for k, v in merged_state_dict(self.llm).items() if k not in tied}
             save_file({k: v.contiguous() for k, v in weights.items()}, tmp / "model.safetensors")
             if has_adapter:
@@ -587,9 +583,8 @@ class SpeechLLM(SpeechModel):
                 model = cls.from_config(config)
                 if "llm.initial_wkv" in weights:
                     model.llm.add_initial_state()
-            tied = _tied_weights(model.llm)
+            tied = model.llm.tied_weights()
             weights |= {f"llm.{name}": weights[f"llm.{first}"] for name, first in tied.items()}
         load_state_dict_strict(model, weights, path, assign=True)
-        if isinstance(model.llm, TransformersLM):
-            model.llm.tie_weights()
+        model.llm.tie_weights()
         return model.eval()
