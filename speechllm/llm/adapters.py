@@ -16,6 +16,7 @@ An adapter of a transformers model has the names that ``peft`` itself would give
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
-from speechllm.llm.interface import LAYER_NAME, TunableModel
+from speechllm.llm.interface import LAYER_NAME, TunableModel, is_conv1d, is_matrix
 from speechllm.llm.quantize import QUANTIZED, dequantized, quantize
 
 if TYPE_CHECKING:  # peft imports transformers, which takes seconds: only those who tune pay for it
@@ -72,10 +73,11 @@ class TuneConfig:
       alpha: the adapter counts alpha / rank times (rsLoRA: alpha / sqrt(rank)). 2 * rank if None, rank for PiSSA.
       dropout: on the adapter's input; 0 if None.
       targets: names of matrices, each with or without its parents: ``key`` is ``att.key`` and ``ffn.key``. If None,
-        receptance, key, value, output of RWKV-7, and of other models every matrix of their layers.
+        receptance, key, value, output of RWKV-7, and of other models every matrix of their layers; of mixtures of
+        experts, every matrix outside the module that has the experts.
       initial_rank: AdaLoRA's rank at the start, 1.5 * rank if None.
-      quantize: keep the frozen matrices of RWKV-7's blocks in ``int8`` or ``nf4``: by bitsandbytes where there is CUDA
-        (when the model is moved there), else by torchao, whose weights DistributedDataParallel does not take.
+      quantize: keep the frozen matrices of the layers in ``int8`` or ``nf4``: by bitsandbytes where there is CUDA (when
+        the model is moved there), else by torchao, whose weights DistributedDataParallel does not take.
 
     Raises:
       ValueError: an unknown method, an option that the method does not have, a value out of range.
@@ -157,8 +159,11 @@ def tune(model: TunableModel, config: TuneConfig) -> TunableModel:
         config = replace(config, targets=config.targets or model.default_targets())
         _check_targets(model, config)
     if config.method == "dora":
-        for name, module in model.named_modules():
-            if _is_target(name, config.targets) and not module.weight.is_meta and not module.weight.any(dim=1).all():
+        for name, module in _matrices(model).items():
+            inputs = 0 if is_conv1d(module) else 1
+            if not _is_target(name, config.targets) or module.weight.is_meta:
+                continue
+            if not module.weight.any(dim=inputs).all():
                 raise UserError(f"tune: {name} has rows of zeros, which DoRA cannot scale: leave it out of the targets")
     model.requires_grad_(not config.freezes_base)
     if config.quantize != "none":
@@ -167,7 +172,10 @@ def tune(model: TunableModel, config: TuneConfig) -> TunableModel:
     if config.method == "state":
         model.tune_initial_state()
     elif config.method != "full":
-        adapter = _inject(model, _peft_config(config))
+        try:
+            adapter = _inject(model, _peft_config(config))
+        except (TypeError, ValueError) as e:  # what a method does not take: Conv1D, the experts of a layer
+            raise UserError(f"tune.method: {config.method} of {model.name}: {e}; name other targets") from e
         if config.method == "pissa" and not next(model.parameters()).is_meta:
             _start_with_principal_components(model, adapter)
     model.tuning = _Tuning(adapter, quantized=config.quantize != "none")
@@ -258,7 +266,7 @@ def unmerge(model: TunableModel) -> None:
         raise UserError("unmerge: the adapter is not merged")
     for name, layer in _adapter_layers(model):
         layer.unmerge()  # clears peft's marks; its W + d - d is not quite W
-        layer.get_base_layer().weight.data = tuning.originals[name]
+        _adapted(layer).data = tuning.originals[name]
     tuning.originals = {}
 
 
@@ -271,9 +279,9 @@ def merged_state_dict(model: TunableModel) -> dict[str, Tensor]:
     round their inputs too, so there "the same" is within some percent.)
     """
     tuning = getattr(model, "tuning", None)
-    # peft puts the parameters of a base layer one level deeper
+    # peft puts the parameters of a base layer one level deeper, those of experts once for each of their stacks
     weights = {
-        name.replace(".base_layer.", "."): dequantized(model, name, t)
+        re.sub(r"(\.base_layer)+(?=\.)", "", name): dequantized(model, name, t)
         for name, t in model.state_dict().items()
         if not _ADAPTER_PARTS & set(name.split("."))
     }
@@ -365,8 +373,8 @@ def _is_target(name: str, targets: Sequence[str]) -> bool:
     return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
-def _matrices(model: TunableModel) -> dict[str, Tensor]:
-    return {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+def _matrices(model: TunableModel) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if is_matrix(module)}
 
 
 def _check_targets(model: TunableModel, config: TuneConfig) -> None:
@@ -379,11 +387,17 @@ def _check_targets(model: TunableModel, config: TuneConfig) -> None:
             "(without what is before a dot: all of that name)"
         )
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    if tied := [n for n, weight in matrices.items() if id(weight) in embeddings and _is_target(n, config.targets)]:
-        raise UserError(f"tune.targets: {tied[0]} of {model.name} is its embedding too, and takes no adapter")
-    largest = min(min(weight.shape) for name, weight in matrices.items() if _is_target(name, config.targets))
-    if max(config.rank, config.initial_rank or 0) > largest:
-        raise UserError(f"tune.rank: {config.initial_rank or config.rank} is too high: a target has only {largest}")
+    rank = config.initial_rank or config.rank
+    for name, matrix in matrices.items():
+        if not _is_target(name, config.targets):
+            continue
+        if id(matrix.weight) in embeddings:
+            raise UserError(f"tune.targets: {name} of {model.name} is its embedding too, and takes no adapter")
+        if rank > min(matrix.weight.shape):
+            raise UserError(
+                f"tune.rank: {rank} is too high: the target {name} of {model.name} is a matrix of "
+                f"{' x '.join(map(str, matrix.weight.shape))}; lower it, or name other targets"
+            )
 
 
 def _peft_config(config: TuneConfig) -> PeftConfig:
@@ -406,6 +420,8 @@ def _inject(model: TunableModel, config: PeftConfig) -> PeftModel:
     with warnings.catch_warnings():
         # said of quantised bases, which are not merged here
         warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
+        # of Conv1D, whose weight is transposed: peft says that it heeds that
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         adapter = peft.get_peft_model(model.adapter_root(), config)
     for _, layer in _adapter_layers(model):
         for constant in getattr(layer, "ranknum", {}).values():
@@ -431,8 +447,12 @@ def _start_with_principal_components(model: TunableModel, adapter: PeftModel) ->
     """
     config = replace(adapter.peft_config[_TRAINED], lora_dropout=0.0)
     adapter.add_adapter(_INITIAL, config)
-    for _, layer in _adapter_layers(model):
+    for name, layer in _adapter_layers(model):
         base = layer.get_base_layer()
+        if not is_matrix(base):
+            raise UserError(
+                f"tune.method: pissa decomposes matrices, and {name} is a stack of them: name other targets"
+            )
         original = base.weight.data
         layer.pissa_init(_TRAINED, "pissa_niter_16")
         base.weight.data = original
@@ -444,14 +464,23 @@ def _start_with_principal_components(model: TunableModel, adapter: PeftModel) ->
 
 
 def _merge_layers(model: TunableModel) -> dict[str, Tensor]:
-    """Merges all active adapters; returns the weights as they were, by layer."""
+    """Merges all active adapters; returns the weights as they were, by layer.
+
+    The sum is made in float32, and rounded once to the type of the base.
+    """
     originals = {}
     for name, layer in _adapter_layers(model):
-        weight = layer.get_base_layer().weight
+        weight = _adapted(layer)
         originals[name] = weight.data
-        weight.data = weight.data.clone()  # peft may add in place
+        weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         layer.merge()
+        weight.data = weight.data.to(originals[name].dtype)
     return originals
+
+
+def _adapted(layer: nn.Module) -> nn.Parameter:
+    """The parameter of the base that an adapter's layer is for: a matrix, or the experts' stack of one."""
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
 
 
 def _export(adapter: PeftModel) -> tuple[PeftConfig, dict[str, Tensor]]:
@@ -502,7 +531,7 @@ def _load_peft(model: TunableModel, folder: Path, trainable: bool) -> PeftModel:
     config.inference_mode = not trainable
     try:
         adapter = _inject(model, config)
-    except ValueError as e:  # peft found none of its target modules, or does not know their kind
+    except (TypeError, ValueError) as e:  # peft found none of its target modules, or does not know their kind
         raise UserError(f"{folder}: the adapter does not fit the model: {e}") from e
     own = peft.get_peft_model_state_dict(adapter, adapter_name=_TRAINED, save_embedding_layers=False)
     problems = [f"missing: {name}" for name in own if name not in weights]

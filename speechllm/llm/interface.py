@@ -7,7 +7,7 @@ keys and values of any causal language model of transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,23 @@ IGNORE = -100  # of labels: no loss at this position; PyTorch's cross-entropy de
 
 # The layers of RWKV-7 and of transformers are in lists: what follows the number is the name in a layer.
 LAYER_NAME = re.compile(r".*?\.\d+\.(.+)")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the `Conv1D` of transformers (GPT-2): a linear layer whose weight is (inputs, outputs)."""
+    return type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d)
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether it is a linear layer, which an adapter can be put on."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def stacked_matrices(module: nn.Module) -> Iterator[str]:
+    """Names of the module's own parameters that are a stack of matrices, as transformers keeps the experts of a layer."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if sum(size > 1 for size in parameter.shape) > 2 and not isinstance(module, nn.Conv1d):
+            yield name
 
 
 class LanguageModelState(Protocol):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from speechllm.errors import UserError
-from speechllm.llm.interface import TunableModel
+from speechllm.llm.interface import TunableModel, is_conv1d, stacked_matrices
 
 QUANTIZED = ("none", "int8", "nf4")
 
@@ -50,12 +50,9 @@ class _DoesNotFit(ValueError):
 def _other_matrix(module: nn.Module) -> str | None:
     """The name of a matrix, or of a stack of matrices (the experts of a layer), that is a parameter of a module which
     keeps its matrices in another way than ``torch.nn.Linear``."""
-    if type(module).__name__ == "Conv1D":  # of transformers, for GPT-2
+    if is_conv1d(module):
         return "weight"
-    for name, parameter in module.named_parameters(recurse=False):
-        if sum(size > 1 for size in parameter.shape) > 2 and not isinstance(module, nn.Conv1d):
-            return name
-    return None
+    return next(stacked_matrices(module), None)
 
 
 # 256 scales of 64 weights each are quantised together.
