@@ -31,7 +31,7 @@ def is_matrix(module: nn.Module) -> bool:
 
 
 def stacked_matrices(module: nn.Module) -> Iterator[str]:
-    """Names of the module's own parameters that are a stack of matrices, as transformers keeps the experts of a layer."""
+    """Names of the module's own parameters that are stacks of matrices, as transformers keeps experts."""
     for name, parameter in module.named_parameters(recurse=False):
         if sum(size > 1 for size in parameter.shape) > 2 and not isinstance(module, nn.Conv1d):
             yield name

@@ -36,19 +36,31 @@ from speechllm.llm.transformers_cache import (
     new_cache,
     state_after,
 )
-from speechllm.llm.transformers_files import gpu_kernels_only_on_gpus
+from speechllm.llm.transformers_files import (
+    TEXT_NAMES,
+    gguf_details,
+    gguf_source,
+    gpu_kernels_only_on_gpus,
+    is_gguf,
+    is_of_text,
+    text_part,
+    weight_names,
+)
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-# What models do to the logits of their output layer, by the setting that says so, and its value without effect:
-# multiply or divide by it, or bound them by it. Where no model type is named, all that have the setting do so.
-_SCALES: dict[str, tuple[dict[str, int] | int, float]] = {
-    "logit_scale": (1, 1.0),  # Cohere
-    "lm_head_multiplier": (1, 1.0),  # Falcon-H1
-    "logits_scaling": ({"hyperclovax": 1, "minicpm3": -1, "granite": -1}, 1.0),
-}
+# What models do to the logits of their output layer, by the settings that say so: multiply them, multiply or divide
+# them (by model type, the exponent), bound them by a hyperbolic tangent.
+_MULTIPLY = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
+_SCALING = {"granite": -1, "minicpm3": -1, "hyperclovax": 1}  # of `logits_scaling`
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma, Recurrent Gemma
+
+# Models whose layers do not go on as the seam asks, and why.
+_REFUSED = {
+    "jamba": "its layers go on from what they have read one token at a time only",
+    "recurrent_gemma": "its layers keep what they have read in themselves, so that rows cannot be reordered",
+}
 
 # Settings that transformers reads under older names, but does not list.
 _OLDER_NAMES = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
@@ -337,8 +349,9 @@ class TransformersLM(nn.Module):
     def _read_by_length(
         self, inputs_embeds: Tensor, lens: Tensor, state: TransformersState, keep: bool
     ) -> tuple[Tensor, TransformersState | None]:
-        """`_read` from a state for layers with a recurrence, on which padding leaves a trace then: rows of one length at
-        a time."""
+        """`_read` from a state for layers with a recurrence, in which padding would leave a trace: the rows of one
+        length at a time.
+        """
         hidden = torch.zeros_like(inputs_embeds)
         order, states = [], []
         for n in lens.unique().tolist():
@@ -385,18 +398,13 @@ def _scale_and_cap(config: PreTrainedConfig) -> tuple[float, float | None]:
       ValueError: it is not known what this model does with such a setting.
     """
     scale = 1.0
-    for name, (exponents, without_effect) in _SCALES.items():
-        value = getattr(config, name, None)
-        if value in (None, without_effect):
-            continue
-        if isinstance(exponents, dict):
-            exponent = next((e for prefix, e in exponents.items() if config.model_type.startswith(prefix)), None)
-            if exponent is None:
-                raise ValueError(
-                    f"it changes its logits after the output layer ({name}: {value}), and it is not known how"
-                )
-        else:
-            exponent = exponents
+    for name in _MULTIPLY:
+        if (value := getattr(config, name, None)) is not None:
+            scale *= value
+    if (value := getattr(config, "logits_scaling", None)) not in (None, 1.0):
+        exponent = next((e for prefix, e in _SCALING.items() if config.model_type.startswith(prefix)), None)
+        if exponent is None:
+            raise ValueError(f"it is not known whether its logits_scaling ({value}) multiplies or divides the logits")
         scale *= value**exponent
     return scale, next((cap for name in _CAPS if (cap := getattr(config, name, None)) is not None), None)
 
@@ -436,62 +444,124 @@ def transformers_config(settings: dict[str, Any]) -> PreTrainedConfig:
     return _supported(lambda: AutoConfig.for_model(model_type, **settings), model_type)
 
 
-def is_transformers_folder(path: str | Path) -> bool:
-    """Whether `path` is a folder of a Hugging Face model other than RWKV-7.
+def is_transformers_model(path: str | Path) -> bool:
+    """Whether `path` is a folder of a Hugging Face model other than RWKV-7, or a GGUF file.
 
     Raises:
       UserError: its config.json cannot be read.
     """
     config = Path(path) / "config.json"
-    return config.is_file() and _read_model_type(config) != "rwkv7"
+    return is_gguf(path) or (config.is_file() and _read_model_type(config) != "rwkv7")
 
 
-def load_transformers_lm(path: str | Path) -> TransformersLM:
-    """Loads a model folder to the CPU, in float32, in `eval` mode. Nothing is downloaded, no code of the folder is run.
+def load_transformers_lm(
+    path: str | Path, dtype: torch.dtype | None = torch.float32, attention: str | None = None
+) -> TransformersLM:
+    """Loads a model to the CPU, in `eval` mode. Nothing is downloaded, no code of the folder is run.
 
     Args:
-      path: `config.json` with `model.safetensors` or its shards, as they are on the Hugging Face hub.
+      path: a folder with `config.json` and `model.safetensors` or its shards, as they are on the Hugging Face hub; of a
+        model that also sees or hears, the text part is loaded. Or a GGUF file, whose weights are dequantised.
+      dtype: of the weights; None for that of the checkpoint.
+      attention: `eager`, `sdpa` or `flash_attention_2`, as transformers calls its implementations; None for its choice,
+        which is sdpa where the model has it.
 
     Raises:
       FileNotFoundError: a file is missing.
-      UserError: the folder is not of a causal language model that `TransformersLM` serves, is quantised, or weights are
-        missing, unexpected or of another shape; the message lists the names.
+      UserError: it is not a causal language model that `TransformersLM` serves, is quantised in another format than
+        GGUF, or weights are missing, unexpected or of another shape; the message lists the names.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     path = Path(path)
+    if is_gguf(path):
+        return _load_gguf(path, dtype, attention)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path / 'config.json'}: no such file; a model folder has it beside its weights")
-    _check_model_type(_read_model_type(path / "config.json"), str(path / "config.json"))
-    config = _supported(
-        lambda: AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True),
-        str(path / "config.json"),
-    )
+    config, is_part = _folder_config(path)
     if not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         raise FileNotFoundError(
             f"{path}: neither model.safetensors nor model.safetensors.index.json; other formats are not read"
         )
+    names = {"key_mapping": TEXT_NAMES} if is_part else {}
+    source = {"pretrained_model_name_or_path": path, "use_safetensors": True, "local_files_only": True, **names}
+    causal_lm, found = _from_pretrained(path, source, config, "auto" if dtype is None else dtype, attention)
+    unexpected = sorted(name for name in found["unexpected_keys"] if not is_part or is_of_text(name))
+    return _checked(path, causal_lm, found, unexpected)
+
+
+def _folder_config(path: Path) -> tuple[PreTrainedConfig, bool]:
+    """The configuration of a folder's language model, and whether that is a part of the model that the folder holds."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    source = str(path / "config.json")
+    if (model_type := _read_model_type(path / "config.json")) not in CONFIG_MAPPING_NAMES:
+        _check_model_type(model_type, source)
+    is_part = False
+
+    def read() -> PreTrainedConfig:
+        nonlocal is_part
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        if config.is_encoder_decoder or config.get_text_config(decoder=True) is config:
+            _check_model_type(model_type, source)
+            return config
+        is_part = True
+        text = text_part(config)
+        text.tie_word_embeddings = not any("lm_head." in name for name in weight_names(path))
+        text.quantization_config = getattr(config, "quantization_config", None)
+        return text
+
+    return _supported(read, source), is_part
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None, attention: str | None) -> TransformersLM:
+    from transformers import AutoConfig
+
+    source = gguf_source(path)
     try:
-        causal_lm, found = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # they are listed below with the others
-            output_loading_info=True,
-        )
+        config = _supported(lambda: AutoConfig.from_pretrained(**source), str(path))
+        own_dtype, head_dim = gguf_details(path)
+        if head_dim is not None and hasattr(config, "head_dim"):
+            config.head_dim = head_dim
+        causal_lm, found = _from_pretrained(path, source, config, dtype or own_dtype, attention)
+    except UserError:
+        raise
+    except Exception as e:  # a damaged file fails in many ways
+        raise UserError(f"{path}: transformers cannot read it, is it whole? ({type(e).__name__}: {e})") from e
+    return _checked(path, causal_lm, found, sorted(found["unexpected_keys"]))
+
+
+def _from_pretrained(
+    path: Path, source: dict[str, Any], config: PreTrainedConfig, dtype: torch.dtype | str, attention: str | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says of the names of the weights."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with gpu_kernels_only_on_gpus():
+            return AutoModelForCausalLM.from_pretrained(
+                **source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they are listed with the others
+                output_loading_info=True,
+            )
     except SafetensorError as e:
         raise UserError(f"{path}: not safetensors files, or truncated ones ({e})") from e
     except OSError as e:
         raise FileNotFoundError(f"{path}: {e}") from e
+    except (ImportError, ValueError) as e:  # of the implementation of attention; of a damaged GGUF file
+        raise UserError(f"{path}: {e}") from e
+
+
+def _checked(path: Path, causal_lm: PreTrainedModel, found: dict[str, Any], unexpected: list[str]) -> TransformersLM:
     problems = [f"missing: {name}" for name in sorted(found["missing_keys"])]
-    problems += [f"unexpected: {name}" for name in sorted(found["unexpected_keys"])]
+    problems += [f"unexpected: {name}" for name in unexpected]
     problems += [f"another shape: {mismatch}" for mismatch in sorted(map(str, found["mismatched_keys"]))]
     if problems:
-        raise UserError("\n  ".join([f"{path}: the weights do not fit config.json:", *problems[:20]]))
+        raise UserError("\n  ".join([f"{path}: the weights do not fit its configuration:", *problems[:20]]))
     return TransformersLM(causal_lm).requires_grad_().eval()
 
 
@@ -522,6 +592,8 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
 
     try:
         config = make()
+    except UserError:
+        raise
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{source}: {e}") from e
 
@@ -530,6 +602,8 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
 
     if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
         refuse("it is more than a decoder of text")
+    if config.model_type in _REFUSED:
+        refuse(_REFUSED[config.model_type])
     if getattr(config, "quantization_config", None) is not None:
         refuse("its weights are quantised; take the model as it was before")
     served = ATTENTION | RECURRENT | STATELESS

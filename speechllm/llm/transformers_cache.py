@@ -170,14 +170,14 @@ def state_after(cache: Cache, valid: Tensor, before: TransformersState | None) -
     lens = read if before is None else before.lens + read
     state = TransformersState(cached(cache), lens)
     places, longest = state.places, int(lens.max())
-    if valid.all():
-        move = lambda x: x[:, :, places - longest :]  # noqa: E731
-    else:  # the last position of each row moves to the last place
-        behind = valid.shape[1] - read
-        index = (torch.arange(places - longest, places) - behind[:, None]).clamp(min=0).to(state._device)
+    # the last position of each row moves to the last place
+    behind = valid.shape[1] - read
+    index = (torch.arange(places - longest, places) - behind[:, None]).clamp(min=0).to(state._device)
 
-        def move(x: Tensor) -> Tensor:
-            return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    def move(x: Tensor) -> Tensor:
+        if not behind.any():
+            return x[:, :, places - longest :]
+        return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
     layers = (LayerState(tuple(map(move, layer.attention)), layer.recurrent) for layer in state.layers)
     return TransformersState(tuple(layers), lens)

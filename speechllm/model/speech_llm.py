@@ -35,7 +35,7 @@ from speechllm.llm.adapters import TuneConfig, load_adapter, merged_state_dict, 
 from speechllm.llm.interface import LanguageModel
 from speechllm.llm.transformers import (
     TransformersLM,
-    is_transformers_folder,
+    is_transformers_model,
     load_transformers_lm,
     new_transformers_lm,
     transformers_config,
@@ -293,7 +293,7 @@ def _encode(encoder: Encoder, projector: Projector, features: Tensor, feature_le
 def _language_model(section: LLMSection) -> RWKV7 | TransformersLM:
     if section.rwkv7 is not None:
         return RWKV7(section.rwkv7, section.wkv_backend)
-    if section.path is not None and not is_transformers_folder(section.path):
+    if section.path is not None and not is_transformers_model(section.path):
         return load_rwkv7(section.path, wkv_backend=section.wkv_backend)
     llm = new_transformers_lm(section.transformers) if section.transformers else load_transformers_lm(section.path)
     if section.wkv_backend != "auto":
