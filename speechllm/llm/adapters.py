@@ -165,7 +165,8 @@ def tune(model: TunableModel, config: TuneConfig) -> TunableModel:
                 continue
             if not module.weight.any(dim=inputs).all():
                 raise UserError(f"tune: {name} has rows of zeros, which DoRA cannot scale: leave it out of the targets")
-    model.requires_grad_(not config.freezes_base)
+    if config.freezes_base:
+        model.requires_grad_(False)
     if config.quantize != "none":
         quantize(model, config.quantize)
     adapter = None
@@ -283,7 +284,7 @@ def merged_state_dict(model: TunableModel) -> dict[str, Tensor]:
     weights = {
         re.sub(r"(\.base_layer)+(?=\.)", "", name): dequantized(model, name, t)
         for name, t in model.state_dict().items()
-        if not _ADAPTER_PARTS & set(name.split("."))
+        if not ADAPTER_PARTS & set(name.split("."))
     }
     if tuning is None or tuning.peft is None or tuning.originals:
         return weights
@@ -366,7 +367,7 @@ def _tuning(model: TunableModel) -> _Tuning:
 # ---- adapters ---------------------------------------------------------------------------------------------------
 
 # The names of what peft adds to a layer.
-_ADAPTER_PARTS = {"lora_A", "lora_B", "lora_E", "lora_magnitude_vector", "miss_block", "ranknum"}
+ADAPTER_PARTS = {"lora_A", "lora_B", "lora_E", "lora_magnitude_vector", "miss_block", "ranknum"}
 
 
 def _is_target(name: str, targets: Sequence[str]) -> bool:

@@ -7,7 +7,7 @@ keys and values of any causal language model of transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -129,6 +129,10 @@ class TunableModel(LanguageModel, Protocol):
 
     has_initial_state: bool
     """Whether texts start from a state that can be trained; without, the four methods on it are not called."""
+
+    def kept_in_float32(self) -> Collection[str]:
+        """Parts of the names of weights that are float32 whatever `dtype` is."""
+        ...
 
     def adapter_root(self) -> nn.Module:
         """The module that ``peft`` puts an adapter on: its names are those of the adapter's files."""

@@ -26,9 +26,9 @@ from speechllm.errors import UserError
 from speechllm.linear import linear_cross_entropy
 from speechllm.llm.interface import IGNORE, LAYER_NAME, is_matrix, stacked_matrices
 from speechllm.llm.transformers_cache import (
-    ATTENTION,
-    RECURRENT,
-    STATELESS,
+    ATTENTION_LAYERS,
+    RECURRENT_LAYERS,
+    STATELESS_LAYERS,
     LayerState,
     TransformersState,
     cached,
@@ -61,6 +61,8 @@ _REFUSED = {
     "jamba": "its layers go on from what they have read one token at a time only",
     "recurrent_gemma": "its layers keep what they have read in themselves, so that rows cannot be reordered",
 }
+
+ATTENTION = ("sdpa", "flash_attention_2", "eager")  # as transformers calls its implementations
 
 # Settings that transformers reads under older names, but does not list.
 _OLDER_NAMES = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
@@ -129,6 +131,11 @@ class TransformersLM(nn.Module):
     def tie_weights(self) -> None:
         """Make one again what `tied_weights` names, after new tensors were assigned."""
         self.causal_lm.tie_weights()
+
+    def kept_in_float32(self) -> set[str]:
+        """Parts of the names of weights that are float32 whatever `dtype` is, as transformers loads them."""
+        model = self.causal_lm
+        return {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
 
     def adapter_root(self) -> nn.Module:
         """What `peft` puts an adapter on: the model of transformers, so that the names are those of its own files."""
@@ -370,25 +377,30 @@ class TransformersLM(nn.Module):
 # ---- configuration and files --------------------------------------------------------------------------------------
 
 
-def new_transformers_lm(config: dict[str, Any]) -> TransformersLM:
+def new_transformers_lm(config: dict[str, Any], attention: str | None = None) -> TransformersLM:
     """A model with new weights, initialised as transformers does; where the default device is `meta` their values are
     not set, because they are about to be loaded.
 
     Args:
       config: `model_type` and settings by the names that the model's configuration has in transformers, whose defaults
         hold for the others.
+      attention: see `load_transformers_lm`.
 
     Raises:
-      UserError: as `transformers_config`.
+      UserError: as `transformers_config`; the implementation of attention cannot be used.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    if torch.get_default_device().type != "meta":
-        return TransformersLM(AutoModelForCausalLM.from_config(transformers_config(config)))
     # Not on the meta device itself: there the tables of the position embedding, which no file holds, would be lost.
-    with torch.device("cpu"), no_init_weights():
-        return TransformersLM(AutoModelForCausalLM.from_config(transformers_config(config)))
+    is_meta = torch.get_default_device().type == "meta"
+    with torch.device("cpu") if is_meta else nullcontext(), no_init_weights() if is_meta else nullcontext():
+        try:
+            return TransformersLM(
+                AutoModelForCausalLM.from_config(transformers_config(config), attn_implementation=attention)
+            )
+        except ImportError as e:
+            raise UserError(f"llm.attention: {attention}: {e}") from e
 
 
 def _scale_and_cap(config: PreTrainedConfig) -> tuple[float, float | None]:
@@ -463,8 +475,8 @@ def load_transformers_lm(
       path: a folder with `config.json` and `model.safetensors` or its shards, as they are on the Hugging Face hub; of a
         model that also sees or hears, the text part is loaded. Or a GGUF file, whose weights are dequantised.
       dtype: of the weights; None for that of the checkpoint.
-      attention: `eager`, `sdpa` or `flash_attention_2`, as transformers calls its implementations; None for its choice,
-        which is sdpa where the model has it.
+      attention: an implementation of `ATTENTION`; None for the choice of transformers, which is sdpa where the model
+        has it.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -562,7 +574,7 @@ def _checked(path: Path, causal_lm: PreTrainedModel, found: dict[str, Any], unex
     problems += [f"another shape: {mismatch}" for mismatch in sorted(map(str, found["mismatched_keys"]))]
     if problems:
         raise UserError("\n  ".join([f"{path}: the weights do not fit its configuration:", *problems[:20]]))
-    return TransformersLM(causal_lm).requires_grad_().eval()
+    return TransformersLM(causal_lm).eval()
 
 
 def _read_model_type(path: Path) -> Any:
@@ -606,7 +618,7 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
         refuse(_REFUSED[config.model_type])
     if getattr(config, "quantization_config", None) is not None:
         refuse("its weights are quantised; take the model as it was before")
-    served = ATTENTION | RECURRENT | STATELESS
+    served = ATTENTION_LAYERS | RECURRENT_LAYERS | STATELESS_LAYERS
     if other := sorted(set(getattr(config, "layer_types", None) or ()) - served):
         refuse(f"layers of the type {', '.join(other)}; those of the types {', '.join(sorted(served))} are")
     try:

@@ -8,6 +8,7 @@ a state of fixed size, in which there is no place for padding: it must not be re
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig
 
 # By what they keep; of all others (such as attention in chunks) the places would have to be absolute positions.
-ATTENTION = {"full_attention", "sliding_attention"}
-RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
-STATELESS = {"mlp", "moe"}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+STATELESS_LAYERS = {"mlp", "moe"}
 
 
 class LayerState(NamedTuple):
@@ -108,7 +109,7 @@ def _pad_front(x: Tensor, places: int) -> Tensor:
 
 def has_recurrence(config: PreTrainedConfig) -> bool:
     """Whether some layer keeps a state of fixed size."""
-    return not RECURRENT.isdisjoint(getattr(config, "layer_types", None) or ())
+    return not RECURRENT_LAYERS.isdisjoint(getattr(config, "layer_types", None) or ())
 
 
 def new_cache(config: PreTrainedConfig, state: TransformersState | None = None, overwrite: bool = False) -> Cache:
@@ -127,13 +128,15 @@ def new_cache(config: PreTrainedConfig, state: TransformersState | None = None, 
         DynamicLayer,
         DynamicSlidingWindowLayer,
         LinearAttentionAndFullAttentionLayer,
-        LinearAttentionAndSlidingWindowAttentionLayer,
+        LinearAttentionLayer,
     )
 
     cache = DynamicCache(config=config)
     for i, layer in enumerate(cache.layers):
-        if isinstance(layer, LinearAttentionAndSlidingWindowAttentionLayer):
-            cache.layers[i] = LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
+        if isinstance(layer, LinearAttentionLayer):
+            has_attention = isinstance(layer, DynamicLayer)
+            kind = _assigning(LinearAttentionAndFullAttentionLayer if has_attention else LinearAttentionLayer)
+            cache.layers[i] = kind(number_of_states=layer.number_of_states)
         elif isinstance(layer, DynamicSlidingWindowLayer):
             cache.layers[i] = DynamicLayer()
     for layer, before in zip(cache.layers, () if state is None else state.layers, strict=state is not None):
@@ -144,12 +147,26 @@ def new_cache(config: PreTrainedConfig, state: TransformersState | None = None, 
             before.recurrent[len(before.recurrent) // 2 :],
         )
         for number, (conv, recurrent) in enumerate(zip(*conv_and_recurrent, strict=True)):
-            # updates are in place
+            # kernels of single steps write into them
             conv, recurrent = (x if x is None or overwrite else x.clone() for x in (conv, recurrent))
             layer.lazy_initialization(conv_states=conv, recurrent_states=recurrent, state_idx=number)
             layer.conv_states[number], layer.recurrent_states[number] = conv, recurrent
             layer.has_previous_state[number] = True
     return cache
+
+
+@functools.cache
+def _assigning(kind: type) -> type:
+    """A kind of layers of a cache whose recurrent states are replaced and not written into: what was there before is
+    needed for the gradient."""
+
+    class Assigning(kind):
+        def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: object) -> Tensor:
+            self.recurrent_states[state_idx] = recurrent_states
+            self.is_recurrent_states_initialized[state_idx] = True
+            return recurrent_states
+
+    return Assigning
 
 
 def cached(cache: Cache) -> tuple[LayerState, ...]:

@@ -400,6 +400,10 @@ class RWKV7(nn.Module):
             raise UserError(f"{path}: does not fit the model: {e}") from e
         self.initial_wkv.requires_grad_(trainable)
 
+    def kept_in_float32(self) -> tuple[str, ...]:
+        """Parts of the names of weights that are float32 whatever ``dtype`` is."""
+        return ("initial_wkv",)
+
     def adapter_root(self) -> nn.Module:
         """What ``peft`` puts an adapter on: the model itself."""
         return self
