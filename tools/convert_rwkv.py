@@ -50,7 +50,7 @@ def main() -> None:
         "--alpha", type=float, help="RWKV-PEFT's lora_alpha of a LoRA in a .pth file, which does not hold it"
     )
     parser.add_argument(
-        "--force", action="store_true", help="overwrite TARGET; of a folder, only the files written to it"
+        "--force", action="store_true", help="overwrite TARGET; of a model's folder, only weights and config.json"
     )
     args = parser.parse_args()
     if args.target.exists() and not args.force:

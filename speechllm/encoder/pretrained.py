@@ -103,7 +103,8 @@ _WAY_OUT = (
 def _what_is_there(folder: Path) -> str:
     """Files that somebody may have meant, for an error message."""
     suffixes = (".pt", ".pth", ".ckpt", ".bin", ".onnx", ".ort", ".nemo", ".tflite", ".param", ".safetensors")
-    files = [p for pattern in ("*", "exp/*") for p in sorted(folder.glob(pattern)) if p.suffix in suffixes][:5]
+    found = [p for pattern in ("*", "exp/*") for p in sorted(folder.glob(pattern))]
+    files = [p for p in found if p.suffix in suffixes and p.is_file()][:5]
     if not files:
         return ""
     kinds = [(p.relative_to(folder), foreign_format(p)) for p in files]
@@ -151,11 +152,11 @@ def _config_of(values: dict[str, Any]) -> ZipformerConfig | WhisperEncoderConfig
 
 
 def _own_values(values: dict[str, Any]) -> dict[str, Any]:
-    """What a composite model's config.json says of its encoder."""
+    """What a composite model's config.json says of its encoder; Auden means a Zipformer where its type is not said."""
     for name in COMPOSITE_NAMES:
         for key in (f"{name}_config", name):
             if isinstance(values.get(key), dict):
-                values = values[key]
+                values = {"model_type": "zipformer"} | values[key]
     return values
 
 

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -94,6 +94,7 @@ def read(path: Path, base: dict[str, Tensor] | None = None, alpha: float | None 
     rank = _rank(parts, path)
     targets = sorted({_BLOCK.sub(r"\2", name) for name in parts})
     is_miss = any("disha" in part for part in parts.values())
+    config: PeftConfig
     start = path.parent / PISSA_START
     if is_miss:
         if alpha is not None:
@@ -111,7 +112,8 @@ def read(path: Path, base: dict[str, Tensor] | None = None, alpha: float | None 
                 f"{path}: the scale of a LoRA is not in its file: give alpha, RWKV-PEFT's lora_alpha "
                 f"(model.llm.adapter_alpha, or --alpha); if it is a PiSSA, put its training's {PISSA_START} beside it"
             )
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+        number: Any = int(alpha) if alpha == int(alpha) else alpha  # peft says int, and computes with any number
+        config = peft.LoraConfig(r=rank, lora_alpha=number, target_modules=targets)
         weights = {f"{name}.{key}.weight": x for name, part in parts.items() for key, x in part.items()}
     return Adapter(config, {_PEFT_PREFIX + name: x for name, x in weights.items()}, replaced)
 
@@ -125,13 +127,16 @@ def write(config: PeftConfig, weights: dict[str, Tensor], path: Path) -> float |
     Raises:
       UserError: RWKV-PEFT has no such method.
     """
-    kind = config.peft_type.value
-    if kind == "LORA" and not config.use_dora and not (config.rank_pattern or config.alpha_pattern):
+    import peft
+
+    alpha: float | None
+    variant = "use_dora", "rank_pattern", "alpha_pattern"
+    if type(config) is peft.LoraConfig and not any(getattr(config, name) for name in variant):
         alpha = config.lora_alpha * (config.r**0.5 if config.use_rslora else 1.0)
-    elif kind == "MISS" and config.init_weights is True:
+    elif isinstance(config, peft.MissConfig) and config.init_weights is True:
         alpha = None
     else:
-        name = "DoRA" if getattr(config, "use_dora", False) else kind
+        name = "DoRA" if getattr(config, "use_dora", False) else type(config).__name__.removesuffix("Config")
         raise UserError(f"{path}: RWKV-PEFT has no {name} of this form: merge it into its base (--adapter)")
     tensors = {}
     for name, tensor in weights.items():

@@ -174,7 +174,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder; expected an RWKV-7 .pth file or a model folder")
     weights = read_rwkv_pth(path)
-    if "llm.emb.weight" in weights:  # a model of speech: ours, or rwkv_asr
+    if "llm.emb.weight" in weights:  # a model of speech, such as rwkv_asr's
         weights = {name.removeprefix("llm."): x for name, x in weights.items() if name.startswith("llm.")}
     return weights
 

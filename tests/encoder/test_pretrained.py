@@ -121,7 +121,7 @@ def test_checkpoints_of_zhu_han_speechllm(tmp_path):
     """epoch-N-avg-M.pt: the encoder, where it was trained, beside an adapter of peft and the projector."""
     others = {
         "llm.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.zeros(2, 2),
-        "encoder_projector.linear1.weight": torch.zeros(2, 2),
+        "encoder_projector.proj.1.weight": torch.zeros(2, 2),
         "prompt_embedding.weight": torch.zeros(4, 2),
     }
     weights = {k: v for k, v in prefixed("encoder.").items() if "batch_count" not in k}
