@@ -18,10 +18,9 @@ from speechllm.llm.adapters import (
     merged_state_dict,
     save_adapter,
     tune,
-    tuning_table,
     unmerge,
 )
-from speechllm.rwkv7 import RWKV7, RWKV7Config, RWKV7State
+from speechllm.rwkv7 import RWKV7, RWKV7Config, RWKV7State, tuning_table
 from speechllm.train.checkpoint import average_state_dicts, load_trained, trained_state_dict
 
 ADAPTERS = [method for method in METHODS if method not in ("full", "state")]

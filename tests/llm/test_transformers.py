@@ -277,8 +277,6 @@ def test_a_frozen_model_stays_as_it_is(tune_config, batch):
 def test_what_only_rwkv7_has(tune_config, config, tmp_path):
     with pytest.raises(ValueError, match="tune.method: state: is for RWKV-7; the language model is qwen3"):
         SpeechLLM.from_config(tune_config("state"))
-    with pytest.raises(ValueError, match="tune.quantize: is for RWKV-7; the language model is qwen3"):
-        SpeechLLM.from_config(tune_config("lora", quantize="int8"))
     for llm in (config.llm, LLMSection(path=tune_config("lora").llm.path)):
         llm = dataclasses.replace(llm, wkv_backend="chunked")
         with pytest.raises(ValueError, match="llm.wkv_backend: chunked is for RWKV-7; the language model is qwen3"):
