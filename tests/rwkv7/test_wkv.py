@@ -7,6 +7,7 @@ import speechllm.rwkv7.wkv as wkv_module
 from speechllm.rwkv7.wkv import wkv7
 from tests.rwkv7.recurrence import DECAYS, assert_near, make, run
 
+
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("L, D", [(1, 64), (5, 32), (32, 64), (33, 48), (100, 64), (100, 32)])
 def test_chunked_equals_float64_reference(decay, L, D):
@@ -90,9 +91,13 @@ def test_rows_without_any_position():
 
 
 def test_fla_says_why_it_cannot_serve_a_call():
-    assert "computes in bfloat16 or float16, the inputs are torch.float32" in wkv_module._why_not_fla("cuda", torch.float32)
+    assert "computes in bfloat16 or float16, the inputs are torch.float32" in wkv_module._why_not_fla(
+        "cuda", torch.float32
+    )
     inputs = [x.bfloat16() for x in make(1, 5, 1, 8)]
-    with pytest.raises(ValueError, match="'fla' cannot serve this call: its kernels run on CUDA, the inputs are on cpu"):
+    with pytest.raises(
+        ValueError, match="'fla' cannot serve this call: its kernels run on CUDA, the inputs are on cpu"
+    ):
         wkv7(*inputs, backend="fla")
 
 
