@@ -304,11 +304,11 @@ def _nonempty_rows(
     """The rows that have a position; their borders when packed, on the device and on the CPU; the way of their
     positions there, None if they are packed already."""
     there = [row for row, length in enumerate(lens) if length > 0]
-    lens = [lens[row] for row in there]
-    borders = torch.tensor([0, *lens]).cumsum(0)
+    their_lens = [lens[row] for row in there]
+    borders = torch.tensor([0, *their_lens]).cumsum(0)
     way = None
-    if sum(lens) < P:
-        outside = _positions([starts[row] for row in there], lens, device)
+    if sum(their_lens) < P:
+        outside = _positions([starts[row] for row in there], their_lens, device)
         way = _Way(outside, torch.arange(len(outside), device=device), P, len(outside))
     return torch.tensor(there, device=device), (borders.to(device), borders), way
 
