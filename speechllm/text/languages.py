@@ -1,11 +1,11 @@
-"""Languages: their tags in manifests, and their names for prompts, in English and in simplified and traditional Chinese.
+"""Languages: their tags in manifests, and their names for prompts, in English and in two scripts of Chinese.
 
 A tag is a code of ISO 639, of two letters where there is one, perhaps with script and region as in BCP 47: `en`, `yue`,
 `zh-TW`, `pt-BR`. `language_tag` makes it of what manifests write. The script and the region stay, because the spelling
 depends on them: `zh-CN` and `zh-TW` are written in different characters.
 
-Names and two-letter codes are tables of our own because a prompt must stay what it was in training, whatever a library's
-next version says.
+Names and two-letter codes are tables of our own because a prompt must stay what it was in training, whatever a
+library's next version says.
 """
 
 from __future__ import annotations
@@ -74,22 +74,23 @@ zh  Chinese     中文          中文
 """
 # More English names that corpora are published with, lhotse's recipes among them.
 _MORE_NAMES = """
-af Afrikaans, am Amharic, as Assamese, ast Asturian, az Azerbaijani, ba Bashkir, be Belarusian, bo Tibetan, br Breton,
-bs Bosnian, ceb Cebuano, ckb Sorani Kurdish, ckb Central Kurdish, cv Chuvash, cy Cymraeg, de Deutsch, el Modern Greek,
-el Ellinika, eo Esperanto, es Castilian, es Castellano, es Español, eu Basque, fa Farsi, ff Fula, ff Fulah, fil Filipino,
-fo Faroese, fr Français, fy Frisian, fy West Frisian, ga Irish, gd Scottish Gaelic, gl Galician, gn Guarani, gu Gujarati,
-ha Hausa, haw Hawaiian, ht Haitian, ht Haitian Creole, hy Armenian, ia Interlingua, ig Igbo, is Icelandic, it Italiano,
-jv Javanese, ka Georgian, kab Kabyle, kam Kamba, kea Kabuverdianu, km Khmer, kmr Kurmanji, kmr Kurmanji Kurdish,
-kmr Northern Kurdish, kn Kannada, ko Hangul, ku Kurdish, ky Kyrgyz, ky Kirghiz, la Latin, lb Luxembourgish, lg Ganda,
-lg Luganda, ln Lingala, lo Lao, luo Luo, luo Dholuo, mg Malagasy, mi Maori, mi Māori, mk Macedonian, ml Malayalam,
-mr Marathi, mt Maltese, my Burmese, my Myanmar, nan Min Nan, nan Minnan, nan Taiwanese, nan Taiwanese Hokkien,
-nb Bokmål, nb Norwegian Bokmål, ne Nepali, nl Flemish, nn Nynorsk, nn Norwegian Nynorsk, nso Northern Sotho, nso Sepedi,
-ny Chichewa, ny Nyanja, oc Occitan, om Oromo, or Odia, or Oriya, pa Punjabi, pa Panjabi, ps Pashto, ps Pushto,
-pt Português, rw Kinyarwanda, sa Sanskrit, sd Sindhi, si Sinhala, si Sinhalese, sn Shona, so Somali, sq Albanian,
-st Southern Sotho, st Sesotho, su Sundanese, sw Kiswahili, te Telugu, tg Tajik, ti Tigrinya, tk Turkmen, tl Tagalog,
-tn Tswana, tn Setswana, tpi Tok Pisin, tt Tatar, ug Uighur, umb Umbundu, wo Wolof, xh Xhosa, xh isiXhosa, yi Yiddish,
-yo Yoruba, yue Yue, yue Yue Chinese, zh Mandarin, zh Mandarin Chinese, zh Chinese Mandarin, zh Putonghua, zu Zulu,
-zu isiZulu, zh 普通话, zh 国语, zh 國語, zh 汉语, zh 漢語, yue 广东话, yue 廣東話
+af Afrikaans, am Amharic, as Assamese, ast Asturian, az Azerbaijani, ba Bashkir, be Belarusian, bo Tibetan, br
+Breton, bs Bosnian, ceb Cebuano, ckb Sorani Kurdish, ckb Central Kurdish, cv Chuvash, cy Cymraeg, de Deutsch, el
+Modern Greek, el Ellinika, eo Esperanto, es Castilian, es Castellano, es Español, eu Basque, fa Farsi, ff Fula, ff
+Fulah, fil Filipino, fo Faroese, fr Français, fy Frisian, fy West Frisian, ga Irish, gd Scottish Gaelic, gl
+Galician, gn Guarani, gu Gujarati, ha Hausa, haw Hawaiian, ht Haitian, ht Haitian Creole, hy Armenian, ia
+Interlingua, ig Igbo, is Icelandic, it Italiano, jv Javanese, ka Georgian, kab Kabyle, kam Kamba, kea Kabuverdianu,
+km Khmer, kmr Kurmanji, kmr Kurmanji Kurdish, kmr Northern Kurdish, kn Kannada, ko Hangul, ku Kurdish, ky Kyrgyz, ky
+Kirghiz, la Latin, lb Luxembourgish, lg Ganda, lg Luganda, ln Lingala, lo Lao, luo Luo, luo Dholuo, mg Malagasy, mi
+Maori, mi Māori, mk Macedonian, ml Malayalam, mr Marathi, mt Maltese, my Burmese, my Myanmar, nan Min Nan, nan
+Minnan, nan Taiwanese, nan Taiwanese Hokkien, nb Bokmål, nb Norwegian Bokmål, ne Nepali, nl Flemish, nn Nynorsk, nn
+Norwegian Nynorsk, nso Northern Sotho, nso Sepedi, ny Chichewa, ny Nyanja, oc Occitan, om Oromo, or Odia, or Oriya,
+pa Punjabi, pa Panjabi, ps Pashto, ps Pushto, pt Português, rw Kinyarwanda, sa Sanskrit, sd Sindhi, si Sinhala, si
+Sinhalese, sn Shona, so Somali, sq Albanian, st Southern Sotho, st Sesotho, su Sundanese, sw Kiswahili, te Telugu,
+tg Tajik, ti Tigrinya, tk Turkmen, tl Tagalog, tn Tswana, tn Setswana, tpi Tok Pisin, tt Tatar, ug Uighur, umb
+Umbundu, wo Wolof, xh Xhosa, xh isiXhosa, yi Yiddish, yo Yoruba, yue Yue, yue Yue Chinese, zh Mandarin, zh Mandarin
+Chinese, zh Chinese Mandarin, zh Putonghua, zu Zulu, zu isiZulu, zh 普通话, zh 国语, zh 國語, zh 汉语, zh 漢語, yue 广东话, yue
+廣東話
 """
 # ISO 639-1 with the codes of three letters that ISO 639-2 and 639-3 have for the same language.
 _CODES = """
@@ -151,9 +152,9 @@ _TWO_LETTERS |= _SAME_LANGUAGE
 def language_tag(name: str) -> str:
     """The tag of a language: of its name (`English`, `Mandarin`, `中文`) or of a tag in any spelling.
 
-    Codes of three letters become those of two where there are such: `eng` is `en`, `cmn` and `zho` are `zh`, `yue` stays.
-    Script and region stay and are written as in BCP 47: `en_us` is `en-US`, `cmn_hans_cn` is `zh-Hans-CN`. What is
-    neither a name nor a code that is known is returned as it is.
+    Codes of three letters become those of two where there are such: `eng` is `en`, `cmn` and `zho` are `zh`, `yue`
+    stays. Script and region stay and are written as in BCP 47: `en_us` is `en-US`, `cmn_hans_cn` is `zh-Hans-CN`. What
+    is neither a name nor a code that is known is returned as it is.
     """
     name = name.strip()
     if (tag := _TAGS_BY_NAME.get(" ".join(name.replace("_", " ").lower().split()))) is not None:
@@ -174,7 +175,7 @@ def _spelled(part: str) -> str:
 
 
 def is_language_tag(tag: str) -> bool:
-    """Whether a tag of `language_tag` begins with the code of a language in ISO 639, or is for private use (`x-...`)."""
+    """Whether a tag of `language_tag` begins with the code of a language (ISO 639), or is for private use (`x-...`)."""
     match = _TAG.fullmatch(tag)
     return tag.startswith("x-") or (match is not None and _is_code(match["language"].lower()))
 

@@ -12,10 +12,10 @@
     join_chinese         no spaces between Chinese characters
 
 White space is single afterwards, with none at the ends, and what nobody sees or hears is gone whatever the steps:
-zero-width spaces, soft hyphens, byte order marks, direction marks and other control characters. The joiners that say how
-letters are shaped (zero width non-joiner and joiner in Persian and in Indic scripts, joiners of emoji) stay where they do
-that. A step that is applied again changes nothing: a hypothesis
-can be normalised like its reference, which has been through the steps once already. No step raises for any string.
+zero-width spaces, soft hyphens, byte order marks, direction marks and other control characters. The joiners that say
+how letters are shaped (zero width non-joiner and joiner in Persian and in Indic scripts, joiners of emoji) stay where
+they do that. A step that is applied again changes nothing: a hypothesis can be normalised like its reference, which
+has been through the steps once already. No step raises for any string.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _HYPHENS = "\\-\u2010\u2011"
 # are not among them.
 _SEEN = frozenset([*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD, *range(0xE0020, 0xE0080)])
 _FILLERS = frozenset([0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0])
-# Zero width non-joiner and joiner, and the Mongolian vowel separator: invisible, but they shape the letters beside them.
+# Zero width non-joiner and joiner, and the Mongolian vowel separator: invisible, but they shape the letters by them.
 _JOINERS = "\u180e\u200c\u200d"
 # Letters and marks of scripts whose letters join or stack: Arabic, Syriac, ..., Indic, Mongolian and their extensions.
 _SHAPED = (
