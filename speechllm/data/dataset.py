@@ -15,7 +15,13 @@ from torch import Tensor
 from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
 from speechllm.data.augment.augmenter import Augmenter
 from speechllm.data.augment.specaugment import SpecAugmentConfig, spec_augment, spec_augment_twice
-from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, extract_features, extract_features_padded
+from speechllm.data.features import (
+    FRAME_SHIFT,
+    SAMPLE_RATE,
+    extract_features,
+    extract_features_padded,
+    num_frames,
+)
 from speechllm.data.index import Corpus
 from speechllm.data.manifests.manifest import describe_cut
 from speechllm.data.manifests.source import label_of, target_text
@@ -163,6 +169,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         allow_empty_text: for test sets, where an empty reference is a statement; in training it is an error.
         label: what the model is to write.
         two_views: of each utterance, with other masks of SpecAugment; needs an `augmenter` that has it.
+        min_frames: of features; the encoder cannot hear shorter utterances.
     """
 
     def __init__(
@@ -177,6 +184,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         allow_empty_text: bool,
         label: LabelTemplate,
         two_views: bool = False,
+        min_frames: int = 0,
     ) -> None:
         self._corpus = corpus
         self._text_steps = text_steps
@@ -187,6 +195,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         self._label = label
         self._allow_empty_text = allow_empty_text
         self._two_views = two_views
+        self._min_frames = min_frames
 
     def __getitem__(self, plan: BatchPlan) -> tuple[Batch | WaveformBatch | None, list[Skipped]]:
         good, skipped = [], []
@@ -225,6 +234,9 @@ class SpeechDataset(torch.utils.data.Dataset):
             duration = len(samples) / SAMPLE_RATE
             if self._features_on == "worker":
                 features = extract_features(samples, self._feature_kind)
+        frames = num_frames(len(samples)) if features is None else len(features)
+        if frames < self._min_frames:
+            raise UtteranceError("too short for the encoder", f"{frames} frames, and it needs {self._min_frames}")
         second_view = None
         if features is not None and self._two_views:
             features, second_view = self._augmenter.two_views(features, rng)
