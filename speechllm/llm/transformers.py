@@ -232,7 +232,7 @@ class TransformersLM(nn.Module):
         hidden, targets = hidden[mask], labels.to(hidden.device)[mask]
         head = self._head
         if type(head) is nn.Linear and head.bias is None:
-            loss, correct = linear_cross_entropy(hidden * self._scale, head.weight, targets, self._cap)
+            loss, correct = linear_cross_entropy(self._scaled(hidden), head.weight, targets, self._cap)
         else:  # an adapter
             logits = self._logits(hidden).float()
             loss = F.cross_entropy(logits, targets, reduction="sum")
@@ -270,9 +270,13 @@ class TransformersLM(nn.Module):
     def _head(self) -> nn.Module:
         return self.causal_lm.get_output_embeddings()
 
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """What multiplies the logits, on what the output layer reads."""
+        return hidden if self._scale == 1.0 else hidden * self._scale
+
     def _logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""
-        logits = self._head(hidden * self._scale)
+        logits = self._head(self._scaled(hidden))
         return logits if self._cap is None else self._cap * torch.tanh(logits.float() / self._cap).to(logits.dtype)
 
     def _inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, lens: Tensor | None) -> tuple:
