@@ -58,7 +58,10 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma, Recurrent Gemma
 
 # Models whose layers do not go on as the seam asks, and why.
 _REFUSED = {
+    "ctrl": "it writes into the embeddings that it is given",
+    "inkling_text": "it leaves out a part of its vocabulary after the output layer",
     "jamba": "its layers go on from what they have read one token at a time only",
+    "minimax": "it keeps what it has read in a cache of its own",
     "recurrent_gemma": "its layers keep what they have read in themselves, so that rows cannot be reordered",
 }
 
@@ -82,10 +85,14 @@ class TransformersLM(nn.Module):
       config: `model_type` and all settings, as `new_transformers_lm` takes them.
       checkpoint_blocks: in `loss`, keep only the inputs of each layer and compute it again for the gradient
         (activation checkpointing, arXiv 1604.06174).
+
+    Raises:
+      UserError: the model has more after its layers than an output layer, such as BERT.
     """
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         super().__init__()
+        _check_head(causal_lm)
         self.causal_lm = causal_lm
         self.config = _settings(causal_lm.config)
         self._scale, self._cap = _scale_and_cap(causal_lm.config)
@@ -225,7 +232,7 @@ class TransformersLM(nn.Module):
         hidden, targets = hidden[mask], labels.to(hidden.device)[mask]
         head = self._head
         if type(head) is nn.Linear and head.bias is None:
-            loss, correct = linear_cross_entropy(hidden * self._scale, head.weight, targets, self._cap)
+            loss, correct = linear_cross_entropy(self._scaled(hidden), head.weight, targets, self._cap)
         else:  # an adapter
             logits = self._logits(hidden).float()
             loss = F.cross_entropy(logits, targets, reduction="sum")
@@ -263,9 +270,13 @@ class TransformersLM(nn.Module):
     def _head(self) -> nn.Module:
         return self.causal_lm.get_output_embeddings()
 
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """What multiplies the logits, on what the output layer reads."""
+        return hidden if self._scale == 1.0 else hidden * self._scale
+
     def _logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""
-        logits = self._head(hidden * self._scale)
+        logits = self._head(self._scaled(hidden))
         return logits if self._cap is None else self._cap * torch.tanh(logits.float() / self._cap).to(logits.dtype)
 
     def _inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, lens: Tensor | None) -> tuple:
@@ -399,8 +410,19 @@ def new_transformers_lm(config: dict[str, Any], attention: str | None = None) ->
             return TransformersLM(
                 AutoModelForCausalLM.from_config(transformers_config(config), attn_implementation=attention)
             )
-        except ImportError as e:
-            raise UserError(f"llm.attention: {attention}: {e}") from e
+        except UserError:
+            raise
+        except (ImportError, ValueError, TypeError, KeyError, AttributeError) as e:
+            raise UserError(f"{config.get('model_type')}: transformers cannot make such a model: {e}") from e
+
+
+def _check_head(causal_lm: PreTrainedModel) -> None:
+    """That the logits are those of an output layer on what the layers give."""
+    parts = {id(causal_lm.base_model), id(causal_lm.get_output_embeddings())}
+    children = [child for child in causal_lm.children() if next(child.parameters(), None) is not None]
+    if len(parts) != 2 or {id(child) for child in children} != parts:
+        name = causal_lm.config.model_type
+        raise UserError(f"{name} is not supported: it has more after its layers than an output layer")
 
 
 def _scale_and_cap(config: PreTrainedConfig) -> tuple[float, float | None]:
@@ -614,8 +636,12 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
 
     if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
         refuse("it is more than a decoder of text")
+    if getattr(config, "is_decoder", True) is False:
+        refuse("it is an encoder (is_decoder: false)")
     if config.model_type in _REFUSED:
         refuse(_REFUSED[config.model_type])
+    if getattr(config, "hidden_size_per_layer_input", None):
+        refuse("its layers read token ids besides embeddings, and audio has none (hidden_size_per_layer_input)")
     if getattr(config, "quantization_config", None) is not None:
         refuse("its weights are quantised; take the model as it was before")
     served = ATTENTION_LAYERS | RECURRENT_LAYERS | STATELESS_LAYERS

@@ -45,7 +45,8 @@ TRANSFORMERS = {
     "cohere": {"model_type": "cohere", "logit_scale": 0.3, **NO_HEAD_DIM},
     "minicpm3": {"model_type": "minicpm3", "dim_model_base": 8, **NO_HEAD_DIM, "num_key_value_heads": 4, **_LATENT},
     "gpt2": {
-        "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 40, **_NO_DROPOUT,
+        "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 40,
+        **_NO_DROPOUT,
     },
     "qwen2_moe": {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 16, **NO_HEAD_DIM, **_EXPERTS},
     "deepseek_v3": {
