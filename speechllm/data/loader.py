@@ -460,6 +460,7 @@ def build_train_loader(
     if two_views and (config.augment.spec_augment is None or config.augment.spec_augment.probability == 0):
         raise DataError("data.augment.spec_augment: two views of an utterance would be the same without it")
     label = LabelTemplate() if labels is None else labels.label_template
+    min_frames = getattr(labels, "min_frames", 0)  # of a model; what only counts tokens has none
     if not config.utterance_limits(1, labels).needs_tokens:
         labels = None
     elif labels is None:
@@ -489,6 +490,7 @@ def build_train_loader(
             allow_empty_text=False,
             label=label,
             two_views=two_views,
+            min_frames=min_frames,
         ),
         epochs,
         num_workers=config.num_workers,
@@ -527,6 +529,7 @@ def build_eval_loader(
             feature_kind=feature_kind,
             allow_empty_text=True,
             label=LabelTemplate() if labels is None else labels.label_template,
+            min_frames=getattr(labels, "min_frames", 0),
         ),
         EvaluationEpochs(config, corpus, rank, world_size),
         num_workers=config.num_workers,

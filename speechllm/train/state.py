@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
 
+from speechllm.data import Batch
+from speechllm.errors import UserError
 from speechllm.train.checkpoint import (
     load_checkpoint,
     load_trained,
@@ -22,6 +25,7 @@ from speechllm.train.checkpoint import (
     set_rng_state,
     trained_state_dict,
 )
+from speechllm.train.diagnostics import save_batches
 from speechllm.train.monitor import Averages
 from speechllm.train.processes import failing_together
 from speechllm.train.sharding import describe_shares, load_optimizer_shares, optimizer_shares
@@ -99,6 +103,26 @@ class TrainState:
             raise CheckpointError(f"{path}: was written by {len(content['rng'])} processes, not {processes}")
         if (content["sharded"] is None) != (sharded is None):
             raise CheckpointError(f"{path}: was written {'without' if sharded else 'with'} train.fsdp")
+
+    def check_gradient(self, grad_norm: float, batches: Sequence[Batch], max_bad_steps: int, exp_dir: Path) -> None:
+        """Count steps in a row whose gradient was not finite.
+
+        Raises:
+          UserError: there are `max_bad_steps` of them; the last one's batches are in `exp_dir`.
+        """
+        if math.isfinite(grad_norm):
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        ids = ", ".join(i for batch in batches for i in batch.ids)
+        logger.warning("step %d: gradient norm %s, step skipped; batch: %s", self.step, grad_norm, ids)
+        if self.bad_steps >= max_bad_steps:
+            path = exp_dir / f"bad-batch-{self.step}-rank{self._accelerator.process_index}.pt"
+            save_batches(path, batches)
+            raise UserError(
+                f"{self.bad_steps} steps in a row without a finite gradient; lower optim.lr, or look at the last batch "
+                f"(in {path}) and at --print-diagnostics. The last checkpoint is intact."
+            )
 
     def improved(self, scalars: dict[str, float]) -> list[str]:
         """Which of `best` a validation has improved on; they are noted."""
