@@ -230,8 +230,8 @@ class Program:
         return status
 
     def stop(self, grace: float = STOPPING_SECONDS) -> None:
-        """Tells the program to end if it still runs, then ends what is left of its group: a training run must save before
-        its workers are gone."""
+        """Tells the program to end, if it still runs, then ends what is left of its group: a training run must save
+        before its workers are gone."""
         if self._process.poll() is not None:
             return
         self._process.terminate()
