@@ -27,8 +27,9 @@ from lhotse.cut.data import DataCut
 from lhotse.utils import compute_num_samples, perturb_num_samples
 from torch import Tensor
 
-from speechllm.data.features import FRAME_SHIFT, MEL_BINS, SAMPLE_RATE
+from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, bins_of
 from speechllm.data.manifests.manifest import HEADER_UNREAD, IS_SEGMENT
+from speechllm.data.manifests.nemo import CHANNEL, CHANNEL_OF_SEVERAL
 from speechllm.data.manifests.tar import TAR, with_tar_data
 
 # Manifests round durations, and compressed formats end a little later than they say.
@@ -53,8 +54,8 @@ def load_samples(cut: Cut, speed: float = 1.0) -> np.ndarray:
     """Read a cut: the part of the file that it covers, and no more of it where the format allows.
 
     Args:
-        cut: from `read_manifest`; any sampling rate; channels are averaged, unless the cut's custom field `channel` has
-            the number of one.
+        cut: from `read_manifest`; any sampling rate; its channels are averaged, of a file whose header is unread those
+            of `chosen_channels`.
         speed: played so many times faster, pitch and all.
 
     Returns:
@@ -74,7 +75,9 @@ def load_samples(cut: Cut, speed: float = 1.0) -> np.ndarray:
         raise
     except Exception as error:  # each of lhotse's audio backends raises what it likes about a broken file
         raise UtteranceError("unreadable audio", f"{name}: {_first_line(error)}") from error
-    samples = _mono(audio, channels, (cut.custom or {}).get("channel"), name)
+    channels = list(channels)
+    rows = [channels.index(channel) for channel in chosen_channels(cut.custom, channels, name)]
+    samples = audio[rows].mean(axis=0) if len(rows) > 1 else audio[rows[0]]
     if not np.isfinite(samples).all():
         bad = np.count_nonzero(~np.isfinite(samples))
         raise UtteranceError("non-finite samples", f"{name}: {bad} of {len(samples)} samples")
@@ -94,7 +97,7 @@ def load_precomputed(cut: Cut, kind: str) -> Tensor:
         kind: that is needed.
 
     Returns:
-        (T, MEL_BINS[kind]) float32.
+        (T, bins_of(kind)) float32.
 
     Raises:
         UtteranceError: there are none, or of another kind; they cannot be read; they are not so many finite values
@@ -117,8 +120,8 @@ def load_precomputed(cut: Cut, kind: str) -> Tensor:
         raise UtteranceError("unreadable features", f"cut {cut.id}: {_first_line(error)}") from error
     if not math.isclose(cut.frame_shift, FRAME_SHIFT, rel_tol=1e-3):
         raise UtteranceError("wrong features", f"cut {cut.id}: a frame every {cut.frame_shift} s, not {FRAME_SHIFT} s")
-    if features.ndim != 2 or features.shape[1] != MEL_BINS[kind]:
-        raise UtteranceError("wrong features", f"cut {cut.id}: shape {features.shape}, not (T, {MEL_BINS[kind]})")
+    if features.ndim != 2 or features.shape[1] != bins_of(kind):
+        raise UtteranceError("wrong features", f"cut {cut.id}: shape {features.shape}, not (T, {bins_of(kind)})")
     if len(features) == 0 or abs(len(features) - cut.duration / FRAME_SHIFT) > DURATION_TOLERANCE / FRAME_SHIFT:
         raise UtteranceError("wrong features", f"cut {cut.id}: {len(features)} frames for {cut.duration:.3f} s")
     if not np.isfinite(features).all():
@@ -127,16 +130,18 @@ def load_precomputed(cut: Cut, kind: str) -> Tensor:
 
 
 def stored_kind(cut: Cut) -> str:
-    """The kind (of `MEL_BINS`) of a cut's stored features; those of lhotse's other extractors are taken for fbank.
+    """The kind (see `bins_of`) of a cut's stored features; those of lhotse's other extractors are taken for fbank.
 
     Raises:
         UtteranceError: they are Whisper's, but not as they are made here.
     """
     kind = cut.features_type
-    if kind is None or not kind.startswith("whisper"):
+    if kind is None or not kind.startswith(("whisper", "encoder-")):
         return "fbank"
-    if kind not in MEL_BINS:
-        raise UtteranceError("wrong features", f"cut {cut.id}: stored are {kind}, known are {', '.join(MEL_BINS)}")
+    try:
+        bins_of(kind)
+    except ValueError as error:
+        raise UtteranceError("wrong features", f"cut {cut.id}: stored are {error}") from error
     return kind
 
 
@@ -306,6 +311,7 @@ def _with_header(cut: DataCut, name: str) -> DataCut:
     with _opened(source, name) as (header, _):
         _span(cut, header, name)
     channels = list(range(header.channels))
+    chosen = chosen_channels(cut.custom, channels, name)
     recording = Recording(
         id=cut.recording.id,
         sources=[fastcopy(source, channels=channels)],
@@ -314,10 +320,11 @@ def _with_header(cut: DataCut, name: str) -> DataCut:
         duration=header.seconds,
     )
     duration = min(cut.duration, header.seconds - cut.start) if cut.custom[IS_SEGMENT] else header.seconds
-    channel = 0 if len(channels) == 1 else channels
+    channel = chosen[0] if len(chosen) == 1 else chosen
     supervisions = [fastcopy(s, duration=duration, channel=channel) for s in cut.supervisions]
-    custom = {name: value for name, value in cut.custom.items() if name not in (HEADER_UNREAD, IS_SEGMENT)}
-    kind = MonoCut if len(channels) == 1 else MultiCut
+    settled = (HEADER_UNREAD, IS_SEGMENT, CHANNEL, CHANNEL_OF_SEVERAL)
+    custom = {name: value for name, value in cut.custom.items() if name not in settled}
+    kind = MonoCut if len(chosen) == 1 else MultiCut
     return kind(cut.id, cut.start, duration, channel, supervisions, recording=recording, custom=custom)
 
 
@@ -332,13 +339,24 @@ def _unreadable(data: str | bytes, name: str, error: soundfile.LibsndfileError) 
     return UtteranceError("unreadable audio", f"{name}: {why}")
 
 
-def _mono(audio: np.ndarray, channels: Sequence[int], wanted: int | None, name: str) -> np.ndarray:
-    """One channel of (channels, num_samples), or the mean of all."""
-    if wanted is not None:
-        if wanted not in channels:
-            raise UtteranceError("no such channel", f"{name}: {wanted} is not among {list(channels)}")
-        return audio[channels.index(wanted)]
-    return audio.mean(axis=0) if len(audio) > 1 else audio[0]
+def chosen_channels(custom: dict | None, channels: Sequence[int], name: str) -> list[int]:
+    """Which of the channels that there are to average, by the custom fields of a cut: `channel`, a number or a list of
+    them; or `channel_of_several`, a number that counts only where there are several; without either all.
+
+    Raises:
+        UtteranceError: one of them is not there.
+    """
+    custom = custom or {}
+    wanted = custom.get(CHANNEL)
+    if wanted is None and len(channels) > 1:
+        wanted = custom.get(CHANNEL_OF_SEVERAL)
+    if wanted is None:
+        return list(channels)
+    chosen = [wanted] if isinstance(wanted, int) else list(wanted)
+    for channel in chosen:
+        if channel not in channels:
+            raise UtteranceError("no such channel", f"{name}: {channel} is not among {list(channels)}")
+    return chosen
 
 
 def _resampled(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:

@@ -15,13 +15,18 @@ from torch import Tensor
 from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
 from speechllm.data.augment.augmenter import Augmenter
 from speechllm.data.augment.specaugment import SpecAugmentConfig, spec_augment, spec_augment_twice
-from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, extract_features, extract_features_padded
+from speechllm.data.features import (
+    FRAME_SHIFT,
+    SAMPLE_RATE,
+    extract_features,
+    extract_features_padded,
+    num_frames,
+)
 from speechllm.data.index import Corpus
 from speechllm.data.manifests.manifest import describe_cut
-from speechllm.data.manifests.source import label_of
+from speechllm.data.manifests.source import label_of, target_text
 from speechllm.prompt.label import LabelError, LabelTemplate, WordTime
 from speechllm.prompt.template import PromptContext
-from speechllm.text.normalize import normalize_text
 
 FEATURES_ON = ("worker", "device", "precomputed")
 
@@ -61,6 +66,12 @@ class Batch(_Batch):
 
     features: Tensor
     feature_lens: Tensor
+
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        """The arguments of a model's `forward`, in its order."""
+        audio = self.features, self.feature_lens
+        return *audio, self.texts, self.languages, self.target_languages, self.labels, self.contexts
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`."""
@@ -164,6 +175,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         allow_empty_text: for test sets, where an empty reference is a statement; in training it is an error.
         label: what the model is to write.
         two_views: of each utterance, with other masks of SpecAugment; needs an `augmenter` that has it.
+        min_frames: of features; the encoder cannot hear shorter utterances.
     """
 
     def __init__(
@@ -178,6 +190,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         allow_empty_text: bool,
         label: LabelTemplate,
         two_views: bool = False,
+        min_frames: int = 0,
     ) -> None:
         self._corpus = corpus
         self._text_steps = text_steps
@@ -188,6 +201,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         self._label = label
         self._allow_empty_text = allow_empty_text
         self._two_views = two_views
+        self._min_frames = min_frames
 
     def __getitem__(self, plan: BatchPlan) -> tuple[Batch | WaveformBatch | None, list[Skipped]]:
         good, skipped = [], []
@@ -205,7 +219,7 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def _utterance(self, cut: Cut, epoch: int, times: int, speed: float) -> Utterance:
         entry = describe_cut(cut)
-        text = normalize_text(entry.target, self._text_steps)
+        text = target_text(entry, self._text_steps)
         if not text and not self._allow_empty_text:
             raise UtteranceError(
                 "empty text", f"the manifest has no {'translation' if entry.task == 'ast' else 'text'}"
@@ -226,6 +240,9 @@ class SpeechDataset(torch.utils.data.Dataset):
             duration = len(samples) / SAMPLE_RATE
             if self._features_on == "worker":
                 features = extract_features(samples, self._feature_kind)
+        frames = num_frames(len(samples)) if features is None else len(features)
+        if frames < self._min_frames:
+            raise UtteranceError("too short for the encoder", f"{frames} frames, and it needs {self._min_frames}")
         second_view = None
         if features is not None and self._two_views:
             features, second_view = self._augmenter.two_views(features, rng)

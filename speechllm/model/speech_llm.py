@@ -28,6 +28,7 @@ from speechllm.config import ConfigError, load_config, save_config
 from speechllm.decode.recognizer import RecogniseOptions, Recogniser
 from speechllm.encoder import WhisperEncoder, WhisperEncoderConfig, Zipformer, ZipformerConfig, load_encoder
 from speechllm.encoder.ctc import CRCTCConfig, ctc_losses
+from speechllm.encoder.pretrained import is_whisper
 from speechllm.encoder.transducer import TransducerConfig
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
@@ -99,6 +100,12 @@ class EncoderSection:
     def is_new_zipformer(self) -> bool:
         """Whether it is a Zipformer that begins with random weights."""
         return self.zipformer is not None and not self.path
+
+    @property
+    def min_frames(self) -> int:
+        """The shortest utterance that it can hear, in frames of features; without loading it."""
+        whisper = self.whisper is not None or (self.path is not None and is_whisper(self.path))
+        return (WhisperEncoder if whisper else Zipformer).min_frames
 
 
 @dataclass
@@ -238,6 +245,11 @@ class ModelConfig:
                 raise ValueError(f"{name} leads to the language model, and llm is null: leave out {name}")
 
     @property
+    def min_frames(self) -> int:
+        """The shortest utterance that all encoders can hear, in frames of features."""
+        return max(section.min_frames for section in [self.encoder, *(more.encoder for more in self.more_encoders)])
+
+    @property
     def projectors(self) -> dict[str, ProjectorConfig]:
         """Those of all encoders, by their keys."""
         more = {f"more_encoders[{i}].projector": more.projector for i, more in enumerate(self.more_encoders)}
@@ -292,7 +304,7 @@ def build_encoder(section: EncoderSection) -> Encoder:
     return encoder
 
 
-def _saved_section(encoder: Encoder) -> EncoderSection:
+def saved_section(encoder: Encoder) -> EncoderSection:
     """What `save_pretrained` writes: all weights are in the folder."""
     if isinstance(encoder, WhisperEncoder):
         return EncoderSection(whisper=encoder.config, pad_to_30s=encoder.pad_to_max_seconds)
@@ -573,10 +585,10 @@ class SpeechLLM(SpeechModel):
             config = dataclasses.replace(
                 self.config,
                 tokenizer=".",
-                encoder=_saved_section(self.encoder),
+                encoder=saved_section(self.encoder),
                 llm=llm,
                 more_encoders=[
-                    MoreEncoder(_saved_section(part["encoder"]), more.projector)
+                    MoreEncoder(saved_section(part["encoder"]), more.projector)
                     for more, part in zip(self.config.more_encoders, self.more_encoders, strict=True)
                 ],
             )

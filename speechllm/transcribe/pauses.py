@@ -17,7 +17,7 @@ How a stream is cut (levels are those of 10 ms frames, their mean taken off, in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +29,9 @@ from lhotse.cut import Cut
 from lhotse.cut.data import DataCut
 from lhotse.utils import compute_num_samples
 
-from speechllm.data.audio import DURATION_TOLERANCE, UtteranceError, load_samples
+from speechllm.data.audio import DURATION_TOLERANCE, UtteranceError, chosen_channels, load_samples
 from speechllm.data.features import SAMPLE_RATE
-from speechllm.data.manifests.nemo import HEADER_UNREAD, IS_SEGMENT
+from speechllm.data.manifests.nemo import CHANNEL, CHANNEL_OF_SEVERAL, HEADER_UNREAD, IS_SEGMENT
 from speechllm.data.manifests.tar import TAR
 
 _BLOCK_SECONDS = 10.0
@@ -183,7 +183,11 @@ def _cut(levels: np.ndarray, loud: float) -> tuple[int, int]:
 
 
 def read_blocks(
-    path: str | Path, start: float = 0.0, duration: float | None = None, channel: int | None = None
+    path: str | Path,
+    start: float = 0.0,
+    duration: float | None = None,
+    channel: int | Sequence[int] | None = None,
+    channel_of_several: int | None = None,
 ) -> Iterator[np.ndarray]:
     """An audio file of any sampling rate, in blocks; what soundfile cannot decode PyAV does, where it is installed.
 
@@ -191,7 +195,8 @@ def read_blocks(
 
     Args:
         start, duration: seconds; without a duration, to the end.
-        channel: which one to take of several; None averages them.
+        channel: which one to take of several, or which ones to average; None averages all.
+        channel_of_several: which one to take if there are several.
 
     Yields:
         (num_samples,) float32, 16 kHz.
@@ -216,7 +221,8 @@ def read_blocks(
         rate, blocks = file.samplerate, _soundfile_blocks(file, start, name)
         skipped = 0.0
     blocks = _span(blocks, rate, skipped, duration, name)
-    yield from _resampled((_checked_mono(block, channel, name) for block in blocks), rate)
+    channels = {CHANNEL: channel, CHANNEL_OF_SEVERAL: channel_of_several}
+    yield from _resampled((_checked_mono(block, channels, name) for block in blocks), rate)
 
 
 def cut_blocks(cut: Cut) -> Iterator[np.ndarray]:
@@ -240,9 +246,10 @@ def cut_blocks(cut: Cut) -> Iterator[np.ndarray]:
     (source,) = cut.recording.sources
     if custom.get(HEADER_UNREAD):
         duration = cut.duration if custom[IS_SEGMENT] else None
-        yield from read_blocks(source.source, cut.start, duration, custom.get("channel"))
+        yield from read_blocks(source.source, cut.start, duration, custom.get(CHANNEL), custom.get(CHANNEL_OF_SEVERAL))
     else:
-        yield from read_blocks(source.source, cut.start, cut.duration, source.channels.index(cut.channel))
+        channel = source.channels.index(cut.channel)
+        yield from read_blocks(source.source, cut.start, cut.duration, channel)
 
 
 def _soundfile_blocks(file: soundfile.SoundFile, start: float, name: str) -> Iterator[np.ndarray]:
@@ -323,11 +330,9 @@ def _span(
         raise UtteranceError("wrong duration", f"{name}: {said:.3f} s are asked for, it ends after {found:.3f} s")
 
 
-def _checked_mono(block: np.ndarray, channel: int | None, name: str) -> np.ndarray:
-    """One channel of (channels, num_samples), or the mean of all."""
-    if channel is not None and channel >= len(block):
-        raise UtteranceError("no such channel", f"{name}: {channel} is not among {list(range(len(block)))}")
-    samples = block.mean(axis=0) if channel is None else block[channel]
+def _checked_mono(block: np.ndarray, channels: dict, name: str) -> np.ndarray:
+    """The mean of the chosen channels of (channels, num_samples)."""
+    samples = block[chosen_channels(channels, range(len(block)), name)].mean(axis=0)
     if not np.isfinite(samples).all():
         raise UtteranceError("non-finite samples", name)
     if (loudest := np.abs(samples).max()) > _LOUDEST:
