@@ -193,7 +193,7 @@ def audio_input(
     Raises:
         UserError: an array of another shape or type.
     """
-    from speechllm.transcribe.pauses import read_blocks
+    from speechllm.data.blocks import read_blocks
 
     if isinstance(audio, str | Path):
         return AudioInput(id, str(audio), str(audio), lambda: read_blocks(audio), language, target_language, context)
@@ -254,7 +254,7 @@ class Inputs:
             yield audio_input(file, id, self.language, self.target_language, self.context)
 
     def _manifest(self, path: Path) -> Iterator[AudioInput]:
-        from speechllm.data.audio import recordings
+        from speechllm.data.audio import cut_blocks, recordings
         from speechllm.data.manifests.manifest import (
             LINE_ERRORS,
             SourceConfig,
@@ -264,7 +264,6 @@ class Inputs:
             to_cut,
         )
         from speechllm.data.manifests.source import DataError
-        from speechllm.transcribe.pauses import cut_blocks
 
         source = SourceConfig(str(path), lang=self.language, target_lang=self.target_language, task=self.task)
         try:
