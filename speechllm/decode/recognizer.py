@@ -7,78 +7,23 @@ Batches are encoded as the search has places for their utterances, so that it ne
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from speechllm.decode.context import Hotwords, NGram
 from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, forced_align
+from speechllm.decode.interface import RecogniseOptions, RecognizableSpeechLLM, Speech
 from speechllm.decode.result import Hypothesis, Recognition, Word
-from speechllm.decode.search import Prompt, Scorer, SearchOptions, search
+from speechllm.decode.search import Prompt, Scorer, search
 from speechllm.decode.timestamps import words_from_alignment, words_from_label
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModelState
-from speechllm.prompt.template import PromptContext
 from speechllm.rwkv7.initial_state import load_state
-
-if TYPE_CHECKING:
-    from speechllm.model.speech_llm import SpeechLLM
 
 # States that are kept. Where utterances have texts of their own before the audio, none would be used again.
 _MAX_STATES = 32
-
-
-@dataclass(frozen=True)
-class RecogniseOptions:
-    """How speech is recognised.
-
-    Attributes:
-      search: of the language model.
-      fallback: what becomes of a text that a guard has stopped, because it repeats itself or is longer than the audio
-        can say: `cut`, it ends there; `ctc`, the text of the CTC head is taken instead, where there is one.
-      ctc_weight: of the CTC head's scores in the search (arXiv 1609.06773); 0: they have no part in it.
-      ctc_beam: of the CTC head's own search; 1 is greedy search.
-      timestamps: find the words' times with the CTC head, where the model does not write them itself.
-      hotwords: a file of phrases that the search prefers (see `context.Hotwords.from_file`), and their weight.
-      ngram: a kenlm model that takes part in the search, and its weight.
-      initial_state: a state file of RWKV-7 (`RWKV7State.save`), tuned or of a text read before, that prompts go on
-        from.
-
-    Raises:
-      UserError: a value is out of range.
-    """
-
-    search: SearchOptions = field(default_factory=SearchOptions)
-    fallback: Literal["cut", "ctc"] = "cut"
-    ctc_weight: float = 0.0
-    ctc_beam: int = 1
-    timestamps: bool = False
-    hotwords: str | None = None
-    hotword_weight: float = 1.0
-    ngram: str | None = None
-    ngram_weight: float = 0.3
-    initial_state: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.fallback not in ("cut", "ctc"):
-            raise UserError(f"fallback: unknown {self.fallback!r}, choose from cut, ctc")
-        if self.ctc_weight < 0:
-            raise UserError(f"ctc_weight: must be at least 0, got {self.ctc_weight}")
-        if self.ctc_beam < 1:
-            raise UserError(f"ctc_beam: must be at least 1, got {self.ctc_beam}")
-
-
-class Speech(NamedTuple):
-    """A batch: features (N, T, F), feature_lens (N,), N languages and target languages (None where there is none), N
-    contexts of the prompt (None where it needs none)."""
-
-    features: Tensor
-    feature_lens: Tensor
-    languages: Sequence[str | None]
-    target_languages: Sequence[str | None]
-    contexts: Sequence[PromptContext] | None = None
 
 
 @dataclass
@@ -99,7 +44,7 @@ class Recogniser:
       UserError: the options ask for what the model does not have; a file cannot be read.
     """
 
-    def __init__(self, model: SpeechLLM, options: RecogniseOptions | None = None) -> None:
+    def __init__(self, model: RecognizableSpeechLLM, options: RecogniseOptions | None = None) -> None:
         self.model, self.options = model, options or RecogniseOptions()
         label = model.label_template
         uses_ctc = {"ctc_weight": self.options.ctc_weight > 0, "timestamps": self.options.timestamps}

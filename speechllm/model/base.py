@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechllm.decode.recognizer import RecogniseOptions, Speech
+from speechllm.decode.interface import RecogniseOptions, Speech
 from speechllm.decode.result import Recognition
 from speechllm.encoder import WhisperEncoder, Zipformer
 from speechllm.prompt.label import LabelTemplate
@@ -19,23 +20,32 @@ from speechllm.text.tokenizer import Tokenizer
 from speechllm.transcribe.formats import Recording
 
 if TYPE_CHECKING:
-    from speechllm.model.speech_llm import ModelConfig
+    from speechllm.model.speech_llm import EncoderSection, ModelConfig
 
 Encoder = Zipformer | WhisperEncoder
 
 
-class SpeechModel(nn.Module):
-    """A child has these attributes, and
-
-    encoders() -> list of (name as a part of the model, configuration, module) of each encoder, the first one first;
-    recogniser(options) -> what recognises any number of batches: called with an iterable of `Speech`, it gives the
-      results of each.
-    """
+class SpeechModel(nn.Module, ABC):
+    """Has an encoder with features of its own, writes labels, and recognizes speech."""
 
     config: ModelConfig  # its prompt written out
     tokenizer: Tokenizer
     encoder: Encoder
     label_template: LabelTemplate
+
+    @abstractmethod
+    def encoders(self) -> list[tuple[str, EncoderSection, Encoder]]:
+        """Name as a part of the model, configuration and module of each encoder, the first one first."""
+
+    @abstractmethod
+    def recogniser(
+        self, options: RecogniseOptions | None = None
+    ) -> Callable[[Iterable[Speech]], Iterator[list[Recognition]]]:
+        """What recognizes any number of batches: called with batches of speech, it gives the results of each.
+
+        Raises:
+          UserError: the options ask for what the model does not have.
+        """
 
     def train(self, mode: bool = True) -> SpeechModel:
         """Frozen parts stay in evaluation mode."""
@@ -120,7 +130,9 @@ class SpeechModel(nn.Module):
           UserError: the prompt has a slot for a language that is not given; samples of another shape; an encoder alone
             is to translate.
         """
-        from speechllm.transcribe.recordings import audio_input, transcribe_inputs  # the model itself needs no lhotse
+        # here, not above: the model itself needs no lhotse
+        from speechllm.transcribe.inputs import audio_input
+        from speechllm.transcribe.segments import transcribe_inputs
 
         inputs = [audio_input(a, f"audio[{i}]", language, target_language, context) for i, a in enumerate(audio)]
         was_training = self.training

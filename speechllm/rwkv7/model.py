@@ -179,6 +179,10 @@ class TimeMix(nn.Module):
         self.receptance, self.key, self.value, self.output = (Linear(D, D, bias=False) for _ in range(4))
         self.ln_x = nn.GroupNorm(H, D, eps=_GROUP_NORM_EPS)
 
+    def lr_scale(self) -> dict[str, float]:
+        """Where the decay of the recurrence starts from learns at twice the rate, as in RWKV-LM."""
+        return {"w0": 2.0}
+
     def mixes(self) -> Tensor:
         """(6, D) how much of the previous position each input takes."""
         return torch.cat((self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)).flatten(1)
@@ -337,6 +341,9 @@ class RWKV7(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    def no_weight_decay(self) -> set[str]:
+        return _not_decayed(self)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids (...) -> embeddings (..., D), as ``forward`` takes them: it applies ``ln0`` itself."""
@@ -562,6 +569,9 @@ class RWKV7Layers(nn.Module):
                 for i, block in enumerate(self.blocks):
                     _reset_block(block, config, i)
 
+    def no_weight_decay(self) -> set[str]:
+        return _not_decayed(self)
+
     def forward(self, x: Tensor, lens: Tensor) -> Tensor:
         """x (N, L, D), lens (N,) -> (N, L, D), zero beyond the lengths; each row is read from its first position on."""
         N, L, D = x.shape
@@ -576,6 +586,12 @@ class RWKV7Layers(nn.Module):
             out, v_first, *_ = block(out, v_first, before, before, state, rows, None, "auto")
         out = self.ln_out(out)
         return out.new_zeros(N * L, D).index_copy(0, valid, out).view(N, L, D)
+
+
+def _not_decayed(model: nn.Module) -> set[str]:
+    """All but the weights of layers, adapters included: not the low-rank matrices `w1` to `g2`, `r_k`, nor a trained
+    initial state (RWKV-LM, RWKV-v7/train_temp/src/model.py)."""
+    return {name for name, _ in model.named_parameters() if ".weight" not in name}
 
 
 def _reset_block(block: Block, c: RWKV7Config, i: int) -> None:

@@ -138,7 +138,7 @@ def tune_on_text(
     """
     device = model.emb.weight.device
     optim = OptimConfig(lr=options.lr, warmup_steps=options.warmup_steps, clip_grad_norm=1.0)
-    optimizer = build_optimizer(model, optim)
+    optimizer = build_optimizer(model, optim, part="llm")
     scheduler = build_scheduler(optimizer, optim, options.steps)
     ranks = RankAllocation(model, options.steps)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,95 @@
+"""`speechllm tune`: an RWKV-7 language model adapted to text."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_tune(commands: argparse._SubParsersAction) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="adapt an RWKV-7 language model to text",
+        description="Adapt an RWKV-7 language model to the texts of a domain: LoRA, MiSS, state tuning and others. "
+        "--dry-run shows what each method would train and store, and trains nothing.",
+    )
+    tune.add_argument("--llm", required=True, type=Path, help="official .pth file or Hugging Face folder")
+    tune.add_argument(
+        "--text", nargs="+", type=Path, metavar="FILE", help='a document a line, or .jsonl with {"text": ...} lines'
+    )
+    tune.add_argument("--valid", nargs="+", type=Path, metavar="FILE", help="text to measure the loss on")
+    tune.add_argument("--output", type=Path, help="folder for the adapter (PEFT), the state, or the model (full)")
+    tune.add_argument("--tokenizer", default="rwkv", help="rwkv, or a sentencepiece model (default: %(default)s)")
+    tune.add_argument("--method", default="miss", help="full, lora, rslora, dora, pissa, miss, adalora or state")
+    tune.add_argument("--rank", type=int, help="of the adapter (default: 8)")
+    tune.add_argument("--targets", nargs="+", help="matrices to adapt (default: receptance key value output)")
+    tune.add_argument("--quantize", default="none", help="of the frozen base: none, int8 or nf4 (default: none)")
+    tune.add_argument("--steps", type=int, default=1000, help="optimiser steps (default: %(default)s)")
+    tune.add_argument("--tokens-per-step", type=int, default=4096, help="(default: %(default)s)")
+    tune.add_argument(
+        "--segment",
+        type=int,
+        default=1024,
+        help="longer documents are read in segments, the state carried on (default: %(default)s)",
+    )
+    tune.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default: %(default)s)")
+    tune.add_argument("--valid-every-n", type=int, default=200, help="steps between validations, each of which saves")
+    tune.add_argument("--seed", type=int, default=42)
+    tune.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    tune.add_argument(
+        "--checkpoint-blocks", action="store_true", help="compute activations again in the backward pass: less memory"
+    )
+    tune.add_argument("--dry-run", action="store_true", help="print what each method trains and stores, and stop")
+    tune.set_defaults(run=run_tune)
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    import torch
+
+    from speechllm.errors import UserError
+    from speechllm.llm.adapters import TuneConfig, save_adapter, tune, tuning_table
+    from speechllm.log import setup_logging
+    from speechllm.rwkv7 import load_rwkv7, save_rwkv7
+    from speechllm.text.tokenizer import load_tokenizer
+    from speechllm.train.text_tuning import TextTuning, read_documents, tune_on_text
+
+    if args.dry_run:
+        print(tuning_table(load_rwkv7(args.llm, dtype=None).config, args.rank, args.targets))
+        return 0
+    if missing := [f"--{name}" for name in ("text", "valid", "output") if not getattr(args, name)]:
+        raise UserError(f"tune: {', '.join(missing)} missing (or --dry-run, to see what each method trains)")
+    try:
+        config = TuneConfig(args.method, rank=args.rank, targets=args.targets, quantize=args.quantize)
+    except ValueError as e:
+        raise UserError(f"tune: {e}") from e
+    options = TextTuning(
+        args.steps,
+        args.tokens_per_step,
+        args.segment,
+        args.lr,
+        valid_every_n=args.valid_every_n,
+        bf16=args.bf16,
+        seed=args.seed,
+    )
+    setup_logging()
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.tokenizer)
+    documents, valid_documents = (read_documents(paths, tokenizer) for paths in (args.text, args.valid))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tune(load_rwkv7(args.llm), config).to(device).train()
+    model.checkpoint_blocks = args.checkpoint_blocks
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer {args.tokenizer} has {tokenizer.vocab_size} ids, the model {model.vocab_size}: they must "
+            "belong together"
+        )
+
+    def save() -> None:
+        if args.method == "full":
+            save_rwkv7(model, args.output)
+        else:
+            save_adapter(model, args.output, base=args.llm)
+
+    before, after = tune_on_text(model, documents, valid_documents, options, tokenizer.eos_id, save)
+    print(f"loss of a token: {before:.4f} -> {after:.4f}; written to {args.output}")
+    return 0
