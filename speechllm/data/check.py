@@ -30,8 +30,8 @@ from speechllm.data.manifests.manifest import (
     iter_objects,
     to_cut,
 )
+from speechllm.data.manifests.source import target_text
 from speechllm.files import replaced_file
-from speechllm.text.normalize import normalize_text
 from speechllm.text.tokenizer import Tokenizer
 
 PROBLEMS_SHOWN = 20
@@ -181,7 +181,7 @@ class CheckReport:
 
     def add_entry(self, entry: Entry, location: str, options: CheckOptions) -> None:
         """Count an utterance, and its problems that can be seen without its audio."""
-        summary, text = self.sources[-1], normalize_text(entry.target, options.text_steps)
+        summary, text = self.sources[-1], target_text(entry, options.text_steps)
         summary.utterances += 1
         summary.seconds += entry.duration
         language = entry.lang or "unknown"

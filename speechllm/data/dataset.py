@@ -18,10 +18,9 @@ from speechllm.data.augment.specaugment import SpecAugmentConfig, spec_augment, 
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, extract_features, extract_features_padded
 from speechllm.data.index import Corpus
 from speechllm.data.manifests.manifest import describe_cut
-from speechllm.data.manifests.source import label_of
+from speechllm.data.manifests.source import label_of, target_text
 from speechllm.prompt.label import LabelError, LabelTemplate, WordTime
 from speechllm.prompt.template import PromptContext
-from speechllm.text.normalize import normalize_text
 
 FEATURES_ON = ("worker", "device", "precomputed")
 
@@ -205,7 +204,7 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def _utterance(self, cut: Cut, epoch: int, times: int, speed: float) -> Utterance:
         entry = describe_cut(cut)
-        text = normalize_text(entry.target, self._text_steps)
+        text = target_text(entry, self._text_steps)
         if not text and not self._allow_empty_text:
             raise UtteranceError(
                 "empty text", f"the manifest has no {'translation' if entry.task == 'ast' else 'text'}"

@@ -36,18 +36,18 @@ from speechllm.data.manifests.manifest import (
     describe,
     explain,
     is_plain,
+    is_skipped,
     iter_objects,
     manifest_files,
     parse_line,
     to_cut,
 )
-from speechllm.data.manifests.source import planned_label
+from speechllm.data.manifests.source import planned_label, target_text
 from speechllm.files import replaced_folder
 from speechllm.prompt.label import LabelTemplate
-from speechllm.text.normalize import normalize_text
 
 # Part of the name of every index: those of another layout are not found.
-_LAYOUT = 2
+_LAYOUT = 3
 _MAX_MESSAGES = 1000
 _LABELS_AT_ONCE = 10000
 
@@ -214,7 +214,7 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
                     bad_count += 1
                     messages += [str(entry)] if len(messages) < _MAX_MESSAGES else []
                     continue
-                target = normalize_text(entry.target, text_steps)
+                target = target_text(entry, text_steps)
                 offsets.append(offset)
                 sizes.append(len(line))
                 durations.append(entry.duration)
@@ -244,8 +244,8 @@ def _placed_entries(source: SourceConfig, unpacked: Path) -> Iterator[tuple[int,
         offset = 0
         with open(source.path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield offset, line, _understood(f"{source.path}:{number}", line, source)
+                if line.strip() and (entry := _understood(f"{source.path}:{number}", line, source)) is not None:
+                    yield offset, line, entry
                 offset += len(line)
         return
     with open(unpacked, "wb") as file:
@@ -258,8 +258,10 @@ def _placed_entries(source: SourceConfig, unpacked: Path) -> Iterator[tuple[int,
             file.write(line)
 
 
-def _understood(where: str, line: bytes | dict, source: SourceConfig) -> Entry | ManifestError:
+def _understood(where: str, line: bytes | dict, source: SourceConfig) -> Entry | ManifestError | None:
+    """What a line says; None if it says that it is to be skipped."""
     try:
-        return describe(parse_line(line) if isinstance(line, bytes) else line, source)
+        obj = parse_line(line) if isinstance(line, bytes) else line
+        return None if is_skipped(obj) else describe(obj, source)
     except LINE_ERRORS as error:
         return ManifestError(f"{where}: {explain(error)}")

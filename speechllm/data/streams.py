@@ -31,9 +31,8 @@ from speechllm.data.manifests.manifest import (
     has_shards,
     stream_cuts,
 )
-from speechllm.data.manifests.source import planned_label
+from speechllm.data.manifests.source import planned_label, target_text
 from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits
-from speechllm.text.normalize import normalize_text
 
 # Enough cuts to know the distribution of durations, few enough to read them before each epoch.
 _CUTS_TO_ESTIMATE_BUCKETS = 1000
@@ -135,7 +134,7 @@ class Admitted(Dillable):
         rng = np.random.default_rng([self._seed, 3])
         for cut in self._cuts:
             entry = describe_cut(cut)
-            target, tokens = normalize_text(entry.target, self._text_steps), None
+            target, tokens = target_text(entry, self._text_steps), None
             if self._labels is not None:
                 label = planned_label(entry, self._labels.label_template, self._text_steps)
                 tokens = np.array(self._labels.label_lengths([label]))

@@ -10,16 +10,8 @@ import numpy as np
 from lhotse import CutSet
 from lhotse.cut import Cut
 
-from speechllm.data.manifests.source import (
-    LINE_ERRORS,
-    ManifestError,
-    SourceConfig,
-    expand_braces,
-    explain,
-    is_remote,
-    parse_line,
-    parsed_lines,
-)
+from speechllm.data.manifests.lines import expand_braces, is_skipped, parse_line, parsed_lines
+from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, SourceConfig, explain, is_remote
 from speechllm.data.manifests.tar import TAR, Member, read_member, scan_tar
 
 # Those of the fields of a Shar directory that are of use here.
@@ -67,7 +59,8 @@ def shar_objects(source: SourceConfig) -> Iterator[tuple[str, dict | ManifestErr
                 yield where, cut
                 continue
             try:
-                yield where, _with_data(cut, found, shard)
+                if not is_skipped(cut):
+                    yield where, _with_data(cut, found, shard)
             except LINE_ERRORS as error:
                 yield where, ManifestError(f"{where}: {explain(error)}")
         for name, _, _ in chain(*data.values()):
@@ -129,7 +122,8 @@ def stream_shar(source: SourceConfig, rng: np.random.Generator) -> Iterator[tupl
         where = shards[i]["cuts"]
         try:
             for cut in CutSet.from_shar(fields={field: [path] for field, path in shards[i].items()}):
-                yield where, cut
+                if not is_skipped({"custom": cut.custom}):
+                    yield where, cut
         except MemoryError:
             raise
         except Exception as error:  # of lhotse's readers each has its own, those of commands Exception itself
