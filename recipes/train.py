@@ -390,8 +390,12 @@ def train(
             raise CheckpointError(
                 f"{checkpoint_path}: was trained on other base weights: {state['base_weights']}, now {base_weights}"
             )
-        if len(state["rng"]) != world_size:
-            raise CheckpointError(f"{checkpoint_path}: was written by {len(state['rng'])} processes, not {world_size}")
+        same_processes = len(state["rng"]) == world_size
+        if sharded is not None and not same_processes:
+            raise CheckpointError(
+                f"{checkpoint_path}: was written by {len(state['rng'])} processes, not {world_size}: with train.fsdp "
+                "each has its own share of it"
+            )
         if (state["sharded"] is None) != (sharded is None):
             raise CheckpointError(f"{checkpoint_path}: was written {'without' if sharded else 'with'} train.fsdp")
         load_trained(bare, state["model"], checkpoint_path)
@@ -404,11 +408,14 @@ def train(
             accelerator.scaler.load_state_dict(state["scaler"])
         if find_max_duration:
             train_loader = training_data(state["config"]["data"]["max_duration"])
-        train_loader.load_state_dict(state["loader"][rank])
+        train_loader.load_state_dict(state["loader"][rank if same_processes else 0])
         step, epoch = state["step"], state["epoch"]
         bad_steps, best = state["bad_steps"], dict(state["best"])
         total = Averages(state["total"].clone())
-        set_rng_state(state["rng"][rank])
+        if same_processes:
+            set_rng_state(state["rng"][rank])
+        else:  # others than those of the first steps
+            set_seed(config.train.seed + step, device_specific=True)
         logger.info("resuming from %s: epoch %d, step %d of %d", checkpoint_path, epoch, step, config.train.num_steps)
 
     def save(*names: str) -> None:

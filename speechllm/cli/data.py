@@ -105,7 +105,13 @@ def run_data_check(args: argparse.Namespace) -> int:
         experiment = ExperimentData.load(args.config, args.overrides)
         data = experiment.data
         sources, sounds = experiment.sources(), experiment.sounds()
-        options = replace(options, text_steps=data.text, min_seconds=data.min_seconds, max_seconds=data.max_seconds)
+        options = replace(
+            options,
+            text_steps=data.text,
+            min_seconds=data.min_seconds,
+            max_seconds=data.max_seconds,
+            duration_tolerance=data.duration_tolerance,
+        )
         tokenizer = tokenizer or experiment.model.get("tokenizer")
     if tokenizer:
         options = replace(options, tokenizer=load_tokenizer(tokenizer))
