@@ -29,10 +29,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from tqdm import tqdm
-from train import Config  # recipes/train.py: one experiment file for both
 
 from speechllm.cli.search_options import add_search_options, search_options
-from speechllm.config import ConfigError, load_config
+from speechllm.config import ConfigError
 from speechllm.data import Batch, build_eval_loader
 from speechllm.decode.recognizer import RecogniseOptions, Speech
 from speechllm.errors import UserError
@@ -51,6 +50,7 @@ from speechllm.scoring import (
     write_reports,
 )
 from speechllm.scoring.translation import translation_scores
+from speechllm.train.config import Experiment, load_experiment
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +77,14 @@ def main() -> None:
     add_search_options(parser)
     args, overrides = parser.parse_known_args()
     try:
-        config = load_config(Config, args.config, overrides)
+        config = load_experiment(args.config, overrides)
         options = replace(search_options(args), timestamps=args.timestamps)
         decode(config, args.exp_dir, args.model, args.llm_weights, options)
     except (UserError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")
 
 
-def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, options: RecogniseOptions) -> None:
+def decode(config: Experiment, exp_dir: Path, model_dir: Path, llm_weights: str, options: RecogniseOptions) -> None:
     if not config.data.test:
         raise ConfigError("data.test names no test set")
     setup_logging(exp_dir / "log", "log-decode")

@@ -30,10 +30,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from itertools import islice, pairwise
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import lhotse
 import torch
@@ -48,7 +47,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import speechllm
-from speechllm.config import ConfigError, from_dict, load_config, override, parse_overrides, save_config, to_dict
+from speechllm.config import ConfigError, from_dict, save_config, to_dict
 from speechllm.data import Batch, DataConfig, SpeechLoader, build_eval_loader, build_train_loader
 from speechllm.encoder import init_from_data
 from speechllm.errors import UserError
@@ -58,7 +57,7 @@ from speechllm.log import setup_logging
 from speechllm.model.build import build_model
 from speechllm.model.encoder_model import EncoderModel
 from speechllm.model.speech_llm import ModelConfig, SpeechLLM
-from speechllm.optim.optimizer import OptimConfig, build_optimizer, build_scheduler, freeze_parameters
+from speechllm.optim.optimizer import build_optimizer, build_scheduler, freeze_parameters
 from speechllm.scoring import characters, score, transcripts
 from speechllm.train.checkpoint import (
     RunningAverage,
@@ -72,6 +71,7 @@ from speechllm.train.checkpoint import (
     set_rng_state,
     trained_state_dict,
 )
+from speechllm.train.config import Experiment, load_experiment
 from speechllm.train.diagnostics import ActivationStatistics
 from speechllm.train.monitor import Averages, Throughput, norms_by_part, peak_memory_gb
 from speechllm.train.plot import plot_runs, read_run
@@ -84,90 +84,12 @@ from speechllm.train.sharding import (
     optimizer_shares,
     shard_language_model,
 )
+from speechllm.train.stages import check_same_projectors, stages_of
 from speechllm.weights import CheckpointError, file_hash, load_state_dict_strict
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class TrainConfig:
-    """`num_steps` optimiser steps in all, each over `accumulate` batches per process; no more than `num_epochs` epochs.
-
-    Every `valid_every_n` steps the validation set is decoded, every `save_every_n` steps a checkpoint written, of which
-    the last `keep_last_k` are kept, and every `save_every_n_epochs` epochs one that stays. `average_period`: steps from
-    one value to the next in the running average of the weights (tools/average_ckpt.py --use-averaged-model).
-    `scan_largest_batches`: the largest batches are run before the first step, so that memory runs out then if it does.
-    `fsdp`: the language model is sharded over the processes, for one whose training does not fit on one GPU
-    (`speechllm.train.sharding`).
-
-    In the first `ctc_only_steps` the CTC loss alone trains (the encoder): a language model that begins with an encoder
-    that hears nothing learns to ignore the audio, and takes long to unlearn it.
-    """
-
-    num_steps: int = 10000
-    num_epochs: int | None = None
-    ctc_only_steps: int = 0
-    accumulate: int = 1
-    mixed_precision: str | None = None
-    seed: int = 42
-    log_every_n: int = 50
-    valid_every_n: int = 1000
-    save_every_n: int = 1000
-    save_every_n_epochs: int = 1
-    keep_last_k: int = 10
-    average_period: int = 200
-    max_bad_steps: int = 20
-    scan_largest_batches: bool = True
-    fsdp: bool = False
-    tensorboard: bool = True
-
-    def __post_init__(self) -> None:
-        if self.mixed_precision not in (None, "bf16", "fp16"):
-            raise ValueError(f"mixed_precision must be bf16, fp16 or null, got {self.mixed_precision!r}")
-        for name in (
-            "num_steps", "num_epochs", "accumulate", "log_every_n", "valid_every_n", "save_every_n",
-            "save_every_n_epochs", "keep_last_k", "average_period",
-        ):  # fmt: skip
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass
-class Config:
-    """A whole experiment: one YAML file in configs/.
-
-    `stages`: what differs in each stage of the training, in order, as `{name: {section.key: value}}`.
-    """
-
-    model: ModelConfig
-    data: DataConfig
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.train.ctc_only_steps and not self.model.ctc_weight:
-            raise ValueError("train.ctc_only_steps needs a CTC head: set model.ctc_weight above 0")
-        if self.model.llm is None:
-            for name, given in (
-                ("train.ctc_only_steps", self.train.ctc_only_steps),
-                ("train.fsdp", self.train.fsdp),
-                ("data.max_positions", self.data.max_positions is not None),
-            ):
-                if given:
-                    raise ValueError(f"{name} is about the language model, and model.llm is null: leave out {name}")
-        spec_augment = self.data.augment.spec_augment
-        if self.model.cr_ctc is not None and (spec_augment is None or spec_augment.probability == 0):
-            raise ValueError(
-                "model.cr_ctc compares two views of an utterance, which differ by SpecAugment: set "
-                "data.augment.spec_augment, with a probability above 0"
-            )
-        if self.train.fsdp and self.optim.name != "adamw":
-            raise ValueError(f"train.fsdp: optim.name: {self.optim.name} looks at whole tensors; use adamw")
-        if self.train.fsdp and self.train.mixed_precision == "fp16":
-            raise ValueError("train.fsdp: fp16's scaling of the loss is not shared between processes; use bf16")
-        if self.train.fsdp and self.model.llm.tune is not None and self.model.llm.tune.method == "adalora":
-            raise ValueError("train.fsdp: AdaLoRA looks at whole matrices; use another model.llm.tune.method")
+Config = Experiment  # its former name
 
 
 # icefall's names of settings, for those who have them in their fingers.
@@ -241,7 +163,7 @@ def launch(processes: int) -> None:
 
 def train_stages(args: argparse.Namespace, overrides: list[str], find_max_duration: bool) -> None:
     """Train one stage after the other, each from the result of the one before; without stages, all at once."""
-    config = load_config(Config, args.config, overrides)
+    config = load_experiment(args.config, overrides)
     options = {
         "start_from": start_checkpoint(args.start_epoch, args.start_batch),
         "find_max_duration": find_max_duration,
@@ -249,16 +171,7 @@ def train_stages(args: argparse.Namespace, overrides: list[str], find_max_durati
     }
     if args.stage is not None and args.stage not in config.stages:
         raise ConfigError(f"--stage: {args.stage} is none of {', '.join(config.stages) or 'no stages at all'}")
-    stages = {  # all of them are checked before the first begins
-        name: override(
-            override(load_config(Config, args.config), changes, source=f"{args.config}: stages.{name}"),
-            parse_overrides(overrides),
-            source="command line",
-        )
-        for name, changes in config.stages.items()
-    }
-    for (name, stage), (then, next_stage) in pairwise(stages.items()):
-        check_same_projectors(args.config, f"stages.{name}", stage.model, f"stages.{then}", next_stage.model)
+    stages = stages_of(args.config, config, overrides)
     stages = {name: stage for name, stage in stages.items() if args.stage in (None, name)}
     if len({stage.train.mixed_precision for stage in stages.values()}) > 1:
         raise ConfigError(f"{args.config}: stages with another train.mixed_precision; run them one by one with --stage")
@@ -274,24 +187,6 @@ def train_stages(args: argparse.Namespace, overrides: list[str], find_max_durati
     PartialState().destroy_process_group()
 
 
-def check_same_projectors(source: str, name: str, model: ModelConfig, then: str, next_model: ModelConfig) -> None:
-    """A stage goes on with the projectors of the one before it; it may have encoders more.
-
-    Raises:
-      ConfigError: names both stages, the key and what differs.
-    """
-    for key, projector in model.projectors.items():
-        if key not in next_model.projectors:
-            raise ConfigError(f"{source}: {name} trains model.{key}, but {then} has no such encoder")
-        before, after = to_dict(projector), to_dict(next_model.projectors[key])
-        for field_name, value in before.items():
-            if after[field_name] != value:
-                raise ConfigError(
-                    f"{source}: {then} has model.{key}.{field_name}: {after[field_name]}, but goes on from the "
-                    f"projector of {name}, which has {value}; use one for both, or train them as two experiments"
-                )
-
-
 def start_checkpoint(epoch: int | None, step: int | None) -> str | None:
     """The name of the checkpoint that --start-epoch or --start-batch means."""
     if step is not None:
@@ -300,7 +195,7 @@ def start_checkpoint(epoch: int | None, step: int | None) -> str | None:
 
 
 def train(
-    config: Config,
+    config: Experiment,
     exp_dir: Path,
     init_dir: Path | None = None,
     start_from: str | None = None,

@@ -33,6 +33,12 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-lang", help="language that they are translated into")
     parser.add_argument("--task", choices=("asr", "ast"), help="their task: transcription or translation")
     parser.add_argument("--channel", type=int, help="the one to take of several (default: their mean)")
+    parser.add_argument(
+        "--text-field",
+        metavar="FIELD",
+        help="where the text is, such as custom.texts.0 in Libriheavy (default: text)",
+    )
+    parser.add_argument("--lang-field", metavar="FIELD", help="where the language of the speech is (default: lang)")
 
 
 def command_line_sources(args: argparse.Namespace, manifests: list[str]) -> list[SourceConfig]:
@@ -40,7 +46,7 @@ def command_line_sources(args: argparse.Namespace, manifests: list[str]) -> list
     from speechllm.errors import UserError
 
     try:
-        names = ("kind", "tar_path", "lang", "target_lang", "task", "channel")
+        names = ("kind", "tar_path", "lang", "target_lang", "task", "channel", "text_field", "lang_field")
         return [SourceConfig(path, **{name: getattr(args, name) for name in names}) for path in manifests]
     except ValueError as e:
         raise UserError(str(e)) from e

@@ -16,8 +16,18 @@ from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
 from speechllm.data.audio_file import AudioNote
 from speechllm.data.augment.augmenter import Augmenter
 from speechllm.data.augment.specaugment import SpecAugmentConfig, spec_augment, spec_augment_twice
+<<<<<<< HEAD
 from speechllm.data.blocks import DURATION_TOLERANCE
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, extract_features, extract_features_padded
+=======
+from speechllm.data.features import (
+    FRAME_SHIFT,
+    SAMPLE_RATE,
+    extract_features,
+    extract_features_padded,
+    num_frames,
+)
+>>>>>>> labels
 from speechllm.data.index import Corpus
 from speechllm.data.manifests.manifest import describe_cut
 from speechllm.data.manifests.source import DataError, label_of, target_text
@@ -176,6 +186,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         label: what the model is to write.
         duration_tolerance: seconds by which audio may be shorter or longer than its manifest says.
         two_views: of each utterance, with other masks of SpecAugment; needs an `augmenter` that has it.
+        min_frames: of features; the encoder cannot hear shorter utterances.
     """
 
     def __init__(
@@ -190,7 +201,11 @@ class SpeechDataset(torch.utils.data.Dataset):
         allow_empty_text: bool,
         label: LabelTemplate,
         two_views: bool = False,
+<<<<<<< HEAD
         duration_tolerance: float = DURATION_TOLERANCE,
+=======
+        min_frames: int = 0,
+>>>>>>> labels
     ) -> None:
         self._corpus = corpus
         self._text_steps = text_steps
@@ -201,7 +216,11 @@ class SpeechDataset(torch.utils.data.Dataset):
         self._label = label
         self._allow_empty_text = allow_empty_text
         self._two_views = two_views
+<<<<<<< HEAD
         self._duration_tolerance = duration_tolerance
+=======
+        self._min_frames = min_frames
+>>>>>>> labels
 
     def __getitem__(
         self, plan: BatchPlan
@@ -246,6 +265,9 @@ class SpeechDataset(torch.utils.data.Dataset):
             duration = len(samples) / SAMPLE_RATE
             if self._features_on == "worker":
                 features = extract_features(samples, self._feature_kind)
+        frames = num_frames(len(samples)) if features is None else len(features)
+        if frames < self._min_frames:
+            raise UtteranceError("too short for the encoder", f"{frames} frames, and it needs {self._min_frames}")
         second_view = None
         if features is not None and self._two_views:
             features, second_view = self._augmenter.two_views(features, rng)

@@ -483,6 +483,7 @@ def build_train_loader(
     if two_views and (config.augment.spec_augment is None or config.augment.spec_augment.probability == 0):
         raise DataError("data.augment.spec_augment: two views of an utterance would be the same without it")
     label = LabelTemplate() if labels is None else labels.label_template
+    min_frames = getattr(labels, "min_frames", 0)  # of a model; what only counts tokens has none
     if not config.utterance_limits(1, labels).needs_tokens:
         labels = None
     elif labels is None:
@@ -512,7 +513,11 @@ def build_train_loader(
             allow_empty_text=False,
             label=label,
             two_views=two_views,
+<<<<<<< HEAD
             duration_tolerance=config.duration_tolerance,
+=======
+            min_frames=min_frames,
+>>>>>>> labels
         ),
         epochs,
         num_workers=config.num_workers,
@@ -551,7 +556,11 @@ def build_eval_loader(
             feature_kind=feature_kind,
             allow_empty_text=True,
             label=LabelTemplate() if labels is None else labels.label_template,
+<<<<<<< HEAD
             duration_tolerance=config.duration_tolerance,
+=======
+            min_frames=getattr(labels, "min_frames", 0),
+>>>>>>> labels
         ),
         EvaluationEpochs(config, corpus, rank, world_size),
         num_workers=config.num_workers,

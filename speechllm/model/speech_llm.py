@@ -28,6 +28,7 @@ from speechllm.config import ConfigError, load_config, save_config
 from speechllm.decode.recognizer import RecogniseOptions, Recogniser
 from speechllm.encoder import WhisperEncoder, WhisperEncoderConfig, Zipformer, ZipformerConfig, load_encoder
 from speechllm.encoder.ctc import CRCTCConfig, ctc_losses
+from speechllm.encoder.pretrained import is_whisper
 from speechllm.encoder.transducer import TransducerConfig
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
@@ -97,6 +98,12 @@ class EncoderSection:
     def is_new_zipformer(self) -> bool:
         """Whether it is a Zipformer that begins with random weights."""
         return self.zipformer is not None and not self.path
+
+    @property
+    def min_frames(self) -> int:
+        """The shortest utterance that it can hear, in frames of features; without loading it."""
+        whisper = self.whisper is not None or (self.path is not None and is_whisper(self.path))
+        return (WhisperEncoder if whisper else Zipformer).min_frames
 
 
 @dataclass
@@ -216,6 +223,11 @@ class ModelConfig:
         ):
             if given != default:
                 raise ValueError(f"{name} leads to the language model, and llm is null: leave out {name}")
+
+    @property
+    def min_frames(self) -> int:
+        """The shortest utterance that all encoders can hear, in frames of features."""
+        return max(section.min_frames for section in [self.encoder, *(more.encoder for more in self.more_encoders)])
 
     @property
     def projectors(self) -> dict[str, ProjectorConfig]:

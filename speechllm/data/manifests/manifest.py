@@ -28,7 +28,7 @@ from lhotse.lazy import Dillable
 from lhotse.serialization import deserialize_item
 from lhotse.supervision import SupervisionSegment
 
-from speechllm.data.manifests.kaldi import kaldi_files, kaldi_objects
+from speechllm.data.manifests.kaldi import kaldi_files, kaldi_objects, texts_without_audio
 from speechllm.data.manifests.lines import existing_files, is_compressed, is_skipped, parse_line, used_lines
 from speechllm.data.manifests.nemo import (
     HEADER_UNREAD,
@@ -84,6 +84,7 @@ __all__ = [
     "is_plain",
     "is_skipped",
     "iter_objects",
+    "lost_texts",
     "manifest_files",
     "parse_line",
     "read_manifest",
@@ -120,6 +121,12 @@ def _line_objects(files: list[str]) -> Iterator[tuple[str, dict | ManifestError]
                 folder = os.path.dirname(path)
                 found = with_full_path(found, folder) if is_nemo(found) else _with_paths(found, folder)
             yield where, found
+
+
+def lost_texts(source: SourceConfig) -> Iterator[tuple[str, str]]:
+    """FILE:LINE of texts that no audio belongs to, and what is wrong; only Kaldi directories can have such."""
+    if _kind(source) == "kaldi":
+        yield from texts_without_audio(Path(source.path))
 
 
 def is_plain(source: SourceConfig) -> bool:
