@@ -105,25 +105,16 @@ def run_data_check(args: argparse.Namespace) -> int:
     if args.config:
         experiment = load_experiment(args.config, args.overrides)
         data = experiment.data
-<<<<<<< HEAD
-        sources, sounds = experiment.sources(), experiment.sounds()
-=======
         sources, sounds = sets_of(data), sounds_of(data)
->>>>>>> labels
         options = replace(
             options,
             text_steps=data.text,
             min_seconds=data.min_seconds,
             max_seconds=data.max_seconds,
-<<<<<<< HEAD
             duration_tolerance=data.duration_tolerance,
-        )
-        tokenizer = tokenizer or experiment.model.get("tokenizer")
-=======
             min_frames=experiment.model.min_frames,
         )
         tokenizer = tokenizer or experiment.model.tokenizer
->>>>>>> labels
     if tokenizer:
         options = replace(options, tokenizer=load_tokenizer(tokenizer))
     given = {name: getattr(args, name) for name in ("min_seconds", "max_seconds") if getattr(args, name) is not None}

@@ -16,10 +16,7 @@ from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
 from speechllm.data.audio_file import AudioNote
 from speechllm.data.augment.augmenter import Augmenter
 from speechllm.data.augment.specaugment import SpecAugmentConfig, spec_augment, spec_augment_twice
-<<<<<<< HEAD
 from speechllm.data.blocks import DURATION_TOLERANCE
-from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, extract_features, extract_features_padded
-=======
 from speechllm.data.features import (
     FRAME_SHIFT,
     SAMPLE_RATE,
@@ -27,7 +24,6 @@ from speechllm.data.features import (
     extract_features_padded,
     num_frames,
 )
->>>>>>> labels
 from speechllm.data.index import Corpus
 from speechllm.data.manifests.manifest import describe_cut
 from speechllm.data.manifests.source import DataError, label_of, target_text
@@ -201,11 +197,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         allow_empty_text: bool,
         label: LabelTemplate,
         two_views: bool = False,
-<<<<<<< HEAD
         duration_tolerance: float = DURATION_TOLERANCE,
-=======
         min_frames: int = 0,
->>>>>>> labels
     ) -> None:
         self._corpus = corpus
         self._text_steps = text_steps
@@ -216,11 +209,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         self._label = label
         self._allow_empty_text = allow_empty_text
         self._two_views = two_views
-<<<<<<< HEAD
         self._duration_tolerance = duration_tolerance
-=======
         self._min_frames = min_frames
->>>>>>> labels
 
     def __getitem__(
         self, plan: BatchPlan

@@ -513,11 +513,8 @@ def build_train_loader(
             allow_empty_text=False,
             label=label,
             two_views=two_views,
-<<<<<<< HEAD
             duration_tolerance=config.duration_tolerance,
-=======
             min_frames=min_frames,
->>>>>>> labels
         ),
         epochs,
         num_workers=config.num_workers,
@@ -556,11 +553,8 @@ def build_eval_loader(
             feature_kind=feature_kind,
             allow_empty_text=True,
             label=LabelTemplate() if labels is None else labels.label_template,
-<<<<<<< HEAD
             duration_tolerance=config.duration_tolerance,
-=======
             min_frames=getattr(labels, "min_frames", 0),
->>>>>>> labels
         ),
         EvaluationEpochs(config, corpus, rank, world_size),
         num_workers=config.num_workers,
