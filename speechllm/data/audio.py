@@ -21,6 +21,7 @@ from torch import Tensor
 
 from speechllm.data.audio_file import AudioFile, AudioNote, UtteranceError, open_audio
 from speechllm.data.blocks import DURATION_TOLERANCE, mono_blocks, read_blocks
+from speechllm.data.commands import command_output
 from speechllm.data.features import FRAME_SHIFT, MEL_BINS, SAMPLE_RATE
 from speechllm.data.manifests.manifest import HEADER_UNREAD, IS_SEGMENT
 from speechllm.data.manifests.nemo import CHANNEL, CHANNEL_OF_SEVERAL
@@ -186,7 +187,7 @@ def _read_composed(cut: Cut) -> tuple[np.ndarray, int]:
 def _read_mono(cut: DataCut, name: str, tolerance: float, notes: list[AudioNote]) -> tuple[np.ndarray, int]:
     """(num_samples,) of a cut of one file, and its sampling rate."""
     found: list[AudioNote] = []
-    with open_audio(_data_of(cut.recording.sources[0], name), name, notes=found) as file:
+    with open_audio(_data_of(cut.recording.sources[0], name, not _is_whole(cut)), name, notes=found) as file:
         blocks = _blocks_of(cut, file, tolerance)
         samples = _joined(mono_blocks(blocks, file.rate, name, _choice(cut, name), found))
         _check_length(cut, len(samples), file.rate, tolerance, name)
@@ -218,14 +219,15 @@ def _choice(cut: DataCut, name: str) -> Callable[[int], list[int]]:
     return rows
 
 
-def _data_of(source: AudioSource, name: str) -> str | bytes:
-    """A path, or what is in memory or made by a command.
+def _data_of(source: AudioSource, name: str, is_part: bool) -> str | bytes:
+    """A path, or what is in memory or made by a command; `is_part`: of which only a part is needed, and other parts
+    will be.
 
     Raises:
         UtteranceError: it is neither.
     """
     if source.type == "command":
-        return subprocess.run(source.source, shell=True, check=True, stdout=subprocess.PIPE).stdout
+        return command_output(source.source, keep=is_part)
     if source.type not in ("file", "memory"):
         raise UtteranceError("no audio", f"{name}: it is elsewhere ({source.type}); give the directory that it is in")
     return source.source
@@ -311,7 +313,7 @@ def read_header(cut: Cut, tolerance: float = DURATION_TOLERANCE) -> Cut:
 
 def _read_length(cut: DataCut, source: AudioSource, name: str, tolerance: float) -> tuple[int, int, int]:
     """Samples, rate and channels of a file that a cut fits into."""
-    with open_audio(_data_of(source, name), name) as file:
+    with open_audio(_data_of(source, name, not _is_whole(cut)), name) as file:
         frames = file.count_frames()
         _check_length(cut, frames, file.rate, tolerance, name, of_file=True)
         return frames, file.rate, file.channels

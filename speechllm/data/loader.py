@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from speechllm.data.augment.augmenter import AugmentConfig, Augmenter
 from speechllm.data.blocks import DURATION_TOLERANCE
+from speechllm.data.commands import share_command_output
 from speechllm.data.dataset import FEATURES_ON, Batch, BatchPlan, Noted, Skipped, SpeechDataset, WaveformBatch
 from speechllm.data.index import Corpus, Labels, open_index
 from speechllm.data.manifests.manifest import DataError, SourceConfig
@@ -383,6 +384,7 @@ class SpeechLoader:
         self._resumed = False
         if self._finished:
             return
+        share_command_output()
         loader = DataLoader(
             self._dataset,
             sampler=self._epochs.batches(self.epoch, self.batches),
@@ -446,13 +448,20 @@ class SpeechLoader:
             )
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _differences(before: dict[str, Any], now: dict[str, Any], inside: str = "") -> list[str]:
     """What differs between two identities of loaders, in words."""
     words = {"manifests": "other lines in the manifests", "train": "other train sources", "labels": "other labels"}
     found = []
     for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key):
-            found.append(words.get(key) or f"{key} was {before.get(key)!r}, is {now.get(key)!r}")
+        old, new, name = before.get(key), now.get(key), inside + key
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{name}.")
+        elif isinstance(old, list) or isinstance(new, list) or name in words:
+            found.append(words.get(name, f"other {name}"))
+        else:
+            found.append(f"{name} was {old!r}, is {new!r}")
     return found
 
 

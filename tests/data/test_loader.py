@@ -169,7 +169,7 @@ def test_other_settings_begin_the_epoch_anew_and_say_so(corpus, tmp_path, caplog
         count, word = 81, "other lines in the manifests, other train sources"
     else:
         shutil.copytree(corpus, tmp_path / "moved")
-        changed, word = config(tmp_path / "moved"), "other train sources"
+        changed, word = config(tmp_path / "moved"), "other augment.noise.sources, other train sources"
     found = []
     for rank in range(world_size):
         other = build_train_loader(changed, seed=seed, rank=rank, world_size=world_size)
