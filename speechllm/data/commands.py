@@ -1,8 +1,8 @@
 """What the commands in Kaldi's wav.scp write: run once for a recording, however many segments it has.
 
 The output is kept in a folder of the run, in $TMPDIR, which its worker processes share, and which is removed at its
-end. It takes as much room as the recordings have that are cut into segments. Where less than a gigabyte would be left, a
-command is run whenever its output is needed.
+end. It takes as much room as the recordings have that are cut into segments. Where less than a gigabyte would be left,
+a command is run whenever its output is needed.
 """
 
 from __future__ import annotations
