@@ -52,6 +52,23 @@ def command_line_sources(args: argparse.Namespace, manifests: list[str]) -> list
         raise UserError(str(e)) from e
 
 
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        help="where to compute: cuda, cuda:1, cpu, ... (default: the first GPU, or the CPU if there is none)",
+    )
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--dtype`, as `speechllm.model.build.prepare_for_inference` takes it."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="precision of the language model's weights and of the encoder's matrix products (default: bfloat16 on a "
+        "GPU, or float16 on one without bfloat16; float32 on the CPU)",
+    )
+
+
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """Add what `prompt_context` reads."""
     parser.add_argument("--previous", metavar="TEXT", help="the text before the audio, for the prompt's {previous}")
