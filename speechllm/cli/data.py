@@ -111,6 +111,7 @@ def run_data_check(args: argparse.Namespace) -> int:
             text_steps=data.text,
             min_seconds=data.min_seconds,
             max_seconds=data.max_seconds,
+            duration_tolerance=data.duration_tolerance,
             min_frames=experiment.model.min_frames,
         )
         tokenizer = tokenizer or experiment.model.tokenizer

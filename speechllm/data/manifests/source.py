@@ -35,6 +35,10 @@ class ManifestError(DataError):
     """A manifest that is missing, or a line of it that cannot be used; the message has file and line number."""
 
 
+class ShardError(ManifestError):
+    """A shard of which nothing, or nothing more, can be read."""
+
+
 # What a line that is nonsense raises.
 LINE_ERRORS = (ValueError, KeyError, TypeError, AssertionError)
 
