@@ -34,6 +34,8 @@ from speechllm.data.manifests.tar import TAR, with_tar_data
 
 # Manifests round durations, and compressed formats end a little later than they say.
 DURATION_TOLERANCE = 0.1
+# The names that lhotse's extractors give to fbank as Kaldi computes it.
+_FBANKS = ("kaldi-fbank", "kaldifeat-fbank", "fbank")
 # Floating-point files may go beyond full scale, 1; what is far beyond is no audio, or was scaled wrongly.
 _LOUDEST = 1000.0
 
@@ -130,16 +132,18 @@ def load_precomputed(cut: Cut, kind: str) -> Tensor:
 
 
 def stored_kind(cut: Cut) -> str:
-    """The kind (of `MEL_BINS`) of a cut's stored features; those of lhotse's other extractors are taken for fbank.
+    """The kind (of `MEL_BINS`) of a cut's stored features.
 
     Raises:
-        UtteranceError: they are Whisper's, but not as they are made here.
+        UtteranceError: they are of another kind (MFCC, spectrograms, ...), or of audio with another sampling rate.
     """
-    kind = cut.features_type
-    if kind is None or not kind.startswith("whisper"):
-        return "fbank"
+    kind = "fbank" if cut.features_type in _FBANKS else cut.features_type
     if kind not in MEL_BINS:
         raise UtteranceError("wrong features", f"cut {cut.id}: stored are {kind}, known are {', '.join(MEL_BINS)}")
+    rates = {part.features.sampling_rate for part in _data_cuts(cut) if part.has_features}
+    if rates - {SAMPLE_RATE}:
+        listed = ", ".join(f"{rate} Hz" for rate in sorted(rates))
+        raise UtteranceError("wrong features", f"cut {cut.id}: stored are those of audio of {listed}, not 16000 Hz")
     return kind
 
 

@@ -289,6 +289,13 @@ def _batches(plan: Plan, epoch: int, start: int, rank: int, world_size: int) -> 
         yield BatchPlan(epoch, *plan.batch(i))
 
 
+def _stated(value: Any) -> Any:
+    """A setting without what says nothing: earlier versions, whose states go on, did not have all keys of today."""
+    if isinstance(value, dict):
+        return {key: _stated(part) for key, part in value.items() if part not in (None, False, [], {})}
+    return [_stated(part) for part in value] if isinstance(value, list) else value
+
+
 class SpeechLoader:
     """Gives the batches of one epoch each time it is iterated; made by `build_train_loader`,
     `build_eval_loader`.
@@ -354,7 +361,12 @@ class SpeechLoader:
                 remaining batches cannot be the same. After a finished epoch they may differ.
         """
         saved = state["identity"]
-        differing = [key for key in {**self._identity, **saved} if self._identity.get(key) != saved.get(key)]
+        differing = [
+            key
+            for key in {**self._identity, **saved}
+            if _stated(self._identity.get(key)) != _stated(saved.get(key))
+            and (key in saved or key != "sounds")  # those of earlier versions did not say
+        ]
         if differing and not state["finished"]:
             details = ", ".join(
                 f"{key} was {saved.get(key)!r}, is {self._identity.get(key)!r}" for key in sorted(differing)
@@ -475,11 +487,14 @@ def build_train_loader(
         epochs = PlannedEpochs(config, corpus, seed, rank, world_size, labels)
         chosen = np.random.default_rng([seed, 2]).permutation(len(corpus))[:_VOICES] if config.augment.babble else []
         voices = [corpus[int(number)] for number in chosen]
+    augmenter = Augmenter(config.augment, voices)
+    if augmenter.fingerprints:
+        identity["sounds"] = augmenter.fingerprints
     return SpeechLoader(
         SpeechDataset(
             corpus,
             text_steps=config.text,
-            augmenter=Augmenter(config.augment, voices),
+            augmenter=augmenter,
             seed=seed,
             features_on=config.features_on,
             feature_kind=feature_kind,

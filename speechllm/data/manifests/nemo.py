@@ -106,7 +106,7 @@ def describe_nemo(line: dict, source: SourceConfig) -> Entry:
         writing.task,
         writing.ast_text,
         writing.target_lang,
-        _words(line, offset, source, writing.lang),
+        _words(line, offset, source, writing.lang) if writing.text or writing.ast_text else None,
         string_of(line, "previous"),
         hotwords_of(line),
     )

@@ -12,8 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from lhotse import fastcopy
 from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.cut.data import DataCut
+from lhotse.supervision import AlignmentItem, SupervisionSegment
 
 from speechllm.data.manifests.source import SourceConfig, field_at, string_of, words_of
 from speechllm.data.manifests.task import TRANSLATIONS, Writing, what_to_write
@@ -277,6 +279,23 @@ def _spans(text: str, words: Sequence[str]) -> list[tuple[int, int] | None] | No
             spans[i] = places[first], places[first + len(word) - 1] + 1
             first += len(word)
     return spans
+
+
+def inside_supervisions(cut: Cut) -> list[SupervisionSegment]:
+    """The supervisions of a cut of `to_cut`, those that reach outside of it with the words alone that are inside."""
+    found = []
+    for part, data_cut in zip(parts_of(cut), data_cuts(cut), strict=True):
+        for one in understand(part, None).said:
+            original, inside = data_cut.supervisions[one.supervision.number], _inside(one)
+            if inside is not one:
+                words = inside.supervision.words or ()
+                items = [AlignmentItem(w.word, data_cut.start + w.start, w.end - w.start) for w in words]
+                start, end = max(0.0, one.supervision.start), min(part.duration, one.supervision.end)
+                original = fastcopy(
+                    original, start=start, duration=end - start, text=inside.writing.text, alignment={"word": items}
+                )
+            found.append(original.with_offset(one.supervision.offset))
+    return found
 
 
 def translation_of_all(said: Sequence[Said], custom: dict) -> str:
