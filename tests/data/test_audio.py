@@ -7,11 +7,25 @@ import tarfile
 import numpy as np
 import pytest
 import soundfile
-from lhotse import AudioSource, MonoCut, MultiCut, Recording
+from lhotse import (
+    AudioSource,
+    CutSet,
+    Fbank,
+    FbankConfig,
+    LogSpectrogram,
+    Mfcc,
+    MfccConfig,
+    MonoCut,
+    MultiCut,
+    NumpyFilesWriter,
+    Recording,
+    Spectrogram,
+)
 from lhotse.audio.backend import AudioBackend, LibsndfileCompatibleAudioInfo, audio_backend
 from lhotse.utils import fastcopy
 
-from speechllm.data.audio import UtteranceError, load_samples
+from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
+from speechllm.data.features import fbank_extractor
 from speechllm.data.manifests.manifest import read_manifest
 from speechllm.data.manifests.tar import TAR, scan_tar
 
@@ -228,3 +242,24 @@ def test_what_soundfile_cannot_read_is_left_to_lhotse(tmp_path):
             load_samples(nemo_cut(path, 3.0))
     with pytest.raises(UtteranceError, match=r"unreadable audio: .*a\.headerless: no audio that"):
         load_samples(nemo_cut(path, 2.0))
+
+
+def test_stored_features_say_what_they_are(tmp_path):
+    write_tone(tmp_path / "16k.wav", 0.5, seed=1)
+    write_tone(tmp_path / "8k.wav", 0.5, seed=1, rate=8000)
+    narrow = Fbank(FbankConfig(sampling_rate=8000, num_filters=80))
+    for name, extractor, message in (
+        ("16k", fbank_extractor(), None),
+        ("16k", Mfcc(MfccConfig(num_filters=80, num_ceps=80)), "stored are kaldi-mfcc"),
+        ("16k", Spectrogram(), "stored are kaldi-spectrogram"),
+        ("16k", LogSpectrogram(), "stored are kaldi-log-spectrogram"),
+        ("8k", narrow, "stored are those of audio of 8000 Hz"),
+    ):
+        cuts = CutSet.from_cuts([Recording.from_file(tmp_path / f"{name}.wav").to_cut()])
+        (cut,) = cuts.compute_and_store_features(extractor, tmp_path / "f", storage_type=NumpyFilesWriter)
+        for stored in (cut, cut.pad(duration=0.6) if message else cut):
+            if message is None:
+                assert load_precomputed(stored, "fbank").shape == (50, 80)
+            else:
+                with pytest.raises(UtteranceError, match=f"wrong features: .*{message}"):
+                    load_precomputed(stored, "fbank")

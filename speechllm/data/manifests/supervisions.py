@@ -24,6 +24,8 @@ from speechllm.text.normalize import normalize_text
 
 # Seconds; lhotse's.
 _TOLERANCE = 2e-3
+# An alignment may go so many seconds beyond what it is the alignment of.
+_WORDS_BEYOND = 0.5
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,12 @@ def _inside(one: Said) -> Said:
         raise ValueError(
             f"{where}: its text is not that of this audio. Make the cuts with keep_excessive_supervisions=False (or "
             "keep_overlapping=False for trim_to_supervisions), or give the supervision a word alignment"
+        )
+    first, last = min(word.start for word in words), max(word.end for word in words)
+    if first < supervision.start - _WORDS_BEYOND or last > supervision.end + _WORDS_BEYOND:
+        raise ValueError(
+            f"{where}, and the words of its alignment are at {first:g} to {last:g} s: it cannot be told what is said. "
+            "Their times must be those of the recording (lhotse's Shar of a part of a recording has them wrong)"
         )
     spans = _spans(writing.text, [word.word for word in words])
     if spans is None:

@@ -212,6 +212,16 @@ def test_windows_are_refused_in_all_forms(recording, tmp_path, kind):
         convert_to_cuts(source, tmp_path / "out.jsonl")
 
 
+def test_shar_with_an_alignment_of_the_whole_recording_is_refused(recording, tmp_path):
+    """lhotse writes the audio of a window alone to Shar, and leaves the times of words those of the recording."""
+    (tmp_path / "shar").mkdir()
+    windows = CutSet.from_cuts([talk(recording, aligned=True)]).cut_into_windows(3)
+    windows.to_shar(tmp_path / "shar", fields={"recording": "wav"})
+    source = SourceConfig(str(tmp_path / "shar"))
+    entries = [outcome(obj, source) for _, obj in iter_objects(source)]
+    assert [entry and entry.text for entry in entries] == ["One, two three.", None, None, None]
+
+
 @pytest.mark.parametrize(("convert", "output"), [(convert_to_cuts, "out.jsonl.gz"), (convert_to_shar, "out")])
 def test_windows_with_an_alignment_are_converted(recording, tmp_path, convert, output):
     CutSet.from_cuts([talk(recording, aligned=True)]).cut_into_windows(3).to_file(tmp_path / "w.jsonl")
