@@ -27,7 +27,7 @@ from lhotse.cut.data import DataCut
 from lhotse.utils import compute_num_samples, perturb_num_samples
 from torch import Tensor
 
-from speechllm.data.features import FRAME_SHIFT, MEL_BINS, SAMPLE_RATE
+from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, bins_of
 from speechllm.data.manifests.manifest import HEADER_UNREAD, IS_SEGMENT
 from speechllm.data.manifests.nemo import CHANNEL, CHANNEL_OF_SEVERAL
 from speechllm.data.manifests.tar import TAR, with_tar_data
@@ -99,7 +99,7 @@ def load_precomputed(cut: Cut, kind: str) -> Tensor:
         kind: that is needed.
 
     Returns:
-        (T, MEL_BINS[kind]) float32.
+        (T, bins_of(kind)) float32.
 
     Raises:
         UtteranceError: there are none, or of another kind; they cannot be read; they are not so many finite values
@@ -122,8 +122,8 @@ def load_precomputed(cut: Cut, kind: str) -> Tensor:
         raise UtteranceError("unreadable features", f"cut {cut.id}: {_first_line(error)}") from error
     if not math.isclose(cut.frame_shift, FRAME_SHIFT, rel_tol=1e-3):
         raise UtteranceError("wrong features", f"cut {cut.id}: a frame every {cut.frame_shift} s, not {FRAME_SHIFT} s")
-    if features.ndim != 2 or features.shape[1] != MEL_BINS[kind]:
-        raise UtteranceError("wrong features", f"cut {cut.id}: shape {features.shape}, not (T, {MEL_BINS[kind]})")
+    if features.ndim != 2 or features.shape[1] != bins_of(kind):
+        raise UtteranceError("wrong features", f"cut {cut.id}: shape {features.shape}, not (T, {bins_of(kind)})")
     if len(features) == 0 or abs(len(features) - cut.duration / FRAME_SHIFT) > DURATION_TOLERANCE / FRAME_SHIFT:
         raise UtteranceError("wrong features", f"cut {cut.id}: {len(features)} frames for {cut.duration:.3f} s")
     if not np.isfinite(features).all():
@@ -132,14 +132,16 @@ def load_precomputed(cut: Cut, kind: str) -> Tensor:
 
 
 def stored_kind(cut: Cut) -> str:
-    """The kind (of `MEL_BINS`) of a cut's stored features.
+    """The kind (see `bins_of`) of a cut's stored features.
 
     Raises:
         UtteranceError: they are of another kind (MFCC, spectrograms, ...), or of audio with another sampling rate.
     """
-    kind = "fbank" if cut.features_type in _FBANKS else cut.features_type
-    if kind not in MEL_BINS:
-        raise UtteranceError("wrong features", f"cut {cut.id}: stored are {kind}, known are {', '.join(MEL_BINS)}")
+    kind = "fbank" if cut.features_type in _FBANKS else str(cut.features_type)
+    try:
+        bins_of(kind)
+    except ValueError as error:
+        raise UtteranceError("wrong features", f"cut {cut.id}: stored are {error}") from error
     rates = {part.features.sampling_rate for part in _data_cuts(cut) if part.has_features}
     if rates - {SAMPLE_RATE}:
         listed = ", ".join(f"{rate} Hz" for rate in sorted(rates))

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import pairwise
+from pathlib import Path
 from typing import TypeVar
 
-from speechllm.config import ConfigError, load_config, override, parse_overrides, to_dict
-from speechllm.model.speech_llm import ModelConfig
+from speechllm.config import ConfigError, from_dict, load_config, override, parse_overrides, to_dict
+from speechllm.model.encoder_model import EncoderModel
+from speechllm.model.speech_llm import ModelConfig, SpeechLLM
+from speechllm.train.checkpoint import load_checkpoint, newest_checkpoint
+from speechllm.weights import CheckpointError, load_state_dict_strict
+
+logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config")  # of a whole experiment
 
@@ -49,3 +56,32 @@ def check_same_projectors(source: str, name: str, model: ModelConfig, then: str,
                     f"{source}: {then} has model.{key}.{field_name}: {after[field_name]}, but goes on from the "
                     f"projector of {name}, which has {value}; use one for both, or train them as two experiments"
                 )
+
+
+def start_checkpoint(epoch: int | None, step: int | None) -> str | None:
+    """The name of the checkpoint that --start-epoch or --start-batch means."""
+    if step is not None:
+        return f"checkpoint-{step}.pt"
+    return f"epoch-{epoch - 1}.pt" if epoch is not None and epoch > 1 else None
+
+
+def init_from_stage(model: SpeechLLM | EncoderModel, init_dir: Path) -> set[str]:
+    """Load what the stages before have trained, from the last checkpoint in `init_dir`.
+
+    Returns:
+      the names of the weights that were loaded.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it has weights that the model has not.
+      ConfigError: it is of a model with other projectors.
+    """
+    path = newest_checkpoint(init_dir)
+    if path is None:
+        raise CheckpointError(f"{init_dir}: no checkpoint to start from; train that stage first")
+    content = load_checkpoint(path)
+    before = from_dict(ModelConfig, content["config"]["model"], str(path))
+    check_same_projectors(str(path), "this checkpoint", before, "the stage", model.config)
+    state = content["model"]
+    load_state_dict_strict(model, {**model.state_dict(), **state}, path)
+    logger.info("starting from %s: %d tensors", path, len(state))
+    return set(state)
