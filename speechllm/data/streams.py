@@ -59,6 +59,8 @@ class Passes(Dillable):
                     log_once(f"bad manifest line: {found}")
                 else:
                     count += 1
+                    for tag in self._source.unknown_languages(describe_cut(found)):
+                        log_once(f"{self._source.path}: the language {tag!r} is no code or name of ISO 639")
                     yield found
             if count == 0:
                 raise DataError(f"{self._source.path}: the stream has no utterance ({bad} bad lines)")
