@@ -206,7 +206,7 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
     offsets, sizes, durations, characters, tokens = array("q"), array("i"), array("f"), array("i"), array("i")
     written: list[str] = []
     bad_count, messages, checksum = 0, [], 0
-    unknown_languages: Counter[str] = Counter()
+    languages: Counter[str | None] = Counter()
 
     def count_tokens() -> None:
         if labels is not None:
@@ -223,7 +223,7 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
                     bad_count += 1
                     messages += [str(entry)] if len(messages) < _MAX_MESSAGES else []
                     continue
-                unknown_languages.update(source.unknown_languages(entry))
+                languages.update((entry.lang, entry.target_lang))
                 target = target_text(entry, text_steps)
                 offsets.append(offset)
                 sizes.append(len(line))
@@ -244,7 +244,7 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
             "fingerprint": f"{checksum:08x}",
             "hours": float(np.sum(durations, dtype=np.float64)) / 3600,
             "bad_lines": {"count": bad_count, "messages": messages},
-            "unknown_languages": unknown_languages,
+            "unknown_languages": {tag: n for tag, n in languages.items() if not source.is_known_language(tag)},
         }
         (tmp / "index.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
