@@ -464,7 +464,12 @@ class SpeechLoader:
 
 def _differences(before: dict[str, Any], now: dict[str, Any], inside: str = "") -> list[str]:
     """What differs between two identities of loaders, in words."""
-    words = {"manifests": "other lines in the manifests", "train": "other train sources", "labels": "other labels"}
+    words = {
+        "manifests": "other lines in the manifests",
+        "train": "other train sources",
+        "labels": "other labels",
+        "sounds": "other lines in the manifests of noise or rooms",
+    }
     found = []
     for key in sorted({*before, *now}):
         old, new, name = before.get(key), now.get(key), inside + key
