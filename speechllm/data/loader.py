@@ -303,7 +303,7 @@ def _batches(plan: Plan, epoch: int, start: int, rank: int, world_size: int) -> 
 def _stated(value: Any) -> Any:
     """A setting without what says nothing: earlier versions, whose states go on, did not have all keys of today."""
     if isinstance(value, dict):
-        return {key: _stated(part) for key, part in value.items() if part not in (None, False, [], {})}
+        return {key: _stated(part) for key, part in value.items() if part is not False and part not in (None, [], {})}
     return [_stated(part) for part in value] if isinstance(value, list) else value
 
 
