@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lhotse import AudioSource, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
