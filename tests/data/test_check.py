@@ -188,6 +188,9 @@ def test_a_configuration_is_checked_whole(corpus, experiment, tmp_path, capsys):
     assert "none.jsonl" in capsys.readouterr().out
     assert status("--config", path, "--data.trian=[]") == 1
     assert "did you mean data.train?" in capsys.readouterr().err
+    for name, purpose in (("train", "train"), ("valid", "evaluation")):
+        assert status("--config", path, f"--data.{name}=[]") == 1
+        assert capsys.readouterr().err == f"error: data: no {purpose} sources are configured\n"
     for wrong in ("model.ctc_wieght", "optim.lrr", "stages.first"):
         assert status("--config", path, f"--{wrong}", "0.5") == 1
         error = capsys.readouterr().err

@@ -244,8 +244,8 @@ def _inside(one: Said) -> Said:
     )
     if writing.ast_text or not words:
         raise ValueError(
-            f"{where}: its text is not that of this audio. Make the cuts with keep_excessive_supervisions=False (or "
-            "keep_overlapping=False for trim_to_supervisions), or give the supervision a word alignment"
+            f"{where}: its text is not that of this audio. Cut between supervisions, as lhotse's trim_to_supervisions "
+            "and, where speech overlaps, trim_to_supervision_groups do, or give the supervision a word alignment"
         )
     first, last = min(word.start for word in words), max(word.end for word in words)
     if first < supervision.start - _WORDS_BEYOND or last > supervision.end + _WORDS_BEYOND:
