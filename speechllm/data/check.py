@@ -18,6 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from speechllm.data.audio import UtteranceError, load_precomputed, load_samples, read_header, stored_kind
+from speechllm.data.audio_file import AudioNote
+from speechllm.data.blocks import DURATION_TOLERANCE
 from speechllm.data.features import SAMPLE_RATE, num_frames
 from speechllm.data.loader import DataConfig
 from speechllm.data.manifests.manifest import (
@@ -67,16 +69,19 @@ def _each_once(*parts: Sequence[SourceConfig]) -> list[SourceConfig]:
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """`audio`: none reads the manifests only, header opens each audio file, full decodes it. `tokenizer`: to count
-    tokens per second of audio, of the text after `text_steps` (see `speechllm.text.normalize`). Utterances outside
-    `min_seconds` to `max_seconds` are problems, and without a text, unless they are `sounds`, and those of fewer than
-    `min_frames` frames of features, which the encoder cannot hear. `jobs`: threads that read audio."""
+    """`audio`: none reads the manifests only, header as much of each audio file as tells how long it is, full decodes
+    all of it. `tokenizer`: to count tokens per second of audio, of the text after `text_steps` (see
+    `speechllm.text.normalize`). Utterances outside `min_seconds` to `max_seconds` are problems, and without a text,
+    unless they are `sounds`; those of fewer than `min_frames` frames of features, which the encoder cannot hear; and
+    audio that is shorter or longer than its manifest says by more than `duration_tolerance` seconds. `jobs`: threads
+    that read audio."""
 
     audio: AudioCheck = "header"
     tokenizer: Tokenizer | None = None
     text_steps: Sequence[str] = ()
     min_seconds: float = 0.0
     max_seconds: float = math.inf
+    duration_tolerance: float = DURATION_TOLERANCE
     min_frames: int = 0
     sounds: bool = False
     jobs: int = 1
@@ -319,7 +324,7 @@ def _check_source(
     else:
 
         def audio_problems(task: list[tuple[str, dict]]) -> list[Problem]:
-            return [problem for item in task if (problem := _audio_problem(*item, source, options.audio)) is not None]
+            return [problem for item in task for problem in _audio_problems(*item, source, options)]
 
         waiting = _WAITING * options.jobs
         for problems in _map_ahead(pool, audio_problems, _chunks(audio_tasks(), _CHUNK), waiting):
@@ -334,22 +339,23 @@ def _check_source(
         report.add_problem(Problem("text without audio", location, details))
 
 
-def _audio_problem(location: str, obj: dict, source: SourceConfig, audio: AudioCheck) -> Problem | None:
+def _audio_problems(location: str, obj: dict, source: SourceConfig, options: CheckOptions) -> list[Problem]:
+    notes: list[AudioNote] = []
     try:
         cut = to_cut(obj, source)
-        read_header(cut)
-        if not cut.has_recording:
-            stored_kind(cut)
-        if audio == "full":
-            if cut.has_recording:
-                load_samples(cut)
-            else:
-                load_precomputed(cut, stored_kind(cut))
+        if options.audio == "header":
+            read_header(cut, options.duration_tolerance)
+            if not cut.has_recording:
+                stored_kind(cut)
+        elif cut.has_recording:
+            load_samples(cut, tolerance=options.duration_tolerance, notes=notes)
+        else:
+            load_precomputed(cut, stored_kind(cut))
     except UtteranceError as error:
-        return Problem(error.reason, location, str(error).removeprefix(f"{error.reason}: "))
+        return [Problem(error.reason, location, str(error).removeprefix(f"{error.reason}: "))]
     except LINE_ERRORS as error:
-        return Problem("bad line", location, explain(error))
-    return None
+        return [Problem("bad line", location, explain(error))]
+    return [Problem(note.reason, location, note.details) for note in notes]
 
 
 def _key(entry: Entry) -> int:

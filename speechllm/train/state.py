@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from torch import nn
 from torch.optim import Optimizer
 
@@ -76,7 +77,8 @@ class TrainState:
         """Go on from a checkpoint.
 
         Raises:
-          CheckpointError: it is of another model, other base weights, or another number of processes.
+          CheckpointError: it is of another model, other base weights, or, with train.fsdp, another number of
+            processes.
         """
         rank = self._accelerator.process_index
         content = load_checkpoint(path, rank)
@@ -87,8 +89,14 @@ class TrainState:
                     part.load_state_dict(content[name])
                 except CheckpointError as e:
                     raise CheckpointError(f"{path}: {e}") from None
+        same_processes = len(content["rng"]) == self._accelerator.num_processes
         for name, part in self._of_each_process.items():
-            part.load_state_dict(content[name][rank])
+            if same_processes:
+                part.load_state_dict(content[name][rank])
+            elif name == "loader":  # it gives up its place in the epoch, and says so
+                part.load_state_dict(content[name][0])
+            else:  # other random numbers than in the first steps
+                set_seed((torch.initial_seed() + content["step"]) % 2**32)
         self.step, self.epoch, self.bad_steps = content["step"], content["epoch"], content["bad_steps"]
         self.best = dict(content["best"])
         self.total = Averages(content["total"].clone())
@@ -99,8 +107,11 @@ class TrainState:
         bases, own_bases = content["base_weights"], self._identity["base_weights"]
         if bases != own_bases:
             raise CheckpointError(f"{path}: was trained on other base weights: {bases}, now {own_bases}")
-        if len(content["rng"]) != processes:
-            raise CheckpointError(f"{path}: was written by {len(content['rng'])} processes, not {processes}")
+        if sharded is not None and len(content["rng"]) != processes:
+            raise CheckpointError(
+                f"{path}: was written by {len(content['rng'])} processes, not {processes}; with train.fsdp each has "
+                "a share of it"
+            )
         if (content["sharded"] is None) != (sharded is None):
             raise CheckpointError(f"{path}: was written {'without' if sharded else 'with'} train.fsdp")
 

@@ -1,25 +1,28 @@
-"""How long recordings are, by the headers of their files, for manifests that do not say it."""
+"""How long recordings are, by their files, for manifests that do not say it."""
 
 from __future__ import annotations
 
-import io
 import subprocess
 
-from lhotse.audio.backend import info as audio_info
+from speechllm.data.audio_file import UtteranceError, open_audio
+from speechllm.data.commands import command_output
 
 
-def audio_seconds(audio: str | bytes) -> float:
+def audio_seconds(audio: str | bytes, name: str | None = None) -> float:
     """Seconds of a file, or of the contents of one.
+
+    Args:
+        name: for messages; None for the path.
 
     Raises:
         ValueError: it cannot be opened as audio.
     """
+    name = name or ("the audio" if isinstance(audio, bytes) else audio)
     try:
-        return audio_info(io.BytesIO(audio) if isinstance(audio, bytes) else audio).duration
-    except Exception as error:  # each of lhotse's audio backends raises what it likes
-        name = "the audio" if isinstance(audio, bytes) else audio
-        (reason, *_) = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"missing field 'duration', and {name} cannot be read: {reason}") from error
+        with open_audio(audio, name) as file:
+            return file.count_frames() / file.rate
+    except UtteranceError as error:
+        raise ValueError(f"missing field 'duration', and {error}") from error
 
 
 def command_seconds(command: str) -> float:
@@ -29,7 +32,7 @@ def command_seconds(command: str) -> float:
         ValueError: it fails, or writes no audio.
     """
     try:
-        output = subprocess.run(command, shell=True, check=True, stdout=subprocess.PIPE).stdout
+        output = command_output(command, keep=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise ValueError(str(error)) from error
-    return audio_seconds(output)
+    return audio_seconds(output, command)

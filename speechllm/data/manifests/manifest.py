@@ -17,8 +17,11 @@ import copy
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lhotse import CutSet, fastcopy
@@ -36,17 +39,20 @@ from speechllm.data.manifests.nemo import (
     describe_nemo,
     is_nemo,
     nemo_cut,
-    stream_tarred,
+    stream_tarred_shard,
+    tar_shards,
     tarred_files,
     tarred_objects,
+    tarred_shard_objects,
     with_full_path,
 )
-from speechllm.data.manifests.shar import shar_objects, shar_shards, stream_shar
+from speechllm.data.manifests.shar import shar_objects, shar_shard_objects, shar_shards, stream_shar_shard
 from speechllm.data.manifests.source import (
     LINE_ERRORS,
     DataError,
     Entry,
     ManifestError,
+    ShardError,
     SourceConfig,
     audio_path,
     duration_of,
@@ -301,7 +307,7 @@ def _together(said: Sequence[Said], inside: Sequence[Said], parts: Sequence[Part
         raise ValueError(f"supervisions of several tasks: {listed}")
     custom = {name: value for part in parts for name, value in part.custom.items()}
     return Writing(
-        " ".join(w.text for w in writings if w.text),
+        " ".join(one.writing.text for one in inside if one.writing.text),
         next((one.writing.lang for one in said if one.writing.lang), None),
         writings[0].task,
         translation_of_all(inside, custom),
@@ -427,21 +433,92 @@ def has_shards(source: SourceConfig) -> bool:
     return _kind(source) in ("tarred", "shar")
 
 
-def stream_cuts(source: SourceConfig, seed: int, epoch: int) -> Iterator[Cut | ManifestError]:
+def stream_cuts(
+    source: SourceConfig, seed: int, epoch: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Cut | ManifestError]:
     """One pass through a source in the order of its files; shards of tar files come in an order that follows from
-    `seed` and `epoch`, with their audio in memory. In place of a line that cannot be used comes what is wrong with it.
+    `seed` and `epoch`. Audio in tar files is read when the cut is used; that of URLs, commands and compressed tar files
+    is in memory. In place of a line that cannot be used comes what is wrong with it.
+
+    Args:
+        rank, world_size: each rank has as many shards, all its own; of the shards that are left, and of sources without
+            shards, every `world_size`-th cut.
 
     Raises:
         ManifestError: files are missing.
     """
-    rng = np.random.default_rng([seed, epoch])
-    kind = _kind(source)
-    if kind == "tarred":
-        yield from (found for _, found in stream_tarred(source, rng))
-    elif kind == "shar":
-        yield from (_settled_or_error(where, found, source) for where, found in stream_shar(source, rng))
-    else:
-        yield from _cuts(source)
+    if not has_shards(source):
+        yield from islice(_cuts(source), rank, None, world_size)
+        return
+    errors, shards = _shard_streams(source)
+    yield from errors
+    order = np.random.default_rng([seed, epoch]).permutation(len(shards))
+    shared_out = len(order) // world_size * world_size
+    for i in order[:shared_out][rank::world_size]:
+        yield from shards[i]()
+    for i in order[shared_out:]:
+        yield from islice(shards[i](), rank, None, world_size)
+
+
+def _shard_streams(
+    source: SourceConfig,
+) -> tuple[list[ManifestError], list[Callable[[], Iterator[Cut | ManifestError]]]]:
+    """Lines that belong to no shard, and what opens the stream of each shard."""
+    if _kind(source) == "tarred":
+        found = tar_shards(source)
+        streams = [
+            partial(_cuts_in_place, tarred_shard_objects, shard, source)
+            if _can_be_read_in_place(shard.tar)
+            else partial(_cuts_in_memory, partial(stream_tarred_shard, shard, source), None)
+            for shard in found.shards
+        ]
+        return [error for _, error in found.errors], streams
+    return [], [
+        partial(_cuts_in_place, shar_shard_objects, shard, source)
+        if all(_can_be_read_in_place(path) for field, path in shard.items() if field != "cuts")
+        else partial(_cuts_in_memory, partial(stream_shar_shard, shard), source)
+        for shard in shar_shards(source)
+    ]
+
+
+def _can_be_read_in_place(path: str) -> bool:
+    """Whether the members of a tar file, or the lines of what stands for one, can be read at any time."""
+    return not is_remote(path) and (".jsonl" in path or not is_compressed(path))
+
+
+def _cuts_in_place(
+    objects: Callable[[Any], Iterator[tuple[str, dict | ManifestError]]], shard: Any, source: SourceConfig
+) -> Iterator[Cut | ManifestError]:
+    """The cuts of a shard. One that cannot be read to its end is one error, not one for each line that is left."""
+    is_broken = False
+    try:
+        for where, found in objects(shard):
+            if isinstance(found, ShardError) and not is_broken:
+                is_broken = True
+                yield found
+            if isinstance(found, ManifestError):
+                if not is_broken:
+                    yield found
+                continue
+            try:
+                cut = to_cut(found, source)
+            except LINE_ERRORS as error:
+                yield ManifestError(f"{where}: {explain(error)}")
+            else:
+                yield cut
+    except ManifestError as error:
+        yield ShardError(str(error))
+
+
+def _cuts_in_memory(
+    stream: Callable[[], Iterator[tuple[str, Cut | ManifestError]]], source: SourceConfig | None
+) -> Iterator[Cut | ManifestError]:
+    """
+    Args:
+        source: what it says is still to be filled in; None if not.
+    """
+    for where, found in stream():
+        yield found if source is None else _settled_or_error(where, found, source)
 
 
 def _settled_or_error(where: str, found: Cut | ManifestError, source: SourceConfig) -> Cut | ManifestError:

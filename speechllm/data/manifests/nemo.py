@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from lhotse import AudioSource, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 from lhotse.serialization import open_best
@@ -34,6 +33,7 @@ from speechllm.data.manifests.source import (
     LINE_ERRORS,
     Entry,
     ManifestError,
+    ShardError,
     SourceConfig,
     audio_path,
     duration_of,
@@ -98,6 +98,7 @@ def describe_nemo(line: dict, source: SourceConfig) -> Entry:
     text = field_at(line, source.text_field or "text")
     language = field_at(line, source.lang_field) if source.lang_field else string_of(line, "source_lang", "lang")
     writing = what_to_write(line, text, language, source)
+    words = _words(line, offset, source, writing.lang)
     return Entry(
         _derived_id(path, offset) if name is None else str(name),
         duration_of(line) if line.get("duration") is not None else _seconds_from(offset, line, source),
@@ -106,7 +107,7 @@ def describe_nemo(line: dict, source: SourceConfig) -> Entry:
         writing.task,
         writing.ast_text,
         writing.target_lang,
-        _words(line, offset, source, writing.lang),
+        words if writing.text or writing.ast_text else None,
         string_of(line, "previous"),
         hotwords_of(line),
     )
@@ -283,7 +284,7 @@ def tarred_files(source: SourceConfig) -> tuple[list[str], list[str]]:
     return manifests, tars
 
 
-def _shards(source: SourceConfig) -> TarShards:
+def tar_shards(source: SourceConfig) -> TarShards:
     manifests, tars = tarred_files(source)
     if len(manifests) == len(tars):
         return TarShards([TarShard(*pair) for pair in zip(tars, manifests, strict=True)])
@@ -319,32 +320,37 @@ def _shard_number(tar: str) -> int | None:
 
 def tarred_objects(source: SourceConfig) -> Iterator[tuple[str, dict | ManifestError]]:
     """FILE:LINE and object of every line, with where its audio is in the tar shard; shard by shard."""
-    shards = _shards(source)
+    shards = tar_shards(source)
     yield from shards.errors
     for shard in shards.shards:
-        members = {}
+        yield from tarred_shard_objects(shard)
+
+
+def tarred_shard_objects(shard: TarShard) -> Iterator[tuple[str, dict | ManifestError]]:
+    """Those of one shard."""
+    members = {}
+    try:
+        for member in scan_tar(shard.tar):
+            members[member["name"].removeprefix("./")] = member
+    except ManifestError as error:
+        yield shard.tar, ShardError(str(error))
+    used = set()
+    for where, line in shard.lines():
+        if isinstance(line, ManifestError):
+            yield where, line
+            continue
+        name = next((name for name in (*_member_names(line), _whole_file(line)) if name in members), None)
+        if name is None:
+            yield where, _no_member(where, line, shard)
+            continue
+        used.add(name)
         try:
-            for member in scan_tar(shard.tar):
-                members[member["name"].removeprefix("./")] = member
-        except ManifestError as error:
-            yield shard.tar, error
-        used = set()
-        for where, line in shard.lines():
-            if isinstance(line, ManifestError):
-                yield where, line
-                continue
-            name = next((name for name in (*_member_names(line), _whole_file(line)) if name in members), None)
-            if name is None:
-                yield where, _no_member(where, line, shard)
-                continue
-            used.add(name)
-            try:
-                if not is_skipped(line):
-                    yield where, line | {TAR: {"recording": members[name]}}
-            except ValueError as error:
-                yield where, ManifestError(f"{where}: {error}")
-        for name in (name for name in members if name not in used):
-            yield _no_line(name, shard)
+            if not is_skipped(line):
+                yield where, line | {TAR: {"recording": members[name]}}
+        except ValueError as error:
+            yield where, ManifestError(f"{where}: {error}")
+    for name in (name for name in members if name not in used):
+        yield _no_line(name, shard)
 
 
 def _member_names(line: dict) -> list[str]:
@@ -371,16 +377,9 @@ def _no_line(name: str, shard: TarShard) -> tuple[str, ManifestError]:
     return where, ManifestError(f"{where}: no line of {shard.manifest} is about it")
 
 
-def stream_tarred(source: SourceConfig, rng: np.random.Generator) -> Iterator[tuple[str, MonoCut | ManifestError]]:
-    """FILE:LINE and cut of every line, with its audio in memory; the shards in random order, each read once from
-    beginning to end."""
-    shards = _shards(source)
-    yield from shards.errors
-    for i in rng.permutation(len(shards.shards)):
-        yield from _stream_shard(shards.shards[i], source)
-
-
-def _stream_shard(shard: TarShard, source: SourceConfig) -> Iterator[tuple[str, MonoCut | ManifestError]]:
+def stream_tarred_shard(shard: TarShard, source: SourceConfig) -> Iterator[tuple[str, MonoCut | ManifestError]]:
+    """FILE:LINE and cut of every line of a shard, with its audio in memory: read once from beginning to end, as URLs,
+    commands and compressed files need it."""
     missing: dict[str, dict] = {}
     by_name: dict[str, list[str]] = {}
     parts: dict[str, list[str]] = {}
@@ -399,7 +398,7 @@ def _stream_shard(shard: TarShard, source: SourceConfig) -> Iterator[tuple[str, 
     for name, data in _readable(shard.tar, lambda: _members(shard.tar)):
         if isinstance(data, ManifestError):
             yield name, data
-            continue
+            return  # where the rest of the audio is missing, all the lines that are left are not worth a word
         own = [where for where in by_name.get(name, ()) if where in missing]
         for where in own:
             yield from _cut_in_memory(where, missing.pop(where), source, data)
@@ -446,4 +445,4 @@ def _readable(path: str, read: Callable[[], Iterator[tuple]]) -> Iterator[tuple]
     except MemoryError:
         raise
     except Exception as error:  # of lhotse's ways to open URLs and commands each has its own
-        yield path, ManifestError(f"{path}: cannot be read to its end ({error})")
+        yield path, ShardError(f"{path}: cannot be read to its end ({error})")
