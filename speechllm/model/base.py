@@ -67,6 +67,16 @@ class SpeechModel(nn.Module, ABC):
         return self.encoder.frame_seconds
 
     @property
+    def min_frames(self) -> int:
+        """The shortest utterance that all encoders can hear, in frames of features."""
+        return max(encoder.min_frames for _, _, encoder in self.encoders())
+
+    @property
+    def max_seconds(self) -> float:
+        """The longest utterance that all encoders can hear."""
+        return min(encoder.max_seconds for _, _, encoder in self.encoders())
+
+    @property
     def feature_kind(self) -> str:
         """The features that the encoders read (see `speechllm.data.features`): of several kinds side by side."""
         return "+".join(dict.fromkeys(encoder.feature_kind for _, _, encoder in self.encoders()))

@@ -118,12 +118,15 @@ class PromptContext:
       previous: the text before this utterance, for `{previous}`; "" at the beginning of a recording.
       hotwords: phrases that may be said, for `{hotwords}`.
       draw: in [0, 1), which of the instructions; 0 is the first.
+      key: what the random numbers of sampling follow from, besides the seed; None for the id, and without one the
+        features themselves.
     """
 
     id: str | None = None
     previous: str | None = None
     hotwords: tuple[str, ...] | None = None
     draw: float = 0.0
+    key: str | None = None
 
 
 @dataclass
