@@ -73,6 +73,7 @@ from speechllm.train.checkpoint import (
     trained_state_dict,
 )
 from speechllm.train.diagnostics import ActivationStatistics
+from speechllm.train.languages import TrainedLanguages
 from speechllm.train.monitor import Averages, Throughput, norms_by_part, peak_memory_gb
 from speechllm.train.plot import plot_runs, read_run
 from speechllm.train.sharding import (
@@ -381,6 +382,7 @@ def train(
 
     # ---- resume ---------------------------------------------------------------------------------------------
     step, epoch, bad_steps = 0, 1, 0
+    languages = TrainedLanguages(bare.config.languages or ())
     best = {"loss": math.inf, "wer": math.inf}
     total = Averages()
     train_loader.set_epoch(epoch)
@@ -407,6 +409,7 @@ def train(
         train_loader.load_state_dict(state["loader"][rank])
         step, epoch = state["step"], state["epoch"]
         bad_steps, best = state["bad_steps"], dict(state["best"])
+        languages.load_state_dict(state.get("languages", ()))  # checkpoints of earlier versions have none
         total = Averages(state["total"].clone())
         set_rng_state(state["rng"][rank])
         logger.info("resuming from %s: epoch %d, step %d of %d", checkpoint_path, epoch, step, config.train.num_steps)
@@ -414,6 +417,7 @@ def train(
     def save(*names: str) -> None:
         """Write one checkpoint under each of `names`."""
         rng, loader = gather_object([rng_state()]), gather_object([train_loader.state_dict()])
+        trained_languages = languages.state_dict()
         if has_content:
             content = {
                 "model": trained_state_dict(bare, also=carried),
@@ -430,6 +434,7 @@ def train(
                 "bad_steps": bad_steps,
                 "best": best,
                 "total": total.values,
+                "languages": trained_languages,
                 "base_weights": base_weights,
                 "config": to_dict(config),
             }
@@ -519,6 +524,7 @@ def train(
                         return False
                     averages.add(Averages.of(out))
                     throughput.add(batch)
+                    languages.add(batch)
                 if accelerator.scaler is not None:
                     accelerator.unscale_gradients()
                 if sharded is not None:
@@ -626,6 +632,7 @@ def init_from_stage(model: SpeechLLM | EncoderModel, init_dir: Path) -> set[str]
     check_same_projectors(str(path), "this checkpoint", before, "the stage", model.config)
     state = content["model"]
     load_state_dict_strict(model, {**model.state_dict(), **state}, path)
+    model.config.languages = content.get("languages")
     logger.info("starting from %s: %d tensors", path, len(state))
     return set(state)
 

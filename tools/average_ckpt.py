@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,9 @@ def write_model(
     for part, base in bases[last].items():
         if file_hash(base["path"]) != base["sha256"]:
             raise CheckpointError(f"{base['path']}: not the {part} that {last} was trained on: its SHA-256 is another")
-    model = build_model(from_dict(ModelConfig, checkpoints[last]["config"]["model"], str(last)))
+    config = from_dict(ModelConfig, checkpoints[last]["config"]["model"], str(last))
+    # checkpoints of earlier versions do not say what they were trained on
+    model = build_model(replace(config, languages=checkpoints[last].get("languages", config.languages)))
     load_trained(model, trained, last)
     try:
         model.save_pretrained(output, merged)
