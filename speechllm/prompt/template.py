@@ -200,6 +200,14 @@ class PromptConfig:
         slots = {"lang", "language"}
         return next((text for text in texts if any(slot in slots for _, slot, _ in _parsed(text))), None)
 
+    def slots(self, target_language: str | None = None) -> set[str]:
+        """The slots that utterances fill: of the prompt for translations, with a target language, else of both."""
+        names = ("ast",) if target_language is not None else ("asr", "ast")
+        slots = {slot for name in names for _, slot, _ in _parsed(self._text(name))}
+        pools = [self._pool(name) for name in names if "instruction" in slots]
+        slots |= {slot for pool in pools for text in pool for _, slot, _ in _parsed(text)}
+        return slots - {None, "audio", "instruction"}
+
     def written_out(self) -> PromptConfig:
         """The same prompt with nothing left to a preset or a shipped pool, as it is saved with a model."""
         texts = {name: self._text(name) for name in ("asr", "ast", "before_label")}

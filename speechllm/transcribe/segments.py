@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -29,6 +29,19 @@ Check = Callable[[str | None, str | None, PromptContext], None]  # of language, 
 
 # Segments of similar length are looked for among those of so many batches.
 _WINDOW_BATCHES = 4
+
+
+class TranscriptionError(DataError):
+    """Some of the inputs could not be transcribed.
+
+    Attributes:
+        results: of each input its recording, or the error.
+    """
+
+    def __init__(self, errors: Sequence[UserError], results: Sequence[Recording | UserError]) -> None:
+        more = f" (and {len(errors) - 1} more of {len(results)} inputs)" if len(errors) > 1 else ""
+        super().__init__(f"{errors[0]}{more}")
+        self.results = list(results)
 
 
 @dataclass(frozen=True)
