@@ -78,15 +78,34 @@ class Output:
             raise UserError(f"--output {self.folder}: is not a folder")
 
     def file_of(self, input: AudioInput) -> Path | None:
-        """`FOLDER/ID.FORMAT`, whatever the id; None for standard output. Names that are too long for a folder are
-        shortened, with a digest of the whole at their end."""
+        """`FOLDER/ID.FORMAT`, whatever the id; None for standard output.
+
+        Where the result of another audio file is there, of an earlier run, the folders that the audio is in come before
+        the id, one after the other: day2/rec001.wav goes to `FOLDER/day2/rec001.txt` after day1/rec001.wav has gone to
+        `FOLDER/rec001.txt`. Names that are too long for a folder are shortened, with a digest of the whole at their end.
+        """
         if self.folder is None:
             return None
-        parts = [part for part in PurePath(_writable(input.id)).parts if part not in ("/", "//", "..")]
-        *folders, name = parts or [_writable(input.id)]
+        ids = [input.id]
+        if input.audio and not input.part:
+            above = Path(os.path.abspath(input.audio)).parent.parts[1:]
+            ids += [os.path.join(*above[-depth:], input.id) for depth in range(1, len(above) + 1)]
+        files = list(map(self._file, ids))
+        audio = _audio_of(input)
+        free = (file for file in files if self.overwrite or self._owner(file) in (None, audio))
+        return next(free, files[0])
+
+    def _file(self, id: str) -> Path:
+        parts = [part for part in PurePath(_writable(id)).parts if part not in ("/", "//", "..")]
+        *folders, name = parts or [_writable(id)]
         ending = f".{self.format}"
         names = [_fitting(folder) for folder in folders]
         return self.folder.joinpath(*names, _fitting(name, MAX_NAME_BYTES - len(ending)) + ending)
+
+    def _owner(self, file: Path) -> str | None:
+        """The audio that a file is the result of; None if there is none, or it is not known."""
+        found = self._index.results(self._name(file))
+        return found[-1].audio if found and os.path.lexists(file) else None
 
     def is_done(self, input: AudioInput) -> bool:
         """Whether the result of an input is there.
@@ -136,12 +155,11 @@ class Output:
         return str(file.relative_to(self.folder))
 
     def _result(self, input: AudioInput, file: Path, sha256: str) -> _Result:
-        audio = ", ".join(map(os.path.abspath, input.files or ())) or input.name
         asked = repr((self.made_with, input.language, input.target_language, input.context))
         return _Result(
             self._name(file),
             sha256,
-            f"{audio} ({input.part})" if input.part else audio,
+            _audio_of(input),
             input.content(),
             hashlib.sha256(asked.encode(errors="backslashreplace")).hexdigest()[:16],
         )
@@ -183,6 +201,12 @@ class _Index:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(index)
+
+
+def _audio_of(input: AudioInput) -> str:
+    """Which audio an input is, wherever the program runs."""
+    audio = ", ".join(map(os.path.abspath, input.files or ())) or input.name
+    return f"{audio} ({input.part})" if input.part else audio
 
 
 def _writable(id: str) -> str:
