@@ -37,6 +37,7 @@ from speechllm.train.checkpoint import (
     load_checkpoint,
     load_trained,
 )
+from speechllm.train.languages import languages_of
 from speechllm.weights import CheckpointError, file_hash
 
 
@@ -126,8 +127,8 @@ def write_model(
         if file_hash(base["path"]) != base["sha256"]:
             raise CheckpointError(f"{base['path']}: not the {part} that {last} was trained on: its SHA-256 is another")
     config = from_dict(ModelConfig, checkpoints[last]["config"]["model"], str(last))
-    # checkpoints of earlier versions do not say what they were trained on
-    model = build_model(replace(config, languages=checkpoints[last].get("languages", config.languages)))
+    languages = languages_of(checkpoints[last])
+    model = build_model(config if languages is None else replace(config, languages=languages))
     load_trained(model, trained, last)
     try:
         model.save_pretrained(output, merged)

@@ -81,8 +81,9 @@ from speechllm.optim.optimizer import OptimConfig, build_optimizer
 from speechllm.rwkv7 import RWKV7Config
 from speechllm.text.tokenizer import train_sentencepiece
 from speechllm.train.checkpoint import RunningAverage
-from speechllm.train.monitor import Averages
-from speechllm.train.sharding import clip_grad_norm
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
+from train import train_step
 
 DIGITS = Path(__file__).resolve().parents[1] / "configs" / "digits.yaml"
 
@@ -108,6 +109,15 @@ PARTS = (
     "optimiser",
     "other",
 )
+
+# What train_step calls the parts of a step that no hook of a module sees.
+NOTED = {
+    "labels": "other",
+    "forward": "language model",
+    "backward": "backward: projector, encoder",
+    "losses": "other",
+    "step": "optimiser",
+}
 
 PRECISIONS = {"fp32": ("no", torch.float32), "bf16": ("bf16", torch.bfloat16), "fp16": ("fp16", torch.float16)}
 UNMEASURED_STEPS = 2
@@ -289,23 +299,13 @@ def measure(
         clock.restart()
         batch = (batch or next(batches)).to(accelerator.device)
         clock.note("data")
-        tokens = sum(len(model.label_ids(text)) + 1 for text in batch.texts)
-        clock.note("other")
-        with accelerator.autocast():
-            out = model(batch.features, batch.feature_lens, batch.texts, batch.languages)
-        clock.note("language model")
-        accelerator.backward(out["loss"] / tokens)
-        clock.note("backward: projector, encoder")
-        Averages.of(out)
-        clock.note("other")
-        if accelerator.scaler is not None:
-            accelerator.unscale_gradients()
-        norm = clip_grad_norm(trained, case.optim.max_grad_norm)
-        optimizer.step()
+        result = train_step(
+            accelerator, model, optimizer, [batch], case.optim.max_grad_norm, note=lambda part: clock.note(NOTED[part])
+        )
         optimizer.zero_grad()
         average.update(1)
         clock.note("optimiser")
-        return batch, norm
+        return batch, result.grad_norm
 
     backend, model.llm.wkv_backend = model.llm.wkv_backend, "chunked"
     flops_per_second = count_flops(lambda: step(first)) / first.audio_seconds

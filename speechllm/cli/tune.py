@@ -9,18 +9,25 @@ from pathlib import Path
 def add_tune(commands: argparse._SubParsersAction) -> None:
     tune = commands.add_parser(
         "tune",
-        help="adapt an RWKV-7 language model to text",
-        description="Adapt an RWKV-7 language model to the texts of a domain: LoRA, MiSS, state tuning and others. "
+        help="adapt an RWKV-7 language model to text, or train a new one",
+        description="Adapt an RWKV-7 language model to the texts of a domain (LoRA, MiSS, state tuning and others), or "
+        "train a new one. A run that was stopped goes on from its last validation when it is started again. "
         "--dry-run shows what each method would train and store, and trains nothing.",
     )
-    tune.add_argument("--llm", required=True, type=Path, help="official .pth file or Hugging Face folder")
+    base = tune.add_mutually_exclusive_group(required=True)
+    base.add_argument("--llm", type=Path, help="official .pth file or Hugging Face folder")
+    base.add_argument(
+        "--new", metavar="LxD", help="a new model of L layers and width D, such as 8x384, is trained in full"
+    )
     tune.add_argument(
         "--text", nargs="+", type=Path, metavar="FILE", help='a document a line, or .jsonl with {"text": ...} lines'
     )
     tune.add_argument("--valid", nargs="+", type=Path, metavar="FILE", help="text to measure the loss on")
     tune.add_argument("--output", type=Path, help="folder for the adapter (PEFT), the state, or the model (full)")
     tune.add_argument("--tokenizer", default="rwkv", help="rwkv, or a sentencepiece model (default: %(default)s)")
-    tune.add_argument("--method", default="miss", help="full, lora, rslora, dora, pissa, miss, adalora or state")
+    tune.add_argument(
+        "--method", help="full, lora, rslora, dora, pissa, miss, adalora or state (default: miss; full with --new)"
+    )
     tune.add_argument("--rank", type=int, help="of the adapter (default: 8)")
     tune.add_argument("--targets", nargs="+", help="matrices to adapt (default: receptance key value output)")
     tune.add_argument("--quantize", default="none", help="of the frozen base: none, int8 or nf4 (default: none)")
@@ -49,17 +56,22 @@ def run_tune(args: argparse.Namespace) -> int:
     from speechllm.errors import UserError
     from speechllm.llm.adapters import TuneConfig, save_adapter, tune, tuning_table
     from speechllm.log import setup_logging
-    from speechllm.rwkv7 import load_rwkv7, save_rwkv7
+    from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7, save_rwkv7
     from speechllm.text.tokenizer import load_tokenizer
     from speechllm.train.text_tuning import TextTuning, read_documents, tune_on_text
 
+    method = args.method or ("miss" if args.new is None else "full")
+    if args.new is not None and method != "full":
+        raise UserError(f"tune: --method {method} is for a model that is trained already; a new one is trained in full")
     if args.dry_run:
+        if args.new is not None:
+            raise UserError("tune: --dry-run shows what the methods train of a model; give --llm")
         print(tuning_table(load_rwkv7(args.llm, dtype=None).config, args.rank, args.targets))
         return 0
     if missing := [f"--{name}" for name in ("text", "valid", "output") if not getattr(args, name)]:
         raise UserError(f"tune: {', '.join(missing)} missing (or --dry-run, to see what each method trains)")
     try:
-        config = TuneConfig(args.method, rank=args.rank, targets=args.targets, quantize=args.quantize)
+        config = TuneConfig(method, rank=args.rank, targets=args.targets, quantize=args.quantize)
     except ValueError as e:
         raise UserError(f"tune: {e}") from e
     options = TextTuning(
@@ -76,7 +88,15 @@ def run_tune(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.tokenizer)
     documents, valid_documents = (read_documents(paths, tokenizer) for paths in (args.text, args.valid))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = tune(load_rwkv7(args.llm), config).to(device).train()
+    if args.new is None:
+        model = load_rwkv7(args.llm)
+    else:
+        try:
+            num_layers, width = map(int, args.new.split("x"))
+            model = RWKV7(RWKV7Config(num_layers, width, tokenizer.vocab_size))
+        except ValueError as e:
+            raise UserError(f"tune: --new {args.new}: layers and width as in 8x384, in heads of 64 ({e})") from e
+    model = tune(model, config).to(device).train()
     model.checkpoint_blocks = args.checkpoint_blocks
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
@@ -85,11 +105,12 @@ def run_tune(args: argparse.Namespace) -> int:
         )
 
     def save() -> None:
-        if args.method == "full":
+        if method == "full":
             save_rwkv7(model, args.output)
         else:
             save_adapter(model, args.output, base=args.llm)
 
-    before, after = tune_on_text(model, documents, valid_documents, options, tokenizer.eos_id, save)
+    unfinished = args.output.with_name(f"{args.output.name}.unfinished.pt")
+    before, after = tune_on_text(model, documents, valid_documents, options, tokenizer.eos_id, save, unfinished)
     print(f"loss of a token: {before:.4f} -> {after:.4f}; written to {args.output}")
     return 0

@@ -27,7 +27,7 @@ from lhotse.cut.data import DataCut
 from lhotse.utils import compute_num_samples, perturb_num_samples
 from torch import Tensor
 
-from speechllm.data.features import FRAME_SHIFT, MEL_BINS, SAMPLE_RATE
+from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, bins_of
 from speechllm.data.manifests.manifest import HEADER_UNREAD, IS_SEGMENT
 from speechllm.data.manifests.tar import TAR, with_tar_data
 
@@ -94,7 +94,7 @@ def load_precomputed(cut: Cut, kind: str) -> Tensor:
         kind: that is needed.
 
     Returns:
-        (T, MEL_BINS[kind]) float32.
+        (T, bins_of(kind)) float32.
 
     Raises:
         UtteranceError: there are none, or of another kind; they cannot be read; they are not so many finite values
@@ -117,8 +117,8 @@ def load_precomputed(cut: Cut, kind: str) -> Tensor:
         raise UtteranceError("unreadable features", f"cut {cut.id}: {_first_line(error)}") from error
     if not math.isclose(cut.frame_shift, FRAME_SHIFT, rel_tol=1e-3):
         raise UtteranceError("wrong features", f"cut {cut.id}: a frame every {cut.frame_shift} s, not {FRAME_SHIFT} s")
-    if features.ndim != 2 or features.shape[1] != MEL_BINS[kind]:
-        raise UtteranceError("wrong features", f"cut {cut.id}: shape {features.shape}, not (T, {MEL_BINS[kind]})")
+    if features.ndim != 2 or features.shape[1] != bins_of(kind):
+        raise UtteranceError("wrong features", f"cut {cut.id}: shape {features.shape}, not (T, {bins_of(kind)})")
     if len(features) == 0 or abs(len(features) - cut.duration / FRAME_SHIFT) > DURATION_TOLERANCE / FRAME_SHIFT:
         raise UtteranceError("wrong features", f"cut {cut.id}: {len(features)} frames for {cut.duration:.3f} s")
     if not np.isfinite(features).all():
@@ -127,16 +127,18 @@ def load_precomputed(cut: Cut, kind: str) -> Tensor:
 
 
 def stored_kind(cut: Cut) -> str:
-    """The kind (of `MEL_BINS`) of a cut's stored features; those of lhotse's other extractors are taken for fbank.
+    """The kind (see `bins_of`) of a cut's stored features; those of lhotse's other extractors are taken for fbank.
 
     Raises:
         UtteranceError: they are Whisper's, but not as they are made here.
     """
     kind = cut.features_type
-    if kind is None or not kind.startswith("whisper"):
+    if kind is None or not kind.startswith(("whisper", "encoder-")):
         return "fbank"
-    if kind not in MEL_BINS:
-        raise UtteranceError("wrong features", f"cut {cut.id}: stored are {kind}, known are {', '.join(MEL_BINS)}")
+    try:
+        bins_of(kind)
+    except ValueError as error:
+        raise UtteranceError("wrong features", f"cut {cut.id}: stored are {error}") from error
     return kind
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ from lhotse.supervision import AlignmentItem
 from tqdm import tqdm
 
 from speechllm.data.audio import UtteranceError, load_samples, read_header, recordings
-from speechllm.data.features import FRAME_SHIFT, MEL_BINS, SAMPLE_RATE, extract_features
+from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, bins_of, extract_features
 from speechllm.data.manifests.manifest import (
     LINE_ERRORS,
     ManifestError,
@@ -50,13 +51,19 @@ class Conversion:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def convert_to_cuts(source: SourceConfig, output: Path, features: str | None = None) -> Conversion:
+def convert_to_cuts(
+    source: SourceConfig,
+    output: Path,
+    features: str | None = None,
+    extract: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Conversion:
     """Write lhotse cuts with recordings as the headers of the audio files have them; the audio stays where it is.
 
     Args:
         output: `.jsonl` or `.jsonl.gz`, a file that does not exist yet.
         features: of this kind (see `MEL_BINS`) are computed too, and stored in the folder `output` without its suffix,
             and `.features`.
+        extract: makes them of samples (num_samples,), (T, bins_of(features)); `extract_features` by default.
 
     Raises:
         ManifestError: there is no such manifest.
@@ -69,6 +76,8 @@ def convert_to_cuts(source: SourceConfig, output: Path, features: str | None = N
     _check_new(output)
     if features is not None:
         _check_new(storage)
+    if extract is None and features is not None:
+        extract = partial(_extract, kind=features)
 
     with ExitStack() as stack:
         tmp = stack.enter_context(replaced_file(output))
@@ -87,7 +96,7 @@ def convert_to_cuts(source: SourceConfig, output: Path, features: str | None = N
                     if part.type == "file":
                         part.source = os.path.abspath(part.source)
             if writer is not None:
-                cut = _with_stored_features(cut, writer, storage, features)
+                cut = _with_stored_features(cut, writer, storage, features, extract)
             file.write(json.dumps(cut.to_dict(), ensure_ascii=False).encode() + b"\n")
             return cut
 
@@ -173,10 +182,16 @@ def _convert(source: SourceConfig, write: Callable[[Cut], Cut]) -> Conversion:
     return result
 
 
-def _with_stored_features(cut: Cut, writer: NumpyFilesWriter, folder: Path, kind: str) -> Cut:
+def _extract(samples: np.ndarray, kind: str) -> np.ndarray:
+    return extract_features(samples, kind).numpy()
+
+
+def _with_stored_features(
+    cut: Cut, writer: NumpyFilesWriter, folder: Path, kind: str, extract: Callable[[np.ndarray], np.ndarray]
+) -> Cut:
     if not isinstance(cut, DataCut):
         raise UtteranceError("no place for features", f"a {type(cut).__name__} has none of its own; use --to shar")
-    matrix = extract_features(load_samples(cut), kind).numpy()
+    matrix = extract(load_samples(cut))
     # ids may have slashes, and the writer takes the first characters of the key for folders of even size
     key = writer.write(f"{zlib.crc32(cut.id.encode()):08x}-{cut.id.rsplit('/', 1)[-1]}", matrix)
     return fastcopy(cut, features=_describe_features(cut, matrix, kind, str(folder), key))
@@ -186,7 +201,7 @@ def _describe_features(cut: Cut, matrix: np.ndarray, kind: str, path: str, key: 
     return Features(
         type=kind,
         num_frames=len(matrix),
-        num_features=MEL_BINS[kind],
+        num_features=bins_of(kind),
         frame_shift=FRAME_SHIFT,
         # that of the features: from the recording's, lhotse would get another number of frames than there are
         sampling_rate=SAMPLE_RATE,

@@ -62,6 +62,12 @@ class Batch(_Batch):
     features: Tensor
     feature_lens: Tensor
 
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        """The arguments of a model's `forward`, in its order."""
+        audio = self.features, self.feature_lens
+        return *audio, self.texts, self.languages, self.target_languages, self.labels, self.contexts
+
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`."""
         return replace(

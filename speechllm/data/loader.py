@@ -54,8 +54,10 @@ class DataConfig:
     (audio, label, end of text; longer utterances are left out). They come from `num_buckets` buckets of like durations.
 
     `features_on`: `worker` computes them in the worker processes, `device` on the model's device from waveforms,
-    `precomputed` reads those in the manifest. `index_dir`: where the indexes of manifests are kept; null for
-    ~/.cache/speechllm. `buffer_size`: utterances held for shuffling, for streams only.
+    `precomputed` reads those in the manifest. `cache_encoder`: a folder for the outputs of the encoder's frozen part,
+    which are computed once for each utterance of `train` and `valid` (see `speechllm.train.encoder_cache`).
+    `index_dir`: where the indexes of manifests are kept; null for ~/.cache/speechllm. `buffer_size`: utterances held
+    for shuffling, for streams only.
 
     Curriculum: with `curriculum_seconds`, the first `curriculum_hold_epochs` epochs have utterances up to so
     long; over the `curriculum_epochs` epochs that follow the limit grows evenly to `max_seconds`.
@@ -81,6 +83,7 @@ class DataConfig:
     buffer_size: int = 20000
     num_workers: int = 2
     features_on: str = "worker"
+    cache_encoder: str | None = None
     index_dir: str | None = None
     curriculum_seconds: float | None = None
     curriculum_hold_epochs: int = 1
@@ -114,8 +117,9 @@ class DataConfig:
         check_steps(self.text)
         if self.features_on not in FEATURES_ON:
             raise ValueError(f"features_on: {self.features_on!r} is none of {', '.join(FEATURES_ON)}")
-        if self.features_on == "precomputed" and self.augment.changes_waveform:
-            raise ValueError("features_on: precomputed features can only have augment.spec_augment")
+        if self.augment.changes_waveform and (self.features_on == "precomputed" or self.cache_encoder is not None):
+            key = "cache_encoder" if self.cache_encoder is not None else "features_on"
+            raise ValueError(f"{key}: precomputed features can only have augment.spec_augment")
         for name, values in (("weight", [s.weight is None for s in self.train]), ("stream", self._streams)):
             if len(set(values)) > 1:
                 raise ValueError(f"train: give {name} to all sources or to none")

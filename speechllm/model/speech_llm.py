@@ -275,7 +275,7 @@ def build_encoder(section: EncoderSection) -> Encoder:
     return encoder
 
 
-def _saved_section(encoder: Encoder) -> EncoderSection:
+def saved_section(encoder: Encoder) -> EncoderSection:
     """What `save_pretrained` writes: all weights are in the folder."""
     if isinstance(encoder, WhisperEncoder):
         return EncoderSection(whisper=encoder.config, pad_to_30s=encoder.pad_to_max_seconds)
@@ -544,10 +544,10 @@ class SpeechLLM(SpeechModel):
             config = dataclasses.replace(
                 self.config,
                 tokenizer=".",
-                encoder=_saved_section(self.encoder),
+                encoder=saved_section(self.encoder),
                 llm=llm,
                 more_encoders=[
-                    MoreEncoder(_saved_section(part["encoder"]), more.projector)
+                    MoreEncoder(saved_section(part["encoder"]), more.projector)
                     for more, part in zip(self.config.more_encoders, self.more_encoders, strict=True)
                 ],
             )
