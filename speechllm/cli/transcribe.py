@@ -61,7 +61,16 @@ def add_transcribe(commands: argparse._SubParsersAction) -> None:
     )
     transcribe.add_argument("--overwrite", action="store_true", help="overwrite existing results")
     transcribe.add_argument(
-        "--channel", type=int, metavar="N", help="take this channel of several, counted from 0 (default: their mean)"
+        "--channel",
+        type=int,
+        metavar="N",
+        help="take this channel of several, counted from 0 (default: their mean, or those that speak)",
+    )
+    transcribe.add_argument(
+        "--track",
+        type=int,
+        metavar="N",
+        help="take this audio track of several, as in a film, counted from 0 (default: the one that is marked so)",
     )
     transcribe.add_argument(
         "--batch-duration", type=float, default=300.0, help="seconds of audio in a batch (default: %(default)g)"
@@ -105,7 +114,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
     # What can be refused before the model is loaded is.
     how = replace(search_options(args, shows_nbest=args.format == "json"), fallback="ctc")
     context = prompt_context(args)
-    inputs = Inputs(args.inputs, args.language, args.target_language, args.task, context, args.channel)
+    inputs = Inputs(args.inputs, args.language, args.target_language, args.task, context, args.channel, args.track)
     options = SegmentOptions(args.batch_duration, _MAX_SEGMENT if args.max_segment is None else args.max_segment)
     output = Output(args.format, args.output, args.overwrite)
     output.check(args.inputs)
@@ -140,4 +149,13 @@ def made_with(args: argparse.Namespace, how: RecogniseOptions, options: SegmentO
     # how many are searched together has no influence
     how = replace(how, search=replace(how.search, max_rows=how.search.width))
     files = {name: file_hash(file) for name in ("hotwords", "ngram", "initial_state") if (file := getattr(how, name))}
-    return repr((model_identity(args.model), asdict(how) | files, options.max_seconds, args.llm_weights, args.channel))
+    return repr(
+        (
+            model_identity(args.model),
+            asdict(how) | files,
+            options.max_seconds,
+            args.llm_weights,
+            args.channel,
+            args.track,
+        )
+    )

@@ -66,12 +66,14 @@ class Recording:
       id: a name for it, such as the file's without its suffix.
       audio: the file it is in.
       duration: in seconds.
+      warnings: what is to be known of the audio, such as that a part of it could not be decoded.
     """
 
     id: str
     audio: str
     duration: float
     segments: Sequence[Segment]
+    warnings: Sequence[str] = ()
 
     @property
     def text(self) -> str:
@@ -97,7 +99,7 @@ def format_json(recording: Recording) -> str:
     """One JSON object in one line.
 
     `id`, `audio`, `duration`, `text`, `confidence` (null where nothing was recognised), `language` (if the model says
-    it) and `segments`, each of which has `start`, `end`, `text`, `confidence`, `stopped` (see `Hypothesis`) and, where
+    it), `warnings` about the audio (if there are any) and `segments`, each of which has `start`, `end`, `text`, `confidence`, `stopped` (see `Hypothesis`) and, where
     there are any, `language`, `fallback`, `ctc_text`, `words` and (more than one hypothesis) `nbest`.
 
     Numbers that are not finite are null, and what is not valid Unicode, such as a byte of a file's name that is not
@@ -111,6 +113,7 @@ def format_json(recording: Recording) -> str:
         "text": recording.text,
         "confidence": _confidence(best),
         **({} if recording.language is None else {"language": recording.language}),
+        **({"warnings": list(recording.warnings)} if recording.warnings else {}),
         "segments": [_segment_record(segment) for segment in recording.segments],
     }
     return json.dumps(_valid(record), ensure_ascii=False, allow_nan=False) + "\n"

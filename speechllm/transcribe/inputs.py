@@ -10,6 +10,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -19,14 +20,15 @@ from lhotse.cut import Cut
 from torch import Tensor
 
 from speechllm.data import Entry
-from speechllm.data.audio import UtteranceError, recordings
+from speechllm.data.audio import cut_blocks, recordings
+from speechllm.data.audio_file import AudioNote, UtteranceError
+from speechllm.data.blocks import read_blocks
 from speechllm.data.manifests.manifest import LINE_ERRORS, SourceConfig, describe_cut, explain, iter_objects, to_cut
 from speechllm.data.manifests.source import DataError
 from speechllm.data.manifests.tar import TAR
 from speechllm.errors import UserError
 from speechllm.prompt.template import PromptContext
-from speechllm.transcribe.pauses import cut_blocks, read_blocks
-from speechllm.transcribe.samples import mono_samples
+from speechllm.transcribe.samples import sample_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -50,23 +52,25 @@ class AudioInput:
         id: of the result, also the path of its file, without suffix.
         name: what people know it by: the file, or the id in a manifest.
         audio: the file; "" where there is none.
-        blocks: gives the audio, (num_samples,) float32 blocks of 16 kHz, and raises `UtteranceError` or `DataError`
-            where it cannot.
+        blocks: gives the audio, (num_samples,) float32 blocks of 16 kHz, and raises `UtteranceError` where it cannot;
+            what is to be known of the audio is put into the list that it is called with.
         language, target_language: for the prompt; with a target language it is translated.
         context: for the prompt's other slots.
         files: what the audio is read from; None where it can be read once only, as a stream.
         part: which part of them it is, where it is not all.
+        error: why there is no audio at all.
     """
 
     id: str
     name: str
     audio: str
-    blocks: Callable[[], Iterator[np.ndarray]]
+    blocks: Callable[[list[AudioNote]], Iterator[np.ndarray]]
     language: str | None = None
     target_language: str | None = None
     context: PromptContext | None = None
     files: tuple[str, ...] | None = ()
     part: str = ""
+    error: UserError | None = None
 
     def content(self) -> str | None:
         """What the audio is, as far as that can be known without reading it: another text when a file has changed. None
@@ -91,24 +95,21 @@ def audio_input(
     *,
     sampling_rate: int = 16000,
     channel: int | None = None,
+    track: int | None = None,
 ) -> AudioInput:
     """A file, or samples. What is wrong with it is told when it is read.
 
     Args:
-        audio: a path, or samples (see `samples.mono_samples`).
+        audio: a path, or samples (see `samples.sample_blocks`).
         sampling_rate: of samples.
-        channel: of a file, which one to take of several.
+        channel, track: of a file, which ones to take of several channels and audio tracks.
     """
     asked = (language, target_language, context)
     if isinstance(audio, str | os.PathLike):
         file = os.fsdecode(audio)
         files = None if _is_fifo(file) else (file,)
-        return AudioInput(id, file, file, lambda: _file_blocks(file, channel), *asked, files)
-
-    def blocks() -> Iterator[np.ndarray]:
-        yield mono_samples(audio, sampling_rate, id)
-
-    return AudioInput(id, id, "", blocks, *asked)
+        return AudioInput(id, file, file, lambda notes: _file_blocks(file, channel, track, notes), *asked, files)
+    return AudioInput(id, id, "", lambda notes: sample_blocks(audio, sampling_rate, id, notes), *asked)
 
 
 def _is_fifo(file: str) -> bool:
@@ -116,7 +117,7 @@ def _is_fifo(file: str) -> bool:
     return os.path.exists(file) and stat.S_ISFIFO(os.stat(file).st_mode)
 
 
-def _file_blocks(file: str, channel: int | None) -> Iterator[np.ndarray]:
+def _file_blocks(file: str, channel: int | None, track: int | None, notes: list[AudioNote]) -> Iterator[np.ndarray]:
     if not os.path.exists(file) and _URL.match(file):
         raise UtteranceError("a URL", f"{file}: only files are read; download it first")
     if file.lower().endswith(_HEADERLESS_SUFFIXES):
@@ -127,27 +128,40 @@ def _file_blocks(file: str, channel: int | None) -> Iterator[np.ndarray]:
         )
     if _is_fifo(file):
         with open(file, "rb") as stream:
-            yield from _stream_blocks(stream, file, channel)
+            yield from _stream_blocks(stream, file, channel, track, notes)
         return
-    yield from read_blocks(file, channel=channel)
+    with _name_in_utf8(file) as readable:
+        yield from read_blocks(readable, channel=channel, track=track, name=file, notes=notes)
 
 
-def _standard_input_blocks(channel: int | None) -> Iterator[np.ndarray]:
+@contextmanager
+def _name_in_utf8(file: str) -> Iterator[str]:
+    """The name of a file, or of a link to it where its own is not UTF-8: libsndfile and ffmpeg take no others."""
+    try:
+        file.encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory(prefix="speechllm-") as folder:
+            link = os.path.join(folder, "audio")
+            os.symlink(os.path.abspath(file), link)
+            yield link
+    else:
+        yield file
+
+
+def _standard_input_blocks(channel: int | None, track: int | None, notes: list[AudioNote]) -> Iterator[np.ndarray]:
     if sys.stdin is None or sys.stdin.isatty():
         raise UtteranceError("no audio", "standard input: is a terminal; pipe audio into it, or give a file")
-    yield from _stream_blocks(sys.stdin.buffer, "standard input", channel)
+    yield from _stream_blocks(sys.stdin.buffer, "standard input", channel, track, notes)
 
 
-def _stream_blocks(stream: BinaryIO, name: str, channel: int | None) -> Iterator[np.ndarray]:
+def _stream_blocks(
+    stream: BinaryIO, name: str, channel: int | None, track: int | None, notes: list[AudioNote]
+) -> Iterator[np.ndarray]:
     """By way of a temporary file: decoders go back and forth in a file."""
     with tempfile.NamedTemporaryFile(prefix="speechllm-") as copy:
         shutil.copyfileobj(stream, copy, 1 << 20)
         copy.flush()
-        try:
-            yield from read_blocks(copy.name, channel=channel)
-        except UtteranceError as error:
-            details = str(error).removeprefix(f"{error.reason}: ").replace(copy.name, name)
-            raise UtteranceError(error.reason, details) from error
+        yield from read_blocks(copy.name, channel=channel, track=track, name=name, notes=notes)
 
 
 @dataclass
@@ -158,10 +172,11 @@ class Inputs:
     the path `-` is standard input. The id of a file is its path in the folder that is given, or, where several paths
     are given, in the folder that they have in common. `language`, `target_language`, `task` and `context` are for
     files, and for lines of manifests that do not say theirs. `channel`: which one to take of several; None takes their
-    mean.
+    mean, or those that speak. `track`: which one to take of several audio tracks; None for the default one.
 
     Raises:
-        UserError: task and target language do not go together; standard input is given twice.
+        UserError: task and target language do not go together; standard input is given twice; a track is asked for of
+            the audio of a manifest.
     """
 
     paths: Sequence[str | Path]
@@ -170,6 +185,7 @@ class Inputs:
     task: str | None = None
     context: PromptContext | None = None
     channel: int | None = None
+    track: int | None = None
     _warned: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -183,13 +199,17 @@ class Inputs:
                     raise UserError(f"--task ast: give a --target-language to translate {path} into")
         if list(self.paths).count(STANDARD_INPUT) > 1:
             raise UserError(f"{STANDARD_INPUT}: standard input can be read once, and is given twice")
+        for name, number in (("channel", self.channel), ("track", self.track)):
+            if number is not None and number < 0:
+                raise UserError(f"--{name}: they are counted from 0, got {number}")
+        if self.track is not None and (manifests := list(filter(is_manifest, self.paths))):
+            raise UserError(f"--track: is for files; the audio of a manifest ({manifests[0]}) has one track")
 
     def __iter__(self) -> Iterator[AudioInput]:
         common = self._common_folder()
         for path in self.paths:
             if path == STANDARD_INPUT:
-                blocks = lambda: _standard_input_blocks(self.channel)  # noqa: E731
-                yield AudioInput("stdin", STANDARD_INPUT, "", blocks, *self._asked(), files=None)
+                yield self._standard_input()
             elif not os.fspath(path):
                 yield _broken("''", UserError("an empty name among the inputs"))
             elif is_manifest(path):
@@ -198,6 +218,12 @@ class Inputs:
                 yield from self._folder(os.fspath(path), common or os.fspath(path))
             else:
                 yield self._file(os.fspath(path), common or os.path.dirname(os.path.abspath(path)))
+
+    def _standard_input(self) -> AudioInput:
+        def blocks(notes: list[AudioNote]) -> Iterator[np.ndarray]:
+            return _standard_input_blocks(self.channel, self.track, notes)
+
+        return AudioInput("stdin", STANDARD_INPUT, "", blocks, *self._asked(), files=None)
 
     def _asked(self) -> tuple[str | None, str | None, PromptContext | None]:
         return self.language, self.target_language, self.context
@@ -215,7 +241,7 @@ class Inputs:
     def _file(self, file: str, folder: str) -> AudioInput:
         name = os.path.relpath(os.path.abspath(file), os.path.abspath(folder))
         id = name.removesuffix(os.path.splitext(name)[1])
-        return audio_input(file, id, *self._asked(), channel=self.channel)
+        return audio_input(file, id, *self._asked(), channel=self.channel, track=self.track)
 
     def _folder(self, folder: str, base: str) -> Iterator[AudioInput]:
         is_empty = True
@@ -287,7 +313,7 @@ class Inputs:
             cut.id,
             cut.id,
             next(iter(files), ""),
-            lambda: cut_blocks(cut),
+            lambda notes: cut_blocks(cut, notes),
             entry.lang,
             entry.target_lang if entry.task == "ast" else None,
             self._context(entry),
@@ -311,7 +337,4 @@ def is_manifest(path: str | Path) -> bool:
 
 
 def _broken(name: str, error: UserError) -> AudioInput:
-    def blocks() -> Iterator[np.ndarray]:
-        raise error
-
-    return AudioInput(name, name, name, blocks)
+    return AudioInput(name, name, name, lambda notes: iter(()), error=error)

@@ -82,7 +82,7 @@ class Output:
 
         Where the result of another audio file is there, of an earlier run, the folders that the audio is in come before
         the id, one after the other: day2/rec001.wav goes to `FOLDER/day2/rec001.txt` after day1/rec001.wav has gone to
-        `FOLDER/rec001.txt`. Names that are too long for a folder are shortened, with a digest of the whole at their end.
+        `FOLDER/rec001.txt`. Names that are too long for a folder are shortened, and end with a digest of the whole.
         """
         if self.folder is None:
             return None
@@ -283,6 +283,8 @@ def transcribe_all(
                 report(found)
                 continue
             bar.update()
+            for warning in found.warnings:
+                bar.write(f"warning: {warning}", file=sys.stderr)
             if text := output.write(input, found):
                 bar.write(text, end="")
                 sys.stdout.flush()

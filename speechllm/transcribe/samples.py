@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from speechllm.data.audio import UtteranceError
+from speechllm.data.audio_file import AudioNote, UtteranceError
+from speechllm.data.blocks import mono_blocks
 from speechllm.data.features import SAMPLE_RATE
-from speechllm.data.resample import resample
+from speechllm.data.resample import resample_blocks
 
 _RATES = range(1000, 1_000_001)
 _MAX_CHANNELS = 64
-# Floating-point samples may go beyond full scale, 1; what is far beyond was scaled otherwise.
-_LOUDEST = 1000.0
 
 
-def mono_samples(audio: np.ndarray | Tensor | Sequence[float], sampling_rate: int, name: str) -> np.ndarray:
-    """What a recogniser hears of samples in memory.
+def sample_blocks(
+    audio: np.ndarray | Tensor | Sequence[float], sampling_rate: int, name: str, notes: list[AudioNote] | None = None
+) -> Iterator[np.ndarray]:
+    """Samples in memory as `speechllm.data.blocks.read_blocks` gives those of a file.
 
     Args:
-        audio: (num_samples,), or with channels, of which the mean is taken: (channels, num_samples) or (num_samples,
-            channels), the shorter side being that of the channels. Floating point in [-1, 1]; or int16, int32 or uint8
-            as in WAV files.
+        audio: (num_samples,), or with channels, (channels, num_samples) or (num_samples, channels), the shorter side
+            being that of the channels. Floating point in [-1, 1]; or int16, int32 or uint8 as in WAV files.
         name: for errors.
+        notes: gets what is to be known of the audio, such as channels that were chosen.
 
-    Returns:
+    Yields:
         (num_samples,) float32, 16 kHz.
 
     Raises:
@@ -44,23 +45,17 @@ def mono_samples(audio: np.ndarray | Tensor | Sequence[float], sampling_rate: in
             raise UtteranceError(
                 "wrong shape", f"{name}: {samples.shape}: which side is that of the channels? Give one channel"
             )
-        samples = samples.mean(axis=samples.shape.index(channels))
-    if samples.ndim != 1:
+        samples = samples if samples.shape[0] == channels else samples.T
+    elif samples.ndim != 1:
         raise UtteranceError(
             "wrong shape",
             f"{name}: {samples.shape}, expected (num_samples,), (channels, num_samples) or (num_samples, channels)",
         )
-    if not len(samples):
+    if not samples.size:
         raise UtteranceError("wrong duration", f"{name}: no samples")
-    if not np.isfinite(samples).all():
-        bad = np.count_nonzero(~np.isfinite(samples))
-        raise UtteranceError("non-finite samples", f"{name}: {bad} of {len(samples)} samples")
-    if (loudest := np.abs(samples).max()) > _LOUDEST:
-        raise UtteranceError(
-            "implausible samples",
-            f"{name}: up to {loudest:.3g}, where 1 is full scale; divide what were 16-bit integers by 32768",
-        )
-    return resample(np.ascontiguousarray(samples, dtype=np.float32), int(sampling_rate), SAMPLE_RATE)
+    rate = int(sampling_rate)
+    blocks = mono_blocks([np.atleast_2d(np.ascontiguousarray(samples))], rate, name, notes=notes)
+    yield from resample_blocks(blocks, rate, SAMPLE_RATE)
 
 
 def _floating_point(audio: Any, name: str) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from speechllm.data.audio import UtteranceError
+from speechllm.data.audio_file import AudioNote, UtteranceError
 from speechllm.data.features import SAMPLE_RATE, extract_features
 from speechllm.data.manifests.source import DataError
 from speechllm.decode.recognizer import Speech
@@ -83,6 +83,7 @@ class _Progress:
 
     input: AudioInput
     parts: list[_Part] = field(default_factory=list)
+    notes: list[AudioNote] = field(default_factory=list)
     duration: float = 0.0
     error: UserError | None = None
     is_read: bool = False
@@ -129,8 +130,9 @@ def transcribe_inputs(
             if done.error is not None:
                 yield done.input, DataError(str(done.error))
                 continue
+            warnings = tuple(dict.fromkeys(f"{note.reason}: {note.details}" for note in done.notes))
             segments = _joined(done.parts)
-            yield done.input, Recording(done.input.id, done.input.audio, done.duration, segments)
+            yield done.input, Recording(done.input.id, done.input.audio, done.duration, segments, warnings)
 
     for recognitions in recognise(batches()):
         parts = in_work.popleft()
@@ -150,6 +152,8 @@ def _parts(
         unfinished.append(progress)
 
         try:
+            if input.error is not None:
+                raise input.error
             check(input.language, input.target_language, _context(input))
             for segment in split_at_pauses(_blocks(progress), max_seconds):
                 duration = len(segment.samples) / SAMPLE_RATE
@@ -167,7 +171,7 @@ def _parts(
 def _blocks(progress: _Progress) -> Iterator[np.ndarray]:
     """The audio of an input; whatever else goes wrong while it is read is an `UtteranceError` too."""
     try:
-        for block in progress.input.blocks():
+        for block in progress.input.blocks(progress.notes):
             progress.duration += len(block) / SAMPLE_RATE
             yield block
     except (UtteranceError, UserError, MemoryError):
