@@ -149,13 +149,5 @@ def made_with(args: argparse.Namespace, how: RecogniseOptions, options: SegmentO
     # how many are searched together has no influence
     how = replace(how, search=replace(how.search, max_rows=how.search.width))
     files = {name: file_hash(file) for name in ("hotwords", "ngram", "initial_state") if (file := getattr(how, name))}
-    return repr(
-        (
-            model_identity(args.model),
-            asdict(how) | files,
-            options.max_seconds,
-            args.llm_weights,
-            args.channel,
-            args.track,
-        )
-    )
+    asked = (args.llm_weights, args.channel, args.track)
+    return repr((model_identity(args.model), asdict(how) | files, options.max_seconds, asked))

@@ -99,8 +99,9 @@ def format_json(recording: Recording) -> str:
     """One JSON object in one line.
 
     `id`, `audio`, `duration`, `text`, `confidence` (null where nothing was recognised), `language` (if the model says
-    it), `warnings` about the audio (if there are any) and `segments`, each of which has `start`, `end`, `text`, `confidence`, `stopped` (see `Hypothesis`) and, where
-    there are any, `language`, `fallback`, `ctc_text`, `words` and (more than one hypothesis) `nbest`.
+    it), `warnings` about the audio (if there are any) and `segments`, each of which has `start`, `end`, `text`,
+    `confidence`, `stopped` (see `Hypothesis`) and, where there are any, `language`, `fallback`, `ctc_text`, `words` and
+    (more than one hypothesis) `nbest`.
 
     Numbers that are not finite are null, and what is not valid Unicode, such as a byte of a file's name that is not
     UTF-8, is written as `\\udcXX`: any reader of JSON takes it.

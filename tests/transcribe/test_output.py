@@ -1,14 +1,19 @@
 """Results of a run: files that are whole, what is done already, what is reported."""
 
+import errno
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import soundfile
 
+from speechllm.errors import UserError
 from speechllm.transcribe.inputs import Inputs, audio_input
 from speechllm.transcribe.output import Output, transcribe_all
 from speechllm.transcribe.segments import SegmentOptions
-from tests.transcribe.conftest import EXPECTED, Listener
+from tests.transcribe.conftest import EXPECTED, RATE, Listener, melody
 
 
 def files_in(folder):
@@ -83,3 +88,107 @@ def test_results_stay_inside_their_folder(tmp_path):
     output = Output("txt", tmp_path)
     for id, expected in (("/etc/x", "etc/x.txt"), ("../../y.z", "y.z.txt"), ("a@1.5", "a@1.5.txt"), ("..", "...txt")):
         assert output.file_of(audio_input(np.zeros(1), id)) == tmp_path / expected
+
+
+def transcribed(paths, folder, made_with="model", **more) -> tuple[int, int]:
+    """Exit status, and how many segments were recognised."""
+    listener = Listener()
+    output = Output("txt", folder, made_with=made_with)
+    status = transcribe_all(Inputs(paths, **more), listener, SegmentOptions(), output)
+    return status, sum(len(batch.feature_lens) for batch in listener.batches)
+
+
+@pytest.fixture
+def days(tmp_path):
+    for day, words in (("day1", ["do"]), ("day2", ["re", "mi"])):
+        (tmp_path / day).mkdir()
+        soundfile.write(tmp_path / day / "rec001.wav", melody(words, 0.2), RATE)
+    return tmp_path / "day1", tmp_path / "day2"
+
+
+def test_a_result_is_of_one_recording(days, tmp_path, capsys):
+    out = tmp_path / "out"
+    for _ in range(2):
+        for day in days:
+            assert transcribed([day / "rec001.wav"], out)[0] == 0
+    assert "1 of 1 were done before" in capsys.readouterr().err
+    assert (out / "rec001.txt").read_text() == "do\n"
+    assert (out / "day2/rec001.txt").read_text() == "re mi\n"
+    assert transcribed(days, tmp_path / "both") == (0, 2)
+    assert files_in(tmp_path / "both") == ["day1/rec001.txt", "day2/rec001.txt"]
+
+
+def test_another_model_language_or_recording_is_not_done(days, tmp_path):
+    out, file = tmp_path / "out", days[0] / "rec001.wav"
+    assert transcribed([file], out) == (0, 1)
+    assert transcribed([file], out) == (0, 0)
+    assert transcribed([file], out, made_with="other model") == (0, 1)
+    assert transcribed([file], out, made_with="other model", language="en") == (0, 1)
+    assert transcribed([file], out, made_with="other model", language="en") == (0, 0)
+    soundfile.write(file, melody(["fa", "la"], 0.2), RATE)
+    assert transcribed([file], out, made_with="other model", language="en") == (0, 1)
+    assert (out / "rec001.txt").read_text() == "fa la\n"
+
+
+def test_what_people_have_written_stays(days, tmp_path, capsys):
+    out, file = tmp_path / "out", days[0] / "rec001.wav"
+    out.mkdir()
+    (out / "rec001.txt").write_text("notes of my own\n")
+    assert transcribed([file], out) == (1, 0)
+    assert "rec001.txt is there, and it is not known what it is of" in capsys.readouterr().err
+    (out / "rec001.txt").unlink()
+    assert transcribed([file], out) == (0, 1)
+    (out / "rec001.txt").write_text("Do!\n")
+    assert transcribed([file], out) == (0, 0)  # corrected by hand
+    assert transcribed([file], out, made_with="other") == (1, 0)
+    assert "and changed since" in capsys.readouterr().err
+    assert (out / "rec001.txt").read_text() == "Do!\n"
+
+
+def test_a_run_killed_between_index_and_result_goes_on(days, tmp_path, monkeypatch):
+    out, file = tmp_path / "out", days[0] / "rec001.wav"
+    transcribed([file], out)
+    soundfile.write(file, melody(["fa", "la"], 0.2), RATE)
+
+    def killed(*names):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", killed)
+        transcribed([file], out)
+    assert sorted(path.name for path in out.glob("*")) == [".transcribed.jsonl", "rec001.txt"]
+    with open(out / ".transcribed.jsonl", "a") as index:
+        index.write('{"file": "rec001.txt", "sha')  # a line that a full disk has cut off
+    assert transcribed([file], out) == (0, 1)
+    assert transcribed([file], out) == (0, 0)
+    assert (out / "rec001.txt").read_text() == "fa la\n"
+
+
+def test_a_full_disk_says_so_and_leaves_nothing_half_written(days, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(UserError, match="rec001.txt: cannot be written: No space left on device"):
+        transcribed([days[0] / "rec001.wav"], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_runs_into_one_folder_at_the_same_time(audio, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(transcribed, [audio], tmp_path / "out") for _ in range(4)]
+    assert {run.result()[0] for run in runs} == {1}  # the broken one
+    assert files_in(tmp_path / "out") == [f"{id}.txt" for id in EXPECTED]
+    assert transcribed([audio], tmp_path / "out") == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "id", ["n" * 300, "\u00fc" * 200, "folder" * 60 + "/x", "a\0b", "\ud800", os.fsdecode(b"\xff" * 254)]
+)
+def test_any_id_is_a_name(tmp_path, id):
+    samples = melody(["do"], 0.1)
+    file = Output("json", tmp_path).file_of(audio_input(samples, id))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("")
+    assert file.suffix == ".json"
+    assert file != Output("json", tmp_path).file_of(audio_input(samples, id + "x"))
