@@ -151,6 +151,8 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, opt
             for language, group in [*sorted(groups.items()), ("all", found)]:
                 table[name, language].setdefault("words", str(score(group).ref_len))  # CTC may have fewer
                 table[name, language] |= measures(setting, group)
+    if not table:
+        raise UserError(f"{model_dir}: no utterance of the test sets can be recognized; the log says why")
     text = table_text(table)
     print(f"\n{text}", end="")
     add_results(model_dir, text)

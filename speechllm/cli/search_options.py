@@ -69,7 +69,10 @@ def search_options(args: argparse.Namespace, *, shows_nbest: bool = True) -> Rec
         if name in of_search or name in of_recognizer:
             raise UserError(f"{_option(name)}: {why}")
     if options.search.nbest > 1 and args.search == "beam" and not shows_nbest:
-        raise UserError(f"--nbest {options.search.nbest}: only the best result is written (--format json has all)")
+        raise UserError(
+            f"--nbest {options.search.nbest}: only the best result is written here (all are by speechllm transcribe "
+            "--format json)"
+        )
     return options
 
 
