@@ -30,18 +30,18 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from tqdm import tqdm
-from train import Config  # recipes/train.py: one experiment file for both
 
 from speechllm.cli.exits import run_to_exit
+from speechllm.cli.options import add_dtype_option
 from speechllm.cli.search_options import add_search_options, check_without_language_model, search_options
-from speechllm.config import ConfigError, load_config
+from speechllm.config import ConfigError
 from speechllm.data import Batch, build_eval_loader
 from speechllm.decode.interface import RecogniseOptions, Recognizer, Speech
 from speechllm.decode.result import Recognition
 from speechllm.errors import UserError
 from speechllm.linear import INFERENCE_WEIGHTS
 from speechllm.log import setup_logging
-from speechllm.model.build import load_model, pack_model
+from speechllm.model.build import load_model, prepare_for_inference
 from speechllm.model.card import add_results
 from speechllm.model.speech_llm import load_model_config
 from speechllm.scoring import (
@@ -55,6 +55,7 @@ from speechllm.scoring import (
     write_reports,
 )
 from speechllm.scoring.translation import translation_scores
+from speechllm.train.config import Experiment, load_experiment
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def main() -> None:
         help="on the CPU, how the language model's matrices are kept: float32 is exact, bfloat16 faster on processors "
         "that have its instructions, int8 smaller (default: %(default)s)",
     )
+    add_dtype_option(parser)
     parser.add_argument(
         "--timestamps",
         action="store_true",
@@ -82,23 +84,28 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
 
     def run() -> None:
-        config = load_config(Config, args.config, overrides)
+        config = load_experiment(args.config, overrides)
         options = replace(search_options(args, shows_nbest=False), timestamps=args.timestamps)
         if load_model_config(args.model).llm is None:
             check_without_language_model(args)
-        decode(config, args.exp_dir, args.model, args.llm_weights, options)
+        decode(config, args.exp_dir, args.model, args.dtype, args.llm_weights, options)
 
     run_to_exit(run)
 
 
-def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, options: RecogniseOptions) -> None:
+def decode(
+    config: Experiment,
+    exp_dir: Path,
+    model_dir: Path,
+    dtype: str | None,
+    llm_weights: str,
+    options: RecogniseOptions,
+) -> None:
     if not config.data.test:
         raise ConfigError("data.test names no test set")
     setup_logging(exp_dir / "log", "log-decode")
-    device = Accelerator().device
-    model = load_model(model_dir).to(device)
-    if device.type == "cpu" or llm_weights != "float32":
-        pack_model(model, llm_weights)
+    model = load_model(model_dir)
+    prepare_for_inference(model, Accelerator().device, dtype, llm_weights)
     recogniser = model.recogniser(options)
     search, ctc_search = search_names(options)
     if model.llm is None and model.transducer is None:
@@ -113,7 +120,7 @@ def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, opt
             nonlocal left_out
             loader = build_eval_loader(config.data, sources, feature_kind=model.feature_kind)
             for batch in tqdm(loader, desc=name, unit="batch", disable=None):
-                batch = batch.to(device)
+                batch = batch.to(model.device)
                 rows = recognizable_rows(recogniser, batch)
                 left_out += len(batch) - len(rows)
                 if rows:

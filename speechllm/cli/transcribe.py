@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speechllm.cli.options import add_prompt_options, prompt_context
+from speechllm.cli.options import add_device_option, add_dtype_option, add_prompt_options, prompt_context
 from speechllm.cli.search_options import add_search_options, check_without_language_model, search_options
 
 # The rest of the library is imported where it is used: `speechllm --help` answers at once.
@@ -88,6 +88,8 @@ def add_transcribe(commands: argparse._SubParsersAction) -> None:
         help="on the CPU, how the language model's matrices are kept: float32 is exact, bfloat16 faster on processors "
         "that have its instructions, int8 smaller (default: %(default)s)",
     )
+    add_device_option(transcribe)
+    add_dtype_option(transcribe)
     add_search_options(transcribe)
     transcribe.set_defaults(run=run_transcribe)
 
@@ -101,10 +103,8 @@ def run_transcribe(args: argparse.Namespace) -> int:
     """
     from dataclasses import replace
 
-    import torch
-
     from speechllm.errors import UserError
-    from speechllm.model.build import load_model, pack_model
+    from speechllm.model.build import load_model, prepare_for_inference, usable_device
     from speechllm.model.request import asked_languages
     from speechllm.model.speech_llm import load_model_config
     from speechllm.transcribe.inputs import Inputs
@@ -124,10 +124,9 @@ def run_transcribe(args: argparse.Namespace) -> int:
     language, target_language = asked_languages(config, args.language, args.target_language, context)
     inputs = replace(inputs, language=language, target_language=target_language)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(args.model).to(device)
-    if device == "cpu" or args.llm_weights != "float32":
-        pack_model(model, args.llm_weights)
+    device = usable_device(args.device)
+    model = load_model(args.model)
+    prepare_for_inference(model, device, args.dtype, args.llm_weights)
     if args.max_segment is not None and args.max_segment > model.max_seconds:
         raise UserError(f"--max-segment {args.max_segment:g}: the encoder hears at most {model.max_seconds:g} s")
     options = replace(options, max_seconds=min(options.max_seconds, model.max_seconds))
@@ -149,5 +148,5 @@ def made_with(args: argparse.Namespace, how: RecogniseOptions, options: SegmentO
     # how many are searched together has no influence
     how = replace(how, search=replace(how.search, max_rows=how.search.width))
     files = {name: file_hash(file) for name in ("hotwords", "ngram", "initial_state") if (file := getattr(how, name))}
-    asked = (args.llm_weights, args.channel, args.track)
+    asked = (args.dtype, args.llm_weights, args.channel, args.track)
     return repr((model_identity(args.model), asdict(how) | files, options.max_seconds, asked))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from speechllm.data.audio_file import AudioFile, AudioNote, UtteranceError, open_audio
 from speechllm.data.blocks import DURATION_TOLERANCE, mono_blocks, read_blocks
+from speechllm.data.commands import command_output
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, bins_of
 from speechllm.data.manifests.manifest import HEADER_UNREAD, IS_SEGMENT
+from speechllm.data.manifests.nemo import CHANNEL, CHANNEL_OF_SEVERAL
 from speechllm.data.manifests.tar import TAR, with_tar_data
 from speechllm.data.resample import resample
 
@@ -40,7 +42,7 @@ def load_samples(
 
     Args:
         cut: from `read_manifest`; any sampling rate; of several channels the mean, or those that speak (see
-            `speechllm.data.blocks`), unless the cut's custom field `channel` has the number of one.
+            `speechllm.data.blocks`); of a file whose header is unread those of `chosen_channels`.
         speed: played so many times faster, pitch and all.
         tolerance: seconds by which the audio may be shorter or longer than its manifest says.
         notes: gets what is to be known of the audio: damage, channels that were chosen.
@@ -55,16 +57,15 @@ def load_samples(
     """
     name = _name_of(cut)
     notes = [] if notes is None else notes
-    channel = (cut.custom or {}).get("channel")
     try:
         cut = with_tar_data(cut)
         if not cut.has_recording:
             raise UtteranceError("no audio", f"{name}: the cut has no recording")
         if _is_plain(cut):
-            samples, rate = _read_mono(cut, name, channel, tolerance, notes)
+            samples, rate = _read_mono(cut, name, tolerance, notes)
         else:
             audio, rate = _read_composed(cut)
-            samples = _joined(mono_blocks([audio], rate, name, channel, notes))
+            samples = _joined(mono_blocks([audio], rate, name, notes=notes))
     except (UtteranceError, MemoryError):
         raise
     except Exception as error:  # each of lhotse's audio backends raises what it likes about a broken file
@@ -84,24 +85,19 @@ def cut_blocks(cut: Cut, notes: list[AudioNote] | None = None) -> Iterator[np.nd
     Raises:
         UtteranceError: as of `read_blocks` and `load_samples`.
     """
-    custom = cut.custom or {}
+    name, is_unread = _name_of(cut), (cut.custom or {}).get(HEADER_UNREAD)
     is_part_of_file = (
         _is_plain(cut)
-        and isinstance(cut.channel, int)
-        and TAR not in custom
+        and TAR not in (cut.custom or {})
         and cut.recording.sources[0].type == "file"
         and not cut.recording.transforms
     )
     if not is_part_of_file:
         yield load_samples(cut, notes=notes)
         return
-    (source,) = cut.recording.sources
-    if custom.get(HEADER_UNREAD):
-        duration = cut.duration if custom[IS_SEGMENT] else None
-        yield from read_blocks(source.source, cut.start, duration, custom.get("channel"), notes=notes)
-    else:
-        channel = source.channels.index(cut.channel)
-        yield from read_blocks(source.source, cut.start, cut.duration, channel, notes=notes)
+    duration = None if is_unread and not cut.custom[IS_SEGMENT] else cut.duration
+    path = cut.recording.sources[0].source
+    yield from read_blocks(path, cut.start, duration, name=name, choose=_choice(cut, name), notes=notes)
 
 
 def load_precomputed(cut: Cut, kind: str) -> Tensor:
@@ -190,22 +186,12 @@ def _read_composed(cut: Cut) -> tuple[np.ndarray, int]:
     return cut.load_audio(), cut.sampling_rate
 
 
-def _read_mono(
-    cut: DataCut, name: str, channel: int | None, tolerance: float, notes: list[AudioNote]
-) -> tuple[np.ndarray, int]:
+def _read_mono(cut: DataCut, name: str, tolerance: float, notes: list[AudioNote]) -> tuple[np.ndarray, int]:
     """(num_samples,) of a cut of one file, and its sampling rate."""
-    source = cut.recording.sources[0]
     found: list[AudioNote] = []
-    with open_audio(_data_of(source, name), name, notes=found) as file:
-        blocks = _cut_blocks(cut, file, tolerance)
-        if not (cut.custom or {}).get(HEADER_UNREAD):
-            wanted = [cut.channel] if isinstance(cut.channel, int) else list(cut.channel)
-            rows = _rows(source, file, wanted, name)
-            blocks = (block[rows] for block in blocks)
-            if channel is not None and channel not in wanted:
-                raise UtteranceError("no such channel", f"{name}: {channel} is not among {wanted}")
-            channel = None if channel is None else wanted.index(channel)
-        samples = _joined(mono_blocks(blocks, file.rate, name, channel, found))
+    with open_audio(_data_of(cut.recording.sources[0], name, not _is_whole(cut)), name, notes=found) as file:
+        blocks = _blocks_of(cut, file, tolerance)
+        samples = _joined(mono_blocks(blocks, file.rate, name, _choice(cut, name), found))
         _check_length(cut, len(samples), file.rate, tolerance, name)
     damage = next((note for note in found if note.reason == "damaged audio"), None)
     if damage is not None and not _is_whole(cut):
@@ -219,22 +205,31 @@ def _joined(blocks: Iterator[np.ndarray]) -> np.ndarray:
     return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
 
 
-def _rows(source: AudioSource, file: AudioFile, wanted: list[int], name: str) -> list[int]:
-    """The channels of a file that a cut has."""
-    rows = [row for row, channel in enumerate(source.channels[: file.channels]) if channel in wanted]
-    if len(rows) != len(wanted):
-        raise UtteranceError("no such channel", f"{name}: {file.channels} channels, the manifest says {wanted}")
+def _choice(cut: DataCut, name: str) -> Callable[[int], list[int]]:
+    """What gives the rows of a file's channels that a cut has, for so many channels."""
+    custom, (source,) = cut.custom or {}, cut.recording.sources
+    if custom.get(HEADER_UNREAD):
+        return lambda count: chosen_channels(custom, range(count), name)
+    wanted = [cut.channel] if isinstance(cut.channel, int) else list(cut.channel)
+
+    def rows(count: int) -> list[int]:
+        there = source.channels[:count]
+        if not set(wanted) <= set(there):
+            raise UtteranceError("no such channel", f"{name}: {count} channels, the manifest says {wanted}")
+        return [there.index(channel) for channel in chosen_channels(custom, wanted, name)]
+
     return rows
 
 
-def _data_of(source: AudioSource, name: str) -> str | bytes:
-    """A path, or what is in memory or made by a command.
+def _data_of(source: AudioSource, name: str, is_part: bool) -> str | bytes:
+    """A path, or what is in memory or made by a command; `is_part`: of which only a part is needed, and other parts
+    will be.
 
     Raises:
         UtteranceError: it is neither.
     """
     if source.type == "command":
-        return subprocess.run(source.source, shell=True, check=True, stdout=subprocess.PIPE).stdout
+        return command_output(source.source, keep=is_part)
     if source.type not in ("file", "memory"):
         raise UtteranceError("no audio", f"{name}: it is elsewhere ({source.type}); give the directory that it is in")
     return source.source
@@ -248,7 +243,7 @@ def _is_whole(cut: DataCut) -> bool:
     return cut.duration > cut.recording.duration - 0.001
 
 
-def _cut_blocks(cut: DataCut, file: AudioFile, tolerance: float) -> Iterator[np.ndarray]:
+def _blocks_of(cut: DataCut, file: AudioFile, tolerance: float) -> Iterator[np.ndarray]:
     """(channels, num_samples) blocks of a cut; of a whole file not much more than its manifest says."""
     rate = file.rate
     if file.frames is not None:
@@ -320,7 +315,7 @@ def read_header(cut: Cut, tolerance: float = DURATION_TOLERANCE) -> Cut:
 
 def _read_length(cut: DataCut, source: AudioSource, name: str, tolerance: float) -> tuple[int, int, int]:
     """Samples, rate and channels of a file that a cut fits into."""
-    with open_audio(_data_of(source, name), name) as file:
+    with open_audio(_data_of(source, name, not _is_whole(cut)), name) as file:
         frames = file.count_frames()
         _check_length(cut, frames, file.rate, tolerance, name, of_file=True)
         return frames, file.rate, file.channels
@@ -340,6 +335,7 @@ def _with_header(cut: DataCut, name: str, tolerance: float) -> DataCut:
     (source,) = cut.recording.sources
     frames, rate, num_channels = _read_length(cut, source, name, tolerance)
     channels = list(range(num_channels))
+    chosen = chosen_channels(cut.custom, channels, name)
     recording = Recording(
         id=cut.recording.id,
         sources=[fastcopy(source, channels=channels)],
@@ -348,11 +344,32 @@ def _with_header(cut: DataCut, name: str, tolerance: float) -> DataCut:
         duration=frames / rate,
     )
     duration = min(cut.duration, frames / rate - cut.start) if cut.custom[IS_SEGMENT] else frames / rate
-    channel = 0 if len(channels) == 1 else channels
+    channel = chosen[0] if len(chosen) == 1 else chosen
     supervisions = [fastcopy(s, duration=duration, channel=channel) for s in cut.supervisions]
-    custom = {name: value for name, value in cut.custom.items() if name not in (HEADER_UNREAD, IS_SEGMENT)}
-    kind = MonoCut if len(channels) == 1 else MultiCut
+    settled = (HEADER_UNREAD, IS_SEGMENT, CHANNEL, CHANNEL_OF_SEVERAL)
+    custom = {name: value for name, value in cut.custom.items() if name not in settled}
+    kind = MonoCut if len(chosen) == 1 else MultiCut
     return kind(cut.id, cut.start, duration, channel, supervisions, recording=recording, custom=custom)
+
+
+def chosen_channels(custom: dict | None, channels: Sequence[int], name: str) -> list[int]:
+    """Which of the channels that there are to take, by the custom fields of a cut: `channel`, a number or a list of
+    them; or `channel_of_several`, a number that counts only where there are several; without either all.
+
+    Raises:
+        UtteranceError: one of them is not there.
+    """
+    custom = custom or {}
+    wanted = custom.get(CHANNEL)
+    if wanted is None and len(channels) > 1:
+        wanted = custom.get(CHANNEL_OF_SEVERAL)
+    if wanted is None:
+        return list(channels)
+    chosen = [wanted] if isinstance(wanted, int) else list(wanted)
+    for channel in chosen:
+        if channel not in channels:
+            raise UtteranceError("no such channel", f"{name}: {channel} is not among {list(channels)}")
+    return chosen
 
 
 def _change_speed(samples: np.ndarray, speed: float) -> np.ndarray:

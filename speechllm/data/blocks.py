@@ -10,7 +10,7 @@ Several channels become one in windows of ten seconds. It is their mean, unless 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,9 @@ DURATION_TOLERANCE = 0.5
 _LOUDEST = 1000.0
 _TEN_DB, _SIX_DB = 10.0, 4.0  # as ratios of power
 
+# For a number of channels, those to take.
+Choice = Callable[[int], Sequence[int]]
+
 
 def read_blocks(
     source: str | Path | bytes,
@@ -34,6 +37,7 @@ def read_blocks(
     duration: float | None = None,
     channel: int | None = None,
     *,
+    choose: Choice | None = None,
     track: int | None = None,
     name: str | None = None,
     tolerance: float = DURATION_TOLERANCE,
@@ -47,6 +51,7 @@ def read_blocks(
         source: a path, or the contents of a file.
         start, duration: seconds; without a duration, to the end.
         channel: which one to take of several; None takes the mean, or those that speak (see above).
+        choose: gives the channels to mix, for so many as there are; instead of `channel`.
         track: which one to take of several audio tracks, from 0; None for the default one.
         name: for messages; None for the path.
         tolerance: seconds that may be missing of `duration`.
@@ -61,12 +66,14 @@ def read_blocks(
     """
     name = name or (f"{len(source)} bytes of audio" if isinstance(source, bytes) else str(source))
     notes = [] if notes is None else notes
+    if channel is not None:
+        choose = _only(channel, name)
     with open_audio(source, name, track=track, notes=notes) as file:
         rate = file.rate
         first = compute_num_samples(start, rate) if start else 0
         wanted = None if duration is None else compute_num_samples(duration, rate)
         blocks = _part(file.blocks(first), wanted, round(tolerance * rate), rate, name)
-        yield from resample_blocks(mono_blocks(blocks, rate, name, channel, notes), rate, SAMPLE_RATE)
+        yield from resample_blocks(mono_blocks(blocks, rate, name, choose, notes), rate, SAMPLE_RATE)
 
 
 def _part(
@@ -87,25 +94,33 @@ def _part(
         raise UtteranceError("wrong duration", f"{name}: {said:.3f} s are asked for, it ends after {found:.3f} s")
 
 
+def _only(channel: int, name: str) -> Choice:
+    def choose(count: int) -> list[int]:
+        if channel >= count:
+            raise UtteranceError("no such channel", f"{name}: {channel} is not among {list(range(count))}")
+        return [channel]
+
+    return choose
+
+
 def mono_blocks(
     blocks: Iterable[np.ndarray],
     rate: int,
     name: str,
-    channel: int | None = None,
+    choose: Choice | None = None,
     notes: list[AudioNote] | None = None,
 ) -> Iterator[np.ndarray]:
-    """One channel of (channels, num_samples) blocks: number `channel`, or what this module's description says.
+    """One channel of (channels, num_samples) blocks, as this module's description says, of those that `choose` gives.
 
     Raises:
-        UtteranceError: there is no such channel; samples are not finite, or absurdly large.
+        UtteranceError: samples are not finite, or absurdly large; what `choose` raises.
     """
     mixer = _Mixer(name)
-    for block in blocks if channel is not None else _windows(blocks, round(BLOCK_SECONDS * rate)):
-        if channel is not None and channel >= len(block):
-            raise UtteranceError("no such channel", f"{name}: {channel} is not among {list(range(len(block)))}")
-        picked = block[channel : channel + 1] if channel is not None else block
-        _check(picked, name)
-        yield mixer.mix(picked)
+    if choose is not None:
+        blocks = (block[list(choose(len(block)))] for block in blocks)
+    for block in _windows(blocks, round(BLOCK_SECONDS * rate)):
+        _check(block, name)
+        yield mixer.mix(block)
     if notes is not None and mixer.chosen:
         notes.append(AudioNote("channels chosen", mixer.summary()))
 

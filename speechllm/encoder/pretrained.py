@@ -70,6 +70,16 @@ def load_encoder(
     return encoder.to(map_location).eval()
 
 
+def is_whisper(path: str | Path) -> bool:
+    """Whether a released encoder is a Whisper's, by the config.json of its folder."""
+    path = Path(path)
+    try:
+        values = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False  # `load_encoder` says what is wrong
+    return isinstance(values, dict) and values.get("model_type") == "whisper"
+
+
 def save_encoder(encoder: Zipformer, folder: str | Path) -> None:
     """Writes config.json and model.safetensors for `load_encoder`; each appears complete or not at all."""
     folder = Path(folder)

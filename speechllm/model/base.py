@@ -6,6 +6,7 @@ import dataclasses
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -30,8 +31,14 @@ Audio = str | os.PathLike | np.ndarray | Tensor  # a file, or samples
 
 
 class SpeechModel(nn.Module, ABC):
-    """Has an encoder with features of its own, writes labels, and recognizes speech."""
+    """Has an encoder with features of its own, writes labels, and recognizes speech.
 
+    Attributes:
+      autocast_dtype: half precision in which encoder and projector compute when speech is recognized
+        (`speechllm.model.build.prepare_for_inference`); None leaves it to the caller.
+    """
+
+    autocast_dtype: torch.dtype | None = None
     config: ModelConfig  # its prompt written out
     tokenizer: Tokenizer
     encoder: Encoder
@@ -88,6 +95,12 @@ class SpeechModel(nn.Module, ABC):
         # in the order of `feature_kind`
         bins = {other.feature_kind: other.feature_dim for _, _, other in self.encoders()}
         return dict(zip(bins, features.split(list(bins.values()), dim=2), strict=True))[encoder.feature_kind]
+
+    def encoding(self) -> AbstractContextManager[object]:
+        """The context that `encode` computes in: `autocast_dtype`."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
 
     def label_ids(self, label: str) -> list[int]:
         """The tokens of a label as it stands behind the prompt, without the end of text."""

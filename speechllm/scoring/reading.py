@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from speechllm.data.manifests.lines import numbered_lines
 from speechllm.data.manifests.manifest import LINE_ERRORS, ManifestError, SourceConfig, describe, explain, iter_objects
 from speechllm.data.manifests.nemo import is_nemo
-from speechllm.data.manifests.source import numbered_lines, string_of
+from speechllm.data.manifests.source import string_of
 from speechllm.errors import UserError
 from speechllm.scoring.counting import Transcript, language_label
 from speechllm.text.normalize import normalize_text

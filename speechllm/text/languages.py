@@ -89,8 +89,8 @@ pa Punjabi, pa Panjabi, ps Pashto, ps Pushto, pt Português, rw Kinyarwanda, sa 
 Sinhalese, sn Shona, so Somali, sq Albanian, st Southern Sotho, st Sesotho, su Sundanese, sw Kiswahili, te Telugu,
 tg Tajik, ti Tigrinya, tk Turkmen, tl Tagalog, tn Tswana, tn Setswana, tpi Tok Pisin, tt Tatar, ug Uighur, umb
 Umbundu, wo Wolof, xh Xhosa, xh isiXhosa, yi Yiddish, yo Yoruba, yue Yue, yue Yue Chinese, zh Mandarin, zh Mandarin
-Chinese, zh Chinese Mandarin, zh Putonghua, zu Zulu, zu isiZulu, zh 普通话, zh 国语, zh 國語, zh 汉语, zh 漢語, yue 广东话, yue
-廣東話
+Chinese, zh Chinese Mandarin, zh Putonghua, zu Zulu, zu isiZulu, zh 普通话, zh 国语, zh 國語, zh 汉语,
+zh 漢語, yue 广东话, yue 廣東話
 """
 # ISO 639-1 with the codes of three letters that ISO 639-2 and 639-3 have for the same language.
 _CODES = """

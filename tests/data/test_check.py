@@ -6,12 +6,15 @@ import json
 import numpy as np
 import pytest
 import soundfile
+import yaml
 from lhotse import CutSet, Recording
 
 from speechllm.cli.main import main
+from speechllm.config import ConfigError, to_dict
 from speechllm.data import SourceConfig
 from speechllm.data.check import PROBLEMS_SHOWN, CheckOptions, check_manifests
 from speechllm.text.tokenizer import load_tokenizer
+from speechllm.train.config import load_experiment
 
 from .conftest import write_manifest, write_tone
 
@@ -58,11 +61,11 @@ def test_a_good_corpus_is_counted_and_has_no_problem(corpus, audio, tokenizer_di
 def broken(tmp_path):
     """A manifest with a good first line, and one line with each problem; (kind, FILE:LINE) of those that show without
     the audio, with its header, and only in the samples."""
-    for name, seconds in (("good", 1.0), ("longer", 2.0), ("shorter", 0.5), ("cut", 1.0)):
+    for name, seconds in (("good", 1.0), ("longer", 2.0), ("shorter", 0.4), ("cut", 1.0)):
         write_tone(tmp_path / f"{name}.wav", seconds, seed=1)
     flac = tmp_path / "cut.flac"
     soundfile.write(flac, *soundfile.read(tmp_path / "cut.wav"))
-    flac.write_bytes(flac.read_bytes()[:9000])  # its header still says 1 s
+    flac.write_bytes(flac.read_bytes()[: flac.stat().st_size * 3 // 4])  # its header still says 1 s
     (tmp_path / "words.wav").write_text("I am not audio\n" * 100)
     soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
 
@@ -82,7 +85,7 @@ def broken(tmp_path):
         (line("longer.wav"), "wrong duration", "header"),
         (line("shorter.wav"), "wrong duration", "header"),
         (line("good.wav", id="12", offset=5.0), "wrong duration", "header"),
-        (line("cut.flac", id="13"), "unreadable audio", "full"),
+        (line("cut.flac", id="13"), "damaged audio", "full"),
         (line("nan.wav"), "non-finite samples", "full"),
         (line("good.wav", id="1/ast", task="ast", ast_text="y", target_lang="de"), None, None),
     ]
@@ -155,15 +158,18 @@ def test_a_manifest_that_is_cut_short_is_a_problem(tmp_path):
     assert 0 < report.sources[0].utterances < 5000
 
 
-def test_a_configuration_is_checked_whole(corpus, tmp_path, capsys):
-    path = tmp_path / "x.yaml"
-    path.write_text(
-        f"model: {{ctc_weight: 0.1}}\nstages: {{first: {{}}}}\n"
-        f"data:\n"
-        f"  train: [{{path: {corpus}/a.jsonl}}]\n"
-        f"  valid: [{{path: {corpus}/b.jsonl}}]\n"
-        f"  test: {{again: [{{path: {corpus}/b.jsonl}}]}}\n"
-    )
+@pytest.fixture
+def experiment(corpus, model_config, tmp_path):
+    """A whole configuration, whose validation set is its test set too."""
+    data = {"train": [{"path": f"{corpus}/a.jsonl"}], "valid": [{"path": f"{corpus}/b.jsonl"}]}
+    data["test"] = {"again": data["valid"]}
+    tree = {"model": to_dict(model_config), "data": data, "stages": {"first": {"optim.lr": 1e-4}}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "x.yaml"
+
+
+def test_a_configuration_is_checked_whole(corpus, experiment, tmp_path, capsys):
+    path = experiment
     assert status("--config", path) == 0
     assert capsys.readouterr().out.count("b.jsonl\n") == 1
     assert status("--config", path, "--data.max_seconds", "1.5") == 1
@@ -178,5 +184,11 @@ def test_a_configuration_is_checked_whole(corpus, tmp_path, capsys):
     assert "none.jsonl" in capsys.readouterr().out
     assert status("--config", path, "--data.trian=[]") == 1
     assert "did you mean data.train?" in capsys.readouterr().err
+    for wrong in ("model.ctc_wieght", "optim.lrr", "stages.first"):
+        assert status("--config", path, f"--{wrong}", "0.5") == 1
+        error = capsys.readouterr().err
+        with pytest.raises(ConfigError) as refused:
+            load_experiment(path, [f"--{wrong}", "0.5"])
+        assert error == f"error: {refused.value}\n" and wrong in error
     assert status() == 1
     assert status("--data.train", "[]", corpus / "a.jsonl") == 2

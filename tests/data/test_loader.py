@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import pickle
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -149,14 +150,39 @@ def test_resume_is_exact(corpus, workers_before, workers_after):
     assert sum(len(batch) for batch in resumed) == 80
 
 
-def test_resume_with_other_settings_is_an_error(corpus):
+@pytest.mark.parametrize("change", ["max_duration", "world size", "more data", "moved", "seed"])
+def test_other_settings_begin_the_epoch_anew_and_say_so(corpus, tmp_path, caplog, change):
     loader = build_train_loader(config(corpus), seed=3)
+    loader.set_epoch(2)
     next(iter(loader))
-    other = build_train_loader(replace(config(corpus), max_cuts=3), seed=4)
-    with pytest.raises(ValueError, match="max_cuts was None, is 3, seed was 3, is 4"):
+    changed, count, seed, world_size = config(corpus), 80, 3, 1
+    if change == "max_duration":
+        changed.max_duration, word = 4.0, "max_duration was 6.0, is 4.0"
+    elif change == "world size":
+        world_size, word = 2, "world_size was 1, is 2"
+    elif change == "seed":
+        seed, word = 4, "seed was 3, is 4"
+    elif change == "more data":
+        extra = write_manifest(tmp_path / "more.jsonl", [json.loads((corpus / "b.jsonl").read_text().splitlines()[0])])
+        changed.train.append(SourceConfig(str(extra)))
+        (tmp_path / "b").symlink_to(corpus / "b")
+        count, word = 81, "other lines in the manifests, other train sources"
+    else:
+        shutil.copytree(corpus, tmp_path / "moved")
+        changed, word = config(tmp_path / "moved"), "other augment.noise.sources, other train sources"
+    found = []
+    for rank in range(world_size):
+        other = build_train_loader(changed, seed=seed, rank=rank, world_size=world_size)
         other.load_state_dict(loader.state_dict())
-    assert sum(len(batch) for batch in loader) == 80
+        other.set_epoch(2)
+        found += [id for batch in other for id in batch.ids]
+        assert other.epoch == 2
+    assert len(found) == count
+    assert f"epoch 2 begins anew: its 1 batches so far were made with other data settings ({word})" in caplog.text
+    caplog.clear()
+    list(loader)
     other.load_state_dict(loader.state_dict())  # after a whole epoch settings may change
+    assert list(other) == [] and caplog.text == ""
 
 
 def test_ranks_share_the_epoch(corpus):

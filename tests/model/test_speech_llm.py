@@ -132,6 +132,28 @@ def test_recognise_is_batch_invariant(model, batch):
         assert alone.log_probs == pytest.approx(found[i].log_probs, abs=1e-4)
 
 
+@pytest.mark.cuda
+def test_a_gpu_gives_what_the_cpu_gives(model, batch, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions in 11 bits, by default
+    model.eval()
+    features, lens, texts, languages = batch
+    results = []
+    for device in ("cpu", "cuda"):
+        model.to(device).zero_grad(set_to_none=True)
+        out = model(features.to(device), lens.to(device), texts, languages)
+        out["loss"].backward()
+        results.append((
+            out["loss"].item(),
+            torch.cat([p.grad.flatten() for p in model.parameters()]).cpu(),
+            model.recognise(features.to(device), lens.to(device), languages),
+        ))  # fmt: skip
+    (loss, gradient, found), (gpu_loss, gpu_gradient, gpu_found) = results
+    assert gpu_loss == pytest.approx(loss, rel=1e-4)
+    assert (gpu_gradient - gradient).norm() <= 1e-3 * gradient.norm()
+    for on_cpu, on_gpu in zip(found, gpu_found, strict=True):
+        assert (on_gpu.text, on_gpu.tokens, on_gpu.ctc_text) == (on_cpu.text, on_cpu.tokens, on_cpu.ctc_text)
+
+
 def test_recognise_translates_by_the_language_model_alone(model, mixed_batch):
     model.eval()
     features, lens, _, languages, targets = mixed_batch

@@ -13,7 +13,8 @@ from speechllm.text.languages import NAMES_IN, is_language_tag, language_name, l
         ("Mandarin", "zh"), ("mandarin_chinese", "zh"), ("Chinese", "zh"), ("cmn", "zh"), ("zho", "zh"), ("chi", "zh"),
         ("zh-CN", "zh-CN"), ("zh-tw", "zh-TW"), ("cmn_hans_cn", "zh-Hans-CN"), ("中文", "zh"), ("英語", "en"),
         ("Cantonese", "yue"), ("yue", "yue"), ("nan", "nan"), ("ger", "de"), ("deu", "de"), ("fre", "fr"),
-        ("Lao", "lo"),        ("es-419", "es-419"), ("sr_latn", "sr-Latn"), ("arb", "ar"), ("iw", "he"), ("ceb", "ceb"), ("x-ours", "x-ours"),
+        ("Lao", "lo"),        ("es-419", "es-419"), ("sr_latn", "sr-Latn"),
+        ("arb", "ar"), ("iw", "he"), ("ceb", "ceb"), ("x-ours", "x-ours"),
     ],
 )  # fmt: skip
 def test_names_and_codes_become_tags(written, tag):
