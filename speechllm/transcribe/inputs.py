@@ -330,8 +330,9 @@ class Inputs:
 
 
 def is_manifest(path: str | Path) -> bool:
+    """Whether a path is a manifest, by its name, or by what is in the folder."""
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # as opposed to Path.is_dir, False for a name that is too long
         return (path / "wav.scp").is_file() or any(path.glob("cuts.*.jsonl*"))
     return bool(_MANIFEST.search(path.name))
 

@@ -27,6 +27,8 @@ from speechllm.transcribe.inputs import STANDARD_INPUT, AudioInput, is_manifest
 from speechllm.transcribe.segments import Check, Recogniser, SegmentOptions, transcribe_inputs
 
 _INDEX = ".transcribed.jsonl"
+# What is wrong with the name of one result; all other errors would meet the next ones too.
+_OF_ONE_FILE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
 _FORMATS_OF_ONE_FILE = ("srt", "vtt", "tsv")
 
 
@@ -69,10 +71,10 @@ class Output:
         """
         if self.folder is None and self.overwrite:
             raise UserError("--overwrite: is for --output DIR")
-        is_one = len(paths) == 1 and (
-            paths[0] == STANDARD_INPUT or not (Path(paths[0]).is_dir() or is_manifest(paths[0]))
+        has_several = len(paths) > 1 or (
+            paths[0] != STANDARD_INPUT and (os.path.isdir(paths[0]) or is_manifest(paths[0]))
         )
-        if self.folder is None and self.format in _FORMATS_OF_ONE_FILE and not is_one:
+        if self.folder is None and self.format in _FORMATS_OF_ONE_FILE and has_several:
             raise UserError(f"--format {self.format}: has room for one file; write one for each: --output DIR")
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output {self.folder}: is not a folder")
@@ -282,10 +284,17 @@ def transcribe_all(
             if isinstance(found, Exception):
                 report(found)
                 continue
-            bar.update()
             for warning in found.warnings:
                 bar.write(f"warning: {warning}", file=sys.stderr)
-            if text := output.write(input, found):
+            try:
+                text = output.write(input, found)
+            except UserError as error:
+                if getattr(error.__cause__, "errno", None) not in _OF_ONE_FILE:
+                    raise
+                report(error)
+                continue
+            bar.update()
+            if text:
                 bar.write(text, end="")
                 sys.stdout.flush()
     if done_before:

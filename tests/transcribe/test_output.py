@@ -192,3 +192,17 @@ def test_any_id_is_a_name(tmp_path, id):
     file.write_text("")
     assert file.suffix == ".json"
     assert file != Output("json", tmp_path).file_of(audio_input(samples, id + "x"))
+
+
+def test_a_result_that_cannot_have_its_name_ends_nothing(audio, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "deep").write_text("a file where a folder is needed")
+    (out / "a.txt").mkdir()
+    assert transcribed([audio], out)[0] == 1
+    assert files_in(out) == ["b.txt", "deep"]
+    err = capsys.readouterr().err
+    assert "a.txt: cannot be read: Is a directory" in err and "deep/c.txt: cannot be written: " in err
+    assert transcribed(["n" * 300 + ".wav", audio / "b.flac"], tmp_path / "other")[0] == 1
+    (result,) = files_in(tmp_path / "other")
+    assert result.endswith("b.txt")
