@@ -226,13 +226,14 @@ class Program:
                 each()
                 time.sleep(0.1)
         finally:  # also if this program is interrupted
-            if self._process.poll() is None:
-                self.stop(grace)
+            self.stop(grace)
         return status
 
     def stop(self, grace: float = STOPPING_SECONDS) -> None:
-        """Tells the program to end, then ends what is left of its group: a training run must save before its workers
-        are gone."""
+        """Tells the program to end, if it still runs, then ends what is left of its group: a training run must save
+        before its workers are gone."""
+        if self._process.poll() is not None:
+            return
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(grace)

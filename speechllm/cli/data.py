@@ -96,13 +96,14 @@ def run_data_check(args: argparse.Namespace) -> int:
     from speechllm.data.check import CheckOptions, check_manifests, sets_of, sounds_of
     from speechllm.errors import UserError
     from speechllm.text.tokenizer import load_tokenizer
-    from speechllm.train.config import load_experiment
 
     if bool(args.manifests) == bool(args.config):
         raise UserError("data check: give manifests, or a configuration with --config")
     sources, sounds, tokenizer = command_line_sources(args, args.manifests), [], args.tokenizer
     options = CheckOptions(audio=args.audio, sounds=args.sounds, jobs=args.jobs)
     if args.config:
+        from speechllm.train.config import load_experiment
+
         experiment = load_experiment(args.config, args.overrides)
         data = experiment.data
         sources, sounds = sets_of(data), sounds_of(data)

@@ -29,7 +29,11 @@ _RECOGNISE = (
     ("hotword_weight", float, "weight of the hotwords (default: 1)"),
     ("ngram", str, "n-gram language model, ARPA or binary, read by kenlm"),
     ("ngram_weight", float, "weight of the n-gram language model (default: 0.3)"),
-    ("initial_state", str, "file with a state of the language model that prompts go on from"),
+    (
+        "initial_state",
+        str,
+        "state of RWKV-7 that prompts go on from: of `speechllm state`, or tuned here or by RWKV-PEFT (.pth)",
+    ),
 )
 _METAVARS = {int: "N", float: "X", str: "FILE"}
 

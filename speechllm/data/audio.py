@@ -30,6 +30,8 @@ from speechllm.data.resample import resample
 
 # Stored features are made of the audio that a cut has, and may differ from it by a few frames.
 _FEATURE_TOLERANCE = 0.1
+# The names that lhotse's extractors give to fbank as Kaldi computes it.
+_FBANKS = ("kaldi-fbank", "kaldifeat-fbank", "fbank")
 
 
 def load_samples(
@@ -140,18 +142,20 @@ def load_precomputed(cut: Cut, kind: str) -> Tensor:
 
 
 def stored_kind(cut: Cut) -> str:
-    """The kind (see `bins_of`) of a cut's stored features; those of lhotse's other extractors are taken for fbank.
+    """The kind (see `bins_of`) of a cut's stored features.
 
     Raises:
-        UtteranceError: they are Whisper's, but not as they are made here.
+        UtteranceError: they are of another kind (MFCC, spectrograms, ...), or of audio with another sampling rate.
     """
-    kind = cut.features_type
-    if kind is None or not kind.startswith(("whisper", "encoder-")):
-        return "fbank"
+    kind = "fbank" if cut.features_type in _FBANKS else str(cut.features_type)
     try:
         bins_of(kind)
     except ValueError as error:
         raise UtteranceError("wrong features", f"cut {cut.id}: stored are {error}") from error
+    rates = {part.features.sampling_rate for part in _data_cuts(cut) if part.has_features}
+    if rates - {SAMPLE_RATE}:
+        listed = ", ".join(f"{rate} Hz" for rate in sorted(rates))
+        raise UtteranceError("wrong features", f"cut {cut.id}: stored are those of audio of {listed}, not 16000 Hz")
     return kind
 
 

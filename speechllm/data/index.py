@@ -17,6 +17,7 @@ import logging
 import os
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,7 +80,8 @@ class Index:
     """The usable lines of one source, numbered from 0.
 
     `durations` (n,) float32 seconds, `characters` (n,) int32 of the normalised target without spaces, `tokens` (n,)
-    int32 or None; `bad_lines`; `fingerprint` of the lines' content.
+    int32 or None; `bad_lines`; `unknown_languages`, how often each tag of a language that nobody knows is said;
+    `fingerprint` of the lines' content.
     """
 
     def __init__(self, folder: Path, source: SourceConfig) -> None:
@@ -87,6 +89,7 @@ class Index:
         self._folder = folder
         content = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         self.bad_lines = BadLines(**content["bad_lines"])
+        self.unknown_languages: dict[str, int] = content["unknown_languages"]
         self.hours, self.fingerprint = content["hours"], content["fingerprint"]
         self._lines = folder / "lines.jsonl"
         if not self._lines.is_file():
@@ -235,6 +238,11 @@ def open_index(
     index = Index(folder / name, source)
     for message in index.bad_lines.messages:
         logging.warning("bad manifest line: %s", message)
+    for tag, count in index.unknown_languages.items():
+        logging.warning(
+            "%s: the language %r (%d times) is no code or name of ISO 639; say what it is in the source's `languages`",
+            source.path, tag, count,
+        )  # fmt: skip
     if not len(index):
         first = index.bad_lines.messages[:1] or [f"{source.path}: the manifest is empty"]
         raise ManifestError(f"{first[0]} ({index.bad_lines.count} bad lines, no good one)")
@@ -258,6 +266,7 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
     offsets, sizes, durations, characters, tokens = array("q"), array("i"), array("f"), array("i"), array("i")
     written: list[str] = []
     bad_count, messages, checksum = 0, [], 0
+    languages: Counter[str | None] = Counter()
 
     def count_tokens() -> None:
         if labels is not None:
@@ -274,6 +283,7 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
                     bad_count += 1
                     messages += [str(entry)] if len(messages) < _MAX_MESSAGES else []
                     continue
+                languages.update((entry.lang, entry.target_lang))
                 target = target_text(entry, text_steps)
                 offsets.append(offset)
                 sizes.append(len(line))
@@ -296,6 +306,7 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
             "lines": LinesFile.state_of(lines if lines.is_file() else Path(source.path)),
             "hours": float(np.sum(durations, dtype=np.float64)) / 3600,
             "bad_lines": {"count": bad_count, "messages": messages},
+            "unknown_languages": {tag: n for tag, n in languages.items() if not source.is_known_language(tag)},
         }
         (tmp / "index.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 

@@ -300,6 +300,13 @@ def _batches(plan: Plan, epoch: int, start: int, rank: int, world_size: int) -> 
         yield BatchPlan(epoch, *plan.batch(i))
 
 
+def _stated(value: Any) -> Any:
+    """A setting without what says nothing: earlier versions, whose states go on, did not have all keys of today."""
+    if isinstance(value, dict):
+        return {key: _stated(part) for key, part in value.items() if part not in (None, False, [], {})}
+    return [_stated(part) for part in value] if isinstance(value, list) else value
+
+
 class SpeechLoader:
     """Gives the batches of one epoch each time it is iterated; made by `build_train_loader`,
     `build_eval_loader`.
@@ -363,7 +370,10 @@ class SpeechLoader:
         """Continue where `state` was taken. With another seed, number of ranks, limits of batches or content of the
         manifests, the remaining batches of an epoch cannot be the same: it begins anew then, with a warning. After a
         finished epoch all may differ."""
-        differing = _differences(state["identity"], self._identity)
+        saved, own = _stated(state["identity"]), _stated(self._identity)
+        if "sounds" not in saved:  # a state of an earlier version does not say what augmentation is made of
+            own.pop("sounds", None)
+        differing = _differences(saved, own)
         if differing and not state["finished"]:
             logging.warning(
                 "epoch %d begins anew: its %d batches so far were made with other data settings (%s), and cannot be "
@@ -454,7 +464,12 @@ class SpeechLoader:
 
 def _differences(before: dict[str, Any], now: dict[str, Any], inside: str = "") -> list[str]:
     """What differs between two identities of loaders, in words."""
-    words = {"manifests": "other lines in the manifests", "train": "other train sources", "labels": "other labels"}
+    words = {
+        "manifests": "other lines in the manifests",
+        "train": "other train sources",
+        "labels": "other labels",
+        "sounds": "other lines in the manifests of noise or rooms",
+    }
     found = []
     for key in sorted({*before, *now}):
         old, new, name = before.get(key), now.get(key), inside + key
@@ -515,11 +530,14 @@ def build_train_loader(
         epochs = PlannedEpochs(config, corpus, seed, rank, world_size, labels)
         chosen = np.random.default_rng([seed, 2]).permutation(len(corpus))[:_VOICES] if config.augment.babble else []
         voices = [corpus[int(number)] for number in chosen]
+    augmenter = Augmenter(config.augment, voices)
+    if augmenter.fingerprints:
+        identity["sounds"] = augmenter.fingerprints
     return SpeechLoader(
         SpeechDataset(
             corpus,
             text_steps=config.text,
-            augmenter=Augmenter(config.augment, voices),
+            augmenter=augmenter,
             seed=seed,
             features_on=config.features_on,
             feature_kind=feature_kind,

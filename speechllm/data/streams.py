@@ -85,6 +85,8 @@ class Passes(Dillable):
                     log_once(f"bad manifest line: {found}")
                 else:
                     count += 1
+                    for tag in self._source.unknown_languages(describe_cut(found)):
+                        log_once(f"{self._source.path}: the language {tag!r} is no code or name of ISO 639")
                     yield found
             empty = 0 if count else empty + 1
             # a share of the shards may have nothing that can be read; the next pass has other shards

@@ -166,6 +166,8 @@ class RecognizableSpeechLLM(Protocol):
     label_template: LabelTemplate
     blank_id: int
     ctc_head: nn.Module | None
+    ctc_tokenizer: Tokenizer
+    """Of the CTC head's pieces; mostly `tokenizer` itself."""
 
     @property
     def device(self) -> torch.device: ...

@@ -55,6 +55,11 @@ class Recogniser:
         for name, used in (*uses_ctc.items(), ("ctc_beam", self.options.ctc_beam > 1)):
             if used and model.ctc_head is None and not (name == "timestamps" and label.has_times):
                 raise UserError(f"{name}: the model has no CTC head (it was trained with model.ctc_weight: 0)")
+        if self.options.ctc_weight > 0 and model.ctc_tokenizer is not model.tokenizer:
+            raise UserError(
+                "ctc_weight: the CTC head writes other pieces (model.ctc_tokenizer) than the language model's tokens, "
+                "which it cannot score"
+            )
         for name in ("ctc_weight", "hotwords", "ngram"):
             if getattr(self.options, name) and not label.is_plain:
                 raise UserError(
@@ -174,7 +179,7 @@ class Recogniser:
             )
             embeds, start = inputs_embeds[i, : spliced.lens[i]], int(spliced.audio_starts[i])
             read, state = self._state_before_audio(tuple(spliced.token_ids[i, :start].tolist()), embeds[:start])
-            seconds = int(audio_lens[i]) * model.seconds_per_position
+            seconds = int(encoder_out_lens[i]) * model.frame_seconds
             max_tokens = self.options.search.max_tokens(seconds) * self._label_growth + self._tag_tokens
             yield utterance, Prompt(embeds[read:], max_tokens, state, self._key(speech, i))
 
@@ -215,7 +220,7 @@ class Recogniser:
     def _recognition(self, utterance: _Utterance, nbest: tuple[Hypothesis, ...]) -> Recognition:
         model = self.model
         labels = [model.read_label(hypothesis.tokens) for hypothesis in nbest]
-        ctc_text = None if utterance.ctc_tokens is None else model.text(utterance.ctc_tokens)
+        ctc_text = None if utterance.ctc_tokens is None else model.ctc_text(utterance.ctc_tokens)
         best, text, fallback = labels[0], labels[0].text, None
         if nbest[0].stopped != "end":
             fallback = "cut"
@@ -234,10 +239,10 @@ class Recogniser:
             return None  # of a translation there are no times
         log_probs = utterance.ctc_log_probs
         lens = torch.tensor([len(log_probs)], device=log_probs.device)
-        (spans,) = forced_align(log_probs[None], lens, [self.model.label_ids(text)], self.model.blank_id)
+        (spans,) = forced_align(log_probs[None], lens, [self.model.ctc_label_ids(text)], self.model.blank_id)
         if spans is None:  # more tokens than frames: whatever it is, it was not said
             return None
-        return words_from_alignment(spans, self.model.tokenizer, self.model.frame_seconds, len(log_probs))
+        return words_from_alignment(spans, self.model.ctc_tokenizer, self.model.frame_seconds, len(log_probs))
 
 
 def _no_ctc_of_translation(target_language: str) -> UserError:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
+from speechllm.llm import rwkv_peft
 from speechllm.llm.interface import LAYER_NAME, TunableModel, is_conv1d, is_matrix
 from speechllm.llm.quantize import QUANTIZED, dequantized, quantize
 
@@ -135,6 +136,7 @@ class _Tuning:
 
     peft: PeftModel | None  # no registered submodule of the model, which is one of its own
     quantized: bool = False
+    replaces_base: bool = False  # what was loaded replaced weights of the base too, which no adapter folder holds
     originals: dict[str, Tensor] = field(default_factory=dict)  # base weights while the adapter is merged, by layer
 
 
@@ -195,9 +197,15 @@ def save_adapter(model: TunableModel, folder: str | Path, base: str | Path | Non
       base: the checkpoint that the model came from, to be noted in the folder.
 
     Raises:
-      UserError: the model has neither an adapter nor a tuned state.
+      UserError: the model has neither an adapter nor a tuned state, or it has an adapter of RWKV-PEFT whose file also
+        replaced weights of the base.
     """
     tuning = _tuning(model)
+    if tuning.replaces_base:
+        raise UserError(
+            "save_adapter: the adapter came with weights that were trained in full (RWKV-PEFT's norms), for which an "
+            "adapter's folder has no place: save the merged model"
+        )
     if tuning.peft is None and not model.initial_state_is_tuned:
         raise UserError("save_adapter: there is no adapter, all of the model was trained: save the model itself")
     with replaced_folder(folder) as tmp:
@@ -211,12 +219,17 @@ def save_adapter(model: TunableModel, folder: str | Path, base: str | Path | Non
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, tmp / _WEIGHTS_FILE)
 
 
-def load_adapter(model: TunableModel, folder: str | Path, trainable: bool = False) -> TunableModel:
-    """Puts what ``save_adapter`` or ``peft`` wrote on a base, in place.
+def load_adapter(
+    model: TunableModel, folder: str | Path, trainable: bool = False, alpha: float | None = None
+) -> TunableModel:
+    """Puts what ``save_adapter`` or ``peft`` wrote on a base, in place; or, of RWKV-7, what RWKV-PEFT did.
 
     Args:
       model: the base, as ``load_rwkv7`` or ``load_transformers_lm`` gives it.
+      folder: of an adapter; or a .pth file of RWKV-PEFT (``speechllm.llm.rwkv_peft``), whose weights that were trained
+        in full replace the model's.
       trainable: the adapter goes on training; else nothing of the model trains.
+      alpha: of a LoRA in a file of RWKV-PEFT, which counts alpha / rank times.
 
     Raises:
       FileNotFoundError: the folder holds neither an adapter nor a state.
@@ -225,16 +238,36 @@ def load_adapter(model: TunableModel, folder: str | Path, trainable: bool = Fals
     folder = Path(folder)
     if getattr(model, "tuning", None) is not None:
         raise UserError(f"{folder}: the model is tuned already; load the base anew")
-    if (folder / _STATE_FILE).is_file():
-        adapter = None
+    if alpha is not None and folder.is_dir():
+        raise UserError(f"{folder}: alpha: a folder says itself how its adapter counts; it is for files of RWKV-PEFT")
+    is_file = folder.is_file() or folder.suffix in (".pth", ".safetensors")
+    if is_file and not model.has_initial_state:
+        raise UserError(f"{folder}: files of RWKV-PEFT are for RWKV-7; the language model is {model.name}")
+    if (state_file := _state_file(folder)) is not None:
         if not model.has_initial_state:
-            raise UserError(f"{folder / _STATE_FILE}: is for RWKV-7; the language model is {model.name}")
+            raise UserError(f"{state_file}: is for RWKV-7; the language model is {model.name}")
+        if alpha is not None:
+            raise UserError(f"{folder}: alpha: is LoRA's; this is a tuned state")
         model.requires_grad_(False)
-        model.load_initial_state(folder / _STATE_FILE, trainable)
+        model.load_initial_state(state_file, trainable)
+        model.tuning = _Tuning(None)
+    elif is_file:
+        read = rwkv_peft.read(folder, model.state_dict(), alpha)
+        adapter = _put_on(model, read.config, read.weights, folder, trainable)
+        _replace(model, read.replaced)
+        model.tuning = _Tuning(adapter, replaces_base=bool(read.replaced))
     else:
-        adapter = _load_peft(model, folder, trainable)
-    model.tuning = _Tuning(adapter)
+        model.tuning = _Tuning(_put_on(model, *_read_peft(folder), folder, trainable))
     return model
+
+
+def _state_file(path: Path) -> Path | None:
+    """The file of a tuned state that `path` is, or has in it; None if it is an adapter."""
+    if path.suffix == ".safetensors":
+        return path
+    if path.is_file() or path.suffix == ".pth":
+        return path if rwkv_peft.is_state(path) else None
+    return path / _STATE_FILE if (path / _STATE_FILE).is_file() else None
 
 
 def merge(model: TunableModel) -> None:
@@ -294,6 +327,41 @@ def merged_state_dict(model: TunableModel) -> dict[str, Tensor]:
     _load_weights(_inject(plain, config), adapter)
     _merge_layers(plain)
     return merged_state_dict(plain)
+
+
+def convert_adapter(source: str | Path, target: str | Path, alpha: float | None = None) -> float | None:
+    """A .pth file of RWKV-PEFT as a folder of PEFT, or a folder as such a file. No base is needed.
+
+    Args:
+      alpha: of a LoRA in the file.
+
+    Returns:
+      the alpha of the LoRA that was written, None for MiSS.
+
+    Raises:
+      FileNotFoundError: there is no adapter at ``source``.
+      UserError: the other form has no place for what is in it.
+    """
+    source, target = Path(source), Path(target)
+    if source.is_dir():
+        if target.suffix != ".pth":
+            raise UserError(f"{target}: {source} is a folder of PEFT already; give a name ending in .pth for RWKV-PEFT")
+        if alpha is not None:
+            raise UserError(f"{source}: alpha: a folder says itself how its adapter counts")
+        return rwkv_peft.write(*_read_peft(source), target)
+    if target.suffix == ".pth":
+        raise UserError(f"{target}: {source} is RWKV-PEFT's already; give a name without .pth for a folder of PEFT")
+    read = rwkv_peft.read(source, alpha=alpha)
+    if read.replaced:
+        raise UserError(
+            f"{source}: holds weights that were trained in full besides ({', '.join(sorted(read.replaced)[:3])}, ...), "
+            "for which a folder of PEFT has no place: merge all of it into its base (--adapter)"
+        )
+    read.config.inference_mode = True
+    with replaced_folder(target) as tmp:
+        read.config.save_pretrained(str(tmp))
+        save_file({name: x.contiguous() for name, x in read.weights.items()}, tmp / _WEIGHTS_FILE)
+    return getattr(read.config, "lora_alpha", None)
 
 
 class RankAllocation:
@@ -512,23 +580,32 @@ def _load_weights(adapter: PeftModel, weights: dict[str, Tensor]) -> None:
     peft.set_peft_model_state_dict(adapter, weights, adapter_name=_TRAINED)
 
 
-def _load_peft(model: TunableModel, folder: Path, trainable: bool) -> PeftModel:
+def _read_peft(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Configuration and weights in a folder of PEFT."""
     import peft
 
     for name in (_CONFIG_FILE, _WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name}: no such file; expected a PEFT folder ({_CONFIG_FILE}, {_WEIGHTS_FILE}) or one "
-                f"with {_STATE_FILE}"
+                f"{folder / name}: no such file; expected a PEFT folder ({_CONFIG_FILE}, {_WEIGHTS_FILE}), one with "
+                f"{_STATE_FILE}, or a .pth file of RWKV-PEFT"
             )
     try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-        weights = load_file(folder / _WEIGHTS_FILE)
+        return peft.PeftConfig.from_pretrained(str(folder)), load_file(folder / _WEIGHTS_FILE)
     except (SafetensorError, ValueError, TypeError, KeyError) as e:
         raise UserError(f"{folder}: not an adapter that this version of peft reads ({type(e).__name__}: {e})") from e
+
+
+def _put_on(
+    model: TunableModel, config: PeftConfig, weights: dict[str, Tensor], folder: Path, trainable: bool
+) -> PeftModel:
+    """Puts an adapter that was read from `folder` on its base, in place."""
+    import peft
+
     if trainable and getattr(config, "rank_pattern", None):
         raise UserError(f"{folder}: rank_pattern: an adapter whose ranks were cut down cannot go on training")
     config.base_model_name_or_path = None  # it is the model given, whatever its path
+    config.task_type = None  # whose class in peft asks for methods of transformers, and is not what computes here
     config.inference_mode = not trainable
     try:
         adapter = _inject(model, config)
@@ -547,3 +624,11 @@ def _load_peft(model: TunableModel, folder: Path, trainable: bool) -> PeftModel:
         shown = "\n  ".join(problems[:20])
         raise UserError(f"{folder}: the adapter does not fit the model:\n  {shown}")
     return adapter
+
+
+@torch.no_grad()
+def _replace(model: TunableModel, weights: dict[str, Tensor]) -> None:
+    """Copies weights over the model's, by the names that they have without an adapter."""
+    own = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
+    for name, weight in weights.items():
+        own[name].copy_(weight)

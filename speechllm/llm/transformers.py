@@ -71,7 +71,7 @@ ATTENTION = ("sdpa", "flash_attention_2", "eager")  # as transformers calls its 
 _OLDER_NAMES = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 
 # What a configuration says about where it comes from.
-_NOTES = {"model_type", "transformers_version", "_name_or_path", "architectures", "dtype", "auto_map"}
+_NOTES = {"model_type", "transformers_version", "architectures", "dtype", "auto_map", "quantization_config"}
 
 
 class TransformersLM(nn.Module):
@@ -452,7 +452,7 @@ def _settings(config: PreTrainedConfig) -> dict[str, Any]:
     settings = {
         name: value
         for name, value in config.to_dict().items()
-        if name not in _NOTES and not (name in common and value == common[name])
+        if name not in _NOTES and name[0] != "_" and not (name in common and value == common[name])
     }
     return {"model_type": config.model_type, **settings}
 
@@ -541,7 +541,8 @@ def _folder_config(path: Path) -> tuple[PreTrainedConfig, bool]:
         is_part = True
         text = text_part(config)
         text.tie_word_embeddings = not any("lm_head." in name for name in weight_names(path))
-        text.quantization_config = getattr(config, "quantization_config", None)
+        if (quantized := getattr(config, "quantization_config", None)) is not None:
+            text.quantization_config = quantized
         return text
 
     return _supported(read, source), is_part
@@ -552,10 +553,11 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, attention: str | None) -> 
 
     source = gguf_source(path)
     try:
-        config = _supported(lambda: AutoConfig.from_pretrained(**source), str(path))
+        config = AutoConfig.from_pretrained(**source)
         own_dtype, head_dim = gguf_details(path)
         if head_dim is not None and hasattr(config, "head_dim"):
             config.head_dim = head_dim
+        _supported(lambda: config, str(path))
         causal_lm, found = _from_pretrained(path, source, config, dtype or own_dtype, attention)
     except UserError:
         raise
@@ -586,8 +588,10 @@ def _from_pretrained(
         raise UserError(f"{path}: not safetensors files, or truncated ones ({e})") from e
     except OSError as e:
         raise FileNotFoundError(f"{path}: {e}") from e
-    except (ImportError, ValueError) as e:  # of the implementation of attention; of a damaged GGUF file
-        raise UserError(f"{path}: {e}") from e
+    except (ImportError, ValueError) as e:
+        if attention is None:
+            raise
+        raise UserError(f"{path}: attention: {attention}: {e}") from e
 
 
 def _checked(path: Path, causal_lm: PreTrainedModel, found: dict[str, Any], unexpected: list[str]) -> TransformersLM:
@@ -596,6 +600,11 @@ def _checked(path: Path, causal_lm: PreTrainedModel, found: dict[str, Any], unex
     problems += [f"another shape: {mismatch}" for mismatch in sorted(map(str, found["mismatched_keys"]))]
     if problems:
         raise UserError("\n  ".join([f"{path}: the weights do not fit its configuration:", *problems[:20]]))
+    # Loading loses the mark of what trains in another way than by gradients, such as the balance of experts.
+    with torch.device("meta"):
+        fresh = type(causal_lm)(causal_lm.config)
+    for name, parameter in fresh.named_parameters():
+        causal_lm.get_parameter(name).requires_grad_(parameter.requires_grad)
     return TransformersLM(causal_lm).eval()
 
 

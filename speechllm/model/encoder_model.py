@@ -28,6 +28,7 @@ from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.model.base import Encoder, SpeechModel
 from speechllm.model.card import encoder_card
+from speechllm.model.ctc_head import load_ctc_head
 from speechllm.model.speech_llm import EncoderSection, ModelConfig, build_encoder, load_model_config, saved_section
 from speechllm.prompt.label import LabelTemplate
 from speechllm.prompt.template import PromptContext
@@ -72,7 +73,10 @@ class EncoderModel(SpeechModel):
         if config.llm is not None:
             raise ConfigError("model.llm: with a language model it is a SpeechLLM, not an EncoderModel: set llm: null")
         tokenizer = load_tokenizer(config.tokenizer)
-        return cls(config, build_encoder(config.encoder), tokenizer)
+        model = cls(config, build_encoder(config.encoder), tokenizer)
+        if model.ctc_head is not None and config.encoder.path is not None:
+            load_ctc_head(model.ctc_head, config.encoder.path, tokenizer)
+        return model
 
     @property
     def needs_two_views(self) -> bool:

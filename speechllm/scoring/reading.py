@@ -35,6 +35,11 @@ class Line:
     speaker: str | None = None
     duration: float | None = None
 
+    @property
+    def written_language(self) -> str | None:
+        """Of the text: `language` is en>de of translations into German."""
+        return None if self.language is None else self.language.rpartition(">")[2]
+
 
 def read_lines(path: Path) -> dict[str, Line]:
     """The utterances of a file by their ids, in its order.
@@ -99,8 +104,8 @@ def matched(
     return [
         Transcript(
             id,
-            normalize_text(line.text, text_steps),
-            normalize_text(found.get(id, ""), text_steps),
+            normalize_text(line.text, text_steps, line.written_language),
+            normalize_text(found.get(id, ""), text_steps, line.written_language),
             line.language,
             line.speaker,
             line.duration,
@@ -173,6 +178,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Line]]:
 
 
 def _json_line(obj: dict, source: SourceConfig) -> Line:
+    obj = {name: value for name, value in obj.items() if name != "duration" or value is not None}
     complete = obj
     if "type" not in obj:
         if obj.get("id") is None and not is_nemo(obj):

@@ -2,7 +2,8 @@
 
 A frozen encoder hears the same in every epoch. Its outputs (all of it with `model.encoder.freeze`, the lowest layers
 with `freeze_stacks`) are computed once, before training, and are read like any stored features: lhotse cuts with numpy
-files, in half precision. Training then runs what is above them. The model that is saved is whole.
+files, in half precision. Stopped in between, the computation goes on where it was. Training then runs what is above
+them. The model that is saved is whole.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from speechllm.config import ConfigError
 from speechllm.data import SAMPLE_RATE, DataConfig, SourceConfig, UtteranceError
-from speechllm.data.convert import convert_to_cuts
+from speechllm.data.convert import convert_to_cuts_in_parts
 from speechllm.data.features import extract_features
 from speechllm.encoder import WhisperEncoder
 from speechllm.model.base import Encoder, SpeechModel
@@ -70,7 +71,7 @@ def use_encoder_cache(config: DataConfig, model: SpeechModel) -> DataConfig:
         identity = hashlib.sha256(f"{replace(source, weight=None)} {content}".encode()).hexdigest()[:8]
         cuts = folder / f"{Path(source.path).name.partition('.')[0]}-{identity}.jsonl"
         if not cuts.is_file():
-            convert_to_cuts(source, cuts, kind, extract)
+            convert_to_cuts_in_parts(source, cuts, kind, extract)
         return SourceConfig(str(cuts), weight=source.weight)
 
     train, valid = ([stored(source) for source in sources] for sources in (config.train, config.valid))

@@ -77,7 +77,7 @@ class TrainState:
         """Go on from a checkpoint.
 
         Raises:
-          CheckpointError: it is of another model or other base weights, or, with train.fsdp, of another number of
+          CheckpointError: it is of another model, other base weights, or, with train.fsdp, another number of
             processes.
         """
         rank = self._accelerator.process_index
@@ -114,8 +114,8 @@ class TrainState:
             raise CheckpointError(f"{path}: was trained on other base weights: {bases}, now {own_bases}")
         if sharded is not None and len(content["rng"]) != processes:
             raise CheckpointError(
-                f"{path}: was written by {len(content['rng'])} processes, not {processes}, and with train.fsdp each "
-                "has a share of it"
+                f"{path}: was written by {len(content['rng'])} processes, not {processes}; with train.fsdp each has "
+                "a share of it"
             )
         if (content["sharded"] is None) != (sharded is None):
             raise CheckpointError(f"{path}: was written {'without' if sharded else 'with'} train.fsdp")

@@ -7,10 +7,24 @@ import tarfile
 import numpy as np
 import pytest
 import soundfile
-from lhotse import AudioSource, MonoCut, MultiCut, Recording
+from lhotse import (
+    AudioSource,
+    CutSet,
+    Fbank,
+    FbankConfig,
+    LogSpectrogram,
+    Mfcc,
+    MfccConfig,
+    MonoCut,
+    MultiCut,
+    NumpyFilesWriter,
+    Recording,
+    Spectrogram,
+)
 from lhotse.utils import fastcopy
 
-from speechllm.data.audio import UtteranceError, load_samples
+from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
+from speechllm.data.features import fbank_extractor
 from speechllm.data.manifests.manifest import read_manifest
 from speechllm.data.manifests.tar import TAR, scan_tar
 
@@ -191,3 +205,24 @@ def test_a_segment_of_three_hours_is_read_alone(tmp_path, counted):
     expected = samples / np.float32(32768)
     assert np.array_equal(load_samples(nemo_cut(path, 20.0, offset=10000.0)), expected)
     assert counted.read_bytes < 2 * samples.nbytes and counted.opened == 1
+
+
+def test_stored_features_say_what_they_are(tmp_path):
+    write_tone(tmp_path / "16k.wav", 0.5, seed=1)
+    write_tone(tmp_path / "8k.wav", 0.5, seed=1, rate=8000)
+    narrow = Fbank(FbankConfig(sampling_rate=8000, num_filters=80))
+    for name, extractor, message in (
+        ("16k", fbank_extractor(), None),
+        ("16k", Mfcc(MfccConfig(num_filters=80, num_ceps=80)), "stored are kaldi-mfcc"),
+        ("16k", Spectrogram(), "stored are kaldi-spectrogram"),
+        ("16k", LogSpectrogram(), "stored are kaldi-log-spectrogram"),
+        ("8k", narrow, "stored are those of audio of 8000 Hz"),
+    ):
+        cuts = CutSet.from_cuts([Recording.from_file(tmp_path / f"{name}.wav").to_cut()])
+        (cut,) = cuts.compute_and_store_features(extractor, tmp_path / "f", storage_type=NumpyFilesWriter)
+        for stored in (cut, cut.pad(duration=0.6) if message else cut):
+            if message is None:
+                assert load_precomputed(stored, "fbank").shape == (50, 80)
+            else:
+                with pytest.raises(UtteranceError, match=f"wrong features: .*{message}"):
+                    load_precomputed(stored, "fbank")

@@ -221,3 +221,22 @@ def test_corpora_are_numbered_through_and_travel_to_workers(source, tmp_path):
         assert len(same) == 55
         assert [same[i].id for i in (0, 49, 50, 54)] == ["0", "49", "0", "4"]
         assert same[50].duration == np.float32(1.0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unknown_language_is_warned_of_once(corpus, tmp_path, caplog, stream):
+    lines = [
+        {"audio_filepath": str(corpus / "b/0.wav"), "duration": 0.3, "text": "x", "lang": lang, "id": str(i)}
+        for i, lang in enumerate(("English", "klingon", "cmn", "klingon"))
+    ]
+    path = str(write_manifest(tmp_path / "m.jsonl", lines))
+    config = DataConfig(train=[SourceConfig(path, stream=stream)], num_workers=0)
+    loader = build_train_loader(config, seed=1)
+    for epoch in (1, 2):
+        loader.set_epoch(epoch)
+        assert sorted(tag for batch in loader for tag in batch.languages) == ["en", "klingon", "klingon", "zh"]
+    assert caplog.text.count("the language 'klingon'") == 1
+    caplog.clear()
+    config = DataConfig(train=[SourceConfig(path, stream=stream, languages={"klingon": "tlh"})], num_workers=0)
+    assert "tlh" in [tag for batch in build_train_loader(config, seed=1) for tag in batch.languages]
+    assert "klingon" not in caplog.text

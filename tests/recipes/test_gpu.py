@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from speechllm.train.checkpoint import load_checkpoint
 from speechllm.train.monitor import Averages
@@ -45,7 +44,7 @@ def test_fsdp_in_a_process_group_of_one_learns_what_a_whole_model_learns(experim
     whole, shared = (load_checkpoint(tmp_path / name / "checkpoint-12.pt") for name in ("whole", "shared"))
     assert "llm.head.weight" in shared["sharded"]["names"]
     assert whole["model"].keys() == shared["model"].keys()
-    torch.testing.assert_close(shared["total"], whole["total"], rtol=1e-3, atol=0)
+    assert mean_loss(tmp_path / "shared") == pytest.approx(mean_loss(tmp_path / "whole"), rel=2e-3)
 
 
 @pytest.mark.cuda

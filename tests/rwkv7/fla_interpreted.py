@@ -84,7 +84,7 @@ def assert_agrees(inputs, dtype, **options):
     assert_near(got, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("decay", DECAYS)
 def test_forward_and_backward(calls, decay, dtype):
     assert_agrees(make(1, 37, 1, 64, decay), dtype)
@@ -97,12 +97,12 @@ def test_heads_of_32(calls):
     assert calls == ["chunk_rwkv7"]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_padded_rows_of_two_heads_one_of_them_empty(dtype):
     assert_agrees(make(3, 20, 2, 64), dtype, lens=torch.tensor([20, 0, 3]))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_packed_rows(dtype):
     inputs = make(1, 40, 1, 64)
     inputs[6] = torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(2))
@@ -122,7 +122,7 @@ def test_going_on_from_the_state():
     assert_near([last], [expected], TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_one_step(calls, dtype):
     *inputs, state = make(3, 1, 2, 64)
     inputs = [*(x.to(dtype) for x in inputs), state.float()]

@@ -39,7 +39,7 @@ def read(folder):
 
 @pytest.mark.slow
 def test_all_of_it_at_tiny_sizes(tmp_path):
-    for language in ("en", "es", "fr", "it", "ru", "other/es"):
+    for language in ("en", "es", "fr", "it", "ru", "other/es", "other/fr", "other/it"):
         write_voice(tmp_path / "sounds" / language)
     command = [sys.executable, "tools/check_gpu.py", "--device", "cpu", "--minutes", "15", "--output", str(tmp_path)]
     command += ["--sounds-dir", str(tmp_path / "sounds")]

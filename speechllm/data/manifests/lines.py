@@ -141,9 +141,10 @@ def _check_format(path: str) -> None:
     lines = [line.strip() for line in io.BytesIO(head.removeprefix(_BYTE_ORDER_MARK)) if not line.isspace()]
     if not lines:
         return
-    if lines[0].startswith(b"[") and not any(line.startswith(b"{") and line.endswith(b"}") for line in lines):
+    has_objects = any(line.startswith(b"{") and line.endswith(b"}") for line in lines)
+    if lines[0].startswith(b"[") and not has_objects:
         raise _not_lines(path, "a JSON array", "write one object a line: jq -c '.[]'")
-    if lines[0] == b"{":
+    if lines[0] == b"{" and not has_objects:
         raise _not_lines(path, "one JSON document over several lines", "write one object a line: jq -c .")
     if not any(line.startswith((b"{", b"[")) for line in lines):
         for separator, name in ((b"\t", "a table with tabs (TSV)"), (b",", "a table with commas (CSV)")):

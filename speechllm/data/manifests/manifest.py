@@ -307,7 +307,7 @@ def _together(said: Sequence[Said], inside: Sequence[Said], parts: Sequence[Part
         raise ValueError(f"supervisions of several tasks: {listed}")
     custom = {name: value for part in parts for name, value in part.custom.items()}
     return Writing(
-        " ".join(w.text for w in writings if w.text),
+        " ".join(one.writing.text for one in inside if one.writing.text),
         next((one.writing.lang for one in said if one.writing.lang), None),
         writings[0].task,
         translation_of_all(inside, custom),

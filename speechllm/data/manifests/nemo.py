@@ -98,6 +98,7 @@ def describe_nemo(line: dict, source: SourceConfig) -> Entry:
     text = field_at(line, source.text_field or "text")
     language = field_at(line, source.lang_field) if source.lang_field else string_of(line, "source_lang", "lang")
     writing = what_to_write(line, text, language, source)
+    words = _words(line, offset, source, writing.lang)
     return Entry(
         _derived_id(path, offset) if name is None else str(name),
         duration_of(line) if line.get("duration") is not None else _seconds_from(offset, line, source),
@@ -106,7 +107,7 @@ def describe_nemo(line: dict, source: SourceConfig) -> Entry:
         writing.task,
         writing.ast_text,
         writing.target_lang,
-        _words(line, offset, source, writing.lang),
+        words if writing.text or writing.ast_text else None,
         string_of(line, "previous"),
         hotwords_of(line),
     )

@@ -121,10 +121,14 @@ class SourceConfig:
         """`target_lang` as a tag."""
         return self.language(self.target_lang)
 
+    def is_known_language(self, tag: str | None) -> bool:
+        """Whether a tag is of ISO 639, or stated in the configuration; None says nothing that is not known."""
+        own = (None, self.stated_lang, self.stated_target_lang, *self.languages.values())
+        return tag in own or is_language_tag(tag)
+
     def unknown_languages(self, entry: Entry) -> list[str]:
-        """Tags of an utterance that are neither of ISO 639 nor stated in the configuration."""
-        own = {self.stated_lang, self.stated_target_lang, *self.languages.values()}
-        return [tag for tag in (entry.lang, entry.target_lang) if tag and tag not in own and not is_language_tag(tag)]
+        """Those tags of an utterance that are not known."""
+        return [tag for tag in (entry.lang, entry.target_lang) if not self.is_known_language(tag)]
 
     def _require(self, condition: bool, name: str, complaint: str) -> None:
         if not condition:

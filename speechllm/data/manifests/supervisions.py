@@ -12,8 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from lhotse import fastcopy
 from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.cut.data import DataCut
+from lhotse.supervision import AlignmentItem, SupervisionSegment
 
 from speechllm.data.manifests.source import SourceConfig, field_at, string_of, words_of
 from speechllm.data.manifests.task import TRANSLATIONS, Writing, what_to_write
@@ -22,6 +24,8 @@ from speechllm.text.normalize import normalize_text
 
 # Seconds; lhotse's.
 _TOLERANCE = 2e-3
+# An alignment may go so many seconds beyond what it is the alignment of.
+_WORDS_BEYOND = 0.5
 
 
 @dataclass(frozen=True)
@@ -243,6 +247,12 @@ def _inside(one: Said) -> Said:
             f"{where}: its text is not that of this audio. Make the cuts with keep_excessive_supervisions=False (or "
             "keep_overlapping=False for trim_to_supervisions), or give the supervision a word alignment"
         )
+    first, last = min(word.start for word in words), max(word.end for word in words)
+    if first < supervision.start - _WORDS_BEYOND or last > supervision.end + _WORDS_BEYOND:
+        raise ValueError(
+            f"{where}, and the words of its alignment are at {first:g} to {last:g} s: it cannot be told what is said. "
+            "Their times must be those of the recording (lhotse's Shar of a part of a recording has them wrong)"
+        )
     spans = _spans(writing.text, [word.word for word in words])
     if spans is None:
         raise ValueError(
@@ -277,6 +287,23 @@ def _spans(text: str, words: Sequence[str]) -> list[tuple[int, int] | None] | No
             spans[i] = places[first], places[first + len(word) - 1] + 1
             first += len(word)
     return spans
+
+
+def inside_supervisions(cut: Cut) -> list[SupervisionSegment]:
+    """The supervisions of a cut of `to_cut`, those that reach outside of it with the words alone that are inside."""
+    found = []
+    for part, data_cut in zip(parts_of(cut), data_cuts(cut), strict=True):
+        for one in understand(part, None).said:
+            original, inside = data_cut.supervisions[one.supervision.number], _inside(one)
+            if inside is not one:
+                words = inside.supervision.words or ()
+                items = [AlignmentItem(w.word, data_cut.start + w.start, w.end - w.start) for w in words]
+                start, end = max(0.0, one.supervision.start), min(part.duration, one.supervision.end)
+                original = fastcopy(
+                    original, start=start, duration=end - start, text=inside.writing.text, alignment={"word": items}
+                )
+            found.append(original.with_offset(one.supervision.offset))
+    return found
 
 
 def translation_of_all(said: Sequence[Said], custom: dict) -> str:

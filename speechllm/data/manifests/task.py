@@ -5,11 +5,12 @@
 | `task: asr` | the transcript |
 | `task: ast` and a translation: `ast_text`, `translation`, or `answer` as Canary's lines have it | the transcript |
 | `task: ast` and none of these, as Canary 1's lines | the translation |
-| no `task`, and a `target_lang` of another language than the speech, as the lines of Canary Flash and 2 | the translation, unless it has one besides |
-| no `task`, and no `target_lang` or that of the speech | the transcript |
+| no `task`, and a `target_lang` of another language than the speech, as the lines of Canary Flash and 2 | the translation |
+| no `task`, but `ast_text`; or no `target_lang`, or that of the speech | the transcript |
 
-The task is that of the line, else that of the source, else it follows from the languages. What the line has no text for
-is empty: with `task: asr` for the source, a line that has only a translation has an empty transcript.
+The task is that of the line, else that of the source, else it follows from the languages; of a line that has `text` and
+`ast_text` it is asr. What the line has no text for is empty: with `task: asr` for the source, a line that has only a
+translation has an empty transcript.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -59,14 +60,15 @@ def what_to_write(fields: dict, text: str | None, lang: str | None, source: Sour
         lang = source.language(lang) or source.stated_lang
         own_target = source.language(target_lang)
         target_lang = own_target or source.stated_target_lang
-    if task is None and target_lang is not None and lang is None:
+    has_both = text is not None and text_field != "ast_text" and fields.get("ast_text") is not None
+    if task is None and target_lang is not None and lang is None and not has_both:
         raise ValueError(
             f"target_lang: {target_lang!r}, but neither the task nor the language of the speech is known, so that it "
             "cannot be told whether the text is a translation: give source_lang or task in the line, or lang or task "
             "for the source"
         )
     # Whether the line itself says that it is a translation.
-    is_translation = own_task == "ast" or (own_task is None and _differ(lang, own_target))
+    is_translation = own_task == "ast" or (own_task is None and _differ(lang, own_target) and not has_both)
     translation = string_of(fields, *(name for name in TRANSLATIONS if name != text_field))
     transcript = string_of(fields, "asr_text")
     answer = None
@@ -88,7 +90,7 @@ def what_to_write(fields: dict, text: str | None, lang: str | None, source: Sour
     if text is None:
         text = transcript
     if task is None:
-        task = "ast" if _differ(lang, target_lang) else "asr"
+        task = "ast" if _differ(lang, target_lang) and not has_both else "asr"
     return Writing(
         _normalized(text, lang, source), lang, task, _normalized(translation, target_lang, source), target_lang
     )
