@@ -118,13 +118,13 @@ def run_transcribe(args: argparse.Namespace) -> int:
     options = SegmentOptions(args.batch_duration, _MAX_SEGMENT if args.max_segment is None else args.max_segment)
     output = Output(args.format, args.output, args.overwrite)
     output.check(args.inputs)
+    device = usable_device(args.device)
     config = load_model_config(args.model)
     if config.llm is None:
         check_without_language_model(args)
     language, target_language = asked_languages(config, args.language, args.target_language, context)
     inputs = replace(inputs, language=language, target_language=target_language)
 
-    device = usable_device(args.device)
     model = load_model(args.model)
     prepare_for_inference(model, device, args.dtype, args.llm_weights)
     if args.max_segment is not None and args.max_segment > model.max_seconds:

@@ -146,10 +146,9 @@ def test_a_program_that_is_interrupted_is_quiet(number, status):
 
 
 @pytest.mark.parametrize("precision", [[], ["--dtype", "bfloat16", "--device", "cpu"]])
-def test_a_model_transcribes_in_the_precision_that_is_asked_for(precision, model, audio, tmp_path, monkeypatch):
+def test_a_model_transcribes_in_the_precision_that_is_asked_for(precision, folder, model, audio, monkeypatch):
     monkeypatch.setattr("speechllm.model.build.load_model", lambda folder: model.eval())
-    arguments = [str(audio), "--language", "en", "--format", "ctm", "--search", "beam", "--beam", "2"]
-    assert run_transcribe(parsed(*arguments, *precision, "--output", str(tmp_path / "out"))) == 1
+    assert ran(audio / "a.wav", "--model", folder, "--language", "en", *precision) == 0
     assert model.llm.dtype == (torch.bfloat16 if precision else torch.float32)
 
 
