@@ -92,7 +92,7 @@ def cut_blocks(cut: Cut, notes: list[AudioNote] | None = None) -> Iterator[np.nd
     Raises:
         UtteranceError: as of `read_blocks` and `load_samples`.
     """
-    name, is_unread = _name_of(cut), (cut.custom or {}).get(HEADER_UNREAD)
+    name = _name_of(cut)
     is_part_of_file = (
         _is_plain(cut)
         and TAR not in (cut.custom or {})
@@ -102,7 +102,7 @@ def cut_blocks(cut: Cut, notes: list[AudioNote] | None = None) -> Iterator[np.nd
     if not is_part_of_file:
         yield load_samples(cut, notes=notes)
         return
-    duration = None if is_unread and not cut.custom[IS_SEGMENT] else cut.duration
+    duration = None if _is_whole(cut) else cut.duration
     path = cut.recording.sources[0].source
     yield from read_blocks(path, cut.start, duration, name=name, choose=_choice(cut, name), notes=notes)
 

@@ -71,6 +71,11 @@ def _line(name, duration, **fields):
     return {"audio_filepath": name, "duration": duration, "text": "x", **fields}
 
 
+@pytest.mark.parametrize("rate", [11025, 22050, 44100])
+def test_mp3_with_a_length_is_not_taken_for_cut_off(tmp_path, rate):
+    assert read(encoded(tmp_path / "a.mp3", 5.0, rate))[1] == []
+
+
 @pytest.mark.parametrize("suffix", ["mp3", "ogg", "opus", "flac", "aac"])
 def test_files_one_after_another_in_one(tmp_path, suffix):
     first, second = (
