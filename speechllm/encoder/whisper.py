@@ -9,7 +9,9 @@ in SALMONN (arXiv 2310.13289); here the latter is `pad_to_max_seconds`.
 """
 
 import dataclasses
+import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,7 +170,7 @@ class WhisperEncoder(nn.Module):
         t_out = int(lens.max())
         outputs = []
         for layer in self.layers:
-            x = run(layer, x, attended, checkpointed=checkpointed)
+            x = run(partial(_layer_output, layer), x, attended, checkpointed=checkpointed)
             outputs.append(x[:, :t_out])
         outputs[-1] = self.layer_norm(outputs[-1])
         return (outputs[-1], lens, torch.stack(outputs)) if return_stacks else (outputs[-1], lens)
@@ -181,6 +183,13 @@ class WhisperEncoder(nn.Module):
 
         x = F.gelu(self.conv1(unpadded(features).transpose(1, 2))).transpose(1, 2)
         return F.gelu(self.conv2(unpadded(x).transpose(1, 2))).transpose(1, 2)
+
+
+def _layer_output(layer: nn.Module, x: Tensor, attended: Tensor | None) -> Tensor:
+    """(N, T, D) -> (N, T, D) by a layer of transformers; before 5.1 or so it took and gave more than that."""
+    more = {"layer_head_mask": None} if "layer_head_mask" in inspect.signature(layer.forward).parameters else {}
+    output = layer(x, attention_mask=attended, **more)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def with_silence(features: Tensor, feature_lens: Tensor, length: int) -> Tensor:

@@ -28,6 +28,15 @@ from torch import Tensor, nn
 from speechllm.errors import UserError
 from speechllm.linear import linear_cross_entropy
 from speechllm.llm.interface import IGNORE
+from speechllm.llm.transformers_versions import (
+    CACHE_ARGUMENTS,
+    activation_checkpointing,
+    cache_argument,
+    no_init_weights,
+    pretrained_config,
+    readable_settings,
+    tied_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -137,7 +146,7 @@ class TransformersLM(nn.Module):
 
     def tied_weights(self) -> dict[str, str]:
         """Names of weights that are another one under a second name, and the first name (tied embeddings)."""
-        names = self.causal_lm.all_tied_weights_keys
+        names = tied_weights(self.causal_lm)
         return {f"causal_lm.{name}": f"causal_lm.{first}" for name, first in names.items()}
 
     def tie_weights(self) -> None:
@@ -232,13 +241,14 @@ class TransformersLM(nn.Module):
         """Inside, layers are computed with activation checkpointing, those of a frozen model too."""
         layers = self.layers()
         training = [layer.training for layer in layers]
-        self.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+        enable, disable = activation_checkpointing(self.causal_lm)
+        enable()
         for layer in layers:
             layer.training = True  # what transformers asks; what is in a layer stays as it is
         try:
             yield
         finally:
-            self.causal_lm.activation_checkpointing_disable()
+            disable()
             for layer, was_training in zip(layers, training, strict=True):
                 layer.training = was_training
 
@@ -293,9 +303,8 @@ class TransformersLM(nn.Module):
             if state.lens.min() < state.places:
                 seen = torch.arange(state.places + L) >= state.places - state.lens[:, None]
                 where["attention_mask"] = seen.to(inputs_embeds.device)
-        outputs = self.causal_lm.base_model(
-            inputs_embeds=inputs_embeds, past_key_values=cache, use_cache=keep, return_dict=True, **where
-        )
+        where[cache_argument(type(self.causal_lm.base_model))] = cache
+        outputs = self.causal_lm.base_model(inputs_embeds=inputs_embeds, use_cache=keep, return_dict=True, **where)
         return outputs.last_hidden_state, _state_after(cache, valid, state) if keep else None
 
 
@@ -330,7 +339,6 @@ def new_transformers_lm(config: dict[str, Any]) -> TransformersLM:
       UserError: as `transformers_config`.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
     if torch.get_default_device().type != "meta":
         return TransformersLM(AutoModelForCausalLM.from_config(transformers_config(config)))
@@ -341,10 +349,8 @@ def new_transformers_lm(config: dict[str, Any]) -> TransformersLM:
 
 def _settings(config: PreTrainedConfig) -> dict[str, Any]:
     """`model_type` and settings, without those that every configuration has, where they are as always."""
-    from transformers import PreTrainedConfig
-
     default = type(config)().to_dict()
-    common = {name: value for name, value in PreTrainedConfig().to_dict().items() if default.get(name) == value}
+    common = {name: value for name, value in pretrained_config()().to_dict().items() if default.get(name) == value}
     settings = {
         name: value
         for name, value in config.to_dict().items()
@@ -359,18 +365,19 @@ def transformers_config(settings: dict[str, Any]) -> PreTrainedConfig:
     Raises:
       UserError: an unknown type or setting, a value of the wrong type, a model that `TransformersLM` does not serve.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, __version__
 
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
     _check_model_type(model_type, "model_type")
+    settings = readable_settings(settings)
     default = AutoConfig.for_model(model_type)
     known = {*default.to_dict(), *vars(default), *default.attribute_map, *_OLDER_NAMES}
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{name}: {model_type} has no such setting in transformers{hint}")
+            raise UserError(f"{name}: {model_type} has no such setting in transformers {__version__}{hint}")
     return _supported(lambda: AutoConfig.for_model(model_type, **settings), model_type)
 
 
@@ -381,7 +388,7 @@ def is_transformers_folder(path: str | Path) -> bool:
       UserError: its config.json cannot be read.
     """
     config = Path(path) / "config.json"
-    return config.is_file() and _read_model_type(config) != "rwkv7"
+    return config.is_file() and _read_settings(config).get("model_type") != "rwkv7"
 
 
 def load_transformers_lm(path: str | Path) -> TransformersLM:
@@ -401,9 +408,12 @@ def load_transformers_lm(path: str | Path) -> TransformersLM:
     path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path / 'config.json'}: no such file; a model folder has it beside its weights")
-    _check_model_type(_read_model_type(path / "config.json"), str(path / "config.json"))
+    settings = _read_settings(path / "config.json")
+    _check_model_type(settings.get("model_type"), str(path / "config.json"))
+    # what this version would pass over is given under the names that it reads
+    renamed = {name: value for name, value in readable_settings(settings).items() if name not in settings}
     config = _supported(
-        lambda: AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True),
+        lambda: AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True, **renamed),
         str(path / "config.json"),
     )
     if not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
@@ -433,11 +443,14 @@ def load_transformers_lm(path: str | Path) -> TransformersLM:
     return TransformersLM(causal_lm).requires_grad_().eval()
 
 
-def _read_model_type(path: Path) -> Any:
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as e:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
         raise UserError(f"{path}: not a JSON object: {e}") from e
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: not a JSON object: {type(settings).__name__}")
+    return settings
 
 
 def _check_model_type(model_type: Any, source: str) -> None:
@@ -462,6 +475,10 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
         config = make()
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{source}: {e}") from e
+    for name, default in type(config)().to_dict().items():  # which transformers 5 checks itself
+        value = getattr(config, name, default)
+        if type(default) in (int, float) and isinstance(value, str):
+            raise UserError(f"{source}: {name}: expected {type(default).__name__}, got str {value!r}")
 
     def refuse(reason: str) -> None:
         raise UserError(f"{source}: {config.model_type} is not supported: {reason}")
@@ -476,8 +493,10 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
         if getattr(config, name, None) not in (None, without_effect):
             refuse(f"it changes its logits behind the output layer ({name}: {getattr(config, name)})")
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    if lacking := {"inputs_embeds", "position_ids", "past_key_values"} - set(
-        inspect.signature(model_class.forward).parameters
-    ):
-        refuse(f"its forward does not take {', '.join(sorted(lacking))}")
+    taken = set(inspect.signature(model_class.forward).parameters)
+    lacking = sorted({"inputs_embeds", "position_ids"} - taken)
+    if cache_argument(model_class) is None:
+        lacking.append(" or ".join(CACHE_ARGUMENTS))
+    if lacking:
+        refuse(f"its forward does not take {', '.join(lacking)}")
     return config
