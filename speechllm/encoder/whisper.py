@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from speechllm.encoder.zipformer import run, shortest_and_longest
 from speechllm.errors import UserError
+from speechllm.quiet import quiet
 
 # Where the encoder's weights are in a file: of the model with its head, of the model without.
 _PREFIXES = ("model.encoder.", "encoder.")
@@ -89,6 +90,7 @@ class WhisperEncoder(nn.Module):
     frame_seconds = 0.02
     min_frames = 1
 
+    @quiet()
     def __init__(self, config: WhisperEncoderConfig):
         from transformers.models.whisper.configuration_whisper import WhisperConfig  # slow, and not everyone's
         from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer, sinusoids

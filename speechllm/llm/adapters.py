@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
+from speechllm.quiet import quiet
 from speechllm.rwkv7.model import RWKV7, RWKV7Config
 from speechllm.rwkv7.state import RWKV7State
 
@@ -437,6 +438,7 @@ def _check_targets(model: Model, config: TuneConfig) -> None:
         raise UserError(f"tune.rank: {config.initial_rank or config.rank} is too high: a target has only {largest}")
 
 
+@quiet()
 def _peft_config(config: TuneConfig) -> PeftConfig:
     import peft
 
@@ -450,6 +452,7 @@ def _peft_config(config: TuneConfig) -> PeftConfig:
     return peft.LoraConfig(r=config.rank, **variant, **lora)
 
 
+@quiet()
 def _inject(model: Model, config: PeftConfig) -> PeftModel:
     """Puts an adapter into the model, in place."""
     import peft
@@ -533,6 +536,7 @@ def _load_weights(adapter: PeftModel, weights: dict[str, Tensor]) -> None:
     peft.set_peft_model_state_dict(adapter, weights, adapter_name=_TRAINED)
 
 
+@quiet()
 def _load_peft(model: Model, folder: Path, trainable: bool) -> PeftModel:
     import peft
 

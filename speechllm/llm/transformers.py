@@ -37,6 +37,7 @@ from speechllm.llm.transformers_versions import (
     readable_settings,
     tied_weights,
 )
+from speechllm.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -327,6 +328,7 @@ def _state_after(cache: DynamicCache, valid: Tensor, before: TransformersState |
 # ---- configuration and files --------------------------------------------------------------------------------------
 
 
+@quiet()
 def new_transformers_lm(config: dict[str, Any]) -> TransformersLM:
     """A model with new weights, initialised as transformers does; where the default device is `meta` their values are
     not set, because they are about to be loaded.
@@ -391,6 +393,7 @@ def is_transformers_folder(path: str | Path) -> bool:
     return config.is_file() and _read_settings(config).get("model_type") != "rwkv7"
 
 
+@quiet()
 def load_transformers_lm(path: str | Path) -> TransformersLM:
     """Loads a model folder to the CPU, in float32, in `eval` mode. Nothing is downloaded, no code of the folder is run.
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -259,6 +261,25 @@ def test_a_tuned_model_is_saved_merged_and_as_an_adapter(method, tune_config, ba
     base = AutoModelForCausalLM.from_pretrained(config.llm.path)
     by_peft = peft.PeftModel.from_pretrained(base, tmp_path / "apart" / "adapter").eval()
     torch.testing.assert_close(by_peft(ids).logits, model.llm(ids)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_loading_prints_nothing(tune_config, tmp_path):
+    model = SpeechLLM.from_config(tune_config("lora"))
+    model.save_pretrained(tmp_path / "apart", merged=False)
+    program = (
+        "from speechllm import SpeechLLM\n"
+        f"model = SpeechLLM.from_pretrained({str(tmp_path / 'apart')!r})\n"
+        "model.llm.checkpoint_blocks = True\n"
+        "import torch, warnings\n"
+        "embeds = torch.randn(1, 4, model.llm.hidden_size, requires_grad=True)\n"
+        "model.llm.loss(torch.zeros(1, 4, dtype=torch.long), inputs_embeds=embeds)[0][0].backward()\n"
+        "from transformers.utils import logging\n"
+        "assert logging.is_progress_bar_enabled()  # for others\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "always::FutureWarning", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "" and done.stderr == ""
 
 
 def test_targets(tune_config, tmp_path):
