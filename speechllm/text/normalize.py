@@ -2,7 +2,8 @@
 
     nfc, nfkc            Unicode normal forms (UAX #15)
     lowercase, uppercase
-    remove_punctuation   punctuation and symbols become spaces, except within words: don't, mother-in-law
+    remove_punctuation   punctuation and symbols become spaces, except within words and numbers: don't, mother-in-law,
+                         3.5, 1,000, 10:30, 50%
     halfwidth            full-width ASCII and the ideographic space to half width, and nothing else that NFKC does
     simplified           Chinese to simplified characters, by OpenCC (https://github.com/BYVoid/OpenCC)
     traditional          Chinese to traditional characters, in OpenCC's standard forms (not those of one region)
@@ -32,6 +33,9 @@ _SPACE_BETWEEN_IDEOGRAPHS = re.compile(rf"(?<={_IDEOGRAPH})\s+(?={_IDEOGRAPH})")
 _HALFWIDTH = {0x3000: " "} | {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _APOSTROPHES = "'\u2019"
 _HYPHENS = "\\-\u2010\u2011"
+# Between digits, as decimal points, between thousands, in times and fractions; the last two are Arabic. After a digit.
+_WITHIN_NUMBERS = ".,:/\u066b\u066c"
+_AFTER_NUMBERS = "%\u2030\u066a"
 # What joins emoji, or says how they are shown; it goes with them.
 _EMOJI_JOINERS = "\u200d\u20e3\ufe0e\ufe0f"
 _ENCODABLE = re.compile("[^\ud800-\udfff]+")
@@ -87,18 +91,19 @@ def _nfkc(text: str) -> str:
 def _remove_punctuation(text: str) -> str:
     """Each character of the Unicode categories P and S becomes a space.
 
-    A single apostrophe or hyphen with a character of a word on either side stays, written as in ASCII.
+    A single apostrophe or hyphen with a character of a word on either side stays, written as in ASCII; so do a mark
+    between two digits that belongs to their number, and a percent sign after a digit.
     """
     return _punctuation().sub(_kept_of_punctuation, text)
 
 
 def _kept_of_punctuation(match: re.Match) -> str:
-    return {"apostrophe": "'", "hyphen": "-"}.get(match.lastgroup, " ")
+    return match[0] if match.lastgroup == "number" else {"apostrophe": "'", "hyphen": "-"}.get(match.lastgroup, " ")
 
 
 @cache
 def _punctuation() -> re.Pattern:
-    """Matches one punctuation mark or symbol; one that stays is in the group `apostrophe` or `hyphen`."""
+    """Matches one punctuation mark or symbol; one that stays is in the group `apostrophe`, `hyphen` or `number`."""
     marks = ""
     codes = range(sys.maxunicode + 1)
     for is_mark, group in groupby(codes, key=lambda code: unicodedata.category(chr(code))[0] in "PS"):
@@ -109,6 +114,7 @@ def _punctuation() -> re.Pattern:
     # The first lookaheads are for speed: letters and spaces are passed over without a look at the long list of marks.
     return re.compile(
         rf"(?=[\W_])(?!\s)(?:(?<={inside})(?:(?P<apostrophe>[{_APOSTROPHES}])|(?P<hyphen>[{_HYPHENS}]))(?={inside})"
+        rf"|(?<=\d)(?P<number>[{_WITHIN_NUMBERS}](?=\d)|[{_AFTER_NUMBERS}])"
         rf"|[{marks}][{_EMOJI_JOINERS}]*)"
     )
 
