@@ -9,14 +9,21 @@
     traditional          Chinese to traditional characters, in OpenCC's standard forms (not those of one region)
     split_chinese        spaces around each Chinese character, so that a character is a word
     join_chinese         no spaces between Chinese characters
+    leaderboard          English as the Open ASR Leaderboard scores it, by Whisper's English normalizer: lowercase, no
+                         punctuation, one spelling, contractions written out, numbers in figures
+    leaderboard_multilingual  other languages as there, by Whisper's basic normalizer: lowercase, no punctuation
 
-White space is single afterwards, with none at the ends. A step that is applied again changes nothing: a hypothesis
-can be normalised like its reference, which has been through the steps once already. No step raises for any string.
+The last two are PyPI's whisper-normalizer and are used alone, for scoring.
+
+White space is single afterwards, with none at the ends. A step that is applied again changes nothing (the last two
+aside, in rare cases): a hypothesis can be normalised like its reference, which has been through the steps once already.
+No step raises for any string.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 import sys
 import unicodedata
@@ -52,7 +59,7 @@ def normalize_text(text: str, steps: Sequence[str]) -> str:
         steps: names that `check_steps` has accepted.
 
     Raises:
-        UserError: a step needs OpenCC, which is not installed.
+        UserError: a step needs OpenCC or whisper-normalizer, which is not installed.
     """
     for step in steps:
         if step in _FOR_ASCII or not text.isascii():
@@ -65,7 +72,7 @@ def check_steps(steps: Sequence[str]) -> None:
 
     Raises:
         ValueError: an unknown name, or steps that undo each other.
-        UserError: a step needs OpenCC, which is not installed.
+        UserError: a step needs OpenCC or whisper-normalizer, which is not installed.
     """
     for step in steps:
         if step not in _STEPS:
@@ -75,7 +82,7 @@ def check_steps(steps: Sequence[str]) -> None:
     for one, other in _CONTRADICTORY:
         if one in steps and other in steps:
             raise ValueError(f"text: {one} and {other} undo each other; take one of them out")
-    for step in ("simplified", "traditional"):
+    for step in ("simplified", "traditional", "leaderboard", "leaderboard_multilingual"):
         if step in steps:
             _STEPS[step]("")
 
@@ -163,6 +170,26 @@ def _join_chinese(text: str) -> str:
     return _SPACE_BETWEEN_IDEOGRAPHS.sub("", text)
 
 
+def _leaderboard(text: str) -> str:
+    return _whisper_normalizer("english", "EnglishTextNormalizer")(text)
+
+
+def _leaderboard_multilingual(text: str) -> str:
+    # without their marks, words of many languages of Asia would be broken up; those of the leaderboard have none
+    return _whisper_normalizer("basic", "BasicTextNormalizer", preserve_marks=True)(text)
+
+
+@cache
+def _whisper_normalizer(module: str, name: str, **options: bool) -> Callable[[str], str]:
+    try:
+        return getattr(importlib.import_module(f"whisper_normalizer.{module}"), name)(**options)
+    except ImportError as error:
+        raise UserError(
+            "the text steps leaderboard and leaderboard_multilingual need whisper-normalizer: "
+            "pip install 'speechllm[leaderboard]'"
+        ) from error
+
+
 _STEPS: dict[str, Callable[[str], str]] = {
     "nfc": _nfc,
     "nfkc": _nfkc,
@@ -174,7 +201,9 @@ _STEPS: dict[str, Callable[[str], str]] = {
     "traditional": _traditional,
     "split_chinese": _split_chinese,
     "join_chinese": _join_chinese,
+    "leaderboard": _leaderboard,
+    "leaderboard_multilingual": _leaderboard_multilingual,
 }
 STEPS = tuple(_STEPS)
 # The others leave ASCII as it is.
-_FOR_ASCII = frozenset(["lowercase", "uppercase", "remove_punctuation"])
+_FOR_ASCII = frozenset(["lowercase", "uppercase", "remove_punctuation", "leaderboard", "leaderboard_multilingual"])
