@@ -191,7 +191,7 @@ def test_long_texts_have_the_counts_of_kaldialign(rate):
 
 
 @pytest.mark.parametrize("ref, hyp", [
-    ("a" * 3000, "b" * 2000), ("ab" * 1000, "ba" * 900), ("abc" * 700, ""), ("x", "abcx" * 600), ("a" * 1500, "a" * 2500),
+    ("a" * 3000, "b" * 2000), ("ab" * 1000, "ba" * 900), ("abc" * 700, ""), ("x", "abcx" * 600),
 ])  # fmt: skip
 def test_long_texts_have_the_fewest_errors(ref, hyp, monkeypatch):
     monkeypatch.setattr("speechllm.scoring.counting._PAIRS_AT_ONCE", 10_000)
