@@ -361,6 +361,7 @@ def _settings(config: PreTrainedConfig) -> dict[str, Any]:
     return {"model_type": config.model_type, **settings}
 
 
+@quiet()
 def transformers_config(settings: dict[str, Any]) -> PreTrainedConfig:
     """The configuration of a model from its `model_type` and settings.
 
