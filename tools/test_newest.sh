@@ -16,12 +16,12 @@ export OMP_NUM_THREADS=1
 "${PYTHON:-python3}" -m venv --clear "$venv"
 python=$venv/bin/python
 pip() { "$python" -m pip --quiet --disable-pip-version-check "$@"; }
-# setuptools builds in the tree, and would take modules that were moved since from what it left there
-git ls-files -z --cached --others --exclude-standard -- speechllm setup.cfg setup.py pyproject.toml README.md LICENSE |
-    (cd "$root" && xargs -0 cp --parents -t "$outside" 2>/dev/null || true)
-pip wheel --no-deps --wheel-dir "$outside/wheels" "$outside"
-rm -rf "$outside/speechllm"
-wheel=$(echo "$outside"/wheels/*.whl)
+# Built from a copy: what setuptools leaves in a tree would have modules in the wheel that were moved since.
+mkdir "$outside/source"
+cp -r speechllm setup.cfg pyproject.toml README.md LICENSE "$outside/source"
+pip wheel --no-deps --wheel-dir "$outside" "$outside/source"
+rm -rf "$outside/source"
+wheel=$(echo "$outside"/*.whl)
 pip install "$wheel"
 cp -r tests "$outside"
 cd "$outside"
