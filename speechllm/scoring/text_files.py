@@ -193,12 +193,12 @@ def assign_words(segments: Iterable[Line], recordings: Iterable[Line]) -> tuple[
     Returns:
         What was recognized in each segment, by its id; recordings that no segment is of.
     """
-    of_channel: dict[tuple[str, str], list[Line]] = defaultdict(list)
+    of_channel: dict[tuple[str, str], list[tuple[Span, str]]] = defaultdict(list)
     texts: dict[str, list[str]] = {}
     for line in segments:
-        assert line.span is not None
-        of_channel[line.span.recording, line.span.channel].append(line)
         texts[line.id] = []
+        if line.span is not None:
+            of_channel[line.span.recording, line.span.channel].append((line.span, line.id))
     unknown = []
     for recording in recordings:
         for span, word in recording.words or ():
@@ -207,8 +207,8 @@ def assign_words(segments: Iterable[Line], recordings: Iterable[Line]) -> tuple[
                 unknown.append(recording)
                 break
             middle = (span.start + span.end) / 2
-            nearest = min(candidates, key=lambda line: max(line.span.start - middle, middle - line.span.end, 0.0))
-            texts[nearest.id].append(word)
+            _, nearest = min(candidates, key=lambda item: max(item[0].start - middle, middle - item[0].end, 0.0))
+            texts[nearest].append(word)
     return {id: Line(id, " ".join(words)) for id, words in texts.items()}, unknown
 
 
