@@ -30,7 +30,8 @@ from speechllm.decode.search import SearchOptions
 from speechllm.encoder import ZipformerConfig
 from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, SpeechLLM
 from speechllm.rwkv7 import RWKV7Config
-from speechllm.transcribe.recordings import SegmentOptions, audio_input, transcribe_inputs
+from speechllm.transcribe.inputs import audio_input
+from speechllm.transcribe.segments import SegmentOptions, transcribe_inputs
 
 _RATE = 44100
 

@@ -5,8 +5,8 @@
     tools/download_parts.py --output-dir data --llm 1.5b
     tools/download_parts.py --output-dir data --encoder my-encoder --llm models/rwkv7-g1d-0.1b.pth
 
-Makes two links, data/encoder and data/llm.pth (to a file or a folder), which the recipes' configurations name. What is
-downloaded lies in Hugging Face's cache (HF_HOME), once for all recipes.
+Makes two links, data/encoder and data/llm.pth (or --llm-link; to a file or a folder), which the recipes' configurations
+name. What is downloaded lies in Hugging Face's cache (HF_HOME), once for all recipes.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ def main() -> None:
     parser.add_argument(
         "--llm",
         default="0.4b",
-        metavar="FILE|SIZE|OWNER/REPO/NAME",
-        help=f"a file or folder, one of {', '.join(LANGUAGE_MODELS)} (RWKV-7 G1), or a file in a repository "
+        metavar="FILE|SIZE|OWNER/REPO[/NAME]",
+        help=f"a file or folder, one of {', '.join(LANGUAGE_MODELS)} (RWKV-7 G1), or a repository or a file in one "
         "(default: %(default)s)",
     )
+    parser.add_argument("--llm-link", default="llm.pth", metavar="NAME", help="of its link (default: %(default)s)")
     args = parser.parse_args()
     try:
         encoder, llm = find_encoder(args.encoder), find_llm(args.llm)
         link(args.output_dir / "encoder", encoder)
-        link(args.output_dir / "llm.pth", llm)
+        link(args.output_dir / args.llm_link, llm)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
 
@@ -82,13 +83,16 @@ def find_llm(llm: str) -> Path:
         return Path(llm)
     if llm.lower() in LANGUAGE_MODELS:
         repo, name, revision = LLM_REPO, LANGUAGE_MODELS[llm.lower()], LLM_REVISION
+    elif llm.count("/") == 1:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+        return Path(downloaded(llm, lambda: snapshot_download(llm, allow_patterns=patterns)))
     elif llm.count("/") >= 2:
         owner, repo, name = llm.split("/", 2)
         repo, revision = f"{owner}/{repo}", None
     else:
         raise UserError(
-            f"--llm {llm}: no such file or folder, none of {', '.join(LANGUAGE_MODELS)}, and no OWNER/REPO/NAME of the "
-            "Hugging Face Hub"
+            f"--llm {llm}: no such file or folder, none of {', '.join(LANGUAGE_MODELS)}, and no OWNER/REPO or "
+            "OWNER/REPO/NAME of the Hugging Face Hub"
         )
     return Path(downloaded(f"{repo}/{name}", lambda: hf_hub_download(repo, name, revision=revision)))
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import logging
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from lhotse import AudioSource, Features, NumpyFilesWriter, Recording, fastcopy
@@ -24,7 +27,7 @@ from lhotse.supervision import AlignmentItem
 from tqdm import tqdm
 
 from speechllm.data.audio import UtteranceError, load_samples, read_header, recordings
-from speechllm.data.features import FRAME_SHIFT, MEL_BINS, SAMPLE_RATE, extract_features
+from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, bins_of, extract_features
 from speechllm.data.manifests.manifest import (
     LINE_ERRORS,
     ManifestError,
@@ -33,6 +36,7 @@ from speechllm.data.manifests.manifest import (
     iter_objects,
     to_cut,
 )
+from speechllm.data.manifests.supervisions import inside_supervisions
 from speechllm.data.manifests.tar import TAR
 from speechllm.errors import UserError
 from speechllm.files import replaced_file, replaced_folder
@@ -50,31 +54,80 @@ class Conversion:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def convert_to_cuts(source: SourceConfig, output: Path, features: str | None = None) -> Conversion:
+def convert_to_cuts(
+    source: SourceConfig,
+    output: Path,
+    features: str | None = None,
+    extract: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Conversion:
     """Write lhotse cuts with recordings as the headers of the audio files have them; the audio stays where it is.
 
     Args:
         output: `.jsonl` or `.jsonl.gz`, a file that does not exist yet.
         features: of this kind (see `MEL_BINS`) are computed too, and stored in the folder `output` without its suffix,
             and `.features`.
+        extract: makes them of samples (num_samples,), (T, bins_of(features)); `extract_features` by default.
 
     Raises:
         ManifestError: there is no such manifest.
         UserError: the output exists, or has another suffix; the audio is in tar files; nothing can be used.
     """
-    stem = output.name.removesuffix(".gz").removesuffix(".jsonl")
-    if stem == output.name.removesuffix(".gz"):
+    if _stem(output) == output.name.removesuffix(".gz"):
         raise UserError(f"{output}: the name of a file of cuts must end in .jsonl or .jsonl.gz")
-    storage = output.absolute().with_name(f"{stem}.features")
     _check_new(output)
     if features is not None:
-        _check_new(storage)
+        _check_new(_storage_of(output))
+        extract = extract or partial(_extract, kind=features)
+    return _write_cuts(source, _objects(source), output, features, extract)
 
+
+def convert_to_cuts_in_parts(
+    source: SourceConfig,
+    output: Path,
+    features: str,
+    extract: Callable[[np.ndarray], np.ndarray],
+    part_size: int = 200,
+) -> None:
+    """The same, with features that take long: a conversion that was stopped goes on after the last whole part.
+
+    Args:
+        output: `.jsonl`, a file that does not exist yet; the features are beside it, in a folder with `.parts` instead.
+        features, extract: see `convert_to_cuts`.
+        part_size: lines of the manifest.
+
+    Raises:
+        ManifestError, UserError: as `convert_to_cuts`.
+    """
+    _check_new(output)
+    folder = output.with_name(f"{_stem(output)}.parts")
+    objects = iter(_objects(source))
+    parts, left_out = [], Counter()
+    while lines := list(islice(objects, part_size)):
+        parts.append(folder / f"{len(parts):05d}.jsonl")
+        if not parts[-1].is_file():
+            left_out += _write_cuts(source, lines, parts[-1], features, extract, is_part=True).left_out
+    cuts = b"".join(part.read_bytes() for part in parts)
+    _check_used(source, Conversion(cuts.count(b"\n"), left_out=left_out))
+    with replaced_file(output) as tmp:
+        tmp.write_bytes(cuts)
+
+
+def _write_cuts(
+    source: SourceConfig,
+    objects: Iterable[tuple[str, Any]],
+    output: Path,
+    features: str | None,
+    extract: Callable[[np.ndarray], np.ndarray] | None,
+    is_part: bool = False,
+) -> Conversion:
+    """The cuts of some lines of a manifest, perhaps none of a part; their features if there is an `extract`."""
+    storage = _storage_of(output)
     with ExitStack() as stack:
         tmp = stack.enter_context(replaced_file(output))
-        writer = NumpyFilesWriter(stack.enter_context(replaced_folder(storage))) if features is not None else None
+        writer = NumpyFilesWriter(stack.enter_context(replaced_folder(storage))) if extract is not None else None
         opener = gzip.open if output.suffix == ".gz" else open
         file = stack.enter_context(opener(tmp, "wb"))
+        numbers = itertools.count()
 
         def write(cut: Cut) -> Cut:
             if TAR in (cut.custom or {}):
@@ -87,11 +140,14 @@ def convert_to_cuts(source: SourceConfig, output: Path, features: str | None = N
                     if part.type == "file":
                         part.source = os.path.abspath(part.source)
             if writer is not None:
-                cut = _with_stored_features(cut, writer, storage, features)
+                cut = _with_stored_features(cut, next(numbers), writer, storage, features, extract)
             file.write(json.dumps(cut.to_dict(), ensure_ascii=False).encode() + b"\n")
             return cut
 
-        return _convert(source, write)
+        result = _convert(source, objects, write)
+        if not is_part:
+            _check_used(source, result)
+        return result
 
 
 def convert_to_shar(
@@ -141,17 +197,24 @@ def convert_to_shar(
             cut_writer.write(stored)
             return stored
 
-        return _convert(source, write)
+        result = _convert(source, _objects(source), write)
+        _check_used(source, result)
+        return result
 
 
-def _convert(source: SourceConfig, write: Callable[[Cut], Cut]) -> Conversion:
+def _objects(source: SourceConfig) -> Iterable[tuple[str, Any]]:
+    """Where each line is and what it says (see `iter_objects`), with a bar of progress."""
+    return tqdm(iter_objects(source), desc=source.path, unit=" lines", disable=None)
+
+
+def _convert(source: SourceConfig, objects: Iterable[tuple[str, Any]], write: Callable[[Cut], Cut]) -> Conversion:
     result = Conversion()
 
     def leave_out(location: str, error: UtteranceError) -> None:
         result.left_out[error.reason] += 1
         logging.warning("left out %s: %s", location, error)
 
-    for location, obj in tqdm(iter_objects(source), desc=source.path, unit=" lines", disable=None):
+    for location, obj in objects:
         try:
             if isinstance(obj, ManifestError):
                 raise obj
@@ -167,18 +230,42 @@ def _convert(source: SourceConfig, write: Callable[[Cut], Cut]) -> Conversion:
             continue
         result.utterances += 1
         result.seconds += written.duration
-    if not result.utterances:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in result.left_out.most_common())
-        raise UserError(f"{source.path}: no utterance can be used: {reasons or 'the manifest is empty'}")
     return result
 
 
-def _with_stored_features(cut: Cut, writer: NumpyFilesWriter, folder: Path, kind: str) -> Cut:
+def _check_used(source: SourceConfig, result: Conversion) -> None:
+    if not result.utterances:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in result.left_out.most_common())
+        raise UserError(f"{source.path}: no utterance can be used: {reasons or 'the manifest is empty'}")
+
+
+def _stem(output: Path) -> str:
+    """The name of a file of cuts without its suffix."""
+    return output.name.removesuffix(".gz").removesuffix(".jsonl")
+
+
+def _storage_of(output: Path) -> Path:
+    """The folder for the features of a file of cuts."""
+    return output.absolute().with_name(f"{_stem(output)}.features")
+
+
+def _extract(samples: np.ndarray, kind: str) -> np.ndarray:
+    return extract_features(samples, kind).numpy()
+
+
+def _with_stored_features(
+    cut: Cut,
+    number: int,
+    writer: NumpyFilesWriter,
+    folder: Path,
+    kind: str,
+    extract: Callable[[np.ndarray], np.ndarray],
+) -> Cut:
     if not isinstance(cut, DataCut):
         raise UtteranceError("no place for features", f"a {type(cut).__name__} has none of its own; use --to shar")
-    matrix = extract_features(load_samples(cut), kind).numpy()
-    # ids may have slashes, and the writer takes the first characters of the key for folders of even size
-    key = writer.write(f"{zlib.crc32(cut.id.encode()):08x}-{cut.id.rsplit('/', 1)[-1]}", matrix)
+    matrix = extract(load_samples(cut))
+    # the number tells utterances of one id apart; the writer takes the first characters for folders of even size
+    key = writer.write(f"{zlib.crc32(str(number).encode()):08x}-{number}", matrix)
     return fastcopy(cut, features=_describe_features(cut, matrix, kind, str(folder), key))
 
 
@@ -186,7 +273,7 @@ def _describe_features(cut: Cut, matrix: np.ndarray, kind: str, path: str, key: 
     return Features(
         type=kind,
         num_frames=len(matrix),
-        num_features=MEL_BINS[kind],
+        num_features=bins_of(kind),
         frame_shift=FRAME_SHIFT,
         # that of the features: from the recording's, lhotse would get another number of frames than there are
         sampling_rate=SAMPLE_RATE,
@@ -215,10 +302,11 @@ def _shar_cut(cut: Cut) -> tuple[Cut, np.ndarray]:
         duration=duration,
     )
     channel = 0 if channels == 1 else list(range(channels))
-    supervisions = [
-        fastcopy(s, recording_id=cut.id, channel=channel, alignment=_alignment_from(s.alignment, cut))
-        for s in cut.supervisions
-    ]
+    supervisions = []
+    for supervision in inside_supervisions(cut):
+        alignment = _alignment_from(supervision.alignment, cut)
+        supervision = fastcopy(supervision, recording_id=cut.id, channel=channel, alignment=alignment)
+        supervisions.append(supervision.trim(duration))  # the audio may end a little before the manifest says
     custom = cut.custom if isinstance(cut, DataCut) else None
     kind = MonoCut if channels == 1 else MultiCut
     return kind(cut.id, 0.0, duration, channel, supervisions, recording=recording, custom=custom), audio

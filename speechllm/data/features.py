@@ -3,6 +3,7 @@ encoders expect (Kaldi's fbank through lhotse), and those of Whisper (arXiv 2212
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import numpy as np
@@ -23,8 +24,23 @@ _OVERHANG = 200
 
 
 def kind_bins(kind: str) -> list[int]:
-    """Mel bins of each of the kinds that stand side by side."""
-    return [MEL_BINS[one] for one in kind.split("+")]
+    """Bins of each of the kinds that stand side by side."""
+    return [bins_of(one) for one in kind.split("+")]
+
+
+def bins_of(kind: str) -> int:
+    """Bins of a row of features of one kind: of `MEL_BINS`, or stored outputs of an encoder.
+
+    The latter are called "encoder-IDENTITY-BINS", and computed by `speechllm.train.encoder_cache`.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if stored := re.fullmatch(r"encoder-[0-9a-f]+-(\d+)", kind):
+        return int(stored[1])
+    if kind not in MEL_BINS:
+        raise ValueError(f"{kind}, known are {', '.join(MEL_BINS)}")
+    return MEL_BINS[kind]
 
 
 @cache

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from speechllm.decode.ctc import ctc_greedy, ctc_prefix_beam_search, forced_align
-from speechllm.decode.recognizer import RecogniseOptions, Speech
+from speechllm.decode.interface import RecogniseOptions, RecognizableEncoder, Speech
 from speechllm.decode.result import Hypothesis, Recognition
 from speechllm.decode.timestamps import words_from_alignment
 from speechllm.decode.transducer import transducer_greedy
 from speechllm.errors import UserError
-
-if TYPE_CHECKING:
-    from speechllm.model.encoder_model import EncoderModel
 
 
 class EncoderRecogniser:
@@ -34,7 +30,7 @@ class EncoderRecogniser:
       UserError: the options ask for what the model does not have.
     """
 
-    def __init__(self, model: EncoderModel, options: RecogniseOptions | None = None) -> None:
+    def __init__(self, model: RecognizableEncoder, options: RecogniseOptions | None = None) -> None:
         self.model, self.options = model, options or RecogniseOptions()
         given = self.options
         without = RecogniseOptions(ctc_beam=given.ctc_beam, timestamps=given.timestamps, fallback=given.fallback)

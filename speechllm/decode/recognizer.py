@@ -7,78 +7,23 @@ Batches are encoded as the search has places for their utterances, so that it ne
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from speechllm.decode.context import Hotwords, NGram
 from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, forced_align
+from speechllm.decode.interface import RecogniseOptions, RecognizableSpeechLLM, Speech
 from speechllm.decode.result import Hypothesis, Recognition, Word
-from speechllm.decode.search import Prompt, Scorer, SearchOptions, search
+from speechllm.decode.search import Prompt, Scorer, search
 from speechllm.decode.timestamps import words_from_alignment, words_from_label
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModelState
-from speechllm.prompt.template import PromptContext
 from speechllm.rwkv7.initial_state import load_state
-
-if TYPE_CHECKING:
-    from speechllm.model.speech_llm import SpeechLLM
 
 # States that are kept. Where utterances have texts of their own before the audio, none would be used again.
 _MAX_STATES = 32
-
-
-@dataclass(frozen=True)
-class RecogniseOptions:
-    """How speech is recognised.
-
-    Attributes:
-      search: of the language model.
-      fallback: what becomes of a text that a guard has stopped, because it repeats itself or is longer than the audio
-        can say: `cut`, it ends there; `ctc`, the text of the CTC head is taken instead, where there is one.
-      ctc_weight: of the CTC head's scores in the search (arXiv 1609.06773); 0: they have no part in it.
-      ctc_beam: of the CTC head's own search; 1 is greedy search.
-      timestamps: find the words' times with the CTC head, where the model does not write them itself.
-      hotwords: a file of phrases that the search prefers (see `context.Hotwords.from_file`), and their weight.
-      ngram: a kenlm model that takes part in the search, and its weight.
-      initial_state: a state file of RWKV-7 (`RWKV7State.save`), tuned or of a text read before, that prompts go on
-        from.
-
-    Raises:
-      UserError: a value is out of range.
-    """
-
-    search: SearchOptions = field(default_factory=SearchOptions)
-    fallback: Literal["cut", "ctc"] = "cut"
-    ctc_weight: float = 0.0
-    ctc_beam: int = 1
-    timestamps: bool = False
-    hotwords: str | None = None
-    hotword_weight: float = 1.0
-    ngram: str | None = None
-    ngram_weight: float = 0.3
-    initial_state: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.fallback not in ("cut", "ctc"):
-            raise UserError(f"fallback: unknown {self.fallback!r}, choose from cut, ctc")
-        if self.ctc_weight < 0:
-            raise UserError(f"ctc_weight: must be at least 0, got {self.ctc_weight}")
-        if self.ctc_beam < 1:
-            raise UserError(f"ctc_beam: must be at least 1, got {self.ctc_beam}")
-
-
-class Speech(NamedTuple):
-    """A batch: features (N, T, F), feature_lens (N,), N languages and target languages (None where there is none), N
-    contexts of the prompt (None where it needs none)."""
-
-    features: Tensor
-    feature_lens: Tensor
-    languages: Sequence[str | None]
-    target_languages: Sequence[str | None]
-    contexts: Sequence[PromptContext] | None = None
 
 
 @dataclass
@@ -99,13 +44,18 @@ class Recogniser:
       UserError: the options ask for what the model does not have; a file cannot be read.
     """
 
-    def __init__(self, model: SpeechLLM, options: RecogniseOptions | None = None) -> None:
+    def __init__(self, model: RecognizableSpeechLLM, options: RecogniseOptions | None = None) -> None:
         self.model, self.options = model, options or RecogniseOptions()
         label = model.label_template
         uses_ctc = {"ctc_weight": self.options.ctc_weight > 0, "timestamps": self.options.timestamps}
         for name, used in uses_ctc.items():
             if used and model.ctc_head is None and not (name == "timestamps" and label.has_times):
                 raise UserError(f"{name}: the model has no CTC head (it was trained with model.ctc_weight: 0)")
+        if self.options.ctc_weight > 0 and model.ctc_tokenizer is not model.tokenizer:
+            raise UserError(
+                "ctc_weight: the CTC head writes other pieces (model.ctc_tokenizer) than the language model's tokens, "
+                "which it cannot score"
+            )
         for name in ("ctc_weight", "hotwords", "ngram"):
             if getattr(self.options, name) and not label.is_plain:
                 raise UserError(
@@ -188,7 +138,7 @@ class Recogniser:
             )
             embeds, start = inputs_embeds[i, : spliced.lens[i]], int(spliced.audio_starts[i])
             read, state = self._state_before_audio(tuple(spliced.token_ids[i, :start].tolist()), embeds[:start])
-            seconds = int(audio_lens[i]) * model.seconds_per_position
+            seconds = int(encoder_out_lens[i]) * model.frame_seconds
             max_tokens = self.options.search.max_tokens(seconds) * self._label_growth + self._tag_tokens
             yield utterance, Prompt(embeds[read:], max_tokens, state)
 
@@ -220,7 +170,7 @@ class Recogniser:
     def _recognition(self, utterance: _Utterance, nbest: tuple[Hypothesis, ...]) -> Recognition:
         model = self.model
         labels = [model.read_label(hypothesis.tokens) for hypothesis in nbest]
-        ctc_text = None if utterance.ctc_tokens is None else model.text(utterance.ctc_tokens)
+        ctc_text = None if utterance.ctc_tokens is None else model.ctc_text(utterance.ctc_tokens)
         best, text, fallback = labels[0], labels[0].text, None
         if nbest[0].stopped != "end":
             fallback = "cut"
@@ -239,7 +189,7 @@ class Recogniser:
             return None  # of a translation there are no times
         log_probs = utterance.ctc_log_probs
         lens = torch.tensor([len(log_probs)], device=log_probs.device)
-        (spans,) = forced_align(log_probs[None], lens, [self.model.label_ids(text)], self.model.blank_id)
+        (spans,) = forced_align(log_probs[None], lens, [self.model.ctc_label_ids(text)], self.model.blank_id)
         if spans is None:  # more tokens than frames: whatever it is, it was not said
             return None
-        return words_from_alignment(spans, self.model.tokenizer, self.model.frame_seconds, len(log_probs))
+        return words_from_alignment(spans, self.model.ctc_tokenizer, self.model.frame_seconds, len(log_probs))

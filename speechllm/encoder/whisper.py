@@ -10,6 +10,8 @@ in SALMONN (arXiv 2310.13289); here the latter is `pad_to_max_seconds`.
 
 import dataclasses
 import inspect
+import itertools
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,8 +24,11 @@ from speechllm.encoder.zipformer import run, shortest_and_longest
 from speechllm.errors import UserError
 from speechllm.quiet import quiet
 
-# Where the encoder's weights are in a file: of the model with its head, of the model without.
-_PREFIXES = ("model.encoder.", "encoder.")
+# Where the encoder's weights are in a file: of the model with its head, of the model without, of Auden's models and
+# rwkv_asr's; or of the encoder alone.
+_PREFIX = re.compile(
+    r"(module\.)?(model\.)?((audio_|speech_|whisper_)?encoder\.)+|(?=(conv\d|embed_positions|layers|layer_norm)\.)"
+)
 _FEATURE_KINDS = {80: "whisper80", 128: "whisper128"}
 
 
@@ -75,6 +80,9 @@ class WhisperEncoderConfig:
             raise ValueError(f"Whisper configuration: {', '.join(missing)} missing")
         return cls(**{name: values[name] for name in names if name in values})
 
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
 
 class WhisperEncoder(nn.Module):
     """The encoder, front end included. Call it as `encoder(features, feature_lens)`.
@@ -83,6 +91,8 @@ class WhisperEncoder(nn.Module):
         config: its WhisperEncoderConfig.
         output_dim, frame_seconds, feature_kind, feature_dim, min_frames, max_seconds, num_stacks, checkpoint_layers: as
             Zipformer has them; a stack is one layer.
+        stored_stacks: what is read is not features but stored outputs of so many of the lowest layers (see
+            `read_stored`); None: features.
         pad_to_max_seconds: silence is put after each utterance, up to `max_seconds`, and attention sees it, as in
             Whisper's own training. The output has the utterance's length all the same.
     """
@@ -99,6 +109,7 @@ class WhisperEncoder(nn.Module):
         self.config = config
         self.checkpoint_layers = False
         self.pad_to_max_seconds = False
+        self.stored_stacks: int | None = None
         self.output_dim = config.d_model
         self.feature_dim = config.num_mel_bins
         self.feature_kind = _FEATURE_KINDS[config.num_mel_bins]
@@ -115,13 +126,44 @@ class WhisperEncoder(nn.Module):
     @staticmethod
     def is_in_released(name: str) -> bool:
         """Whether a weight of a released Whisper is the encoder's."""
-        return name.startswith(_PREFIXES)
+        return _PREFIX.match(name) is not None
 
     @staticmethod
     def state_dict_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a released Whisper's encoder under the names that they have here."""
-        names = {name: name.removeprefix("model.").removeprefix("encoder.") for name in weights}
+        names = {name: _PREFIX.sub("", name, count=1) for name in weights}
         return {own.removesuffix(".weight") if "positions" in own else own: weights[n] for n, own in names.items()}
+
+    @property
+    def frozen_stacks(self) -> int:
+        """How many of the lowest layers are not trained, the front end included; all of them: nor is `layer_norm`."""
+
+        def frozen(module: nn.Module) -> bool:
+            return not any(p.requires_grad for p in module.parameters())
+
+        if not (frozen(self.conv1) and frozen(self.conv2)):
+            return 0
+        count = len(list(itertools.takewhile(frozen, self.layers)))
+        return count if count < len(self.layers) or frozen(self.layer_norm) else count - 1
+
+    def read_stored(self, num_stacks: int, kind: str) -> None:
+        """From now on `forward` takes outputs of the lowest layers, as `rows_of` makes them, in place of features.
+
+        Args:
+            num_stacks: how many layers they have been through; of all, `layer_norm` too.
+            kind: the name of such features, which is `feature_kind` from now on.
+        """
+        self.stored_stacks, self.feature_kind, self.feature_dim = num_stacks, kind, self.output_dim // 2
+
+    def lower(self, features: Tensor, num_stacks: int) -> Tensor:
+        """What the lowest layers make of one utterance, (T, num_mel_bins) -> (2 T', D / 2), to be stored.
+
+        A frame of D values every 20 ms is two rows of half as many, so that a row is 10 ms as of other features.
+        """
+        lens = torch.tensor([len(features)])
+        out, _, stacks = self(features[None], lens, return_stacks=True)
+        frames = out if num_stacks == self.num_stacks else stacks[num_stacks - 1]
+        return frames[0].reshape(-1, self.output_dim // 2)
 
     def bottom(self, num_stacks: int) -> list[nn.Module]:
         """The front end and the lowest layers."""
@@ -148,7 +190,7 @@ class WhisperEncoder(nn.Module):
             UserError: if an utterance is longer than `max_seconds`.
         """
         config = self.config
-        shortest, longest = shortest_and_longest(features, feature_lens, config.num_mel_bins, self.min_frames)
+        shortest, longest = shortest_and_longest(features, feature_lens, self.feature_dim, self.min_frames)
         if longest > 2 * config.max_source_positions:
             raise UserError(
                 f"an utterance has {longest / 100:.2f} s, but this Whisper encoder's position embeddings end at "
@@ -167,11 +209,16 @@ class WhisperEncoder(nn.Module):
             attended = torch.arange((longest + 1) // 2, device=features.device) < lens[:, None]
             attended = attended[:, None, None]  # (N, heads, queries, keys)
         checkpointed = self.checkpoint_layers and torch.is_grad_enabled()
-        x = run(self.front_end, features, valid, checkpointed=checkpointed)
-        x = F.dropout(x + self.embed_positions[: x.shape[1]], config.dropout, self.training)
+        if self.stored_stacks is None:
+            x = run(self.front_end, features, valid, checkpointed=checkpointed)
+            x = F.dropout(x + self.embed_positions[: x.shape[1]], config.dropout, self.training)
+        else:
+            x = F.pad(features, (0, 0, 0, longest % 2)).reshape(len(features), -1, self.output_dim)
+            if self.stored_stacks == self.num_stacks:
+                return x, lens
         t_out = int(lens.max())
         outputs = []
-        for layer in self.layers:
+        for layer in self.layers[self.stored_stacks or 0 :]:
             x = run(partial(_layer_output, layer), x, attended, checkpointed=checkpointed)
             outputs.append(x[:, :t_out])
         outputs[-1] = self.layer_norm(outputs[-1])

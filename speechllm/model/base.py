@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechllm.decode.recognizer import RecogniseOptions, Speech
+from speechllm.decode.interface import RecogniseOptions, Speech
 from speechllm.decode.result import Recognition
 from speechllm.encoder import WhisperEncoder, Zipformer
 from speechllm.prompt.label import LabelTemplate
@@ -19,23 +21,38 @@ from speechllm.text.tokenizer import Tokenizer
 from speechllm.transcribe.formats import Recording
 
 if TYPE_CHECKING:
-    from speechllm.model.speech_llm import ModelConfig
+    from speechllm.model.speech_llm import EncoderSection, ModelConfig
 
 Encoder = Zipformer | WhisperEncoder
 
 
-class SpeechModel(nn.Module):
-    """A child has these attributes, and
+class SpeechModel(nn.Module, ABC):
+    """Has an encoder with features of its own, writes labels, and recognizes speech.
 
-    encoders() -> list of (name as a part of the model, configuration, module) of each encoder, the first one first;
-    recogniser(options) -> what recognises any number of batches: called with an iterable of `Speech`, it gives the
-      results of each.
+    Attributes:
+      autocast_dtype: half precision in which encoder and projector compute when speech is recognized
+        (`speechllm.model.build.prepare_for_inference`); None leaves it to the caller.
     """
 
+    autocast_dtype: torch.dtype | None = None
     config: ModelConfig  # its prompt written out
     tokenizer: Tokenizer
     encoder: Encoder
     label_template: LabelTemplate
+
+    @abstractmethod
+    def encoders(self) -> list[tuple[str, EncoderSection, Encoder]]:
+        """Name as a part of the model, configuration and module of each encoder, the first one first."""
+
+    @abstractmethod
+    def recogniser(
+        self, options: RecogniseOptions | None = None
+    ) -> Callable[[Iterable[Speech]], Iterator[list[Recognition]]]:
+        """What recognizes any number of batches: called with batches of speech, it gives the results of each.
+
+        Raises:
+          UserError: the options ask for what the model does not have.
+        """
 
     def train(self, mode: bool = True) -> SpeechModel:
         """Frozen parts stay in evaluation mode."""
@@ -57,6 +74,11 @@ class SpeechModel(nn.Module):
         return self.encoder.frame_seconds
 
     @property
+    def min_frames(self) -> int:
+        """The shortest utterance that all encoders can hear, in frames of features."""
+        return max(encoder.min_frames for _, _, encoder in self.encoders())
+
+    @property
     def feature_kind(self) -> str:
         """The features that the encoders read (see `speechllm.data.features`): of several kinds side by side."""
         return "+".join(dict.fromkeys(encoder.feature_kind for _, _, encoder in self.encoders()))
@@ -66,6 +88,12 @@ class SpeechModel(nn.Module):
         # in the order of `feature_kind`
         bins = {other.feature_kind: other.feature_dim for _, _, other in self.encoders()}
         return dict(zip(bins, features.split(list(bins.values()), dim=2), strict=True))[encoder.feature_kind]
+
+    def encoding(self) -> AbstractContextManager[object]:
+        """The context that `encode` computes in: `autocast_dtype`."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
 
     def label_ids(self, label: str) -> list[int]:
         """The tokens of a label as it stands behind the prompt, without the end of text."""
@@ -120,7 +148,9 @@ class SpeechModel(nn.Module):
           UserError: the prompt has a slot for a language that is not given; samples of another shape; an encoder alone
             is to translate.
         """
-        from speechllm.transcribe.recordings import audio_input, transcribe_inputs  # the model itself needs no lhotse
+        # here, not above: the model itself needs no lhotse
+        from speechllm.transcribe.inputs import audio_input
+        from speechllm.transcribe.segments import transcribe_inputs
 
         inputs = [audio_input(a, f"audio[{i}]", language, target_language, context) for i, a in enumerate(audio)]
         was_training = self.training

@@ -41,7 +41,7 @@ def model_card(model: SpeechLLM) -> str:
 
 def encoder_card(model: EncoderModel) -> str:
     """The card of an encoder without a language model, without results."""
-    parts = [("Zipformer encoder", model.encoder)]
+    parts = [(_encoder_name(model.encoder), model.encoder)]
     parts += [("CTC head", model.ctc_head)] if model.ctc_head is not None else []
     parts += [("transducer (decoder and joiner)", model.transducer)] if model.transducer is not None else []
     how = " and ".join(name for name, given in (("CTC", model.ctc_head), ("a transducer", model.transducer)) if given)

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from speechllm.config import ConfigError, save_config
 from speechllm.decode.encoder_recognizer import EncoderRecogniser
 from speechllm.decode.recognizer import RecogniseOptions
-from speechllm.encoder import Zipformer
+from speechllm.encoder import WhisperEncoder
 from speechllm.encoder.ctc import consistency_losses, ctc_losses
 from speechllm.encoder.transducer import Transducer
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
-from speechllm.model.base import SpeechModel
+from speechllm.model.base import Encoder, SpeechModel
 from speechllm.model.card import encoder_card
-from speechllm.model.speech_llm import EncoderSection, ModelConfig, build_encoder, load_model_config
+from speechllm.model.ctc_head import load_ctc_head
+from speechllm.model.speech_llm import EncoderSection, ModelConfig, build_encoder, load_model_config, saved_section
 from speechllm.prompt.label import LabelTemplate
 from speechllm.prompt.template import PromptContext
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
@@ -47,7 +48,7 @@ class EncoderModel(SpeechModel):
 
     label_template = LabelTemplate()  # an encoder writes texts
 
-    def __init__(self, config: ModelConfig, encoder: Zipformer, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: ModelConfig, encoder: Encoder, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config = dataclasses.replace(config, prompt=config.prompt.written_out())
         self.tokenizer = tokenizer
@@ -72,12 +73,10 @@ class EncoderModel(SpeechModel):
         if config.llm is not None:
             raise ConfigError("model.llm: with a language model it is a SpeechLLM, not an EncoderModel: set llm: null")
         tokenizer = load_tokenizer(config.tokenizer)
-        encoder = build_encoder(config.encoder)
-        if not isinstance(encoder, Zipformer):
-            raise ConfigError(
-                f"model.llm: null trains a Zipformer, and {config.encoder.path or 'encoder.whisper'} is none"
-            )
-        return cls(config, encoder, tokenizer)
+        model = cls(config, build_encoder(config.encoder), tokenizer)
+        if model.ctc_head is not None and config.encoder.path is not None:
+            load_ctc_head(model.ctc_head, config.encoder.path, tokenizer)
+        return model
 
     @property
     def needs_two_views(self) -> bool:
@@ -89,15 +88,16 @@ class EncoderModel(SpeechModel):
         """How much audio one frame of the encoder's output stands for."""
         return self.frame_seconds
 
-    def encoders(self) -> list[tuple[str, EncoderSection, Zipformer]]:
+    def encoders(self) -> list[tuple[str, EncoderSection, Encoder]]:
         """Name as a part of the model, configuration and module of the encoder; see `SpeechLLM.encoders`."""
         return [("encoder", self.config.encoder, self.encoder)]
 
     def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
         """features (N, T, F), (N,) -> encoder_out (N, T', D_enc), (N,)."""
         trains = any(p.requires_grad for p in self.encoder.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            return self.encoder(features, feature_lens)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains), self.encoding():
+            encoder_out, lens = self.encoder(features, feature_lens)
+        return encoder_out if self.autocast_dtype is None else encoder_out.float(), lens
 
     def forward(
         self,
@@ -182,10 +182,12 @@ class EncoderModel(SpeechModel):
             raise UserError("merged=False: there is no language model that has an adapter (model.llm: null)")
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
-            encoder = EncoderSection(zipformer=self.encoder.config)
-            save_config(dataclasses.replace(self.config, tokenizer=".", encoder=encoder), tmp / "config.yaml")
-            sizes = json.dumps({"encoder_config": self.encoder.config.to_dict()}, indent=2)
-            (tmp / "config.json").write_text(f"{sizes}\n", encoding="utf-8")
+            section = saved_section(self.encoder)
+            save_config(dataclasses.replace(self.config, tokenizer=".", encoder=section), tmp / "config.yaml")
+            sizes = {"encoder_config": self.encoder.config.to_dict()}
+            if isinstance(self.encoder, WhisperEncoder):  # as a released Whisper says it
+                sizes = {"model_type": "whisper", **self.encoder.config.to_dict()}
+            (tmp / "config.json").write_text(f"{json.dumps(sizes, indent=2)}\n", encoding="utf-8")
             save_file({k: v.contiguous() for k, v in self.state_dict().items()}, tmp / "model.safetensors")
             (tmp / "README.md").write_text(encoder_card(self), encoding="utf-8")
 

@@ -28,27 +28,41 @@ from speechllm.config import ConfigError, load_config, save_config
 from speechllm.decode.recognizer import RecogniseOptions, Recogniser
 from speechllm.encoder import WhisperEncoder, WhisperEncoderConfig, Zipformer, ZipformerConfig, load_encoder
 from speechllm.encoder.ctc import CRCTCConfig, ctc_losses
+from speechllm.encoder.pretrained import is_whisper
 from speechllm.encoder.transducer import TransducerConfig
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.llm.adapters import TuneConfig, load_adapter, merged_state_dict, save_adapter, tune
 from speechllm.llm.interface import LanguageModel
+from speechllm.llm.precision import DTYPES, base_dtype
 from speechllm.llm.transformers import (
+    ATTENTION,
     TransformersLM,
-    is_transformers_folder,
+    is_transformers_model,
     load_transformers_lm,
     new_transformers_lm,
     transformers_config,
 )
 from speechllm.model.base import Encoder, SpeechModel
 from speechllm.model.card import model_card
-from speechllm.projector import Projector, ProjectorConfig, WeightedStacks, build_projector, one_after_another
+from speechllm.model.ctc_head import load_ctc_head, mean_embeddings
+from speechllm.projector import (
+    CTCProjector,
+    Projector,
+    ProjectorConfig,
+    WeightedStacks,
+    build_projector,
+    one_after_another,
+)
 from speechllm.prompt.label import LabelTemplate, ReadLabel
 from speechllm.prompt.template import PromptConfig, PromptContext, PromptEmbedder, Spliced, splice
 from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7
 from speechllm.rwkv7.wkv import BACKENDS
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
 from speechllm.weights import load_state_dict_strict
+
+# What stands before a transcript in a CTC head's own pieces: what an encoder alone has learnt to write.
+_CTC_PREFIX = PromptConfig().written_out().before_label
 
 
 @dataclass
@@ -98,14 +112,28 @@ class EncoderSection:
         """Whether it is a Zipformer that begins with random weights."""
         return self.zipformer is not None and not self.path
 
+    @property
+    def min_frames(self) -> int:
+        """The shortest utterance that it can hear, in frames of features; without loading it."""
+        whisper = self.whisper is not None or (self.path is not None and is_whisper(self.path))
+        return (WhisperEncoder if whisper else Zipformer).min_frames
+
 
 @dataclass
 class LLMSection:
-    """`path`: an RWKV-7 checkpoint, or a folder of any causal language model of Hugging Face transformers; without it,
-    one of the sizes in `rwkv7`, or of the `model_type` and settings in `transformers`, is trained from scratch.
+    """`path`: an RWKV-7 checkpoint, a folder of any causal language model of Hugging Face transformers (of one that
+    also sees or hears, the text part is taken), or a GGUF file of a Llama or Qwen, whose weights are dequantised;
+    without it, one of the sizes in `rwkv7`, or of the `model_type` and settings in `transformers`, is trained from
+    scratch.
 
-    `adapter`: a folder with what was tuned before (a PEFT adapter or a state), put on the checkpoint and not trained.
+    `adapter`: what was tuned before, put on the checkpoint and not trained: the folder of a PEFT adapter or of a state,
+    or a .pth file of RWKV-PEFT (`speechllm.llm.rwkv_peft`), for a LoRA with its `adapter_alpha`.
     `tune`: what of the checkpoint trains, and how; without it everything does, or with `freeze` nothing.
+    `dtype`: `bfloat16`, `float16` or `float32`, the type of the checkpoint's weights, in which they compute too. What
+    trains in place is float32, and so are adapters. Without it, weights that do not train have the checkpoint's own
+    type on a machine with a GPU, and float32 on one without.
+    `attention`: of models of transformers, `sdpa`, `flash_attention_2` or `eager`; without it, what transformers
+    chooses (sdpa, PyTorch's own, where the model has it).
     `checkpoint_blocks`: activations are computed again in the backward pass: less memory, a third more work.
     `wkv_backend`: of RWKV-7, see `rwkv7.wkv.wkv7`.
     """
@@ -113,7 +141,10 @@ class LLMSection:
     path: str | None = None
     freeze: bool = False
     adapter: str | None = None
+    adapter_alpha: float | None = None
     tune: TuneConfig | None = None
+    dtype: str | None = None
+    attention: str | None = None
     checkpoint_blocks: bool = False
     wkv_backend: str = "auto"
     rwkv7: RWKV7Config | None = None
@@ -128,12 +159,23 @@ class LLMSection:
                 raise ValueError(f"transformers: {e}") from e
         if self.wkv_backend not in BACKENDS:
             raise ValueError(f"wkv_backend: unknown {self.wkv_backend!r}, choose from {', '.join(BACKENDS)}")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype: unknown {self.dtype!r}, choose from {', '.join(DTYPES)}")
+        if self.attention not in (None, *ATTENTION):
+            raise ValueError(f"attention: unknown {self.attention!r}, choose from {', '.join(ATTENTION)}")
+        if self.dtype not in (None, "float32") and not self.freezes_base:
+            raise ValueError(
+                f"dtype: {self.dtype} is for weights that do not train, and all of these do: leave it out, and compute "
+                "in half precision with train.mixed_precision; or freeze them, or tune an adapter"
+            )
         if self.tune is not None and not self.path:
             raise ValueError("tune without path would tune random weights")
         if self.adapter is not None and (self.tune is not None or not (self.path and self.freeze)):
             raise ValueError(
                 "adapter goes on the checkpoint at path, and with freeze: true; to train on, merge it first"
             )
+        if self.adapter_alpha is not None and self.adapter is None:
+            raise ValueError("adapter_alpha is the alpha of a LoRA in a file of RWKV-PEFT: give that file as adapter")
         if self.tune is not None and self.freeze:
             raise ValueError("give either freeze (nothing is trained) or tune (which freezes what it does not train)")
 
@@ -157,7 +199,9 @@ class ModelConfig:
 
     `label`: what the language model writes, behind `prompt.before_label`: the text, perhaps with the language and the
     times of words (`speechllm.prompt.label`).
-    `ctc_weight` scales the CTC loss of a linear head on the encoder; 0 builds no head.
+    `ctc_weight` scales the CTC loss of a linear head on the encoder; 0 builds no head. `ctc_tokenizer`: the head writes
+    the pieces of this tokenizer, not the language model's tokens, most of which a small corpus does not have. The head
+    of `encoder.path` is where it starts, if that is a model of this library whose head writes the same pieces.
     `more_encoders`: their embeddings stand behind the encoder's, in this order. `encoder_dropout`: in training each
     encoder is left out of an utterance with this probability, but never all (as ModDrop, arXiv 1501.00102, drops whole
     modalities); in decoding all are there.
@@ -173,6 +217,7 @@ class ModelConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     label: str = "{text}"
     ctc_weight: float = 0.0
+    ctc_tokenizer: str | None = None
     more_encoders: list[MoreEncoder] = field(default_factory=list)
     encoder_dropout: float = 0.0
     cr_ctc: CRCTCConfig | None = None
@@ -187,6 +232,9 @@ class ModelConfig:
             )
         if self.ctc_weight < 0:
             raise ValueError(f"ctc_weight must be at least 0, got {self.ctc_weight}")
+        if self.ctc_tokenizer is not None and not self.ctc_weight:
+            raise ValueError("ctc_tokenizer is for the CTC head, and ctc_weight is 0: set it above 0")
+        self._check_ctc_projectors()
         if not 0 <= self.encoder_dropout < 1:
             raise ValueError(f"encoder_dropout must be in [0, 1), got {self.encoder_dropout}")
         if self.encoder_dropout and not self.more_encoders:
@@ -200,6 +248,15 @@ class ModelConfig:
                         f"{name} trains an encoder without a language model, and llm is given: leave out one of them"
                     )
 
+    def _check_ctc_projectors(self) -> None:
+        if self.projector.kind == "ctc" and not self.ctc_weight:
+            raise ValueError("projector.kind: ctc reads the CTC head, and ctc_weight is 0: set it above 0")
+        for i, more in enumerate(self.more_encoders):
+            if more.projector.kind == "ctc":
+                raise ValueError(
+                    f"more_encoders[{i}].projector.kind: ctc reads the CTC head, which is on the first encoder only"
+                )
+
     def _check_encoder_alone(self) -> None:
         if not self.ctc_weight and self.transducer is None:
             raise ValueError(
@@ -212,10 +269,16 @@ class ModelConfig:
             ("projector", self.projector, ProjectorConfig()),
             ("prompt", self.prompt.written_out(), PromptConfig().written_out()),
             ("label", self.label, "{text}"),
+            ("ctc_tokenizer", self.ctc_tokenizer, None),
             ("more_encoders", self.more_encoders, []),
         ):
             if given != default:
                 raise ValueError(f"{name} leads to the language model, and llm is null: leave out {name}")
+
+    @property
+    def min_frames(self) -> int:
+        """The shortest utterance that all encoders can hear, in frames of features."""
+        return max(section.min_frames for section in [self.encoder, *(more.encoder for more in self.more_encoders)])
 
     @property
     def projectors(self) -> dict[str, ProjectorConfig]:
@@ -241,7 +304,8 @@ def load_model_config(folder: str | Path) -> ModelConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no config.yaml: not a folder written by save_pretrained")
     config = load_config(ModelConfig, path)
-    return dataclasses.replace(config, tokenizer=str(Path(folder) / config.tokenizer))
+    ctc_tokenizer = None if config.ctc_tokenizer is None else str(Path(folder) / config.ctc_tokenizer)
+    return dataclasses.replace(config, tokenizer=str(Path(folder) / config.tokenizer), ctc_tokenizer=ctc_tokenizer)
 
 
 def build_encoder(section: EncoderSection) -> Encoder:
@@ -272,37 +336,31 @@ def build_encoder(section: EncoderSection) -> Encoder:
     return encoder
 
 
-def _saved_section(encoder: Encoder) -> EncoderSection:
+def saved_section(encoder: Encoder) -> EncoderSection:
     """What `save_pretrained` writes: all weights are in the folder."""
     if isinstance(encoder, WhisperEncoder):
         return EncoderSection(whisper=encoder.config, pad_to_30s=encoder.pad_to_max_seconds)
     return EncoderSection(zipformer=encoder.config)
 
 
-def _encode(encoder: Encoder, projector: Projector, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, ...]:
-    """encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,) of one encoder and its projector."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())):
-        if isinstance(projector, WeightedStacks):
-            encoder_out, lens, projected = encoder(features, feature_lens, return_stacks=True)
-        else:
-            encoder_out, lens = encoder(features, feature_lens)
-            projected = encoder_out
-    return encoder_out, lens, *projector(projected, lens)
-
-
 def _language_model(section: LLMSection) -> RWKV7 | TransformersLM:
     if section.rwkv7 is not None:
-        return RWKV7(section.rwkv7, section.wkv_backend)
-    if section.path is not None and not is_transformers_folder(section.path):
-        return load_rwkv7(section.path, wkv_backend=section.wkv_backend)
-    llm = new_transformers_lm(section.transformers) if section.transformers else load_transformers_lm(section.path)
+        llm = RWKV7(section.rwkv7, section.wkv_backend)
+    elif section.transformers is not None:
+        llm = new_transformers_lm(section.transformers, section.attention)
+    else:
+        dtype = base_dtype(section.dtype, not section.freezes_base, torch.cuda.is_available())
+        if is_transformers_model(section.path):
+            llm = load_transformers_lm(section.path, dtype, section.attention)
+        else:
+            llm = load_rwkv7(section.path, dtype, section.wkv_backend)
+    if isinstance(llm, RWKV7):
+        if section.attention is not None:
+            raise ConfigError(f"llm.attention: {section.attention} is for models of transformers; RWKV-7 has none")
+        return llm
     if section.wkv_backend != "auto":
         raise ConfigError(f"llm.wkv_backend: {section.wkv_backend} is for RWKV-7; the language model is {llm.name}")
     return llm
-
-
-def _tied_weights(llm: RWKV7 | TransformersLM) -> dict[str, str]:
-    return llm.tied_weights() if isinstance(llm, TransformersLM) else {}
 
 
 class SpeechLLM(SpeechModel):
@@ -318,6 +376,7 @@ class SpeechLLM(SpeechModel):
         llm: LanguageModel,
         tokenizer: Tokenizer,
         more_encoders: Sequence[tuple[Encoder, Projector]] = (),
+        ctc_tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__()
         # The texts, not the names of presets: what is saved stays what it was trained with.
@@ -328,8 +387,9 @@ class SpeechLLM(SpeechModel):
         self.llm = llm
         self.prompt = PromptEmbedder(config.prompt, llm)
         self.more_encoders = nn.ModuleList(nn.ModuleDict({"encoder": e, "projector": p}) for e, p in more_encoders)
+        self.ctc_tokenizer = ctc_tokenizer or tokenizer
         # Blank is the last class, so the others keep the tokenizer's ids.
-        self.blank_id = tokenizer.vocab_size
+        self.blank_id = self.ctc_tokenizer.vocab_size
         self.ctc_head = nn.Linear(encoder.output_dim, self.blank_id + 1) if config.ctc_weight else None
         self.label_template = LabelTemplate(config.label, self.seconds_per_position)
         for part, section in [(llm, config.llm), *((e, section) for _, section, e in self.encoders())]:
@@ -351,7 +411,7 @@ class SpeechLLM(SpeechModel):
         encoder = build_encoder(config.encoder)
         llm = _language_model(config.llm)
         if config.llm.adapter is not None:
-            load_adapter(llm, config.llm.adapter)
+            load_adapter(llm, config.llm.adapter, alpha=config.llm.adapter_alpha)
         if config.llm.tune is not None:
             tune(llm, config.llm.tune)
         llm.checkpoint_blocks = config.llm.checkpoint_blocks
@@ -360,7 +420,11 @@ class SpeechLLM(SpeechModel):
                 f"the language model ({config.llm.path or llm.name}) has a vocabulary of {llm.vocab_size}, "
                 f"the tokenizer {config.tokenizer} of {tokenizer.vocab_size}: they must belong together"
             )
-        projector = build_projector(config.projector, encoder.output_dim, llm.hidden_size, encoder.num_stacks)
+        ctc_tokenizer = None if config.ctc_tokenizer is None else load_tokenizer(config.ctc_tokenizer)
+        table = None
+        if config.projector.kind == "ctc" and ctc_tokenizer is not None:
+            table = mean_embeddings(llm, tokenizer, ctc_tokenizer)
+        projector = build_projector(config.projector, encoder.output_dim, llm.hidden_size, encoder.num_stacks, table)
         more_encoders = []
         for i, more in enumerate(config.more_encoders):
             other = build_encoder(more.encoder)
@@ -371,7 +435,10 @@ class SpeechLLM(SpeechModel):
                 )
             sizes = other.output_dim, llm.hidden_size, other.num_stacks
             more_encoders.append((other, build_projector(more.projector, *sizes)))
-        return cls(config, encoder, projector, llm, tokenizer, more_encoders)
+        model = cls(config, encoder, projector, llm, tokenizer, more_encoders, ctc_tokenizer)
+        if model.ctc_head is not None and config.encoder.path is not None:
+            load_ctc_head(model.ctc_head, config.encoder.path, model.ctc_tokenizer)
+        return model
 
     @property
     def seconds_per_position(self) -> float:
@@ -399,16 +466,38 @@ class SpeechLLM(SpeechModel):
 
         encoder_out is the first encoder's; the audio is that of all.
         """
+        with self.encoding():
+            encoder_out, *others = self._encode_all(features, feature_lens)
+        return encoder_out if self.autocast_dtype is None else encoder_out.float(), *others
+
+    def _encode_all(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, ...]:
+        """See `encode`."""
         if not self.more_encoders:
-            return _encode(self.encoder, self.projector, features, feature_lens)
+            return self._encode(self.encoder, self.projector, features, feature_lens)
         (encoder_out, encoder_out_lens, *first), *parts = (
-            _encode(encoder, projector, self.features_of(encoder, features), feature_lens)
+            self._encode(encoder, projector, self.features_of(encoder, features), feature_lens)
             for encoder, projector in self._branches()
         )
         embeds, lens = zip(first, *(part[2:] for part in parts), strict=True)
         if self.training and self.config.encoder_dropout:
             lens = self._with_encoder_dropout(torch.stack(lens))
         return encoder_out, encoder_out_lens, *one_after_another(embeds, lens)
+
+    def _encode(
+        self, encoder: Encoder, projector: Projector, features: Tensor, feature_lens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,) of one encoder and its projector."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())):
+            if isinstance(projector, WeightedStacks):
+                encoder_out, lens, projected = encoder(features, feature_lens, return_stacks=True)
+            else:
+                encoder_out, lens = encoder(features, feature_lens)
+                projected = encoder_out
+        if isinstance(projector, CTCProjector):
+            tokens = torch.arange(self.blank_id, device=encoder_out.device)
+            llm_embeds = self.llm.embed(tokens) if projector.table is None else None
+            return encoder_out, lens, *projector(self.ctc_head(encoder_out), lens, llm_embeds)
+        return encoder_out, lens, *projector(projected, lens)
 
     def _with_encoder_dropout(self, lens: Tensor) -> Tensor:
         """lens (E, N) of E encoders' audio, 0 for those that are left out of an utterance."""
@@ -448,6 +537,18 @@ class SpeechLLM(SpeechModel):
         """The audio in its prompt, and the label: inputs_embeds (N, L, D), lens (N,), labels (N, L)."""
         spliced = self.spliced(audio_lens, languages, label_ids, target_languages, contexts)
         return self.embed(spliced, audio_embeds, audio_lens), spliced.lens, spliced.labels
+
+    def ctc_label_ids(self, text: str) -> list[int]:
+        """The pieces of a transcript that the CTC head is to write."""
+        if self.ctc_tokenizer is self.tokenizer:
+            return self.label_ids(text)
+        return self.ctc_tokenizer.encode(_CTC_PREFIX + text)
+
+    def ctc_text(self, token_ids: Sequence[int]) -> str:
+        """The text of pieces that the CTC head wrote."""
+        if self.ctc_tokenizer is self.tokenizer:
+            return self.text(token_ids)
+        return self.ctc_tokenizer.decode(token_ids).removeprefix(_CTC_PREFIX)
 
     def read_label(self, token_ids: Sequence[int]) -> ReadLabel:
         """What the language model says with the tokens of a label; the inverse of `label_ids` of `label_template`."""
@@ -495,7 +596,7 @@ class SpeechLLM(SpeechModel):
         (llm_loss, tokens, correct), _ = self.llm.loss(labels, inputs_embeds=inputs_embeds, lens=lens)
         ctc_loss = llm_loss.new_zeros(())
         if self.ctc_head is not None:
-            transcripts = label_ids if self.label_template.is_plain else [self.label_ids(text) for text in texts]
+            transcripts = [self.ctc_label_ids(text) for text in texts]
             losses = ctc_losses(self.ctc_head(encoder_out), encoder_out_lens, transcripts, self.blank_id)
             # Of translations it counts nothing, but it is computed: every parameter gets a gradient in every batch.
             is_transcript = torch.tensor([target is None for target in target_languages], device=losses.device)
@@ -535,23 +636,28 @@ class SpeechLLM(SpeechModel):
         sizes = "rwkv7" if isinstance(self.llm, RWKV7) else "transformers"
         llm = LLMSection(**{sizes: self.llm.config})
         if not merged:
-            llm = LLMSection(path=str(Path(self.config.llm.path).absolute()), freeze=True, adapter="adapter")
+            path, dtype = str(Path(self.config.llm.path).absolute()), str(self.llm.dtype).removeprefix("torch.")
+            llm = LLMSection(path=path, freeze=True, adapter="adapter", dtype=None if dtype == "float32" else dtype)
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
+            has_own_pieces = self.ctc_tokenizer is not self.tokenizer
+            if has_own_pieces:
+                self.ctc_tokenizer.save(tmp / "ctc_tokenizer")
             config = dataclasses.replace(
                 self.config,
                 tokenizer=".",
-                encoder=_saved_section(self.encoder),
+                ctc_tokenizer="ctc_tokenizer" if has_own_pieces else None,
+                encoder=saved_section(self.encoder),
                 llm=llm,
                 more_encoders=[
-                    MoreEncoder(_saved_section(part["encoder"]), more.projector)
+                    MoreEncoder(saved_section(part["encoder"]), more.projector)
                     for more, part in zip(self.config.more_encoders, self.more_encoders, strict=True)
                 ],
             )
             save_config(config, tmp / "config.yaml")
             weights = {k: v for k, v in self.state_dict().items() if not k.startswith("llm.")}
             if merged:
-                tied = _tied_weights(self.llm)
+                tied = self.llm.tied_weights()
                 weights |= {f"llm.{k}": v for k, v in merged_state_dict(self.llm).items() if k not in tied}
             save_file({k: v.contiguous() for k, v in weights.items()}, tmp / "model.safetensors")
             if has_adapter:
@@ -587,9 +693,8 @@ class SpeechLLM(SpeechModel):
                 model = cls.from_config(config)
                 if "llm.initial_wkv" in weights:
                     model.llm.add_initial_state()
-            tied = _tied_weights(model.llm)
+            tied = model.llm.tied_weights()
             weights |= {f"llm.{name}": weights[f"llm.{first}"] for name, first in tied.items()}
         load_state_dict_strict(model, weights, path, assign=True)
-        if isinstance(model.llm, TransformersLM):
-            model.llm.tie_weights()
+        model.llm.tie_weights()
         return model.eval()

@@ -15,9 +15,6 @@ from torch.optim import AdamW, Optimizer
 
 from speechllm.config import ConfigError
 from speechllm.optim.scaled_adam import ScaledAdam
-from speechllm.prompt.template import PromptEmbedder
-from speechllm.rwkv7 import RWKV7, RWKV7Layers
-from speechllm.rwkv7.model import TimeMix
 
 # Settings that are read only where another has this value.
 _READ_WITH = {
@@ -91,47 +88,46 @@ class OptimConfig:
         return self.clip_grad_norm if self.name == "adamw" else math.inf
 
 
-def freeze_parameters(model: nn.Module, patterns: Iterable[str]) -> None:
+def freeze_parameters(model: nn.Module, patterns: Iterable[str], part: str = "") -> None:
     """Stop the training of what matches (see `OptimConfig`).
+
+    Args:
+      part: which part of a model `model` is, such as `llm`; empty where it is a whole one.
 
     Raises:
       ConfigError: a pattern matches no parameter.
     """
-    parameters = _named_parameters(model)
+    parameters = dict(model.named_parameters(prefix=part))
     for pattern in patterns:
         for name in _matches(pattern, parameters, "optim.freeze"):
             parameters[name].requires_grad_(False)
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+def parameter_groups(model: nn.Module, config: OptimConfig, part: str = "") -> list[dict]:
     """Trainable parameters by part of the model, in groups with the part's `name`.
 
     Weight decay is on matrices and kernels, not on vectors and scalars; what counts is the number of axes longer than
-    1. RWKV-7, wherever it is found, has the rules of its own training (RWKV-LM, RWKV-v7/train_temp/src/model.py):
-    decay only on the weights of layers, adapters included, so on none of the low-rank matrices `w1` to `g2`, `r_k` or
-    a trained initial state; and `w0`, where the decay of the recurrence starts from, learns at twice the rate. A
-    prompt's learned embeddings have none: they would go to zero. For ScaledAdam, `weight_decay` is 0 in every group.
+    1. A module may have rules of its own, wherever it is found: `no_weight_decay() -> set[str]`, the names of its
+    parameters that are not decayed (as in timm), and `lr_scale() -> dict[str, float]`, by which the rate of some is
+    multiplied. For ScaledAdam, `weight_decay` is 0 in every group.
 
-    A bare RWKV-7 is one part, `llm`.
+    Args:
+      part: which part of a model `model` is, such as `llm`; empty where it is a whole one.
 
     Raises:
       ConfigError: nothing is trainable, or a pattern of `lr_scale` or `weight_decay_scale` matches nothing trained.
     """
-    trained = {name: p for name, p in _named_parameters(model).items() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters(prefix=part) if p.requires_grad}
     if not trained:
         raise ConfigError("no parameter is trainable: every part of the model is frozen")
     lr_scale = _scales(config.lr_scale, trained, "optim.lr_scale")
     decay_scale = _scales(config.weight_decay_scale, trained, "optim.weight_decay_scale")
     weight_decay = config.weight_decay if config.name == "adamw" else 0.0
-    found = (module for module in model.modules() if isinstance(module, (RWKV7, RWKV7Layers)))
-    rwkv7 = [p for module in found for p in module.named_parameters()]
-    no_weights = {p for name, p in rwkv7 if ".weight" not in name}
-    no_weights |= {p for m in model.modules() if isinstance(m, PromptEmbedder) for p in (m.soft, m.boundary)}
-    double_rate = {module.w0 for module in model.modules() if isinstance(module, TimeMix)}
+    not_decayed, own_scale = _declared_rules(model)
     by_rule = defaultdict(list)
     for name, p in trained.items():
-        lr = config.lr * lr_scale.get(name, 1.0) * (2 if p in double_rate else 1)
-        decayed = sum(size > 1 for size in p.shape) >= 2 and p not in no_weights
+        lr = config.lr * lr_scale.get(name, 1.0) * own_scale.get(p, 1.0)
+        decayed = sum(size > 1 for size in p.shape) >= 2 and p not in not_decayed
         decay = weight_decay * decay_scale.get(name, 1.0) if decayed else 0.0
         by_rule[name.partition(".")[0], lr, decay].append(p)
     return [
@@ -140,14 +136,26 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW | ScaledAdam:
+def _declared_rules(model: nn.Module) -> tuple[set[nn.Parameter], dict[nn.Parameter, float]]:
+    """What the modules of a model say of their own parameters: which are not decayed, and factors of the rate."""
+    not_decayed: set[nn.Parameter] = set()
+    own_scale: dict[nn.Parameter, float] = {}
+    for module in model.modules():
+        if hasattr(module, "no_weight_decay"):
+            not_decayed |= {module.get_parameter(name) for name in module.no_weight_decay()}
+        if hasattr(module, "lr_scale"):
+            own_scale |= {module.get_parameter(name): scale for name, scale in module.lr_scale().items()}
+    return not_decayed, own_scale
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, part: str = "") -> AdamW | ScaledAdam:
     """Freeze what `config.freeze` lists, then the optimiser over what is left; AdamW in its fused form.
 
     Raises:
       ConfigError: a pattern matches nothing, or nothing is left to train.
     """
-    freeze_parameters(model, config.freeze)
-    groups = parameter_groups(model, config)
+    freeze_parameters(model, config.freeze, part)
+    groups = parameter_groups(model, config, part)
     if config.name == "scaled_adam":
         return ScaledAdam(groups, betas=tuple(config.betas), clipping_scale=config.clipping_scale)
     return AdamW(groups, betas=tuple(config.betas), fused=True)
@@ -243,11 +251,6 @@ def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int)
     return Schedule(
         optimizer, lambda step, epoch: lr_factor(step, config.warmup_steps, total_steps, config.final_lr_factor)
     )
-
-
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by name; those of a bare RWKV-7 have the names that they have as a part."""
-    return dict(model.named_parameters(prefix="llm" if isinstance(model, RWKV7) else ""))
 
 
 def _scales(by_pattern: dict[str, float], parameters: dict[str, nn.Parameter], key: str) -> dict[str, float]:

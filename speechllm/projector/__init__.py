@@ -2,12 +2,14 @@
 
 One interface for all: `projector(encoder_out, encoder_out_lens) -> audio_embeds, audio_lens`, `output_lens`,
 `downsample`, and one rule of length, T' = ceil(T / k): the last position stands for what is left of the frames, so none
-is lost. An utterance gets in a padded batch what it gets alone.
+is lost. Only `ctc`, which reads a CTC head, makes as many positions as it hears pieces, T at most. An utterance gets in
+a padded batch what it gets alone.
 """
 
 from speechllm.projector.build import Projector, build_projector
 from speechllm.projector.config import ProjectorConfig
+from speechllm.projector.ctc import CTCProjector
 from speechllm.projector.frames import one_after_another
 from speechllm.projector.stacks import WeightedStacks
 
-__all__ = ["Projector", "ProjectorConfig", "WeightedStacks", "build_projector", "one_after_another"]
+__all__ = ["CTCProjector", "Projector", "ProjectorConfig", "WeightedStacks", "build_projector", "one_after_another"]

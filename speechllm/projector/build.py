@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from speechllm.config import ConfigError
 from speechllm.projector.config import ProjectorConfig
 from speechllm.projector.conformer import ConformerProjector
 from speechllm.projector.conv import ConvProjector
+from speechllm.projector.ctc import CTCProjector
 from speechllm.projector.mlp import MLPProjector
 from speechllm.projector.qformer import QFormerProjector
 from speechllm.projector.rwkv import RWKVProjector
@@ -13,22 +16,35 @@ from speechllm.projector.stacks import WeightedStacks
 from speechllm.projector.transformer import TransformerProjector
 
 # a ConformerProjector is a TransformerProjector with other layers
-Projector = MLPProjector | ConvProjector | QFormerProjector | TransformerProjector | RWKVProjector | WeightedStacks
+Projector = (
+    MLPProjector
+    | ConvProjector
+    | QFormerProjector
+    | TransformerProjector
+    | RWKVProjector
+    | CTCProjector
+    | WeightedStacks
+)
 
 _CHANNELS = 64  # of a head
 
 
-def build_projector(config: ProjectorConfig, input_dim: int, output_dim: int, num_stacks: int = 1) -> Projector:
+def build_projector(
+    config: ProjectorConfig, input_dim: int, output_dim: int, num_stacks: int = 1, table: Tensor | None = None
+) -> Projector:
     """The projector from an encoder's width to a language model's; its weights are random.
 
     Args:
       num_stacks: how many outputs the encoder gives for `layer_weights`.
+      table: of kind `ctc`, see `CTCProjector`, which reads a CTC head's logits, not the encoder's output.
 
     Raises:
       ConfigError: the number of heads does not divide the width; there is one stack only to be weighted.
     """
     if config.layer_weights and num_stacks == 1:
         raise ConfigError("projector.layer_weights: the encoder has one stack only, so there is nothing to weight")
+    if config.kind == "ctc":
+        return CTCProjector(output_dim, table)
     projector = _projector(config, input_dim, output_dim)
     return WeightedStacks(num_stacks, projector) if config.layer_weights else projector
 

@@ -13,6 +13,7 @@ _OPTIONS = {
     "transformer": ("hidden_dim", "num_layers", "num_heads"),
     "conformer": ("hidden_dim", "num_layers", "num_heads"),
     "rwkv": ("hidden_dim", "num_layers", "num_heads", "bidirectional"),
+    "ctc": (),
 }
 
 
@@ -23,8 +24,9 @@ class ProjectorConfig:
     Attributes:
       kind: `mlp`, on k frames side by side; `conv`, strided convolutions; `qformer`, learned queries that look at a
         window of frames; `transformer` and `conformer`, such an encoder on k frames side by side; `rwkv`, RWKV-7 blocks
-        on them.
-      downsample: k, encoder frames per audio position: T frames make ceil(T / k) positions, with every kind.
+        on them; `ctc`, the pieces that the model's CTC head hears, as the language model's embeddings.
+      downsample: k, encoder frames per audio position: T frames make ceil(T / k) positions. Only with `ctc` their
+        number depends on what is said; a frame makes at most one, and k is 1.
       hidden_dim: width between; null for the language model's.
       num_layers: of `qformer`, `transformer`, `conformer` and `rwkv`; null for 2.
       num_heads: of the same, a divisor of the width; null for heads of 64 channels, or of a few more where 64 does not
@@ -38,7 +40,7 @@ class ProjectorConfig:
       ValueError: a value out of range; a setting that the kind does not have.
     """
 
-    kind: Literal["mlp", "conv", "qformer", "transformer", "conformer", "rwkv"] = "mlp"
+    kind: Literal["mlp", "conv", "qformer", "transformer", "conformer", "rwkv", "ctc"] = "mlp"
     downsample: int = 2
     hidden_dim: int | None = None
     num_layers: int | None = None
@@ -57,5 +59,12 @@ class ProjectorConfig:
         for name in ("downsample", "hidden_dim", "num_layers", "num_heads", "num_queries"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.kind == "ctc" and self.downsample != 1:
+            raise ValueError(
+                f"downsample: {self.downsample} with kind: ctc, which makes as many positions as it hears pieces, at "
+                "most one for each frame: set downsample: 1"
+            )
+        if self.kind == "ctc" and self.layer_weights:
+            raise ValueError("layer_weights has no effect with kind: ctc, which reads the CTC head: leave it out")
         if self.hidden_dim and self.num_heads and self.hidden_dim % self.num_heads:
             raise ValueError(f"num_heads: {self.num_heads} does not divide hidden_dim: {self.hidden_dim}")

@@ -436,6 +436,10 @@ class PromptEmbedder(nn.Module):
         self.boundary = embeddings(2 * config.boundary)  # (2, D): before and after the audio
         self.projector = PromptProjector(config.projector, llm.hidden_size) if config.projector is not None else None
 
+    def no_weight_decay(self) -> set[str]:
+        """Learned embeddings would go to zero where they are seldom used (see `optim.parameter_groups`)."""
+        return {name for name in ("soft", "boundary") if getattr(self, name) is not None}
+
     def forward(self, spliced: Spliced, token_embeds: Tensor, audio_embeds: Tensor) -> Tensor:
         """Put everything that is no plain token in its place.
 

@@ -6,6 +6,7 @@ that released checkpoints load as they are. All is a function of the inputs and 
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from speechllm.errors import UserError
 from speechllm.linear import Linear, linear_cross_entropy, product
 from speechllm.llm.interface import IGNORE
 from speechllm.rwkv7.state import RWKV7State
@@ -179,6 +181,10 @@ class TimeMix(nn.Module):
         self.receptance, self.key, self.value, self.output = (Linear(D, D, bias=False) for _ in range(4))
         self.ln_x = nn.GroupNorm(H, D, eps=_GROUP_NORM_EPS)
 
+    def lr_scale(self) -> dict[str, float]:
+        """Where the decay of the recurrence starts from learns at twice the rate, as in RWKV-LM."""
+        return {"w0": 2.0}
+
     def mixes(self) -> Tensor:
         """(6, D) how much of the previous position each input takes."""
         return torch.cat((self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)).flatten(1)
@@ -317,6 +323,7 @@ class RWKV7(nn.Module):
     """
 
     name = "RWKV-7"
+    has_initial_state = True
 
     def __init__(self, config: RWKV7Config, wkv_backend: str = "auto"):
         super().__init__()
@@ -338,6 +345,14 @@ class RWKV7(nn.Module):
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its weights."""
+        return self.emb.weight.dtype
+
+    def no_weight_decay(self) -> set[str]:
+        return _not_decayed(self)
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids (...) -> embeddings (..., D), as ``forward`` takes them: it applies ``ln0`` itself."""
         return self.emb(token_ids)
@@ -356,6 +371,53 @@ class RWKV7(nn.Module):
         if wkv.shape != expected:
             raise ValueError(f"initial state: wkv has shape {tuple(wkv.shape)}, this model needs {expected}")
         self.initial_wkv = nn.Parameter(wkv.squeeze(1).detach().clone())
+
+    @property
+    def initial_state_is_tuned(self) -> bool:
+        """Whether the initial state is a parameter."""
+        return self.initial_wkv is not None
+
+    def tune_initial_state(self) -> None:
+        """Makes the initial state a parameter that trains, whatever it is now."""
+        if self.initial_wkv is None:
+            self.add_initial_state()
+        self.initial_wkv.requires_grad_(True)
+
+    def save_initial_state(self, path: str | Path) -> None:
+        """Writes the initial state as a state file of one row (``RWKV7State.load``)."""
+        self.initial_state(1).save(path)
+
+    def load_initial_state(self, path: str | Path, trainable: bool) -> None:
+        """Makes a state file the parameter that texts start from.
+
+        Raises:
+          UserError: it is no state file; the state is not one row of this model.
+        """
+        state = RWKV7State.load(path)
+        try:
+            self.add_initial_state(state)
+        except ValueError as e:
+            raise UserError(f"{path}: does not fit the model: {e}") from e
+        self.initial_wkv.requires_grad_(trainable)
+
+    def kept_in_float32(self) -> tuple[str, ...]:
+        """Parts of the names of weights that are float32 whatever ``dtype`` is."""
+        return ("initial_wkv",)
+
+    def adapter_root(self) -> nn.Module:
+        """What ``peft`` puts an adapter on: the model itself."""
+        return self
+
+    def default_targets(self) -> list[str]:
+        """The matrices that take an adapter when none are named."""
+        return ["receptance", "key", "value", "output"]
+
+    def tied_weights(self) -> dict[str, str]:
+        """No weight has a second name."""
+        return {}
+
+    def tie_weights(self) -> None:
+        """There is nothing to tie."""
 
     def layers(self) -> list[nn.Module]:
         """What computes one after the other, most of the model: the two halves of every block."""
@@ -492,7 +554,7 @@ class RWKV7(nn.Module):
                     raise ValueError(
                         f"RWKV7: logits or labels are asked for at {int(beyond.sum())} positions of padding"
                     )
-        x = self.blocks[0].ln0(inputs if inputs.is_floating_point() else self.embed(inputs))
+        x = self.blocks[0].ln0(inputs.to(self.dtype) if inputs.is_floating_point() else self.embed(inputs))
         wanted = None if mask is None else mask.to(device).flatten().nonzero().squeeze(1)
         rows = _Rows(row_lens, device)
         before = self.initial_state(len(row_lens)) if state is None else state
@@ -562,6 +624,9 @@ class RWKV7Layers(nn.Module):
                 for i, block in enumerate(self.blocks):
                     _reset_block(block, config, i)
 
+    def no_weight_decay(self) -> set[str]:
+        return _not_decayed(self)
+
     def forward(self, x: Tensor, lens: Tensor) -> Tensor:
         """x (N, L, D), lens (N,) -> (N, L, D), zero beyond the lengths; each row is read from its first position on."""
         N, L, D = x.shape
@@ -576,6 +641,12 @@ class RWKV7Layers(nn.Module):
             out, v_first, *_ = block(out, v_first, before, before, state, rows, None, "auto")
         out = self.ln_out(out)
         return out.new_zeros(N * L, D).index_copy(0, valid, out).view(N, L, D)
+
+
+def _not_decayed(model: nn.Module) -> set[str]:
+    """All but the weights of layers, adapters included: not the low-rank matrices `w1` to `g2`, `r_k`, nor a trained
+    initial state (RWKV-LM, RWKV-v7/train_temp/src/model.py)."""
+    return {name for name, _ in model.named_parameters() if ".weight" not in name}
 
 
 def _reset_block(block: Block, c: RWKV7Config, i: int) -> None:

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from speechllm.data.manifests.lines import numbered_lines
 from speechllm.data.manifests.manifest import LINE_ERRORS, ManifestError, SourceConfig, describe, explain, iter_objects
 from speechllm.data.manifests.nemo import is_nemo
-from speechllm.data.manifests.source import numbered_lines, string_of
+from speechllm.data.manifests.source import string_of
 from speechllm.errors import UserError
 from speechllm.scoring.counting import Transcript, language_label
 from speechllm.scoring.text_files import Line, assign_words, read_ctm, read_stm, read_subtitles, read_table, read_trn
@@ -262,8 +263,8 @@ def matched(
     return [
         Transcript(
             id,
-            normalize_text(line.text, text_steps),
-            normalize_text(found.get(id, ""), text_steps),
+            normalize_text(line.text, text_steps, line.written_language),
+            normalize_text(found.get(id, ""), text_steps, line.written_language),
             line.language,
             line.speaker,
             line.duration,
@@ -346,6 +347,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Line]]:
 
 
 def _json_line(obj: dict, source: SourceConfig) -> Line:
+    obj = {name: value for name, value in obj.items() if name != "duration" or value is not None}
     complete = obj
     if "type" not in obj:
         if obj.get("id") is None and not is_nemo(obj):

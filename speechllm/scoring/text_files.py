@@ -62,6 +62,11 @@ class Line:
     span: Span | None = None
     words: tuple[tuple[Span, str], ...] | None = None
 
+    @property
+    def written_language(self) -> str | None:
+        """Of the text: `language` is en>de of translations into German."""
+        return None if self.language is None else self.language.rpartition(">")[2]
+
 
 Numbered = Sequence[tuple[str, str]]  # FILE:LINE and the line
 

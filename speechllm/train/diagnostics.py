@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from speechllm.data import Batch
+from speechllm.files import replaced_file
 
 
 @dataclass
@@ -199,6 +204,26 @@ class ActivationStatistics:
                 f"{len(parameters)} in all"
             )
         return findings or ["all outputs, parameters and gradients are finite"]
+
+
+def statistics_of(accelerator: Accelerator, model: nn.Module, batch: Batch) -> str:
+    """A table of activations, gradients and parameters over one batch; the gradients stay."""
+    bare = accelerator.unwrap_model(model)
+    for _, _, encoder in bare.encoders():  # what is computed twice would be counted twice
+        encoder.checkpoint_layers = False
+    if bare.llm is not None:
+        bare.llm.checkpoint_blocks = False
+    with ActivationStatistics(model) as statistics:
+        with accelerator.autocast():
+            out = model(*batch.to(accelerator.device).inputs)
+        accelerator.backward(out["loss"] / out["tokens"])
+    return statistics.report()
+
+
+def save_batches(path: Path, batches: Sequence[Batch]) -> None:
+    """Write batches, as dicts of tensors and lists, for a look at them with `torch.load`."""
+    with replaced_file(path) as tmp:
+        torch.save([asdict(batch.to("cpu")) for batch in batches], tmp)
 
 
 def _floating_tensors(value: Any) -> Iterator[Tensor]:

@@ -1,18 +1,31 @@
-"""What a training run tells while it goes on: running sums, throughput, norms by part, memory."""
+"""What a training run tells while it goes on: running sums, throughput, norms by part, memory; log and TensorBoard."""
 
 from __future__ import annotations
 
+import logging
+import os
+import platform
 import resource
+import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
+import speechllm
 from speechllm.data import Batch
 from speechllm.train.sharding import total_norm
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -108,3 +121,86 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class RunLog:
+    """A progress bar, log lines in icefall's words, and TensorBoard; process 0 writes, but all of them have it.
+
+    Args:
+      step: that the run goes on from: what an earlier one has written of later steps is taken back.
+    """
+
+    def __init__(self, accelerator: Accelerator, exp_dir: Path, num_steps: int, step: int, tensorboard: bool) -> None:
+        self._accelerator = accelerator
+        self.throughput = Throughput()
+        is_main = accelerator.is_main_process
+        self._writer = SummaryWriter(exp_dir / "tensorboard", purge_step=step + 1) if is_main and tensorboard else None
+        # None: a bar on a terminal only
+        self._bar = tqdm(total=num_steps, initial=step, unit="step", disable=None if is_main else True, smoothing=0.05)
+
+    def advance(self, batches: Sequence[Batch]) -> None:
+        """To be called after each step, with its batches."""
+        for batch in batches:
+            self.throughput.add(batch)
+        self._bar.update()
+
+    def training(
+        self, epoch: int, step: int, averages: Averages, total: Averages, rows: int, scalars: dict[str, float]
+    ) -> None:
+        """The losses of a step, `total` over the last ones, and more: `lr`, `grad_norm`, norms by part."""
+        speed = self.throughput.scalars(self._accelerator.num_processes)
+        logger.info(
+            "Epoch %d, step %d, loss%s, tot_loss%s, batch size: %d, lr: %.2e, grad norm: %.2f, %.0f audio s/s",
+            epoch, step, averages, total, rows, scalars["lr"], scalars["grad_norm"], speed["audio_seconds_per_second"],
+        )  # fmt: skip
+        running = {f"tot_{name}": value for name, value in total.items().items()}
+        memory = {"peak_memory_gb": peak_memory_gb(self._accelerator.device)}
+        self._write("train", {**averages.items(), **running, **scalars, **speed, **memory}, step)
+        self.throughput.restart()
+
+    def validation(self, epoch: int, step: int, scalars: dict[str, float], examples: str) -> None:
+        values = ", ".join(f"{name}: {value:.4g}" for name, value in scalars.items())
+        logger.info("Epoch %d, step %d, validation: %s\n%s", epoch, step, values, examples)
+        self._write("valid", scalars, step)
+        if self._writer is not None:
+            self._writer.add_text("valid/examples", examples.replace("\n", "  \n"), step)
+        self.throughput.restart()
+
+    def _write(self, kind: str, scalars: dict[str, float], step: int) -> None:
+        if self._writer is not None:
+            for name, value in scalars.items():
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def describe_parameters(model: nn.Module) -> str:
+    """`encoder 1.2 M, projector 0.05 M (frozen), ...`"""
+    parts = []
+    for name, part in model.named_children():
+        count = sum(p.numel() for p in part.parameters())
+        if not count:
+            continue
+        trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        note = "" if trained == count else " (frozen)" if trained == 0 else f" ({trained / 1e6:.2f} M trained)"
+        parts.append(f"{name} {count / 1e6:.2f} M{note}")
+    return ", ".join(parts)
+
+
+def provenance() -> str:
+    """What was run, for the head of config.yaml."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    revision = git.stdout.strip() or "no git"
+    return (
+        f"{shlex.join(sys.argv)}\nspeechllm {speechllm.__version__} ({revision}), torch {torch.__version__}, "
+        f"lhotse {version('lhotse')}, python {platform.python_version()}, {os.cpu_count()} CPUs"
+    )

@@ -102,3 +102,9 @@ def plot_runs(runs: Sequence[Run], output: Path) -> None:
             figure.savefig(tmp, format="png", dpi=100)
     except OSError as e:
         raise UserError(describe_write_error(output, e)) from e
+
+
+def plot_if_possible(exp_dir: Path) -> None:
+    """EXP_DIR/plot.png, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        plot_runs([read_run(exp_dir)], exp_dir / "plot.png")

@@ -5,12 +5,14 @@ A language model that has read the texts of a domain writes its words; the speec
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from speechllm.optim.optimizer import OptimConfig, build_optimizer, build_schedu
 from speechllm.rwkv7.model import RWKV7
 from speechllm.rwkv7.segments import backward_in_segments
 from speechllm.text.tokenizer import Tokenizer
+from speechllm.train.checkpoint import load_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -124,29 +127,48 @@ def tune_on_text(
     options: TextTuning,
     eos_id: int,
     save: Callable[[], None],
+    unfinished: Path | None = None,
 ) -> tuple[float, float]:
-    """Trains what `speechllm.rwkv7.tune` left trainable.
+    """Trains what `speechllm.llm.adapters.tune` left trainable.
 
     Args:
       save: called without arguments after each validation.
+      unfinished: a file that has, from the first validation to the end of the run, what it needs to go on: where it is
+        there, the run goes on from it as if it had never stopped. AdaLoRA, whose ranks depend on all steps, does not.
 
     Returns:
       the loss on `valid_documents` before and after.
 
     Raises:
-      UserError: a gradient that is not finite; what was saved last stays.
+      UserError: a gradient that is not finite; what was saved last stays. `unfinished` is that of another run.
     """
     device = model.emb.weight.device
     optim = OptimConfig(lr=options.lr, warmup_steps=options.warmup_steps, clip_grad_norm=1.0)
-    optimizer = build_optimizer(model, optim)
+    optimizer = build_optimizer(model, optim, part="llm")
     scheduler = build_scheduler(optimizer, optim, options.steps)
     ranks = RankAllocation(model, options.steps)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    before = after = text_loss(model, valid_documents, options, eos_id)
-    logger.info("before: loss of a token %.4f, perplexity %.2f", before, math.exp(before))
-    progress = tqdm(total=options.steps, unit="step", smoothing=0.05)
+    if ranks.tuner is not None:
+        unfinished = None
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    run = _identity(options, trained, documents)
+    first = 1
+    if unfinished is not None and unfinished.is_file():
+        state = load_checkpoint(unfinished)
+        if state["run"] != run:
+            raise UserError(f"{unfinished}: is of a run with other options or text; remove it to begin anew")
+        for name, p in trained.items():
+            p.data.copy_(state["model"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        first, before, after = state["step"] + 1, state["before"], state["after"]
+        logger.info("goes on after step %d from %s", state["step"], unfinished)
+    else:
+        before = after = text_loss(model, valid_documents, options, eos_id)
+        logger.info("before: loss of a token %.4f, perplexity %.2f", before, math.exp(before))
+    progress = tqdm(total=options.steps, initial=first - 1, unit="step", smoothing=0.05)
     with logging_redirect_tqdm():
-        for step, batch in enumerate(batches(documents, options.tokens_per_step, options.seed), start=1):
+        remaining = islice(batches(documents, options.tokens_per_step, options.seed), first - 1, options.steps)
+        for step, batch in enumerate(remaining, start=first):
             tokens = sum(len(document) + 1 for document in batch)
             short = [document for document in batch if len(document) < options.segment]
             long = [document for document in batch if len(document) >= options.segment]
@@ -169,7 +191,7 @@ def tune_on_text(
                 train_loss += loss.loss.item() / tokens
             if ranks.tuner is not None:
                 ranks.loss().backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(trained, optim.clip_grad_norm).item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), optim.clip_grad_norm).item()
             if not math.isfinite(grad_norm):
                 raise UserError(f"step {step}: the gradient is not finite; lower the learning rate")
             optimizer.step()
@@ -182,7 +204,24 @@ def tune_on_text(
                 after = text_loss(model, valid_documents, options, eos_id)
                 logger.info("step %d: loss of a token %.4f, perplexity %.2f", step, after, math.exp(after))
                 save()
-            if step == options.steps:
-                break
+                if unfinished is not None:
+                    state = {
+                        "run": run,
+                        "step": step,
+                        "before": before,
+                        "after": after,
+                        "model": {name: p.data for name, p in trained.items()},
+                        "optimizer": optimizer.state_dict(),
+                        "scheduler": scheduler.state_dict(),
+                    }
+                    save_checkpoint(unfinished, state)
     progress.close()
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
     return before, after
+
+
+def _identity(options: TextTuning, trained: dict[str, Tensor], documents: Sequence[list[int]]) -> str:
+    """What makes two runs the same one: options, the parameters that are trained, and the text."""
+    shapes = {name: tuple(p.shape) for name, p in trained.items()}
+    return hashlib.sha256(repr((options, shapes, documents)).encode()).hexdigest()

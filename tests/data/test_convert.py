@@ -1,6 +1,7 @@
 """`speechllm data convert`: what is written reads back to the same entries, samples and features."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from lhotse import CutSet, Recording
 from speechllm.cli.main import main
 from speechllm.data import SourceConfig, fbank, read_manifest
 from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
-from speechllm.data.convert import convert_to_cuts, convert_to_shar
+from speechllm.data.convert import convert_to_cuts, convert_to_cuts_in_parts, convert_to_shar
 from speechllm.data.features import extract_features
 from speechllm.data.manifests.manifest import describe_cut
 from speechllm.errors import UserError
@@ -161,3 +162,53 @@ def test_nothing_usable_leaves_nothing_behind(tmp_path, to, capsys):
     assert status(path, output, "--to", to, "--features", "fbank") == 1
     assert "no utterance can be used: 1 missing file" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["m.jsonl"]
+
+
+def test_a_conversion_in_parts_goes_on_where_it_was_stopped(source, tmp_path):
+    computed, stop_at = [], [3]
+
+    def extract(samples):
+        if len(computed) == stop_at[0]:
+            raise KeyboardInterrupt
+        computed.append(len(samples))
+        return np.full((len(samples) // 160, 80), len(computed), np.float32)
+
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        convert_to_cuts_in_parts(source, output, "fbank", extract, part_size=2)
+    assert not output.exists() and len(computed) == 3
+    stop_at[0] = None
+    convert_to_cuts_in_parts(source, output, "fbank", extract, part_size=2)
+    assert len(computed) == 3 + 2  # the first part is not computed again
+    cuts = list(read_manifest(SourceConfig(str(output))))
+    assert [describe_cut(cut) for cut in cuts] == [describe_cut(cut) for cut in read_manifest(source)]
+    assert [cut.load_features()[0, 0] for cut in cuts] == [1, 2, 4, 5]
+    with pytest.raises(UserError, match="exists already"):
+        convert_to_cuts_in_parts(source, output, "fbank", extract)
+
+
+def test_a_part_may_be_bad_but_not_all_of_them(source, tmp_path):
+    lines = Path(source.path).read_text().splitlines(keepends=True)
+    Path(source.path).write_text("".join(["{}\n"] * 2 + lines))
+    convert_to_cuts_in_parts(source, tmp_path / "out.jsonl", "fbank", lambda x: np.zeros((len(x) // 160, 80)), 2)
+    assert len(list(read_manifest(SourceConfig(str(tmp_path / "out.jsonl"))))) == 4
+    Path(source.path).write_text("{}\n" * 3)
+    with pytest.raises(UserError, match="no utterance can be used: 3 bad manifest line"):
+        convert_to_cuts_in_parts(source, tmp_path / "none.jsonl", "fbank", len, 2)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_no_two_utterances_share_stored_features(tmp_path):
+    """Ids that differ behind a dot or in case alone, that are the same for two tasks, or too long for a file name."""
+    ids = ["a.b", "a.c", "A.b", "x/a", "y/a", "a", "a", "n" * 300, ""]
+    lines = []
+    for i, name in enumerate(ids):
+        write_tone(tmp_path / f"{i}.wav", 0.3, seed=i)
+        lines.append({"audio_filepath": f"{i}.wav", "duration": 0.3, "text": str(i), "id": name})
+    lines[-3] |= {"task": "ast", "ast_text": "6", "target_lang": "de", "lang": "en"}
+    source = SourceConfig(str(write_manifest(tmp_path / "m.jsonl", lines)))
+    assert convert_to_cuts(source, tmp_path / "cuts.jsonl", features="fbank").utterances == len(ids)
+    cuts = list(read_manifest(tmp_path / "cuts.jsonl"))
+    assert len({cut.features.storage_key for cut in cuts}) == len(ids)
+    for cut, true in zip(cuts, read_manifest(source), strict=True):
+        torch.testing.assert_close(load_precomputed(cut, "fbank"), fbank(load_samples(true)))

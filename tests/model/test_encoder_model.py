@@ -9,7 +9,7 @@ from speechllm.config import from_dict, to_dict
 from speechllm.decode.ctc import forced_align
 from speechllm.decode.recognizer import RecogniseOptions
 from speechllm.decode.search import SearchOptions
-from speechllm.encoder import init_from_data
+from speechllm.encoder import WhisperEncoderConfig, init_from_data, load_encoder
 from speechllm.encoder.ctc import CRCTCConfig
 from speechllm.encoder.transducer import TransducerConfig
 from speechllm.errors import UserError
@@ -20,11 +20,13 @@ from speechllm.optim.optimizer import OptimConfig, build_optimizer
 from speechllm.projector import ProjectorConfig
 
 TRANSDUCER = TransducerConfig(decoder_dim=16, joiner_dim=16)
+WHISPER = WhisperEncoderConfig(80, 16, 2, 2, 32, 1500)
 KINDS = {
     "ctc": {"ctc_weight": 1.0},
     "cr-ctc": {"ctc_weight": 1.0, "cr_ctc": CRCTCConfig()},
     "transducer": {"ctc_weight": 0.0, "transducer": TRANSDUCER},
     "both": {"ctc_weight": 1.0, "transducer": TransducerConfig(decoder_dim=32, joiner_dim=64)},
+    "whisper": {"ctc_weight": 1.0, "transducer": TRANSDUCER, "encoder": EncoderSection(whisper=WHISPER)},
     "all": {"ctc_weight": 0.3, "cr_ctc": CRCTCConfig(0.1), "transducer": TRANSDUCER},
 }
 
@@ -33,7 +35,7 @@ def config_of(model_config, kind):
     return dataclasses.replace(model_config, llm=None, **KINDS[kind])
 
 
-@pytest.fixture(params=["ctc", "cr-ctc", "transducer", "all"])
+@pytest.fixture(params=["ctc", "cr-ctc", "transducer", "whisper", "all"])
 def encoder_model(request, model_config):
     torch.manual_seed(0)
     return build_model(config_of(model_config, request.param))
@@ -152,6 +154,20 @@ def test_a_speech_llm_takes_the_encoder(encoder_model, model_config, batch, tmp_
     assert whole.label_ids("one") == encoder_model.label_ids("one")
     encoder_model.eval()
     torch.testing.assert_close(whole.encode(*batch[:2])[0], encoder_model.encode(*batch[:2])[0])
+
+
+def test_a_released_whisper_is_trained(model_config, batch, tmp_path):
+    """Its lowest layer stays as it was; what is saved is a Whisper's encoder to others."""
+    kind = config_of(model_config, "whisper")
+    EncoderModel.from_config(kind).save_pretrained(tmp_path / "released")
+    section = EncoderSection(path=str(tmp_path / "released"), freeze_stacks=1)
+    model = EncoderModel.from_config(dataclasses.replace(kind, encoder=section))
+    model(*batch)["loss"].backward()
+    trained = {name for name, p in model.encoder.named_parameters() if p.grad is not None}
+    assert trained and all(name.startswith(("layers.1.", "layer_norm.")) for name in trained)
+    model.save_pretrained(tmp_path / "model")
+    assert load_encoder(tmp_path / "model").config == WHISPER
+    assert "| Whisper encoder | " in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_a_frozen_encoder_stays_as_it_is(model_config, batch, tmp_path):

@@ -46,7 +46,9 @@ def test_rwkv7_has_the_rules_of_its_own_training(model, bare):
     # parameters as peft and state tuning add them
     att.receptance.lora_A = nn.ModuleDict({"default": nn.Linear(32, 4, bias=False)})
     llm.initial_wkv = nn.Parameter(torch.zeros(2, 2, 16, 16))
-    rules = rule_of(parameter_groups(llm if bare else model, OptimConfig(lr=1.0, weight_decay=0.1)))
+    rules = rule_of(
+        parameter_groups(llm if bare else model, OptimConfig(lr=1.0, weight_decay=0.1), "llm" if bare else "")
+    )
 
     matrices = {"receptance.weight", "key.weight", "value.weight", "output.weight", "receptance.lora_A.default.weight"}
     for name, p in att.named_parameters():
@@ -58,7 +60,7 @@ def test_rwkv7_has_the_rules_of_its_own_training(model, bare):
 
     llm.requires_grad_(False)
     att.w0.requires_grad_(True)
-    rules = rule_of(parameter_groups(llm, OptimConfig(lr=1.0, lr_scale={"llm": 0.5})))
+    rules = rule_of(parameter_groups(llm, OptimConfig(lr=1.0, lr_scale={"llm": 0.5}), part="llm"))
     assert rules == {att.w0: ("llm", 1.0, 0.0)}
 
 

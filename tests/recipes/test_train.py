@@ -10,15 +10,18 @@ import sys
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 
-from speechllm.config import ConfigError, from_dict, override, to_dict
+from speechllm.config import ConfigError, from_dict, load_config, override, to_dict
 from speechllm.data import Batch
 from speechllm.encoder import save_encoder
 from speechllm.errors import UserError
 from speechllm.llm.adapters import load_adapter
 from speechllm.model.speech_llm import ModelConfig, SpeechLLM
 from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7, save_rwkv7
+from speechllm.train import preflight
 from speechllm.train.checkpoint import load_checkpoint, save_checkpoint
+from speechllm.train.stages import init_from_stage
 from tests.conftest import SENTENCES
 from tests.hf_tokenizers import train_byte_level
 from tests.llm.tiny_llms import tiny_llm
@@ -210,10 +213,7 @@ def test_steps_without_a_finite_gradient_stop_the_run_with_the_batch(experiment,
     assert batch["features"].isfinite().all() and len(batch["ids"]) == len(batch["features"])
 
 
-def test_memory_that_runs_out_names_the_settings(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
-    train = importlib.import_module("train")
-
+def test_memory_that_runs_out_names_the_settings():
     class TooLarge(torch.nn.Linear):
         def forward(self, *inputs):
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -223,31 +223,29 @@ def test_memory_that_runs_out_names_the_settings(monkeypatch):
             features, lens = torch.zeros(3, 250, 80), torch.tensor([250, 10, 10])
             yield Batch(["a"] * 3, ["a"] * 3, [None] * 3, [None] * 3, ["x"] * 3, [2.5, 0.1, 0.1], features, lens)
 
-    accelerator, model = train.Accelerator(cpu=True), TooLarge(1, 1)
-    with pytest.raises(train.MemoryRanOut, match="3 rows of 2.5 s: lower data.max_duration"):
-        train.scan_largest_batches(accelerator, model, Loader())
-    assert not train.fits_in_memory(accelerator, model, Loader())
+    accelerator, model = Accelerator(cpu=True), TooLarge(1, 1)
+    with pytest.raises(preflight.MemoryRanOut, match="3 rows of 2.5 s: lower data.max_duration"):
+        preflight.scan_largest_batches(accelerator, model, Loader())
+    assert not preflight.fits_in_memory(accelerator, model, Loader())
 
 
-def test_the_largest_duration_that_fits(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
-    train = importlib.import_module("train")
+def test_the_largest_duration_that_fits():
     tried = []
-    found = train.largest_that_fits(lambda seconds: tried.append(seconds) or seconds <= 500, 30.0)
+    found = preflight.largest_that_fits(lambda seconds: tried.append(seconds) or seconds <= 500, 30.0)
     assert 0.7 * 500 < found <= 0.9 * 500 and max(tried) > 500
-    assert train.largest_that_fits(lambda seconds: seconds <= 31, 30.0) == 30
-    assert train.largest_that_fits(lambda seconds: True, 30.0) <= 20000
+    assert preflight.largest_that_fits(lambda seconds: seconds <= 31, 30.0) == 30
+    assert preflight.largest_that_fits(lambda seconds: True, 30.0) <= 20000
     with pytest.raises(UserError, match="not even 30 s"):
-        train.largest_that_fits(lambda seconds: False, 30.0)
+        preflight.largest_that_fits(lambda seconds: False, 30.0)
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path, monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "recipes")
     train = importlib.import_module("train")
-    config = train.load_config(train.Config, path)
+    config = load_config(train.Config, path)
     for name, changes in config.stages.items():
-        train.override(config, changes, source=f"{path}: stages.{name}")
+        override(config, changes, source=f"{path}: stages.{name}")
 
 
 def test_diagnostics_are_printed(experiment, tmp_path):
@@ -412,19 +410,17 @@ def test_mistakes_are_one_line(experiment, tmp_path, settings, said):
     assert result.returncode == 1 and said in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_stage_does_not_begin_with_another_projector(model_config, tmp_path, monkeypatch):
+def test_a_stage_does_not_begin_with_another_projector(model_config, tmp_path):
     """Of the same names and shapes, so that the weights alone do not tell; an encoder more is no harm."""
-    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
-    train = importlib.import_module("train")
     model = SpeechLLM.from_config(model_config)
     content = {"model": model.state_dict(), "step": 1, "config": {"model": to_dict(model_config)}}
     save_checkpoint(tmp_path / "checkpoint-1.pt", content)
     encoder = {"zipformer": to_dict(model_config.encoder.zipformer)}
     more = override(model_config, {"more_encoders": [{"encoder": encoder}]}, "test")
-    assert train.init_from_stage(SpeechLLM.from_config(more), tmp_path) == set(content["model"])
+    assert init_from_stage(SpeechLLM.from_config(more), tmp_path) == set(content["model"])
     other = SpeechLLM.from_config(override(model_config, {"projector.kind": "transformer"}, "test"))
     with pytest.raises(ConfigError, match="checkpoint-1.pt: .*projector.kind: transformer, but .* which has mlp"):
-        train.init_from_stage(other, tmp_path)
+        init_from_stage(other, tmp_path)
 
 
 def test_a_checkpoint_of_another_shape(experiment, finished):

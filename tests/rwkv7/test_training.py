@@ -18,7 +18,7 @@ def test_training_on_text_follows_the_plain_module():
     config = RWKV7Config(2, 64, 128, head_size=32)
     ours, plain = RWKV7(config), PlainRWKV7(config)
     plain.load_state_dict(ours.state_dict())
-    optimizer = build_optimizer(ours, OptimConfig(lr=3e-3, weight_decay=0.1))
+    optimizer = build_optimizer(ours, OptimConfig(lr=3e-3, weight_decay=0.1), part="llm")
     names = {p: name for name, p in ours.named_parameters()}
     plain_parameters = dict(plain.named_parameters())
     groups = [

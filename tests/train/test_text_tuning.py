@@ -1,5 +1,8 @@
 """Tuning on text: documents, batches, the loop, and the command."""
 
+import dataclasses
+import itertools
+import re
 from itertools import islice
 
 import pytest
@@ -64,6 +67,35 @@ def test_a_model_learns_the_text(method, lr):
     assert after < 0.9 * before and len(saved) == 2
 
 
+@pytest.mark.parametrize("method", ["full", "miss", "state"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(method, tmp_path):
+    options = TextTuning(steps=9, tokens_per_step=40, segment=16, lr=1e-2, warmup_steps=2, valid_every_n=3)
+
+    def run(unfinished, stop_after=None):
+        model = tune(small_model(), TuneConfig(method)).train()
+        saves = itertools.count(1)
+
+        def save():
+            if next(saves) == stop_after:
+                raise KeyboardInterrupt
+
+        losses = tune_on_text(model, DOCUMENTS, DOCUMENTS, options, EOS, save, unfinished)
+        assert not unfinished.exists()
+        return losses, [p for p in model.parameters() if p.requires_grad], next(saves) - 1
+
+    losses, parameters, saves = run(tmp_path / "never")
+    assert saves == 3
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", stop_after=3)
+    other = dataclasses.replace(options, lr=1e-3)
+    with pytest.raises(UserError, match="stopped: is of a run with other options or text; remove it"):
+        model = tune(small_model(), TuneConfig(method))
+        tune_on_text(model, DOCUMENTS, DOCUMENTS, other, EOS, list, tmp_path / "stopped")
+    again, resumed, saves = run(tmp_path / "stopped")
+    assert saves == 1 and again == losses
+    assert all(torch.equal(p, q) for p, q in zip(parameters, resumed, strict=True))
+
+
 @pytest.fixture
 def files(tmp_path, tokenizer_dir):
     """The options of a small `speechllm tune`."""
@@ -94,6 +126,24 @@ def test_the_command_writes_what_loads(files, tmp_path, method, capsys):
     if method == "state":  # the file is also a state to decode from
         (file,) = (tmp_path / "out").iterdir()
         assert torch.equal(tuned(ids)[0], base(ids, state=RWKV7State.load(file))[0])
+
+
+def test_the_command_trains_a_new_model(files, tmp_path, tokenizer_dir, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["tune", "--new", "2x64", *files[3:]])
+    assert exit_info.value.code == 0
+    config = load_rwkv7(tmp_path / "out").config
+    assert (config.n_layer, config.n_embd, config.vocab_size) == (2, 64, load_tokenizer(tokenizer_dir).vocab_size)
+    before, after = re.search(r"loss of a token: (\S+) -> ([0-9.]+)", capsys.readouterr().out).groups()
+    assert float(after) < float(before)
+    assert not (tmp_path / "out.unfinished.pt").exists()
+    for change, message in (
+        (["--method", "lora"], "is trained in full"),
+        (["--new", "2x63"], "--new 2x63: layers and"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["tune", "--new", "2x64", *files[3:], *change])
+        assert message in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_table(files, capsys):

@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Make English text to train a language model on: the training transcripts, and what people wrote and said.
+
+    recipes/english/prepare_text.py --packages-dir PACKAGES --corpus-dir recipes/english/data/corpus \\
+        --output-dir recipes/english/data/text
+
+PACKAGES holds, unpacked, the Debian packages
+
+    dict-wn      WordNet: the sentences that show how a word is used, which are the most like speech
+    dict-gcide   the Collaborative International Dictionary: quotations, many of them old
+    fortunes     sayings, dialogues and jokes
+
+Every text is normalised as the transcripts are (english_text.py); sentences with words that are in no dictionary, or
+of fewer than four words, are left out, and so are those of the test sets. Result: OUTPUT/{train,valid}.txt, a document
+a line for `speechllm tune`. One in 200 documents is for validation, and the validation transcripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from english_text import EnglishText, installed_dictionary
+from prepare_corpus import find
+from tqdm import tqdm
+
+from speechllm.errors import UserError
+from speechllm.files import replaced_folder
+
+SENTENCE_WORDS = 4
+VALID_SHARE = 200
+# What is in quotation marks. With an author after it where marks are used for other things too, so that what lies
+# between two quotations is taken for none.
+_EXAMPLE = re.compile(r'"([^"]{12,600})"')
+_CITATION = re.compile(r'"([^"]{12,600})"\s*--[A-Z]')
+_END_OF_SENTENCE = re.compile(r"(?<=[.!?;:])[\s\"')]+|--+")
+# Who said it, at the end of a saying.
+_ATTRIBUTION = re.compile(r"\n\s+--.*", re.DOTALL)
+# Tables, code, verse that is drawn, and languages other than English.
+_NOT_PROSE = frozenset(["art", "ascii-art", "perl", "translate-me", "knghtbrd", "linuxcookie", "debian", "zippy"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--packages-dir", type=Path, required=True, help="where the packages are unpacked")
+    parser.add_argument("--corpus-dir", type=Path, required=True, help="that prepare_corpus.py has written")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder of the text; replaced as a whole")
+    parser.add_argument("--dictionary", type=Path, help="as of prepare_corpus.py")
+    args = parser.parse_args()
+    try:
+        text = EnglishText.load(args.dictionary or installed_dictionary())
+        write_text(args.packages_dir, args.corpus_dir, args.output_dir, text)
+    except (UserError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
+def write_text(packages: Path, corpus: Path, output: Path, text: EnglishText) -> None:
+    """
+    Raises:
+        UserError: a package is missing. FileNotFoundError: the corpus is.
+    """
+    held_out = {words for name in ("test", "other", "valid") for words in transcripts(corpus, name)}
+    documents = {"train": list(transcripts(corpus, "train")), "valid": list(transcripts(corpus, "valid"))}
+    sources = {
+        "dict-wn": quotations(find(packages, "wn.dict.dz"), _EXAMPLE),
+        "dict-gcide": quotations(find(packages, "gcide.dict.dz"), _CITATION),
+        "fortunes": sayings(find(packages, "games/fortunes")),
+    }
+    for name, written in sources.items():
+        seen: set[str] = set()
+        for paragraph in tqdm(written, desc=name, unit="paragraph", disable=None):
+            document = sentences(paragraph, text, held_out)
+            if document and document not in seen:
+                seen.add(document)
+                # by its hash, so that a change of one text moves no other
+                is_valid = zlib.crc32(document.encode()) % VALID_SHARE == 0
+                documents["valid" if is_valid else "train"].append(document)
+        print(f"{name}: {len(seen)} documents, {sum(len(d.split()) for d in seen)} words")
+    with replaced_folder(output) as folder:
+        for name, lines in documents.items():
+            (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            print(f"{name}: {len(lines)} documents, {sum(len(d.split()) for d in lines)} words")
+
+
+def transcripts(corpus: Path, name: str) -> Iterator[str]:
+    for line in (corpus / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        yield json.loads(line)["text"]
+
+
+def quotations(dictionary: Path, quoted: re.Pattern) -> Iterator[str]:
+    """What `quoted` finds in a dictionary of dictd's form, which is gzip, its lines indented and broken."""
+    content = gzip.decompress(dictionary.read_bytes()).decode("utf-8", errors="replace")
+    for match in quoted.finditer(re.sub(r"\s+", " ", content)):
+        # markup: an entry between two quotations, after a mark that was missed
+        if not re.search(r"[\[\]{}\\]|--|\d", match[1]):
+            yield match[1]
+
+
+def sayings(folder: Path) -> Iterator[str]:
+    """The entries of fortune's files of prose, without who said them."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix or path.name in _NOT_PROSE or not path.is_file():
+            continue
+        for entry in path.read_text(encoding="utf-8", errors="replace").split("\n%\n"):
+            yield _ATTRIBUTION.sub("", entry)
+
+
+def sentences(paragraph: str, text: EnglishText, held_out: set[str]) -> str:
+    """The usable sentences of a paragraph, normalised, one after another; empty where there are none."""
+    usable = []
+    for sentence in _END_OF_SENTENCE.split(paragraph):
+        words = text.normalize(sentence)
+        if len(words.split()) >= SENTENCE_WORDS and not text.unknown_words(words) and words not in held_out:
+            usable.append(words)
+    return " ".join(usable)
+
+
+if __name__ == "__main__":
+    main()

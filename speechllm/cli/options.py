@@ -1,0 +1,98 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Importing this takes no time: `speechllm --help` answers at once.
+if TYPE_CHECKING:
+    from speechllm.data import SourceConfig
+    from speechllm.prompt.template import PromptContext
+
+MANIFEST_HELP = "NeMo JSON lines, lhotse cuts, or a directory in Kaldi's or lhotse's Shar form"
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kind",
+        choices=("auto", "nemo", "lhotse", "shar", "kaldi"),
+        default="auto",
+        help="of the manifests on the command line (default: looked up)",
+    )
+    parser.add_argument("--tar-path", help="the tar shards of a NeMo manifest, such as audio_{0..127}.tar")
+    parser.add_argument("--lang", help="language of lines that do not say theirs")
+    parser.add_argument("--target-lang", help="language that they are translated into")
+    parser.add_argument("--task", choices=("asr", "ast"), help="their task: transcription or translation")
+    parser.add_argument("--channel", type=int, help="the one to take of several (default: their mean)")
+    parser.add_argument(
+        "--text-field",
+        metavar="FIELD",
+        help="where the text is, such as custom.texts.0 in Libriheavy (default: text)",
+    )
+    parser.add_argument("--lang-field", metavar="FIELD", help="where the language of the speech is (default: lang)")
+
+
+def command_line_sources(args: argparse.Namespace, manifests: list[str]) -> list[SourceConfig]:
+    from speechllm.data import SourceConfig
+    from speechllm.errors import UserError
+
+    try:
+        names = ("kind", "tar_path", "lang", "target_lang", "task", "channel", "text_field", "lang_field")
+        return [SourceConfig(path, **{name: getattr(args, name) for name in names}) for path in manifests]
+    except ValueError as e:
+        raise UserError(str(e)) from e
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        help="where to compute: cuda, cuda:1, cpu, ... (default: the first GPU, or the CPU if there is none)",
+    )
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--dtype`, as `speechllm.model.build.prepare_for_inference` takes it."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="precision of the language model's weights and of the encoder's matrix products (default: bfloat16 on a "
+        "GPU, or float16 on one without bfloat16; float32 on the CPU)",
+    )
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `prompt_context` reads."""
+    parser.add_argument("--previous", metavar="TEXT", help="the text before the audio, for the prompt's {previous}")
+    parser.add_argument(
+        "--prompt-hotwords", type=Path, metavar="FILE", help="phrases for the prompt's {hotwords}, one a line"
+    )
+
+
+def prompt_context(args: argparse.Namespace) -> PromptContext:
+    """Of `--previous` and `--prompt-hotwords`.
+
+    Raises:
+        UserError, FileNotFoundError: the file cannot be read.
+    """
+    from speechllm.errors import UserError
+    from speechllm.prompt.template import PromptContext
+
+    hotwords = None
+    if args.prompt_hotwords is not None:
+        try:
+            lines = args.prompt_hotwords.read_text(encoding="utf-8-sig").splitlines()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"--prompt-hotwords: {args.prompt_hotwords}: no such file") from None
+        except UnicodeDecodeError:
+            raise UserError(f"--prompt-hotwords: {args.prompt_hotwords}: not UTF-8; save the file as UTF-8") from None
+        hotwords = tuple(line.strip() for line in lines if line.strip())
+    return PromptContext(previous=args.previous, hotwords=hotwords)

@@ -1,0 +1,194 @@
+"""Inputs to recordings: cut into segments, recognised in batches across inputs, put together again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from speechllm.data.audio import UtteranceError
+from speechllm.data.features import SAMPLE_RATE, extract_features
+from speechllm.data.manifests.source import DataError
+from speechllm.decode.recognizer import Speech
+from speechllm.decode.result import Recognition
+from speechllm.errors import UserError
+from speechllm.prompt.template import PromptContext
+from speechllm.transcribe.formats import Recording, Segment
+from speechllm.transcribe.inputs import AudioInput
+from speechllm.transcribe.overlap import without_overlap
+from speechllm.transcribe.pauses import SHORTEST_MAX_SECONDS, split_at_pauses
+
+Recogniser = Callable[[Iterable[Speech]], Iterator[list[Recognition]]]
+
+# Segments of similar length are looked for among those of so many batches.
+_WINDOW_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """`batch_seconds`: of a batch with its padding; a longer segment has one to itself. `max_seconds`: of a segment.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    batch_seconds: float = 300.0
+    max_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.batch_seconds > 0:
+            raise UserError(f"--batch-duration: must be more than 0 seconds, got {self.batch_seconds:g}")
+        if not self.max_seconds >= SHORTEST_MAX_SECONDS:
+            raise UserError(
+                f"--max-segment: must be at least {SHORTEST_MAX_SECONDS:g} seconds, got {self.max_seconds:g}"
+            )
+
+
+@dataclass
+class _Part:
+    """A segment of an input, before and after it is recognised; the features only until it is in a batch."""
+
+    offset: float
+    duration: float
+    overlap: float
+    input: AudioInput
+    features: Tensor | None
+    recognition: Recognition | None = None
+
+
+@dataclass
+class _Progress:
+    """How far an input is."""
+
+    input: AudioInput
+    parts: list[_Part] = field(default_factory=list)
+    duration: float = 0.0
+    error: UserError | None = None
+    is_read: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        return self.is_read and all(part.recognition is not None for part in self.parts)
+
+
+def transcribe_inputs(
+    inputs: Iterable[AudioInput],
+    recognise: Recogniser,
+    options: SegmentOptions | None = None,
+    on_progress: Callable[[float], None] = lambda seconds: None,
+    feature_kind: str = "fbank",
+) -> Iterator[tuple[AudioInput, Recording | UserError]]:
+    """Each input with its result, or why it has none, in order, as soon as all before it are done.
+
+    Silence is not recognised: an input without sound has no segments. Where segments overlap, the words that both have
+    are in one of them (`without_overlap`).
+
+    Args:
+        inputs: drawn lazily.
+        recognise: such as a `speechllm.decode.recognizer.Recogniser`.
+        on_progress: called with the seconds of audio of each batch that is recognised.
+        feature_kind: that of the model's encoder; see `speechllm.data.features.MEL_BINS`.
+    """
+    options = options or SegmentOptions()
+    unfinished: deque[_Progress] = deque()
+    in_work: deque[list[_Part]] = deque()
+
+    def batches() -> Iterator[Speech]:
+        segments = _parts(inputs, unfinished, options.max_seconds, feature_kind)
+        for parts in _batches(segments, options.batch_seconds):
+            in_work.append(parts)
+            yield _speech(parts)
+
+    def finished() -> Iterator[tuple[AudioInput, Recording | UserError]]:
+        while unfinished and unfinished[0].is_done:
+            done = unfinished.popleft()
+            if done.error is not None:
+                yield done.input, DataError(str(done.error))
+                continue
+            segments = _joined(done.parts)
+            yield done.input, Recording(done.input.id, done.input.audio, done.duration, segments)
+
+    for recognitions in recognise(batches()):
+        parts = in_work.popleft()
+        for part, recognition in zip(parts, recognitions, strict=True):
+            part.recognition = recognition
+        on_progress(sum(part.duration for part in parts))
+        yield from finished()
+    yield from finished()
+
+
+def _parts(
+    inputs: Iterable[AudioInput], unfinished: deque[_Progress], max_seconds: float, feature_kind: str
+) -> Iterator[_Part]:
+    """The segments with sound of all inputs. Each input is added to `unfinished` when it is opened."""
+    for input in inputs:
+        progress = _Progress(input)
+        unfinished.append(progress)
+
+        def blocks(progress: _Progress = progress) -> Iterator[np.ndarray]:
+            for block in progress.input.blocks():
+                progress.duration += len(block) / SAMPLE_RATE
+                yield block
+
+        try:
+            for segment in split_at_pauses(blocks(), max_seconds):
+                duration = len(segment.samples) / SAMPLE_RATE
+                features = extract_features(segment.samples, feature_kind)
+                part = _Part(segment.start, duration, segment.overlap, input, features)
+                progress.parts.append(part)
+                yield part
+        except (UtteranceError, DataError) as error:
+            progress.error = error
+        progress.is_read = True
+
+
+def _batches(parts: Iterable[_Part], batch_seconds: float) -> Iterator[list[_Part]]:
+    """Batches whose longest part, times their size, is at most `batch_seconds`; the longest of a window come first."""
+    window: list[_Part] = []
+    held = 0.0
+    for part in parts:
+        window.append(part)
+        held += part.duration
+        if held >= _WINDOW_BATCHES * batch_seconds:
+            yield from _packed(window, batch_seconds)
+            window, held = [], 0.0
+    yield from _packed(window, batch_seconds)
+
+
+def _packed(window: list[_Part], batch_seconds: float) -> Iterator[list[_Part]]:
+    batch: list[_Part] = []
+    for part in sorted(window, key=lambda part: -part.duration):
+        if batch and batch[0].duration * (len(batch) + 1) > batch_seconds:
+            yield batch
+            batch = []
+        batch.append(part)
+    if batch:
+        yield batch
+
+
+def _speech(parts: list[_Part]) -> Speech:
+    features = [part.features for part in parts]
+    for part in parts:
+        part.features = None
+    return Speech(
+        pad_sequence(features, batch_first=True),
+        torch.tensor([len(rows) for rows in features]),
+        [part.input.language for part in parts],
+        [part.input.target_language for part in parts],
+        [replace(part.input.context or PromptContext(), id=part.input.name) for part in parts],
+    )
+
+
+def _joined(parts: list[_Part]) -> list[Segment]:
+    segments: list[Segment] = []
+    for part in parts:
+        segment = Segment(part.offset, part.duration, part.recognition)
+        if part.overlap:
+            segments[-1], segment = without_overlap(segments[-1], segment)
+        segments.append(segment)
+    return segments
