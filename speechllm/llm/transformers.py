@@ -50,6 +50,7 @@ from speechllm.llm.transformers_versions import (
     CACHE_ARGUMENTS,
     activation_checkpointing,
     cache_argument,
+    is_encoder,
     no_init_weights,
     pretrained_config,
     readable_settings,
@@ -666,7 +667,7 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
 
     if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
         refuse("it is more than a decoder of text")
-    if getattr(config, "is_decoder", True) is False:
+    if is_encoder(config):
         refuse("it is an encoder (is_decoder: false)")
     if config.model_type in _REFUSED:
         refuse(_REFUSED[config.model_type])

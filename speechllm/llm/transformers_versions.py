@@ -33,6 +33,14 @@ def pretrained_config() -> type[PreTrainedConfig]:
     return getattr(transformers, "PreTrainedConfig", None) or transformers.PretrainedConfig
 
 
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a model reads in both directions: its `is_decoder` is False, which in 4.57 decoders have too."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    says_it_of_all = hasattr(pretrained_config()(), "is_decoder")
+    return getattr(config, "is_decoder", True) is False and (config.model_type in MASKED or not says_it_of_all)
+
+
 def readable_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a model as the installed version reads them.
 
