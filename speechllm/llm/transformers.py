@@ -55,6 +55,7 @@ from speechllm.llm.transformers_versions import (
     pretrained_config,
     readable_settings,
     tied_weights,
+    update_needed,
 )
 from speechllm.quiet import quiet
 
@@ -554,6 +555,8 @@ def _folder_config(path: Path) -> tuple[PreTrainedConfig, bool]:
             _check_model_type(model_type, source)
             return config
         is_part = True
+        if (need := update_needed(config, is_part)) is not None:
+            raise UserError(f"{source}: {config.model_type} is not supported: {need}")
         text = text_part(config)
         text.tie_word_embeddings = not any("lm_head." in name for name in weight_names(path))
         if (quantized := getattr(config, "quantization_config", None)) is not None:
@@ -675,6 +678,8 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
         refuse("its layers read token ids besides embeddings, and audio has none (hidden_size_per_layer_input)")
     if getattr(config, "quantization_config", None) is not None:
         refuse("its weights are quantised; take the model as it was before")
+    if (need := update_needed(config, is_part=False)) is not None:
+        refuse(need)
     served = ATTENTION_LAYERS | RECURRENT_LAYERS | STATELESS_LAYERS
     if other := sorted(set(getattr(config, "layer_types", None) or ()) - served):
         refuse(f"layers of the type {', '.join(other)}; those of the types {', '.join(sorted(served))} are")

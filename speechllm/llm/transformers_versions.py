@@ -33,6 +33,27 @@ def pretrained_config() -> type[PreTrainedConfig]:
     return getattr(transformers, "PreTrainedConfig", None) or transformers.PretrainedConfig
 
 
+def update_needed(config: PreTrainedConfig, is_part: bool) -> str | None:
+    """Why a model needs a newer transformers than the installed one; None where it does not.
+
+    Args:
+        is_part: of the text part of a model that also sees or hears.
+    """
+    import transformers
+    from transformers import cache_utils
+
+    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if (layers or hasattr(config, "mamba_d_state")) and not hasattr(
+        cache_utils, "LinearAttentionAndFullAttentionLayer"
+    ):
+        need = "its layers with a recurrence need the caches of a newer transformers than"
+    elif is_part and not hasattr(transformers, "PreTrainedConfig"):
+        need = "its text part needs a newer transformers than"
+    else:
+        return None
+    return f"{need} {transformers.__version__}: pip install 'transformers>=5.17'"
+
+
 def is_encoder(config: PreTrainedConfig) -> bool:
     """Whether a model reads in both directions: its `is_decoder` is False, which in 4.57 decoders have too."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
