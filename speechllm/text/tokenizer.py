@@ -349,7 +349,8 @@ def _read_gguf_tokenizer(path: Path) -> tuple[bytes, str]:
         raise UserError(f"{path}: a GGUF file needs the package gguf: pip install 'speechllm[gguf]'")
     if (version := importlib.metadata.version("transformers")).startswith("4."):  # its tokens would be others
         raise UserError(
-            f"{path}: transformers {version} makes other tokens of GGUF files; install a newer: pip install 'transformers>=5.17'"
+            f"{path}: transformers {version} makes other tokens of GGUF files; install a newer one: "
+            "pip install 'transformers>=5.17'"
         )
     from transformers import AutoTokenizer
 
