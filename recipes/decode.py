@@ -29,16 +29,16 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from tqdm import tqdm
-from train import Config  # recipes/train.py: one experiment file for both
 
+from speechllm.cli.options import add_dtype_option
 from speechllm.cli.search_options import add_search_options, search_options
-from speechllm.config import ConfigError, load_config
+from speechllm.config import ConfigError
 from speechllm.data import Batch, build_eval_loader
 from speechllm.decode.recognizer import RecogniseOptions, Speech
 from speechllm.errors import UserError
 from speechllm.linear import INFERENCE_WEIGHTS
 from speechllm.log import setup_logging
-from speechllm.model.build import load_model, pack_model
+from speechllm.model.build import load_model, prepare_for_inference
 from speechllm.model.card import add_results
 from speechllm.scoring import (
     Transcript,
@@ -51,6 +51,7 @@ from speechllm.scoring import (
     write_reports,
 )
 from speechllm.scoring.translation import translation_scores
+from speechllm.train.config import Experiment, load_experiment
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def main() -> None:
         help="on the CPU, how the language model's matrices are kept: float32 is exact, bfloat16 faster on processors "
         "that have its instructions, int8 smaller (default: %(default)s)",
     )
+    add_dtype_option(parser)
     parser.add_argument(
         "--timestamps",
         action="store_true",
@@ -77,21 +79,26 @@ def main() -> None:
     add_search_options(parser)
     args, overrides = parser.parse_known_args()
     try:
-        config = load_config(Config, args.config, overrides)
+        config = load_experiment(args.config, overrides)
         options = replace(search_options(args), timestamps=args.timestamps)
-        decode(config, args.exp_dir, args.model, args.llm_weights, options)
+        decode(config, args.exp_dir, args.model, args.dtype, args.llm_weights, options)
     except (UserError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")
 
 
-def decode(config: Config, exp_dir: Path, model_dir: Path, llm_weights: str, options: RecogniseOptions) -> None:
+def decode(
+    config: Experiment,
+    exp_dir: Path,
+    model_dir: Path,
+    dtype: str | None,
+    llm_weights: str,
+    options: RecogniseOptions,
+) -> None:
     if not config.data.test:
         raise ConfigError("data.test names no test set")
     setup_logging(exp_dir / "log", "log-decode")
-    device = Accelerator().device
-    model = load_model(model_dir).to(device)
-    if device.type == "cpu" or llm_weights != "float32":
-        pack_model(model, llm_weights)
+    model = load_model(model_dir)
+    prepare_for_inference(model, Accelerator().device, dtype, llm_weights)
     recogniser = model.recogniser(options)
     search, ctc_search = search_names(options)
     if model.llm is None and model.transducer is None:

@@ -25,9 +25,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -38,19 +37,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from speechllm.config import ConfigError, load_config, save_config, to_dict
-from speechllm.data import Batch, DataConfig
+from speechllm.config import ConfigError, save_config, to_dict
+from speechllm.data import Batch
 from speechllm.errors import UserError
 from speechllm.files import describe_write_error
 from speechllm.llm.adapters import RankAllocation
 from speechllm.log import setup_logging
 from speechllm.model.build import build_model
 from speechllm.model.encoder_model import EncoderModel
-from speechllm.model.speech_llm import ModelConfig, SpeechLLM
-from speechllm.optim.optimizer import OptimConfig, build_optimizer, build_scheduler, freeze_parameters
+from speechllm.model.speech_llm import SpeechLLM
+from speechllm.optim.optimizer import build_optimizer, build_scheduler, freeze_parameters
 from speechllm.train.build import init_new_encoders, training_data, validation_data
 from speechllm.train.checkpoint import RunningAverage, load_checkpoint, newest_checkpoint
-from speechllm.train.diagnostics import save_batches, statistics_of
+from speechllm.train.config import Experiment, load_experiment
+from speechllm.train.diagnostics import statistics_of
 from speechllm.train.encoder_cache import use_encoder_cache
 from speechllm.train.monitor import Averages, RunLog, describe_parameters, norms_by_part, provenance
 from speechllm.train.plot import plot_if_possible
@@ -58,92 +58,13 @@ from speechllm.train.preflight import check_lengths, frozen_base_weights, larges
 from speechllm.train.processes import StopSignal, batch_groups, launch
 from speechllm.train.sharding import average_gradients, clip_grad_norm, shard_language_model
 from speechllm.train.stages import init_from_stage, stages_of, start_checkpoint
-from speechllm.train.state import TrainState, build_state
+from speechllm.train.state import build_state
 from speechllm.train.validation import validate
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class TrainConfig:
-    """`num_steps` optimiser steps in all, each over `accumulate` batches per process; no more than `num_epochs` epochs.
-
-    Every `valid_every_n` steps the validation set is decoded, every `save_every_n` steps a checkpoint written, of which
-    the last `keep_last_k` are kept, and every `save_every_n_epochs` epochs one that stays. `average_period`: steps from
-    one value to the next in the running average of the weights (tools/average_ckpt.py --use-averaged-model).
-    `scan_largest_batches`: the largest batches are run before the first step, so that memory runs out then if it does.
-    `fsdp`: the language model is sharded over the processes, for one whose training does not fit on one GPU
-    (`speechllm.train.sharding`).
-
-    In the first `ctc_only_steps` the CTC loss alone trains (the encoder): a language model that begins with an encoder
-    that hears nothing learns to ignore the audio, and takes long to unlearn it.
-    """
-
-    num_steps: int = 10000
-    num_epochs: int | None = None
-    ctc_only_steps: int = 0
-    accumulate: int = 1
-    mixed_precision: str | None = None
-    seed: int = 42
-    log_every_n: int = 50
-    valid_every_n: int = 1000
-    save_every_n: int = 1000
-    save_every_n_epochs: int = 1
-    keep_last_k: int = 10
-    average_period: int = 200
-    max_bad_steps: int = 20
-    scan_largest_batches: bool = True
-    fsdp: bool = False
-    tensorboard: bool = True
-
-    def __post_init__(self) -> None:
-        if self.mixed_precision not in (None, "bf16", "fp16"):
-            raise ValueError(f"mixed_precision must be bf16, fp16 or null, got {self.mixed_precision!r}")
-        for name in (
-            "num_steps", "num_epochs", "accumulate", "log_every_n", "valid_every_n", "save_every_n",
-            "save_every_n_epochs", "keep_last_k", "average_period",
-        ):  # fmt: skip
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass
-class Config:
-    """A whole experiment: one YAML file in configs/.
-
-    `stages`: what differs in each stage of the training, in order, as `{name: {section.key: value}}`.
-    """
-
-    model: ModelConfig
-    data: DataConfig
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.train.ctc_only_steps and not self.model.ctc_weight:
-            raise ValueError("train.ctc_only_steps needs a CTC head: set model.ctc_weight above 0")
-        if self.model.llm is None:
-            for name, given in (
-                ("train.ctc_only_steps", self.train.ctc_only_steps),
-                ("train.fsdp", self.train.fsdp),
-                ("data.max_positions", self.data.max_positions is not None),
-            ):
-                if given:
-                    raise ValueError(f"{name} is about the language model, and model.llm is null: leave out {name}")
-        spec_augment = self.data.augment.spec_augment
-        if self.model.cr_ctc is not None and (spec_augment is None or spec_augment.probability == 0):
-            raise ValueError(
-                "model.cr_ctc compares two views of an utterance, which differ by SpecAugment: set "
-                "data.augment.spec_augment, with a probability above 0"
-            )
-        if self.train.fsdp and self.optim.name != "adamw":
-            raise ValueError(f"train.fsdp: optim.name: {self.optim.name} looks at whole tensors; use adamw")
-        if self.train.fsdp and self.train.mixed_precision == "fp16":
-            raise ValueError("train.fsdp: fp16's scaling of the loss is not shared between processes; use bf16")
-        if self.train.fsdp and self.model.llm.tune is not None and self.model.llm.tune.method == "adalora":
-            raise ValueError("train.fsdp: AdaLoRA looks at whole matrices; use another model.llm.tune.method")
-
+Config = Experiment  # its name in earlier versions
 
 # icefall's names of settings, for those who have them in their fingers.
 SHORT_OPTIONS = {
@@ -204,7 +125,7 @@ def main() -> None:
 
 def train_stages(args: argparse.Namespace, overrides: list[str], find_max_duration: bool) -> None:
     """Train one stage after the other, each from the result of the one before; without stages, all at once."""
-    config = load_config(Config, args.config, overrides)
+    config = load_experiment(args.config, overrides)
     stages = stages_of(args.config, config, overrides)
     names = list(stages)
     if args.stage is not None and args.stage not in stages:
@@ -230,7 +151,7 @@ def train_stages(args: argparse.Namespace, overrides: list[str], find_max_durati
 
 
 def train(
-    config: Config,
+    config: Experiment,
     exp_dir: Path,
     init_dir: Path | None = None,
     start_from: str | None = None,
@@ -333,7 +254,7 @@ def train(
                     extra_loss=ranks.loss,
                     with_norms=log_now,
                 )
-                check_gradient(state, result, batches, config.train.max_bad_steps, exp_dir)
+                state.check_gradient(result.grad_norm, batches, config.train.max_bad_steps, exp_dir)
                 scheduler.step_batch()
                 state.step += 1
                 if result.finite:
@@ -378,7 +299,7 @@ def train(
 
 
 def distribute(
-    accelerator: Accelerator, model: SpeechLLM | EncoderModel, config: Config
+    accelerator: Accelerator, model: SpeechLLM | EncoderModel, config: Experiment
 ) -> tuple[torch.nn.Module, Optimizer]:
     """The model on its device, for all processes as one (DDP, or with `train.fsdp` FSDP2), and its optimizer."""
     if config.train.fsdp:
@@ -452,29 +373,6 @@ def train_step(
         optimizer.step()
     note("step")
     return StepResult(losses, grad_norm, norms)
-
-
-def check_gradient(
-    state: TrainState, result: StepResult, batches: Sequence[Batch], max_bad_steps: int, exp_dir: Path
-) -> None:
-    """Count steps in a row whose gradient was not finite.
-
-    Raises:
-      UserError: there are `max_bad_steps` of them; the last one's batches are in `exp_dir`.
-    """
-    if result.finite:
-        state.bad_steps = 0
-        return
-    state.bad_steps += 1
-    ids = ", ".join(i for batch in batches for i in batch.ids)
-    logger.warning("step %d: gradient norm %s, step skipped; batch: %s", state.step, result.grad_norm, ids)
-    if state.bad_steps >= max_bad_steps:
-        path = exp_dir / f"bad-batch-{state.step}-rank{PartialState().process_index}.pt"
-        save_batches(path, batches)
-        raise UserError(
-            f"{state.bad_steps} steps in a row without a finite gradient; lower optim.lr, or look at the last batch "
-            f"(in {path}) and at --print-diagnostics. The last checkpoint is intact."
-        )
 
 
 if __name__ == "__main__":

@@ -105,7 +105,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, cap: float | None
+    ) -> tuple[Tensor, Tensor]:
         loss, correct = hidden.new_zeros((), dtype=torch.float32), targets.new_zeros(())
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -117,6 +119,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for at in map(slice, borders[:-1], borders[1:]):
             x, target = hidden[at].to(dtype), targets[at].unsqueeze(1)
             logits = product(x, compute_weight).float()
+            if cap is not None:
+                bounded = logits.div_(cap).tanh_()
+                logits = bounded * cap
             best, best_id = logits.max(1, keepdim=True)
             correct += (best_id == target).sum()
             logits.sub_(best)
@@ -125,7 +130,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += (total.log() - at_target).sum()
             if needs_hidden or needs_weight:
                 # the gradient of the logits: softmax, less 1 at the target
-                d_logits = logits.div_(total).scatter_add_(1, target, -torch.ones_like(total)).to(dtype)
+                d_logits = logits.div_(total).scatter_add_(1, target, -torch.ones_like(total))
+                if cap is not None:
+                    d_logits.addcmul_(d_logits, bounded.square_(), value=-1)  # the derivative of tanh is 1 - tanh^2
+                d_logits = d_logits.to(dtype)
                 if needs_hidden:
                     d_hidden[at] = product(d_logits, compute_weight.T)
                 if needs_weight and d_weight is None:
@@ -145,7 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
         # in place: a loss is differentiated once
-        return *(None if x is None else x.mul_(grad) for x in ctx.saved_tensors), None, None
+        return *(None if x is None else x.mul_(grad) for x in ctx.saved_tensors), None, None, None
 
 
 # Floats in the logits of one chunk: 128 MiB.
@@ -155,11 +163,14 @@ _LOGITS_AT_ONCE = 2**25
 _ROWS_AT_ONCE = 8192
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Cross entropy of ``hidden @ weight.T`` without ever holding all logits.
 
     Args:
       hidden: (M, D); weight: (V, D); targets: (M,) in [0, V).
+      cap: the logits are bounded by it: cap * tanh(logits / cap), as in Gemma 2 (arXiv 2408.00118); None: they are not.
 
     Returns:
       the sum over the positions, float32, and how many targets have the highest logit. Can be differentiated once.
@@ -168,7 +179,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tup
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, dtype)
+        return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, cap)
 
 
 class PackedLinear(nn.Module):

@@ -1,8 +1,12 @@
-"""Weights of a model: strict loading, and the hash that names a file of them."""
+"""Weights of a model: strict loading, what a file is that holds none, and the hash that names a file of them."""
 
 import hashlib
+import pickle
+import re
+import zipfile
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from speechllm.errors import UserError
@@ -42,6 +46,78 @@ def check_fits(own: dict[str, Tensor], state: dict[str, Tensor], source: str | P
     if problems:
         shown = "\n".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise CheckpointError(f"{source}: does not fit {target}:\n{shown}")
+
+
+# What training programs put before the names of a model that they wrap.
+_WRAPPERS = re.compile(r"^(_forward_module\.|_orig_mod\.|module\.|base_model\.|model\.)*(?=(emb|blocks|ln_out|head)\.)")
+
+
+def read_rwkv_pth(path: str | Path) -> dict[str, Tensor]:
+    """The tensors in a .pth file of RWKV-LM or RWKV-PEFT, mapped, by the names that the bare model gives them.
+
+    Nothing of the file is executed.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      UserError: it holds something else than named tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if what := foreign_format(path):
+        raise UserError(f"{path}: is {what}; expected a .pth file of tensors, as RWKV-LM and RWKV-PEFT write it")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
+        raise UserError(f"{path}: not a PyTorch checkpoint, or a truncated one ({str(e).splitlines()[0]})") from e
+    if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+        raise UserError(f"{path}: not a state dict of tensors; expected the weights of an RWKV-7 model")
+    return {_WRAPPERS.sub("", name, count=1): x for name, x in tensors.items()}
+
+
+# What the suffix of a file tells; what is in files of PyTorch, `foreign_format` looks up.
+_FORMATS = {
+    ".onnx": "an ONNX model",
+    ".ort": "an ONNX Runtime model",
+    ".nemo": "a NeMo archive",
+    ".tflite": "a TensorFlow Lite model",
+    ".rknn": "an RKNN model",
+    ".mnn": "an MNN model",
+    ".engine": "a TensorRT engine",
+    ".mlmodel": "a Core ML model",
+    ".param": "an ncnn model",
+}
+_BEGINNINGS = {b"GGUF": "a GGUF file", b"version https://git-lfs": "a Git LFS pointer, and not the file it stands for"}
+
+
+def foreign_format(path: str | Path) -> str | None:
+    """What a file is that holds no plain tensors to be loaded: "a TorchScript model", ...; None if it is none of these.
+
+    Nothing of the file is executed.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".bin" and path.with_suffix(".param").is_file():
+        suffix = ".param"  # ncnn's weights beside their graph
+    if suffix in _FORMATS:
+        return _FORMATS[suffix]
+    with open(path, "rb") as file:
+        beginning = file.read(64)
+    for start, name in _BEGINNINGS.items():
+        if beginning.startswith(start):
+            return name
+    if beginning[:1] == b"\x08" and any(producer in beginning for producer in (b"pytorch", b"onnx")):
+        return "an ONNX model"  # whose first fields are its version and its producer
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] or name for name in archive.namelist()}
+    except zipfile.BadZipFile:
+        return None
+    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
+        return "a TorchScript model (torch.jit.save)"
+    if any(name.startswith("models/") or "exported_program" in name for name in names):
+        return "a program exported by torch.export"
+    return None
 
 
 def file_hash(path: str | Path) -> str:

@@ -13,6 +13,14 @@ SENTENCES = [" one two three", " three two", " uno dos tres", " tres uno", " two
 
 def pytest_configure(config):
     config.addinivalue_line("markers", 'slow: takes more than half a minute; tools/test.sh -m "not slow" leaves it out')
+    config.addinivalue_line("markers", "cuda: needs a GPU; tools/check_gpu.sh runs these")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="PyTorch sees no GPU"))
 
 
 @pytest.fixture(scope="session", autouse=True)

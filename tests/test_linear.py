@@ -61,13 +61,15 @@ def test_a_build_without_onednn_is_no_error(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("at_once", [50, 10**6])
-def test_cross_entropy_in_chunks(dtype, at_once, monkeypatch, onednn):
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_cross_entropy_in_chunks(dtype, at_once, cap, monkeypatch, onednn):
     monkeypatch.setattr(linear, "_LOGITS_AT_ONCE", at_once)
     monkeypatch.setattr(linear, "_ROWS_AT_ONCE", 4)
     hidden, weight = torch.randn(23, 8).to(dtype).requires_grad_(), torch.randn(11, 8).to(dtype).requires_grad_()
     targets = torch.randint(0, 11, (23,))
-    loss, correct = linear_cross_entropy(hidden, weight, targets)
+    loss, correct = linear_cross_entropy(hidden, weight, targets, cap)
     logits = F.linear(hidden, weight).float()
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
     expected = F.cross_entropy(logits, targets, reduction="sum")
     torch.testing.assert_close(loss, expected)
     assert correct == (logits.argmax(-1) == targets).sum()

@@ -38,7 +38,7 @@ from pathlib import Path
 
 import torch
 from bench_rwkv import WEIGHTS, prepare
-from bench_train import TTA_M10, count_flops, product_rate
+from bench_train import TTA_M10, count_flops
 from bench_wkv import (
     Failure,
     add_common_options,
@@ -50,6 +50,7 @@ from bench_wkv import (
     number,
     print_profile,
     print_table,
+    product_rate,
     ratio,
     seconds,
 )

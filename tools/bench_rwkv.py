@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Speed of RWKV-7 on the CPU in training, decoding and prefill, beside what other packages offer.
+"""Speed of RWKV-7: on the CPU beside what other packages offer; on a GPU that of the published sizes.
 
     tools/bench_rwkv.py                                      # 12 layers x 768, V=65536: about 15 minutes, 20 GB
     tools/bench_rwkv.py --layers 2 --width 128 --vocab 500   # seconds
     tools/bench_rwkv.py --only decode --skip rwkv7-hf
     tools/bench.sh                                           # with the other packages installed, and bench_wkv.py too
+    tools/bench_rwkv.py --device cuda                        # sizes of the published models
+    tools/bench_rwkv.py --device cuda --sizes 0.1b 24x1024
 
 All have the same float32 weights, officially initialised but for the matrices that start at zero, which get small
 random values, so that every path counts. Each row has a process to itself; times are the median over the
@@ -18,6 +20,12 @@ by speechllm.linear.product.
 decode: tokens per second over all rows, each row reading its own best token next. prefill: from a prompt to the logits
 of its last position. The error is that of the logits of random text, the norm of the difference from `speechllm`
 over the norm of those; `same best` is how often the best token is the same.
+
+With --sizes, which a GPU always has, only speechllm is measured, each size in a process to itself, with random weights
+made on the device. train: as above, under bf16 autocast on a GPU; TFLOP/s counts 6 for each weight of a matrix and
+position. decode: weights in bfloat16 on a GPU, each row reading its own best token next; `graphed` replays each step as
+one CUDA graph (`GraphedStep`, which on the CPU is the plain step), and its error is how far its logits are from those
+of the plain step. Memory is the highest, weights included.
 """
 
 from __future__ import annotations
@@ -26,6 +34,7 @@ import argparse
 import contextlib
 import functools
 import os
+import statistics
 import sys
 import tempfile
 from collections import Counter
@@ -36,13 +45,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from bench_wkv import (
+    PUBLISHED,
+    VOCABULARY,
     Failure,
     add_common_options,
+    add_rows_option,
+    append_row,
+    check_device,
     exit_status,
     in_own_process,
     machine,
     median_and_least,
     memory_of,
+    number,
     print_profile,
     print_table,
     ratio,
@@ -52,7 +67,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from speechllm.linear import pack_for_inference, product
-from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7
+from speechllm.rwkv7 import RWKV7, RWKV7Config, RWKV7State, load_rwkv7
+from speechllm.rwkv7.graph import GraphedStep
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.rwkv7.plain import PlainRWKV7
@@ -355,24 +371,175 @@ def bench_inference(
     return list(results.values())
 
 
+# ---- Sizes, on the device -------------------------------------------------------------------------------------
+
+
+def size_option(text: str) -> tuple[int, int]:
+    """A published size, or LAYERSxWIDTH."""
+    if text in PUBLISHED:
+        return PUBLISHED[text]
+    layers, _, width = text.partition("x")
+    if not (layers.isdigit() and width.isdigit() and int(layers) > 0 and int(width) > 0 and int(width) % 64 == 0):
+        raise argparse.ArgumentTypeError(
+            f"{text}: neither of {', '.join(PUBLISHED)} nor LAYERSxWIDTH, a width being a multiple of 64"
+        )
+    return int(layers), int(width)
+
+
+@torch.no_grad()
+def random_model(config: RWKV7Config, dtype: torch.dtype, device: str) -> RWKV7:
+    """Made where it is used, in a moment: the official initialisation takes minutes for billions of weights."""
+    with torch.device("meta"):
+        model = RWKV7(config).to(dtype)
+    model.to_empty(device=device)
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.normal_(std=0.02)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            module.reset_parameters()
+    return model
+
+
+def measure_size_training(config: RWKV7Config, args: argparse.Namespace) -> dict[str, float]:
+    model = random_model(config, torch.float32, args.device).train()
+    ids, labels = random_ids(2 * args.batch, args.length, config).to(args.device).chunk(2)
+    losses = []
+
+    def step() -> None:
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+            loss = model.loss(labels, input_ids=ids)[0].loss
+        loss.backward()
+        losses.append(loss.item())
+
+    def clear() -> None:
+        model.zero_grad(set_to_none=True)
+
+    _, memory = memory_of(step, args.device)
+    if not torch.isfinite(torch.tensor(losses)).all():
+        raise RuntimeError(f"the loss is {losses[-1]}: that was no training step")
+    times = seconds(step, args.repeat, args.device, before=clear)
+    time, positions = statistics.median(times), ids.numel()
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name != "emb.weight")
+    return {
+        "parameters, M": sum(p.numel() for p in model.parameters()) / 1e6,
+        "tokens/s": positions / time,
+        "step, ms": 1e3 * time,
+        "TFLOP/s": 6 * weights * positions / time / 1e12,
+        "memory, GB": memory / 1e9,
+    }
+
+
+@torch.no_grad()
+def measure_size_decoding(model: RWKV7, rows: int, args: argparse.Namespace) -> dict[str, float]:
+    """Steps as they are, and graphed."""
+    ids, start = torch.zeros(rows, dtype=torch.long, device=args.device), model.initial_state(rows)
+
+    def plain(ids: Tensor, state: RWKV7State) -> tuple[Tensor, RWKV7State]:
+        return model.step(ids, state, overwrite=state is not start)
+
+    def decode(step: Callable) -> Tensor:
+        """The logits of the last step."""
+        logits, state = step(ids, start)
+        for _ in range(args.tokens - 1):
+            logits, state = step(logits.argmax(-1), state)
+        return logits
+
+    def speed(step: Callable) -> float:
+        return rows * args.tokens / statistics.median(seconds(lambda: decode(step), args.repeat, args.device))
+
+    _, memory = memory_of(lambda: decode(plain), args.device)
+    graphed = GraphedStep(model, rows)
+    expected = decode(plain)
+    error = (decode(graphed) - expected).norm() / expected.norm()
+    return {
+        "tokens/s": speed(plain),
+        "graphed, tokens/s": speed(graphed),
+        "error of graphed": error.item(),
+        "memory, GB": memory / 1e9,
+    }
+
+
+def measure_size(title: str, config: RWKV7Config, args: argparse.Namespace) -> list[dict[str, float] | Failure]:
+    """Training, then decoding at each batch size; each row is written to ``--rows`` as it is known."""
+
+    def attempt(case: str, measure: Callable, *arguments) -> dict[str, float] | Failure:
+        print(f"... {title} {case}", file=sys.stderr, flush=True)
+        try:
+            result = measure(*arguments, args)
+        except (RuntimeError, ValueError) as e:  # memory that runs out, too
+            result = Failure(f"failed ({type(e).__name__}: {str(e).splitlines()[0]:.100})")
+        append_row(args.rows, f"{title}, {case}", result)
+        return result
+
+    results = []
+    if args.only in (None, "train"):
+        results.append(attempt("train", measure_size_training, config))
+    if args.only in (None, "decode"):
+        dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+        model = random_model(config, dtype, args.device).eval()
+        results += [attempt(f"decode at batch {n}", measure_size_decoding, model, n) for n in args.batches]
+    return results
+
+
+def bench_sizes(sizes: list[tuple[int, int]], args: argparse.Namespace) -> list[object]:
+    names = {size: name for name, size in PUBLISHED.items()}
+    cases = ["train"] * (args.only != "decode") + [f"decode at batch {n}" for n in args.batches] * (
+        args.only != "train"
+    )
+    rows, results = [], []
+    for layers, width in sizes:
+        title = names.get((layers, width), f"{layers}x{width}")
+        config = RWKV7Config(layers, width, args.vocab)
+        found = in_own_process(measure_size, title, config, args, threads=args.threads)
+        if isinstance(found, Failure):  # the process was killed
+            append_row(args.rows, title, found)
+            found = [found] * len(cases)
+        results += found
+        rows += [(title, case, result) for case, result in zip(cases, found, strict=True)]
+    columns = list(dict.fromkeys(name for *_, result in rows if isinstance(result, dict) for name in result)) or [""]
+    table = []
+    for title, case, result in rows:
+        if isinstance(result, Failure):
+            table.append([title, case, result.reason, *[""] * (len(columns) - 1)])
+        else:
+            table.append([title, case, *(number(result[name]) if name in result else "" for name in columns)])
+    print_table(["", "", *columns], table)
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["train", "decode", "prefill"], help="one of the three tables")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument("--sizes", type=size_option, nargs="+", metavar="SIZE",
+                        help=f"of {', '.join(PUBLISHED)}, or LAYERSxWIDTH (default on a GPU: all of them)")  # fmt: skip
     parser.add_argument("--layers", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--width", type=int, default=768, help="D (default: %(default)s)")
-    parser.add_argument("--vocab", type=int, default=65536, help="V (default: %(default)s)")
+    parser.add_argument("--vocab", type=int, default=VOCABULARY, help="V (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="rows B in training (default: %(default)s)")
     parser.add_argument("--length", type=int, default=512, help="positions T in training (default: %(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N",
                         help="rows in decoding (default: 1 8 32)")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=32, help="to decode for each row (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=512, help="positions of prefill (default: %(default)s)")
+    add_rows_option(parser)
     add_common_options(parser, list(dict.fromkeys([*TRAINING, *FLOORS, *INFERENCE])), repeat=3)
     args = parser.parse_args()
-    config = RWKV7Config(args.layers, args.width, args.vocab)
+    check_device(parser, args.device)
+    sizes = args.sizes or (list(PUBLISHED.values()) if args.device == "cuda" else None)
+    if sizes and (args.only == "prefill" or args.skip or args.profile):
+        parser.error("--only prefill, --skip and --profile are of the comparison on the CPU, without --sizes")
+    if args.rows and not sizes:
+        parser.error("--rows needs --sizes")
 
-    print(f"RWKV-7, {args.layers} layers x {args.width}, V={args.vocab}, float32 on the CPU\n")
-    print(machine(["speechllm", "rwkv", "rwkv7-hf", "transformers"], "cpu", args.threads) + "\n", flush=True)
+    config = RWKV7Config(args.layers, args.width, args.vocab)
+    about = f"{len(sizes)} sizes" if sizes else f"{args.layers} layers x {args.width}"
+    print(f"RWKV-7, {about}, V={args.vocab}, on {args.device}\n")
+    packages = ["speechllm", "fla-core", "rwkv", "rwkv7-hf", "transformers"]
+    print(machine(packages, args.device, args.threads) + "\n", flush=True)
+    if sizes:
+        return exit_status(bench_sizes(sizes, args))
     results = []
     with tempfile.TemporaryDirectory(prefix="bench-rwkv-") as tmp:
         folder = Path(tmp)

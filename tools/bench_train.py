@@ -38,7 +38,6 @@ is in the backward passes.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import statistics
@@ -55,7 +54,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 from bench_wkv import (
+    PUBLISHED,
+    VOCABULARY,
     Failure,
+    add_rows_option,
+    append_row,
+    check_device,
     exit_status,
     in_own_process,
     machine,
@@ -64,7 +68,7 @@ from bench_wkv import (
     number,
     print_profile,
     print_table,
-    seconds,
+    product_rate,
 )
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,7 +78,7 @@ from speechllm.data import Batch, DataConfig, build_train_loader
 from speechllm.data.features import SAMPLE_RATE
 from speechllm.encoder import ZipformerConfig, init_from_data
 from speechllm.encoder.pretrained import FULLY_TRAINED
-from speechllm.linear import has_onednn, product
+from speechllm.linear import has_onednn
 from speechllm.llm.adapters import TuneConfig, tune
 from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, SpeechLLM
 from speechllm.optim.optimizer import OptimConfig, build_optimizer
@@ -92,8 +96,6 @@ TTA_M10 = ZipformerConfig(  # the shapes of AudenAI/auden-encoder-tta-m10
     encoder_dim=[192, 256, 512, 768, 512, 256],
     feedforward_dim=[576, 768, 1536, 2304, 1536, 768],
 )
-PUBLISHED = {"0.1b": (12, 768), "0.4b": (24, 1024), "1.5b": (24, 2048), "2.9b": (32, 2560)}  # layers, width
-VOCABULARY = 65536
 SIZES = ("digits", *PUBLISHED)
 
 WAYS = ("projector", "lora", "miss", "all", "all-checkpointed")
@@ -361,13 +363,19 @@ def count_flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-@torch.no_grad()
-def product_rate(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of a square product, by the faster of torch.mm and the language model's own product."""
-    n = 8192 if device == "cuda" else 2048
-    x, y = torch.randn(2, n, n, device=device).to(dtype)
-    ways = (functools.partial(multiply, x, y) for multiply in (torch.mm, product))
-    return 2 * n**3 / min(statistics.median(seconds(way, 5, device)) for way in ways)
+def figures(result: Result) -> dict[str, float]:
+    """A row of the first table."""
+    total = sum(result.times)
+    rate = result.flops / total
+    return {
+        "trained, M": result.trained / 1e6,
+        "step, ms": 1e3 * statistics.median(result.times),
+        "audio s/s": result.audio_seconds / total,
+        "positions/s": result.positions / total,
+        "memory, GB": result.memory / 1e9,
+        "GFLOP/s": rate / 1e9,
+        "share of a product, %": 100 * rate / result.product_rate,
+    }
 
 
 def print_results(cases: list[Case], results: list[Result | Failure]) -> None:
@@ -378,19 +386,18 @@ def print_results(cases: list[Case], results: list[Result | Failure]) -> None:
         if isinstance(result, Failure):
             speed.append([*name, result.reason, *[""] * 6])
             continue
-        total = sum(result.times)
-        rate = result.flops / total
+        row = figures(result)
         speed.append([
             *name,
-            f"{result.trained / 1e6:.2f}",
+            f"{row['trained, M']:.2f}",
             median_and_least(result.times, 1e3),
-            number(result.audio_seconds / total),
-            number(result.positions / total),
-            f"{result.memory / 1e9:.2f}",
-            number(rate / 1e9),
-            f"{100 * rate / result.product_rate:.0f} % of {number(result.product_rate / 1e9)}",
+            number(row["audio s/s"]),
+            number(row["positions/s"]),
+            f"{row['memory, GB']:.2f}",
+            number(row["GFLOP/s"]),
+            f"{row['share of a product, %']:.0f} % of {number(result.product_rate / 1e9)}",
         ])  # fmt: skip
-        mean = total / len(result.times)
+        mean = sum(result.times) / len(result.times)
         by_part.append([
             *name,
             *(f"{number(1e3 * t)} ({100 * t / mean:.0f} %)" for t in result.parts.values()),
@@ -418,14 +425,14 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: fp32 on the CPU, else bf16")
     parser.add_argument("--profile", action="store_true", help="also print where the time of each row goes")
+    add_rows_option(parser)
     args = parser.parse_args()
     on_cpu = args.device == "cpu"
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
     if args.batch_seconds is not None and args.batch_seconds < 1:
         parser.error(f"--batch-seconds must be at least 1, got {args.batch_seconds:g}")
-    if not on_cpu and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU")
+    check_device(parser, args.device)
     if on_cpu and args.precision == "fp16":
         parser.error("--precision fp16 needs --device cuda; on the CPU there are fp32 and bf16")
     sizes = args.sizes or (("digits", "0.1b") if on_cpu else SIZES)
@@ -450,7 +457,10 @@ def main() -> int:
         for i, case in enumerate(cases):
             print(f"... {case.name} {case.way}", file=sys.stderr, flush=True)
             arguments = (case, Path(tmp) / str(i), args.steps, args.device, precision, args.profile, start_method)
-            results.append(in_own_process(measure, *arguments, threads=args.threads))
+            result = in_own_process(measure, *arguments, threads=args.threads)
+            results.append(result)
+            row = result if isinstance(result, Failure) else figures(result)
+            append_row(args.rows, f"{case.name}, {case.way}", row)
     print_results(cases, results)
     return exit_status(results)
 

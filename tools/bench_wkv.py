@@ -11,6 +11,11 @@ Each implementation has a process to itself. Times are the median over the repet
 process held before (on Linux). Ratios are to the first row. Errors are the norm of the difference from the plain
 recurrence in float64 over the norm of that, for gradients the worst of the seven inputs, all the worst over typical,
 fast and slow decays and repeated keys.
+
+GFLOP/s and GB/s are those of forward and backward together, of the recurrence as it is written, however it is computed:
+its four products of V x K for each position and head, and twice that backward; each input read once and each output
+written once, and the inputs read again for the gradients. The line above the table has what the machine does in a copy
+(bytes read and written) and in a square matrix product.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import argparse
 import ctypes
 import functools
 import gc
+import json
 import math
 import os
 import statistics
@@ -26,7 +32,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -38,9 +44,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from speechllm.linear import product
 from speechllm.rwkv7 import wkv7
 
-# ---- What both benches share ----------------------------------------------------------------------------------
+# ---- What the benches share -----------------------------------------------------------------------------------
+
+PUBLISHED = {"0.1b": (12, 768), "0.4b": (24, 1024), "1.5b": (24, 2048), "2.9b": (32, 2560)}  # RWKV-7: layers, width
+VOCABULARY = 65536
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,7 @@ def _resident(field: str) -> int:
 
 def number(x: float) -> str:
     """Three digits, or all before the point."""
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
 def median_and_least(values: list[float], factor: float = 1.0) -> str:
@@ -156,6 +166,61 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     print(flush=True)
 
 
+@torch.no_grad()
+def product_rate(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of a square product, by the faster of torch.mm and the language model's own product."""
+    n = 8192 if device == "cuda" else 2048
+    x, y = torch.randn(2, n, n, device=device).to(dtype)
+    ways = (functools.partial(multiply, x, y) for multiply in (torch.mm, product))
+    return 2 * n**3 / min(statistics.median(seconds(way, 5, device)) for way in ways)
+
+
+@torch.no_grad()
+def copy_rate(device: str) -> float:
+    """Bytes/s, read and written, of copying a tensor much larger than any cache."""
+    source = torch.zeros(2**30 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / statistics.median(seconds(lambda: target.copy_(source), 5, device))
+
+
+def machine_rates(device: str) -> dict[str, float]:
+    """What the machine does at best, to hold achieved rates against."""
+    dtypes = (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
+    rates = {"copy, GB/s": copy_rate(device) / 1e9}
+    for dtype in dtypes:
+        rates[f"{str(dtype).removeprefix('torch.')} product, GFLOP/s"] = product_rate(dtype, device) / 1e9
+    return rates
+
+
+def append_row(path: Path | None, case: str, figures: Mapping[str, float | str] | Failure) -> None:
+    """Writes a row to the file of ``--rows`` as soon as it is known: a run that is cut keeps what it has."""
+    if path is None:
+        return
+    row: dict[str, object] = {"case": case}
+    if isinstance(figures, Failure):
+        row |= {"status": "skipped" if figures.not_installed else "failed", "error": figures.reason}
+    else:
+        row |= {"status": "ok", "figures": dict(figures)}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def figures_text(figures: Mapping[str, float | str]) -> str:
+    """`copy, GB/s: 31.4; ...`"""
+    return "; ".join(f"{name}: {x if isinstance(x, str) else number(x)}" for name, x in figures.items())
+
+
+def add_rows_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=Path, metavar="FILE",
+                        help="also append each row to this file, as a line of JSON, once it is known")  # fmt: skip
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Ends the program if there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU")
+
+
 def add_common_options(parser: argparse.ArgumentParser, names: list[str], repeat: int) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=repeat, help="repetitions after a warm-up (default: %(default)s)")
@@ -191,6 +256,15 @@ def fla_triton(r, w, k, v, a, b, state):
     return out, state.mT
 
 
+def fla_bounded(r, w, k, v, a, b, state):
+    """The same kernels, told how strong a decay of RWKV-7 can be: longer chunks, by tensor cores."""
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    initial = {"initial_state": state.mT.contiguous(), "output_final_state": True}
+    out, state = chunk_rwkv7(r, w, k, v, a, b, **initial, lower_bound=-math.exp(-0.5))
+    return out, state.mT
+
+
 def rwkv7_hf(r, w, k, v, a, b, state):
     from rwkv7_hf.ops_rwkv7 import rwkv7_recurrent
 
@@ -204,9 +278,10 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "fla-pytorch": fla_pytorch,
     "rwkv7-hf": rwkv7_hf,
     "fla-triton": fla_triton,
+    "fla-bounded": fla_bounded,
 }
-ONLY_CUDA = {"fla-triton"}
-BFLOAT16 = {"speechllm", "fla-triton"}
+ONLY_CUDA = {"fla-triton", "fla-bounded"}
+BFLOAT16 = {"speechllm", "fla-triton", "fla-bounded"}
 
 # Mean and deviation of what goes through the sigmoid of the decay.
 DECAYS = {"typical": (-2.0, 2.0), "fast": (20.0, 0.0), "slow": (-9.0, 0.0), "repeated keys": (-6.0, 0.0)}
@@ -282,6 +357,28 @@ def measure(name: str, dtype: torch.dtype, args: argparse.Namespace) -> Result:
     )
 
 
+def work(dtype: torch.dtype, args: argparse.Namespace) -> tuple[float, float]:
+    """FLOPs and bytes of forward and backward together."""
+    positions, D = args.batch * args.length * args.heads, args.head_size
+    states = 4 * 4 * args.batch * args.heads * D * D  # float32: the first, the last and their gradients
+    # r, w, k, v, a, b and out; then these six and the gradient of out, and six gradients
+    return 3 * 4 * 2 * positions * D * D, (7 + 7 + 6) * positions * D * dtype.itemsize + states
+
+
+def figures(result: Result, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, float]:
+    """A row of the table."""
+    flops, size = work(dtype, args)
+    both = statistics.median(result.both)
+    return {
+        "forward, ms": 1e3 * statistics.median(result.forward),
+        "forward + backward, ms": 1e3 * both,
+        "GFLOP/s": flops / both / 1e9,
+        "GB/s": size / both / 1e9,
+        "memory, MB": result.memory / 1e6,
+        **dict(zip(("error of outputs", "of the state", "of gradients"), result.errors, strict=True)),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4, help="rows B (default: %(default)s)")
@@ -289,8 +386,10 @@ def main() -> int:
     parser.add_argument("--heads", type=int, default=12, help="H (default: %(default)s)")
     parser.add_argument("--head-size", type=int, default=64, help="D (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    add_rows_option(parser)
     add_common_options(parser, list(IMPLEMENTATIONS), repeat=10)
     args = parser.parse_args()
+    check_device(parser, args.device)
 
     cases = [(name, torch.float32) for name in IMPLEMENTATIONS if args.device == "cuda" or name not in ONLY_CUDA]
     if args.device == "cuda":
@@ -299,14 +398,20 @@ def main() -> int:
     print(f"wkv7, B={args.batch} T={args.length} H={args.heads} D={args.head_size}, {args.device}\n")
     print(machine(["speechllm", "fla-core", "rwkv7-hf"], args.device, args.threads) + "\n", flush=True)
 
-    rows, first, results = [], None, []
+    rates = in_own_process(machine_rates, args.device, threads=args.threads)
+    append_row(args.rows, "the machine", rates)
+    print((rates.reason if isinstance(rates, Failure) else figures_text(rates)) + "\n", flush=True)
+
+    rows, first, results = [], None, [rates]
     for name, dtype in cases:
         label = f"{name} {str(dtype).removeprefix('torch.')}"
         print(f"... {label}", file=sys.stderr, flush=True)
         result = in_own_process(measure, name, dtype, args, threads=args.threads)
         results.append(result)
+        row = result if isinstance(result, Failure) else figures(result, dtype, args)
+        append_row(args.rows, label, row)
         if isinstance(result, Failure):
-            rows.append([label, result.reason, *[""] * 7])
+            rows.append([label, result.reason, *[""] * 9])
             continue
         first = first or result
         rows.append([
@@ -315,11 +420,13 @@ def main() -> int:
             ratio(result.forward, first.forward),
             median_and_least(result.both, 1e3),
             ratio(result.both, first.both),
+            number(row["GFLOP/s"]),
+            number(row["GB/s"]),
             f"{result.memory / 1e6:.0f}",
             *(f"{error:.1e}" for error in result.errors),
         ])  # fmt: skip
     print_table(
-        ["", "forward, ms", "ratio", "forward + backward, ms", "ratio", "memory, MB",
+        ["", "forward, ms", "ratio", "forward + backward, ms", "ratio", "GFLOP/s", "GB/s", "memory, MB",
          "error of outputs", "of the state", "of gradients"],
         rows,
     )  # fmt: skip

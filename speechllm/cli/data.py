@@ -93,7 +93,7 @@ def add_data(commands: argparse._SubParsersAction) -> None:
 def run_data_check(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from speechllm.data.check import CheckOptions, ExperimentData, check_manifests
+    from speechllm.data.check import CheckOptions, check_manifests, sets_of, sounds_of
     from speechllm.errors import UserError
     from speechllm.text.tokenizer import load_tokenizer
 
@@ -102,11 +102,20 @@ def run_data_check(args: argparse.Namespace) -> int:
     sources, sounds, tokenizer = command_line_sources(args, args.manifests), [], args.tokenizer
     options = CheckOptions(audio=args.audio, sounds=args.sounds, jobs=args.jobs)
     if args.config:
-        experiment = ExperimentData.load(args.config, args.overrides)
+        from speechllm.train.config import load_experiment
+
+        experiment = load_experiment(args.config, args.overrides)
         data = experiment.data
-        sources, sounds = experiment.sources(), experiment.sounds()
-        options = replace(options, text_steps=data.text, min_seconds=data.min_seconds, max_seconds=data.max_seconds)
-        tokenizer = tokenizer or experiment.model.get("tokenizer")
+        sources, sounds = sets_of(data), sounds_of(data)
+        options = replace(
+            options,
+            text_steps=data.text,
+            min_seconds=data.min_seconds,
+            max_seconds=data.max_seconds,
+            duration_tolerance=data.duration_tolerance,
+            min_frames=experiment.model.min_frames,
+        )
+        tokenizer = tokenizer or experiment.model.tokenizer
     if tokenizer:
         options = replace(options, tokenizer=load_tokenizer(tokenizer))
     given = {name: getattr(args, name) for name in ("min_seconds", "max_seconds") if getattr(args, name) is not None}
@@ -140,15 +149,15 @@ def run_data_convert(args: argparse.Namespace) -> int:
 
 
 def run_data_preview(args: argparse.Namespace) -> int:
-    from speechllm.data.check import ExperimentData
-    from speechllm.data.preview import DEFAULT_AUGMENT, write_previews
+    from speechllm.config import load_config
+    from speechllm.data.preview import DEFAULT_AUGMENT, PreviewConfig, write_previews
     from speechllm.errors import UserError
     from speechllm.log import setup_logging
 
     setup_logging()
     sources, augment, text_steps, seed = command_line_sources(args, args.manifests), DEFAULT_AUGMENT, [], 42
     if args.config:
-        experiment = ExperimentData.load(args.config, args.overrides)
+        experiment = load_config(PreviewConfig, args.config, args.overrides)
         sources = sources or experiment.data.train
         augment, text_steps, seed = experiment.data.augment, experiment.data.text, experiment.train.get("seed", seed)
     if not sources:

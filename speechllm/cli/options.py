@@ -33,6 +33,12 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-lang", help="language that they are translated into")
     parser.add_argument("--task", choices=("asr", "ast"), help="their task: transcription or translation")
     parser.add_argument("--channel", type=int, help="the one to take of several (default: their mean)")
+    parser.add_argument(
+        "--text-field",
+        metavar="FIELD",
+        help="where the text is, such as custom.texts.0 in Libriheavy (default: text)",
+    )
+    parser.add_argument("--lang-field", metavar="FIELD", help="where the language of the speech is (default: lang)")
 
 
 def command_line_sources(args: argparse.Namespace, manifests: list[str]) -> list[SourceConfig]:
@@ -40,10 +46,27 @@ def command_line_sources(args: argparse.Namespace, manifests: list[str]) -> list
     from speechllm.errors import UserError
 
     try:
-        names = ("kind", "tar_path", "lang", "target_lang", "task", "channel")
+        names = ("kind", "tar_path", "lang", "target_lang", "task", "channel", "text_field", "lang_field")
         return [SourceConfig(path, **{name: getattr(args, name) for name in names}) for path in manifests]
     except ValueError as e:
         raise UserError(str(e)) from e
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        help="where to compute: cuda, cuda:1, cpu, ... (default: the first GPU, or the CPU if there is none)",
+    )
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--dtype`, as `speechllm.model.build.prepare_for_inference` takes it."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="precision of the language model's weights and of the encoder's matrix products (default: bfloat16 on a "
+        "GPU, or float16 on one without bfloat16; float32 on the CPU)",
+    )
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:

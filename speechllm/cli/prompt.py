@@ -40,10 +40,10 @@ def add_prompt(commands: argparse._SubParsersAction) -> None:
 
 def run_prompt_show(args: argparse.Namespace) -> int:
     from speechllm.cli.prompt_show import MadeUp, show_prompts
-    from speechllm.config import from_dict, override
-    from speechllm.data.check import ExperimentData
     from speechllm.errors import UserError
-    from speechllm.model.speech_llm import ModelConfig, SpeechLLM
+    from speechllm.model.speech_llm import SpeechLLM
+    from speechllm.train.config import load_experiment
+    from speechllm.train.stages import stages_of
 
     if not (args.config or args.model):
         raise UserError("prompt show: give a configuration with --config, or a trained model with --model")
@@ -51,18 +51,14 @@ def run_prompt_show(args: argparse.Namespace) -> int:
         raise UserError("prompt show: --stage is of a configuration: give --config")
     sources, text_steps, seed = command_line_sources(args, args.manifests), [], 42
     if args.config:
-        experiment = ExperimentData.load(args.config, args.overrides)
+        experiment = load_experiment(args.config, args.overrides)
         if args.stage:
             if args.stage not in experiment.stages:
                 raise UserError(f"--stage: {args.stage} is none of {', '.join(experiment.stages) or 'those there are'}")
-            changes = experiment.stages[args.stage]
-            experiment = override(experiment, changes, source=f"{args.config}: stages.{args.stage}")
+            experiment = stages_of(str(args.config), experiment, args.overrides)[args.stage]
         sources = sources or experiment.data.train
-        text_steps, seed = experiment.data.text, experiment.train.get("seed", seed)
-    if args.model:
-        model = SpeechLLM.from_pretrained(args.model)
-    else:
-        model = SpeechLLM.from_config(from_dict(ModelConfig, experiment.model, source=f"{args.config}: model"))
+        text_steps, seed = experiment.data.text, experiment.train.seed
+    model = SpeechLLM.from_pretrained(args.model) if args.model else SpeechLLM.from_config(experiment.model)
     if args.language or not sources:
         sources = MadeUp(args.text, args.language, args.target_language, prompt_context(args))
     for text in show_prompts(model, sources, count=args.n, seed=seed, text_steps=text_steps):

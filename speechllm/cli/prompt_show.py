@@ -75,7 +75,7 @@ def _utterances(
     """Name, utterance and label."""
     template = model.label_template
     if isinstance(data, MadeUp):
-        text = normalize_text(data.text, text_steps)
+        text = normalize_text(data.text, text_steps, data.target_language or data.language)
         yield "made up", data, template.fill(text, data.language, data.target_language)
         return
     for cut in islice(chain.from_iterable(map(read_manifest, data)), count):

@@ -54,7 +54,11 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "--hotwords", metavar="FILE", help="phrases to prefer, one a line, perhaps with a tab and a boost"
     )
     others.add_argument("--ngram", metavar="FILE", help="n-gram language model, ARPA or binary, read by kenlm")
-    others.add_argument("--initial-state", metavar="FILE", help="state of the language model that prompts go on from")
+    others.add_argument(
+        "--initial-state",
+        metavar="FILE",
+        help="state of RWKV-7 that prompts go on from: of `speechllm state`, or tuned here or by RWKV-PEFT (.pth)",
+    )
 
 
 def search_options(args: argparse.Namespace) -> RecogniseOptions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from speechllm.cli.options import add_prompt_options, prompt_context
+from speechllm.cli.options import add_device_option, add_dtype_option, add_prompt_options, prompt_context
 from speechllm.cli.search_options import add_search_options, search_options
 
 _FORMATS = ("txt", "json", "srt", "ctm", "tsv")
@@ -67,6 +67,8 @@ def add_transcribe(commands: argparse._SubParsersAction) -> None:
         help="on the CPU, how the language model's matrices are kept: float32 is exact, bfloat16 faster on processors "
         "that have its instructions, int8 smaller (default: %(default)s)",
     )
+    add_device_option(transcribe)
+    add_dtype_option(transcribe)
     add_search_options(transcribe)
     transcribe.set_defaults(run=run_transcribe)
 
@@ -80,9 +82,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
     """
     from dataclasses import replace
 
-    import torch
-
-    from speechllm.model.build import load_model, pack_model
+    from speechllm.model.build import load_model, prepare_for_inference, usable_device
     from speechllm.transcribe.inputs import Inputs
     from speechllm.transcribe.output import Output, transcribe_all
     from speechllm.transcribe.segments import SegmentOptions
@@ -93,10 +93,9 @@ def run_transcribe(args: argparse.Namespace) -> int:
     output = Output(args.format, args.output, args.overwrite)
     output.check(args.inputs)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(args.model).to(device)
-    if device == "cpu" or args.llm_weights != "float32":
-        pack_model(model, args.llm_weights)
+    device = usable_device(args.device)
+    model = load_model(args.model)
+    prepare_for_inference(model, device, args.dtype, args.llm_weights)
     timestamps = args.format in _FORMATS_WITH_WORD_TIMES and model.ctc_head is not None
     recognise = model.recogniser(replace(how, timestamps=timestamps))
     return transcribe_all(inputs, recognise, options, output, model.feature_kind)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from speechllm.cli.options import add_device_option
+
 
 def add_tune(commands: argparse._SubParsersAction) -> None:
     tune = commands.add_parser(
@@ -43,6 +45,7 @@ def add_tune(commands: argparse._SubParsersAction) -> None:
     tune.add_argument("--valid-every-n", type=int, default=200, help="steps between validations, each of which saves")
     tune.add_argument("--seed", type=int, default=42)
     tune.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    add_device_option(tune)
     tune.add_argument(
         "--checkpoint-blocks", action="store_true", help="compute activations again in the backward pass: less memory"
     )
@@ -54,9 +57,11 @@ def run_tune(args: argparse.Namespace) -> int:
     import torch
 
     from speechllm.errors import UserError
-    from speechllm.llm.adapters import TuneConfig, save_adapter, tune, tuning_table
+    from speechllm.llm.adapters import TuneConfig, save_adapter, tune
+    from speechllm.llm.precision import base_dtype
     from speechllm.log import setup_logging
-    from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7, save_rwkv7
+    from speechllm.model.build import usable_device
+    from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7, save_rwkv7, tuning_table
     from speechllm.text.tokenizer import load_tokenizer
     from speechllm.train.text_tuning import TextTuning, read_documents, tune_on_text
 
@@ -87,9 +92,11 @@ def run_tune(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer)
     documents, valid_documents = (read_documents(paths, tokenizer) for paths in (args.text, args.valid))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(args.device)
+    if config.quantize != "none" and torch.cuda.is_available() and device.type != "cuda":
+        raise UserError(f"--quantize {config.quantize} is done by the GPU where there is one: leave out --device")
     if args.new is None:
-        model = load_rwkv7(args.llm)
+        model = load_rwkv7(args.llm, base_dtype(None, not config.freezes_base, device.type == "cuda"))
     else:
         try:
             num_layers, width = map(int, args.new.split("x"))

@@ -1,90 +1,105 @@
 """What is stored of a cut, samples or features, or one clear reason why it cannot be used.
 
-The reasons: `no audio`, `missing file`, `unreadable audio`, `wrong duration`, `no such channel`, `non-finite samples`,
-`implausible samples`; of precomputed features `unreadable features` and `wrong features`.
+The reasons: `no audio`, `missing file`, `unreadable audio`, `wrong duration`, `damaged audio`, `no such channel`,
+`non-finite samples`, `implausible samples`; of precomputed features `unreadable features` and `wrong features`.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from lhotse import AudioSource, Recording, fastcopy
-from lhotse.audio.backend import info as audio_info
-from lhotse.audio.backend import read_audio
 from lhotse.augmentation import AudioTransform, Resample
-from lhotse.augmentation.torchaudio import get_or_create_resampler
 from lhotse.cut import Cut, MixedCut, MonoCut, MultiCut
 from lhotse.cut.data import DataCut
 from lhotse.utils import compute_num_samples, perturb_num_samples
 from torch import Tensor
 
+from speechllm.data.audio_file import AudioFile, AudioNote, UtteranceError, open_audio
+from speechllm.data.blocks import DURATION_TOLERANCE, mono_blocks, read_blocks
+from speechllm.data.commands import command_output
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, bins_of
 from speechllm.data.manifests.manifest import HEADER_UNREAD, IS_SEGMENT
+from speechllm.data.manifests.nemo import CHANNEL, CHANNEL_OF_SEVERAL
 from speechllm.data.manifests.tar import TAR, with_tar_data
+from speechllm.data.resample import resample
 
-# Manifests round durations, and compressed formats end a little later than they say.
-DURATION_TOLERANCE = 0.1
-# Floating-point files may go beyond full scale, 1; what is far beyond is no audio, or was scaled wrongly.
-_LOUDEST = 1000.0
-
-
-class UtteranceError(Exception):
-    """One utterance cannot be used. `reason` is one of a few words to count by, the message has the
-    details."""
-
-    def __init__(self, reason: str, details: str) -> None:
-        super().__init__(f"{reason}: {details}")
-        self.reason = reason
-
-    def __reduce__(self) -> tuple:
-        return UtteranceError, (self.reason, str(self).removeprefix(f"{self.reason}: "))
+# Stored features are made of the audio that a cut has, and may differ from it by a few frames.
+_FEATURE_TOLERANCE = 0.1
+# The names that lhotse's extractors give to fbank as Kaldi computes it.
+_FBANKS = ("kaldi-fbank", "kaldifeat-fbank", "fbank")
 
 
-def load_samples(cut: Cut, speed: float = 1.0) -> np.ndarray:
+def load_samples(
+    cut: Cut,
+    speed: float = 1.0,
+    tolerance: float = DURATION_TOLERANCE,
+    notes: list[AudioNote] | None = None,
+) -> np.ndarray:
     """Read a cut: the part of the file that it covers, and no more of it where the format allows.
 
     Args:
-        cut: from `read_manifest`; any sampling rate; channels are averaged, unless the cut's custom field `channel` has
-            the number of one.
+        cut: from `read_manifest`; any sampling rate; of several channels the mean, or those that speak (see
+            `speechllm.data.blocks`); of a file whose header is unread those of `chosen_channels`.
         speed: played so many times faster, pitch and all.
+        tolerance: seconds by which the audio may be shorter or longer than its manifest says.
+        notes: gets what is to be known of the audio: damage, channels that were chosen.
 
     Returns:
         (num_samples,) float32, 16 kHz, at least 25 ms.
 
     Raises:
         UtteranceError: the file is missing or unreadable, shorter or longer than its manifest says, does not have the
-            channel, or has samples that are not finite numbers; the message names the file.
+            channel, or has samples that are not finite numbers; it is damaged, so that it is not certain where a part
+            of it is. The message names the file.
     """
     name = _name_of(cut)
+    notes = [] if notes is None else notes
     try:
         cut = with_tar_data(cut)
         if not cut.has_recording:
             raise UtteranceError("no audio", f"{name}: the cut has no recording")
-        audio, channels, rate = _read_plain(cut, name) if _is_plain(cut) else _read_composed(cut)
+        if _is_plain(cut):
+            samples, rate = _read_mono(cut, name, tolerance, notes)
+        else:
+            audio, rate = _read_composed(cut)
+            samples = _joined(mono_blocks([audio], rate, name, notes=notes))
     except (UtteranceError, MemoryError):
         raise
     except Exception as error:  # each of lhotse's audio backends raises what it likes about a broken file
         raise UtteranceError("unreadable audio", f"{name}: {_first_line(error)}") from error
-    samples = _mono(audio, channels, (cut.custom or {}).get("channel"), name)
-    if not np.isfinite(samples).all():
-        bad = np.count_nonzero(~np.isfinite(samples))
-        raise UtteranceError("non-finite samples", f"{name}: {bad} of {len(samples)} samples")
-    if (loudest := np.abs(samples).max(initial=0.0)) > _LOUDEST:
-        raise UtteranceError("implausible samples", f"{name}: up to {loudest:.3g}, where 1 is full scale")
     # in this order: at odd sampling rates, the filter of a speed factor can have a gigabyte
-    samples = _change_speed(_resampled(samples, rate, SAMPLE_RATE), speed)
+    samples = _change_speed(resample(samples, rate, SAMPLE_RATE), speed)
     if len(samples) < 0.025 * SAMPLE_RATE:
         raise UtteranceError("wrong duration", f"{name}: {len(samples)} samples at 16 kHz are less than one frame")
     return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def cut_blocks(cut: Cut, notes: list[AudioNote] | None = None) -> Iterator[np.ndarray]:
+    """The audio of a cut as `speechllm.data.blocks.read_blocks` gives it, for transcription: all of a file, however
+    long its manifest says that it is, and what can be decoded of a damaged one. A cut that is not simply a part of a
+    file (in a tar shard, made by a command, of several files, with transforms) is one block.
+
+    Raises:
+        UtteranceError: as of `read_blocks` and `load_samples`.
+    """
+    name, is_unread = _name_of(cut), (cut.custom or {}).get(HEADER_UNREAD)
+    is_part_of_file = (
+        _is_plain(cut)
+        and TAR not in (cut.custom or {})
+        and cut.recording.sources[0].type == "file"
+        and not cut.recording.transforms
+    )
+    if not is_part_of_file:
+        yield load_samples(cut, notes=notes)
+        return
+    duration = None if is_unread and not cut.custom[IS_SEGMENT] else cut.duration
+    path = cut.recording.sources[0].source
+    yield from read_blocks(path, cut.start, duration, name=name, choose=_choice(cut, name), notes=notes)
 
 
 def load_precomputed(cut: Cut, kind: str) -> Tensor:
@@ -119,7 +134,7 @@ def load_precomputed(cut: Cut, kind: str) -> Tensor:
         raise UtteranceError("wrong features", f"cut {cut.id}: a frame every {cut.frame_shift} s, not {FRAME_SHIFT} s")
     if features.ndim != 2 or features.shape[1] != bins_of(kind):
         raise UtteranceError("wrong features", f"cut {cut.id}: shape {features.shape}, not (T, {bins_of(kind)})")
-    if len(features) == 0 or abs(len(features) - cut.duration / FRAME_SHIFT) > DURATION_TOLERANCE / FRAME_SHIFT:
+    if len(features) == 0 or abs(len(features) - cut.duration / FRAME_SHIFT) > _FEATURE_TOLERANCE / FRAME_SHIFT:
         raise UtteranceError("wrong features", f"cut {cut.id}: {len(features)} frames for {cut.duration:.3f} s")
     if not np.isfinite(features).all():
         raise UtteranceError("wrong features", f"cut {cut.id}: {np.count_nonzero(~np.isfinite(features))} not finite")
@@ -127,18 +142,20 @@ def load_precomputed(cut: Cut, kind: str) -> Tensor:
 
 
 def stored_kind(cut: Cut) -> str:
-    """The kind (see `bins_of`) of a cut's stored features; those of lhotse's other extractors are taken for fbank.
+    """The kind (see `bins_of`) of a cut's stored features.
 
     Raises:
-        UtteranceError: they are Whisper's, but not as they are made here.
+        UtteranceError: they are of another kind (MFCC, spectrograms, ...), or of audio with another sampling rate.
     """
-    kind = cut.features_type
-    if kind is None or not kind.startswith(("whisper", "encoder-")):
-        return "fbank"
+    kind = "fbank" if cut.features_type in _FBANKS else str(cut.features_type)
     try:
         bins_of(kind)
     except ValueError as error:
         raise UtteranceError("wrong features", f"cut {cut.id}: stored are {error}") from error
+    rates = {part.features.sampling_rate for part in _data_cuts(cut) if part.has_features}
+    if rates - {SAMPLE_RATE}:
+        listed = ", ".join(f"{rate} Hz" for rate in sorted(rates))
+        raise UtteranceError("wrong features", f"cut {cut.id}: stored are those of audio of {listed}, not 16000 Hz")
     return kind
 
 
@@ -153,11 +170,11 @@ def _name_of(cut: Cut) -> str:
 
 
 def _is_plain(cut: Cut) -> bool:
-    """Whether a cut is a part of one file as it is: what soundfile can read in one go."""
+    """Whether a cut is a part of one file as it is."""
     if not isinstance(cut, DataCut) or len(cut.recording.sources) != 1:
         return False
     recording = cut.recording
-    # all is resampled here; and lhotse's resampling of a whole recording needs torchaudio or scipy
+    # all is resampled here
     return recording.sources[0].type in ("file", "memory", "command") and all(
         _is_resampling(transform) and recording.sampling_rate >= SAMPLE_RATE for transform in recording.transforms or []
     )
@@ -167,108 +184,116 @@ def _is_resampling(transform: AudioTransform | dict) -> bool:
     return isinstance(transform, Resample) or (isinstance(transform, dict) and transform["name"] == Resample.__name__)
 
 
-def _read_composed(cut: Cut) -> tuple[np.ndarray, Sequence[int], int]:
-    """(channels, num_samples) of a cut of several files or with transforms, its channels, and its sampling rate."""
+def _read_composed(cut: Cut) -> tuple[np.ndarray, int]:
+    """(channels, num_samples) of a cut of several files or with transforms, and its sampling rate."""
     cut = cut.drop_features()  # whose sampling rate would count, where there are any
-    audio = cut.load_audio()
-    return audio, range(len(audio)), cut.sampling_rate
+    return cut.load_audio(), cut.sampling_rate
 
 
-def _read_plain(cut: DataCut, name: str) -> tuple[np.ndarray, Sequence[int], int]:
-    """The same of a cut of one file. Header and samples are read in one opening."""
-    source = cut.recording.sources[0]
-    with _opened(source, name) as (header, read):
-        start, count = _span(cut, header, name)
-        audio = read(start, count)
-    rate = header.rate
-    if audio.shape[1] < count - DURATION_TOLERANCE * rate:
-        end = (start + audio.shape[1]) / rate
-        raise UtteranceError("wrong duration", f"{name}: ends at {end:.3f} s, its header says {header.seconds:.3f} s")
-    if (cut.custom or {}).get(HEADER_UNREAD):
-        return audio, range(len(audio)), rate
-    wanted = [cut.channel] if isinstance(cut.channel, int) else cut.channel
-    rows = [row for row, channel in enumerate(source.channels[: len(audio)]) if channel in wanted]
-    if len(rows) != len(wanted):
-        raise UtteranceError("no such channel", f"{name}: {len(audio)} channels, the manifest says {wanted}")
-    return audio[rows], [source.channels[row] for row in rows], rate
+def _read_mono(cut: DataCut, name: str, tolerance: float, notes: list[AudioNote]) -> tuple[np.ndarray, int]:
+    """(num_samples,) of a cut of one file, and its sampling rate."""
+    found: list[AudioNote] = []
+    with open_audio(_data_of(cut.recording.sources[0], name, not _is_whole(cut)), name, notes=found) as file:
+        blocks = _blocks_of(cut, file, tolerance)
+        samples = _joined(mono_blocks(blocks, file.rate, name, _choice(cut, name), found))
+        _check_length(cut, len(samples), file.rate, tolerance, name)
+    damage = next((note for note in found if note.reason == "damaged audio"), None)
+    if damage is not None and not _is_whole(cut):
+        raise UtteranceError("damaged audio", f"{damage.details}; where its parts begin is uncertain")
+    notes += found
+    return samples, file.rate
 
 
-@dataclass(frozen=True)
-class _Header:
-    frames: int
-    rate: int
-    channels: int
-
-    @property
-    def seconds(self) -> float:
-        return self.frames / self.rate
+def _joined(blocks: Iterator[np.ndarray]) -> np.ndarray:
+    blocks = list(blocks)
+    return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
 
 
-@contextmanager
-def _opened(source: AudioSource, name: str) -> Iterator[tuple[_Header, Callable[[int, int], np.ndarray]]]:
-    """The header of a file, in memory or made by a command too, and what reads (channels, num_samples) of it from a
-    first sample on. soundfile opens it, or what else lhotse has.
+def _choice(cut: DataCut, name: str) -> Callable[[int], list[int]]:
+    """What gives the rows of a file's channels that a cut has, for so many channels."""
+    custom, (source,) = cut.custom or {}, cut.recording.sources
+    if custom.get(HEADER_UNREAD):
+        return lambda count: chosen_channels(custom, range(count), name)
+    wanted = [cut.channel] if isinstance(cut.channel, int) else list(cut.channel)
+
+    def rows(count: int) -> list[int]:
+        there = source.channels[:count]
+        if not set(wanted) <= set(there):
+            raise UtteranceError("no such channel", f"{name}: {count} channels, the manifest says {wanted}")
+        return [there.index(channel) for channel in chosen_channels(custom, wanted, name)]
+
+    return rows
+
+
+def _data_of(source: AudioSource, name: str, is_part: bool) -> str | bytes:
+    """A path, or what is in memory or made by a command; `is_part`: of which only a part is needed, and other parts
+    will be.
 
     Raises:
-        UtteranceError: there is none, or nothing can open it.
+        UtteranceError: it is neither.
     """
-    data = source.source
     if source.type == "command":
-        data = subprocess.run(data, shell=True, check=True, stdout=subprocess.PIPE).stdout
-    elif source.type not in ("file", "memory"):
+        return command_output(source.source, keep=is_part)
+    if source.type not in ("file", "memory"):
         raise UtteranceError("no audio", f"{name}: it is elsewhere ({source.type}); give the directory that it is in")
-
-    def stream() -> str | io.BytesIO:
-        return io.BytesIO(data) if isinstance(data, bytes) else data
-
-    try:
-        file = soundfile.SoundFile(stream())
-    except soundfile.LibsndfileError as error:
-        try:
-            info = audio_info(stream())
-        except Exception:  # soundfile's explanation is better than those of all the others together
-            raise _unreadable(data, name, error) from error
-
-        def read_slowly(start: int, count: int) -> np.ndarray:
-            rate = info.samplerate
-            return np.atleast_2d(read_audio(stream(), offset=start / rate, duration=count / rate)[0])
-
-        yield _Header(info.frames, info.samplerate, info.channels), read_slowly
-        return
-
-    def read(start: int, count: int) -> np.ndarray:
-        if start > 0:
-            file.seek(start)
-        return file.read(count, dtype="float32", always_2d=True).T
-
-    with file:
-        yield _Header(file.frames, file.samplerate, file.channels), read
+    return source.source
 
 
-def _span(cut: DataCut, header: _Header, name: str) -> tuple[int, int]:
-    """Where in a file a cut begins, and how many samples it has."""
-    if header.frames == 0:
-        raise UtteranceError("wrong duration", f"{name}: no samples")
-    custom, actual = cut.custom or {}, header.seconds
-    whole = not custom[IS_SEGMENT] if custom.get(HEADER_UNREAD) else cut.duration > cut.recording.duration - 0.001
-    if whole:
-        fits = math.isclose(cut.duration, actual, abs_tol=DURATION_TOLERANCE)
+def _is_whole(cut: DataCut) -> bool:
+    """Whether a cut is all of its file."""
+    custom = cut.custom or {}
+    if custom.get(HEADER_UNREAD):
+        return not custom[IS_SEGMENT]
+    return cut.duration > cut.recording.duration - 0.001
+
+
+def _blocks_of(cut: DataCut, file: AudioFile, tolerance: float) -> Iterator[np.ndarray]:
+    """(channels, num_samples) blocks of a cut; of a whole file not much more than its manifest says."""
+    rate = file.rate
+    if file.frames is not None:
+        _check_length(cut, file.frames, rate, tolerance, file.name, of_file=True)
+    if _is_whole(cut):
+        # a file that is too long is not read to its end
+        start, left = 0, math.ceil((cut.duration + tolerance) * rate) + rate
     else:
-        fits = cut.start < actual and cut.end <= actual + DURATION_TOLERANCE
+        start, left = compute_num_samples(cut.start, rate), compute_num_samples(cut.duration, rate)
+    for block in file.blocks(start):
+        yield block[:, :left]
+        left -= block.shape[1]
+        if left <= 0:
+            return
+
+
+def _check_length(cut: DataCut, found: int, rate: int, tolerance: float, name: str, of_file: bool = False) -> None:
+    """
+    Args:
+        found: samples that were read of the cut, or those `of_file`.
+    """
+    seconds = found / rate
+    if found == 0 and (of_file or _is_whole(cut)):
+        raise UtteranceError("wrong duration", f"{name}: no samples")
+    if _is_whole(cut):
+        fits = abs(cut.duration - seconds) <= tolerance
+    elif of_file:
+        fits = cut.start < seconds and cut.end <= seconds + tolerance
+    else:
+        fits = found > 0 and cut.duration <= seconds + tolerance
+        seconds += cut.start
     if not fits:
         said = f"{cut.start:.3f} s to {cut.end:.3f} s"
-        raise UtteranceError("wrong duration", f"{name}: the manifest says {said}, the file has {actual:.3f} s")
-    if whole:
-        return 0, header.frames
-    start = compute_num_samples(cut.start, header.rate)
-    return start, max(0, min(compute_num_samples(cut.duration, header.rate), header.frames - start))
+        more = "at least " if not of_file and seconds > cut.end else ""
+        raise UtteranceError("wrong duration", f"{name}: the manifest says {said}, the file has {more}{seconds:.3f} s")
 
 
-def read_header(cut: Cut) -> Cut:
-    """The cut with its recording as the audio file's header has it; the samples are not read.
+def read_header(cut: Cut, tolerance: float = DURATION_TOLERANCE) -> Cut:
+    """The cut with its recording as the audio file has it. Files whose header does not say for certain how long they
+    are (all compressed ones but FLAC) are decoded for that; of others the samples are not read.
 
     Where the audio is made by a command, that is run for a cut whose header is unread; audio in tar files is in memory
     afterwards. A cut that only has features stays what it is.
+
+    Args:
+        tolerance: seconds by which the audio may be shorter or longer than the manifest says.
 
     Raises:
         UtteranceError: the file is missing or unreadable, or shorter or longer than the manifest says.
@@ -280,17 +305,24 @@ def read_header(cut: Cut) -> Cut:
         if not any(part.has_recording or part.has_features for part in parts):
             raise UtteranceError("no audio", f"{name}: the cut has no recording")
         if isinstance(cut, DataCut) and (cut.custom or {}).get(HEADER_UNREAD):
-            return _with_header(cut, name)
+            return _with_header(cut, name, tolerance)
         for part in parts:
             # the duration of a recording that has transforms, such as a change of speed, is not that of its file
             if part.has_recording and not part.recording.transforms:
                 for source in part.recording.sources:
                     if source.type != "command":  # to run it is to decode all of it
-                        with _opened(source, name) as (header, _):
-                            _span(part, header, name)
+                        _read_length(part, source, name, tolerance)
     except (OSError, subprocess.SubprocessError) as error:
         raise UtteranceError("unreadable audio", f"{name}: {_first_line(error)}") from error
     return cut
+
+
+def _read_length(cut: DataCut, source: AudioSource, name: str, tolerance: float) -> tuple[int, int, int]:
+    """Samples, rate and channels of a file that a cut fits into."""
+    with open_audio(_data_of(source, name, not _is_whole(cut)), name) as file:
+        frames = file.count_frames()
+        _check_length(cut, frames, file.rate, tolerance, name, of_file=True)
+        return frames, file.rate, file.channels
 
 
 def recordings(cut: Cut) -> list[Recording]:
@@ -303,57 +335,52 @@ def _data_cuts(cut: Cut) -> list[DataCut]:
     return [part for part in cuts if isinstance(part, DataCut)]  # the others are padding
 
 
-def _with_header(cut: DataCut, name: str) -> DataCut:
+def _with_header(cut: DataCut, name: str, tolerance: float) -> DataCut:
     (source,) = cut.recording.sources
-    with _opened(source, name) as (header, _):
-        _span(cut, header, name)
-    channels = list(range(header.channels))
+    frames, rate, num_channels = _read_length(cut, source, name, tolerance)
+    channels = list(range(num_channels))
+    chosen = chosen_channels(cut.custom, channels, name)
     recording = Recording(
         id=cut.recording.id,
         sources=[fastcopy(source, channels=channels)],
-        sampling_rate=header.rate,
-        num_samples=header.frames,
-        duration=header.seconds,
+        sampling_rate=rate,
+        num_samples=frames,
+        duration=frames / rate,
     )
-    duration = min(cut.duration, header.seconds - cut.start) if cut.custom[IS_SEGMENT] else header.seconds
-    channel = 0 if len(channels) == 1 else channels
+    duration = min(cut.duration, frames / rate - cut.start) if cut.custom[IS_SEGMENT] else frames / rate
+    channel = chosen[0] if len(chosen) == 1 else chosen
     supervisions = [fastcopy(s, duration=duration, channel=channel) for s in cut.supervisions]
-    custom = {name: value for name, value in cut.custom.items() if name not in (HEADER_UNREAD, IS_SEGMENT)}
-    kind = MonoCut if len(channels) == 1 else MultiCut
+    settled = (HEADER_UNREAD, IS_SEGMENT, CHANNEL, CHANNEL_OF_SEVERAL)
+    custom = {name: value for name, value in cut.custom.items() if name not in settled}
+    kind = MonoCut if len(chosen) == 1 else MultiCut
     return kind(cut.id, cut.start, duration, channel, supervisions, recording=recording, custom=custom)
 
 
-def _unreadable(data: str | bytes, name: str, error: soundfile.LibsndfileError) -> UtteranceError:
-    if isinstance(data, str):
-        if not Path(data).exists():
-            return UtteranceError("missing file", name)
-        if Path(data).is_dir():
-            return UtteranceError("unreadable audio", f"{name}: a directory, not a file")
-    size = len(data) if isinstance(data, bytes) else Path(data).stat().st_size
-    why = f"no audio that soundfile or lhotse could decode ({error.error_string})" if size else "no data"
-    return UtteranceError("unreadable audio", f"{name}: {why}")
+def chosen_channels(custom: dict | None, channels: Sequence[int], name: str) -> list[int]:
+    """Which of the channels that there are to take, by the custom fields of a cut: `channel`, a number or a list of
+    them; or `channel_of_several`, a number that counts only where there are several; without either all.
 
-
-def _mono(audio: np.ndarray, channels: Sequence[int], wanted: int | None, name: str) -> np.ndarray:
-    """One channel of (channels, num_samples), or the mean of all."""
-    if wanted is not None:
-        if wanted not in channels:
-            raise UtteranceError("no such channel", f"{name}: {wanted} is not among {list(channels)}")
-        return audio[channels.index(wanted)]
-    return audio.mean(axis=0) if len(audio) > 1 else audio[0]
-
-
-def _resampled(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
-    if rate == new_rate:
-        return samples
-    return get_or_create_resampler(rate, new_rate)(torch.from_numpy(np.ascontiguousarray(samples))).numpy()
+    Raises:
+        UtteranceError: one of them is not there.
+    """
+    custom = custom or {}
+    wanted = custom.get(CHANNEL)
+    if wanted is None and len(channels) > 1:
+        wanted = custom.get(CHANNEL_OF_SEVERAL)
+    if wanted is None:
+        return list(channels)
+    chosen = [wanted] if isinstance(wanted, int) else list(wanted)
+    for channel in chosen:
+        if channel not in channels:
+            raise UtteranceError("no such channel", f"{name}: {channel} is not among {list(channels)}")
+    return chosen
 
 
 def _change_speed(samples: np.ndarray, speed: float) -> np.ndarray:
     """16 kHz samples, as many as lhotse's `perturb_speed` gives."""
     if speed == 1.0:
         return samples
-    return _resampled(samples, round(speed * SAMPLE_RATE), SAMPLE_RATE)[: perturb_num_samples(len(samples), speed)]
+    return resample(samples, round(speed * SAMPLE_RATE), SAMPLE_RATE)[: perturb_num_samples(len(samples), speed)]
 
 
 def _first_line(error: Exception) -> str:

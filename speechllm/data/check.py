@@ -7,9 +7,9 @@ import math
 from array import array
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,10 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from speechllm.config import load_config
 from speechllm.data.audio import UtteranceError, load_precomputed, load_samples, read_header, stored_kind
+from speechllm.data.audio_file import AudioNote
+from speechllm.data.blocks import DURATION_TOLERANCE
+from speechllm.data.features import SAMPLE_RATE, num_frames
 from speechllm.data.loader import DataConfig
 from speechllm.data.manifests.manifest import (
     LINE_ERRORS,
@@ -28,10 +30,12 @@ from speechllm.data.manifests.manifest import (
     describe,
     explain,
     iter_objects,
+    lost_texts,
     to_cut,
 )
+from speechllm.data.manifests.source import target_text
+from speechllm.data.overlap import Keys, shared_utterances
 from speechllm.files import replaced_file
-from speechllm.text.normalize import normalize_text
 from speechllm.text.tokenizer import Tokenizer
 
 PROBLEMS_SHOWN = 20
@@ -45,29 +49,15 @@ _WAITING = 8
 AudioCheck = Literal["none", "header", "full"]
 
 
-@dataclass
-class ExperimentData:
-    """What the data commands need of an experiment's configuration; the other sections are left as they are."""
+def sets_of(data: DataConfig) -> dict[str, list[SourceConfig]]:
+    """The manifests of a configuration by what they are for: train, valid, and each test set."""
+    return {"train": data.train, "valid": data.valid} | {f"test {name}": test for name, test in data.test.items()}
 
-    data: DataConfig
-    model: dict[str, Any] = field(default_factory=dict)
-    optim: dict[str, Any] = field(default_factory=dict)
-    train: dict[str, Any] = field(default_factory=dict)
-    stages: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def load(cls, path: str | Path, overrides: list[str] | None = None) -> ExperimentData:
-        """From a YAML file and `--section.key value` pairs, see `speechllm.config.load_config`."""
-        return load_config(cls, path, overrides)
-
-    def sources(self) -> list[SourceConfig]:
-        """All that is trained, validated and tested on, each once."""
-        return _each_once(self.data.train, self.data.valid, *self.data.test.values())
-
-    def sounds(self) -> list[SourceConfig]:
-        """The noise and the impulse responses of the augmentation."""
-        sections = (self.data.augment.noise, self.data.augment.reverb)
-        return _each_once(*(section.sources for section in sections if section is not None))
+def sounds_of(data: DataConfig) -> list[SourceConfig]:
+    """The noise and the impulse responses of the augmentation."""
+    sections = (data.augment.noise, data.augment.reverb)
+    return _each_once(*(section.sources for section in sections if section is not None))
 
 
 def _each_once(*parts: Sequence[SourceConfig]) -> list[SourceConfig]:
@@ -79,16 +69,20 @@ def _each_once(*parts: Sequence[SourceConfig]) -> list[SourceConfig]:
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """`audio`: none reads the manifests only, header opens each audio file, full decodes it. `tokenizer`: to count
-    tokens per second of audio, of the text after `text_steps` (see `speechllm.text.normalize`). Utterances outside
-    `min_seconds` to `max_seconds` are problems, and without a text, unless they are `sounds`. `jobs`: threads that read
-    audio."""
+    """`audio`: none reads the manifests only, header as much of each audio file as tells how long it is, full decodes
+    all of it. `tokenizer`: to count tokens per second of audio, of the text after `text_steps` (see
+    `speechllm.text.normalize`). Utterances outside `min_seconds` to `max_seconds` are problems, and without a text,
+    unless they are `sounds`; those of fewer than `min_frames` frames of features, which the encoder cannot hear; and
+    audio that is shorter or longer than its manifest says by more than `duration_tolerance` seconds. `jobs`: threads
+    that read audio."""
 
     audio: AudioCheck = "header"
     tokenizer: Tokenizer | None = None
     text_steps: Sequence[str] = ()
     min_seconds: float = 0.0
     max_seconds: float = math.inf
+    duration_tolerance: float = DURATION_TOLERANCE
+    min_frames: int = 0
     sounds: bool = False
     jobs: int = 1
 
@@ -171,17 +165,17 @@ class CheckReport:
         """Seconds of audio, by the manifests."""
         return sum(source.seconds for source in self.sources)
 
-    def add_problem(self, problem: Problem) -> None:
-        """Counted, and remembered if there is room; of the manifest that is being read."""
+    def add_problem(self, problem: Problem, source: SourceSummary | None = None) -> None:
+        """Counted, and remembered if there is room; of the manifest that is being read, or of `source`."""
         self.problem_counts[problem.kind] += 1
-        self.sources[-1].problems += 1
+        (source or self.sources[-1]).problems += 1
         remembered = self.problems.setdefault(problem.kind, [])
         if self._keep_all or len(remembered) < PROBLEMS_SHOWN:
             remembered.append(problem)
 
     def add_entry(self, entry: Entry, location: str, options: CheckOptions) -> None:
         """Count an utterance, and its problems that can be seen without its audio."""
-        summary, text = self.sources[-1], normalize_text(entry.target, options.text_steps)
+        summary, text = self.sources[-1], target_text(entry, options.text_steps)
         summary.utterances += 1
         summary.seconds += entry.duration
         language = entry.lang or "unknown"
@@ -203,6 +197,9 @@ class CheckReport:
             limits = f"{options.min_seconds:g} s to {options.max_seconds:g} s"
             details = f"{entry.duration:g} s is not in {limits}"
             self.add_problem(Problem("duration out of range", location, details))
+        if (frames := num_frames(round(entry.duration * SAMPLE_RATE))) < options.min_frames and not options.sounds:
+            details = f"{entry.duration:g} s are {frames} frames, and the encoder needs {options.min_frames}"
+            self.add_problem(Problem("too short for the encoder", location, details))
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, for JSON."""
@@ -263,35 +260,46 @@ class CheckReport:
 
 
 def check_manifests(
-    sources: Sequence[SourceConfig],
+    sources: Sequence[SourceConfig] | Mapping[str, Sequence[SourceConfig]],
     options: CheckOptions,
     keep_all: bool = False,
     sounds: Sequence[SourceConfig] = (),
 ) -> CheckReport:
     """Read all lines of the manifests, and as much of the audio as `options.audio` says.
 
-    Memory: about 20 bytes a line. An id that occurs twice in a manifest is a problem, unless task or target language
+    Memory: about 40 bytes a line. An id that occurs twice in a manifest is a problem, unless task or target language
     tell the two apart.
 
     Args:
+        sources: manifests; or sets of them by name, which must not share ids or audio (see `shared_utterances`).
         keep_all: the report holds all problems instead of the first of each kind.
         sounds: manifests of noise and impulse responses, of any duration and without text.
     """
     report = CheckReport(keep_all)
     of_sounds = replace(options, sounds=True, min_seconds=0.0, max_seconds=math.inf)
-    all_sources = [(source, options) for source in sources] + [(source, of_sounds) for source in sounds]
+    sets = sources if isinstance(sources, Mapping) else {"all": sources}
+    all_sources = [(source, options) for source in _each_once(*sets.values())]
+    all_sources += [(source, of_sounds) for source in sounds]
+    keys = [Keys() for _ in all_sources]
     with ThreadPoolExecutor(options.jobs) as pool:
-        for source, options in all_sources:
+        for (source, options), keys_of_source in zip(all_sources, keys, strict=True):
             report.sources.append(SourceSummary(source.path))
             try:
-                _check_source(source, options, report, pool)
+                _check_source(source, options, report, pool, keys_of_source)
             except (ManifestError, OSError) as error:
                 report.add_problem(Problem("unreadable manifest", source.path, _without(source.path, error)))
+    known = [source for source, _ in all_sources]
+    by_id = {id(s): keys[known.index(s)] for group in sets.values() for s in group}
+    for kind, location, details, source in shared_utterances(sets, by_id):
+        report.add_problem(Problem(kind, location, details), report.sources[known.index(source)])
     return report
 
 
-def _check_source(source: SourceConfig, options: CheckOptions, report: CheckReport, pool: ThreadPoolExecutor) -> None:
+def _check_source(
+    source: SourceConfig, options: CheckOptions, report: CheckReport, pool: ThreadPoolExecutor, shared: Keys
+) -> None:
     keys = array("q")
+    unknown_languages: dict[str, tuple[str, int]] = {}  # tag: where first, and how often
 
     def audio_tasks() -> Iterator[tuple[str, dict]]:
         for location, obj in tqdm(iter_objects(source), desc=source.path, unit=" lines", disable=None):
@@ -304,6 +312,10 @@ def _check_source(source: SourceConfig, options: CheckOptions, report: CheckRepo
                 report.add_problem(Problem("bad line", location, _without(location, error)))
                 continue
             keys.append(_key(entry))
+            shared.add(obj, entry, source)
+            for tag in source.unknown_languages(entry):
+                first, count = unknown_languages.get(tag, (location, 0))
+                unknown_languages[tag] = first, count + 1
             report.add_entry(entry, location, options)
             yield location, obj
 
@@ -312,7 +324,7 @@ def _check_source(source: SourceConfig, options: CheckOptions, report: CheckRepo
     else:
 
         def audio_problems(task: list[tuple[str, dict]]) -> list[Problem]:
-            return [problem for item in task if (problem := _audio_problem(*item, source, options.audio)) is not None]
+            return [problem for item in task for problem in _audio_problems(*item, source, options)]
 
         waiting = _WAITING * options.jobs
         for problems in _map_ahead(pool, audio_problems, _chunks(audio_tasks(), _CHUNK), waiting):
@@ -320,22 +332,30 @@ def _check_source(source: SourceConfig, options: CheckOptions, report: CheckRepo
                 report.add_problem(problem)
     for problem in _duplicates(source, keys):
         report.add_problem(problem)
+    for tag, (location, count) in unknown_languages.items():
+        details = f"{tag!r} ({count} times) is no code or name of ISO 639; say what it is in the source's `languages`"
+        report.add_problem(Problem("unknown language", location, details))
+    for location, details in lost_texts(source):
+        report.add_problem(Problem("text without audio", location, details))
 
 
-def _audio_problem(location: str, obj: dict, source: SourceConfig, audio: AudioCheck) -> Problem | None:
+def _audio_problems(location: str, obj: dict, source: SourceConfig, options: CheckOptions) -> list[Problem]:
+    notes: list[AudioNote] = []
     try:
         cut = to_cut(obj, source)
-        read_header(cut)
-        if audio == "full":
-            if cut.has_recording:
-                load_samples(cut)
-            else:
-                load_precomputed(cut, stored_kind(cut))
+        if options.audio == "header":
+            read_header(cut, options.duration_tolerance)
+            if not cut.has_recording:
+                stored_kind(cut)
+        elif cut.has_recording:
+            load_samples(cut, tolerance=options.duration_tolerance, notes=notes)
+        else:
+            load_precomputed(cut, stored_kind(cut))
     except UtteranceError as error:
-        return Problem(error.reason, location, str(error).removeprefix(f"{error.reason}: "))
+        return [Problem(error.reason, location, str(error).removeprefix(f"{error.reason}: "))]
     except LINE_ERRORS as error:
-        return Problem("bad line", location, explain(error))
-    return None
+        return [Problem("bad line", location, explain(error))]
+    return [Problem(note.reason, location, note.details) for note in notes]
 
 
 def _key(entry: Entry) -> int:

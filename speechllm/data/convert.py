@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ from speechllm.data.manifests.manifest import (
     iter_objects,
     to_cut,
 )
+from speechllm.data.manifests.supervisions import inside_supervisions
 from speechllm.data.manifests.tar import TAR
 from speechllm.errors import UserError
 from speechllm.files import replaced_file, replaced_folder
@@ -125,6 +127,7 @@ def _write_cuts(
         writer = NumpyFilesWriter(stack.enter_context(replaced_folder(storage))) if extract is not None else None
         opener = gzip.open if output.suffix == ".gz" else open
         file = stack.enter_context(opener(tmp, "wb"))
+        numbers = itertools.count()
 
         def write(cut: Cut) -> Cut:
             if TAR in (cut.custom or {}):
@@ -137,7 +140,7 @@ def _write_cuts(
                     if part.type == "file":
                         part.source = os.path.abspath(part.source)
             if writer is not None:
-                cut = _with_stored_features(cut, writer, storage, features, extract)
+                cut = _with_stored_features(cut, next(numbers), writer, storage, features, extract)
             file.write(json.dumps(cut.to_dict(), ensure_ascii=False).encode() + b"\n")
             return cut
 
@@ -251,13 +254,18 @@ def _extract(samples: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _with_stored_features(
-    cut: Cut, writer: NumpyFilesWriter, folder: Path, kind: str, extract: Callable[[np.ndarray], np.ndarray]
+    cut: Cut,
+    number: int,
+    writer: NumpyFilesWriter,
+    folder: Path,
+    kind: str,
+    extract: Callable[[np.ndarray], np.ndarray],
 ) -> Cut:
     if not isinstance(cut, DataCut):
         raise UtteranceError("no place for features", f"a {type(cut).__name__} has none of its own; use --to shar")
     matrix = extract(load_samples(cut))
-    # ids may have slashes, and the writer takes the first characters of the key for folders of even size
-    key = writer.write(f"{zlib.crc32(cut.id.encode()):08x}-{cut.id.rsplit('/', 1)[-1]}", matrix)
+    # the number tells utterances of one id apart; the writer takes the first characters for folders of even size
+    key = writer.write(f"{zlib.crc32(str(number).encode()):08x}-{number}", matrix)
     return fastcopy(cut, features=_describe_features(cut, matrix, kind, str(folder), key))
 
 
@@ -294,10 +302,11 @@ def _shar_cut(cut: Cut) -> tuple[Cut, np.ndarray]:
         duration=duration,
     )
     channel = 0 if channels == 1 else list(range(channels))
-    supervisions = [
-        fastcopy(s, recording_id=cut.id, channel=channel, alignment=_alignment_from(s.alignment, cut))
-        for s in cut.supervisions
-    ]
+    supervisions = []
+    for supervision in inside_supervisions(cut):
+        alignment = _alignment_from(supervision.alignment, cut)
+        supervision = fastcopy(supervision, recording_id=cut.id, channel=channel, alignment=alignment)
+        supervisions.append(supervision.trim(duration))  # the audio may end a little before the manifest says
     custom = cut.custom if isinstance(cut, DataCut) else None
     kind = MonoCut if channels == 1 else MultiCut
     return kind(cut.id, 0.0, duration, channel, supervisions, recording=recording, custom=custom), audio

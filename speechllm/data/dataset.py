@@ -13,15 +13,22 @@ from lhotse.cut import Cut
 from torch import Tensor
 
 from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
+from speechllm.data.audio_file import AudioNote
 from speechllm.data.augment.augmenter import Augmenter
 from speechllm.data.augment.specaugment import SpecAugmentConfig, spec_augment, spec_augment_twice
-from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, extract_features, extract_features_padded
+from speechllm.data.blocks import DURATION_TOLERANCE
+from speechllm.data.features import (
+    FRAME_SHIFT,
+    SAMPLE_RATE,
+    extract_features,
+    extract_features_padded,
+    num_frames,
+)
 from speechllm.data.index import Corpus
 from speechllm.data.manifests.manifest import describe_cut
-from speechllm.data.manifests.source import label_of
+from speechllm.data.manifests.source import DataError, label_of, target_text
 from speechllm.prompt.label import LabelError, LabelTemplate, WordTime
 from speechllm.prompt.template import PromptContext
-from speechllm.text.normalize import normalize_text
 
 FEATURES_ON = ("worker", "device", "precomputed")
 
@@ -134,6 +141,15 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Noted:
+    """What is to be known of the audio of an utterance that is used: damage, channels that were chosen."""
+
+    id: str
+    reason: str
+    details: str
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     """One batch: `utterances` are cuts, or their numbers in a `Corpus`; `passes` how often each has come before in this
     `epoch`; `speeds` how many times faster each is played."""
@@ -156,7 +172,8 @@ def _one_thread() -> Iterator[None]:
 
 
 class SpeechDataset(torch.utils.data.Dataset):
-    """Maps a `BatchPlan` to a batch and the utterances that had to be left out of it.
+    """Maps a `BatchPlan` to a batch, the utterances that had to be left out of it, and what is to be known of others;
+    in place of a batch, the `DataError` that ends the run.
 
     Args:
         corpus: where plans have numbers; None where they have cuts.
@@ -169,7 +186,9 @@ class SpeechDataset(torch.utils.data.Dataset):
         feature_kind: see `speechllm.data.features.MEL_BINS`.
         allow_empty_text: for test sets, where an empty reference is a statement; in training it is an error.
         label: what the model is to write.
+        duration_tolerance: seconds by which audio may be shorter or longer than its manifest says.
         two_views: of each utterance, with other masks of SpecAugment; needs an `augmenter` that has it.
+        min_frames: of features; the encoder cannot hear shorter utterances.
     """
 
     def __init__(
@@ -184,6 +203,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         allow_empty_text: bool,
         label: LabelTemplate,
         two_views: bool = False,
+        duration_tolerance: float = DURATION_TOLERANCE,
+        min_frames: int = 0,
     ) -> None:
         self._corpus = corpus
         self._text_steps = text_steps
@@ -194,24 +215,32 @@ class SpeechDataset(torch.utils.data.Dataset):
         self._label = label
         self._allow_empty_text = allow_empty_text
         self._two_views = two_views
+        self._duration_tolerance = duration_tolerance
+        self._min_frames = min_frames
 
-    def __getitem__(self, plan: BatchPlan) -> tuple[Batch | WaveformBatch | None, list[Skipped]]:
-        good, skipped = [], []
+    def __getitem__(
+        self, plan: BatchPlan
+    ) -> tuple[Batch | WaveformBatch | DataError | None, list[Skipped], list[Noted]]:
+        good, skipped, noted = [], [], []
         with _one_thread():
             for item, times, speed in zip(plan.utterances, plan.passes, plan.speeds, strict=True):
                 name = item.id if isinstance(item, Cut) else f"number {item}"
                 try:
                     cut = item if self._corpus is None else self._corpus[item]
                     name = cut.id
-                    good.append(self._utterance(cut, plan.epoch, times, speed))
+                    notes: list[AudioNote] = []
+                    good.append(self._utterance(cut, plan.epoch, times, speed, notes))
+                    noted += [Noted(cut.id, note.reason, note.details) for note in notes]
+                except DataError as error:  # returned, as a worker process would bury it in its own traceback
+                    return error, [], []
                 except UtteranceError as error:
                     skipped.append(Skipped(name, error.reason, str(error)))
             batch = self._collate(good) if good else None
-        return batch, skipped
+        return batch, skipped, noted
 
-    def _utterance(self, cut: Cut, epoch: int, times: int, speed: float) -> Utterance:
+    def _utterance(self, cut: Cut, epoch: int, times: int, speed: float, notes: list[AudioNote]) -> Utterance:
         entry = describe_cut(cut)
-        text = normalize_text(entry.target, self._text_steps)
+        text = target_text(entry, self._text_steps)
         if not text and not self._allow_empty_text:
             raise UtteranceError(
                 "empty text", f"the manifest has no {'translation' if entry.task == 'ast' else 'text'}"
@@ -226,12 +255,15 @@ class SpeechDataset(torch.utils.data.Dataset):
             features = load_precomputed(cut, self._feature_kind)
             duration = len(features) * FRAME_SHIFT
         else:
-            samples = load_samples(cut, speed)
+            samples = load_samples(cut, speed, self._duration_tolerance, notes)
             if self._augmenter is not None:
                 samples = self._augmenter.samples(samples, rng)
             duration = len(samples) / SAMPLE_RATE
             if self._features_on == "worker":
                 features = extract_features(samples, self._feature_kind)
+        frames = num_frames(len(samples)) if features is None else len(features)
+        if frames < self._min_frames:
+            raise UtteranceError("too short for the encoder", f"{frames} frames, and it needs {self._min_frames}")
         second_view = None
         if features is not None and self._two_views:
             features, second_view = self._augmenter.two_views(features, rng)

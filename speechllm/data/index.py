@@ -17,10 +17,12 @@ import logging
 import os
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from lhotse.cut import Cut
@@ -36,18 +38,18 @@ from speechllm.data.manifests.manifest import (
     describe,
     explain,
     is_plain,
+    is_skipped,
     iter_objects,
     manifest_files,
     parse_line,
     to_cut,
 )
-from speechllm.data.manifests.source import planned_label
+from speechllm.data.manifests.source import planned_label, target_text
 from speechllm.files import replaced_folder
 from speechllm.prompt.label import LabelTemplate
-from speechllm.text.normalize import normalize_text
 
 # Part of the name of every index: those of another layout are not found.
-_LAYOUT = 2
+_LAYOUT = 4
 _MAX_MESSAGES = 1000
 _LABELS_AT_ONCE = 10000
 
@@ -78,7 +80,8 @@ class Index:
     """The usable lines of one source, numbered from 0.
 
     `durations` (n,) float32 seconds, `characters` (n,) int32 of the normalised target without spaces, `tokens` (n,)
-    int32 or None; `bad_lines`; `fingerprint` of the lines' content.
+    int32 or None; `bad_lines`; `unknown_languages`, how often each tag of a language that nobody knows is said;
+    `fingerprint` of the lines' content.
     """
 
     def __init__(self, folder: Path, source: SourceConfig) -> None:
@@ -86,13 +89,12 @@ class Index:
         self._folder = folder
         content = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         self.bad_lines = BadLines(**content["bad_lines"])
+        self.unknown_languages: dict[str, int] = content["unknown_languages"]
         self.hours, self.fingerprint = content["hours"], content["fingerprint"]
         self._lines = folder / "lines.jsonl"
         if not self._lines.is_file():
             self._lines = Path(source.path)
-        # open from now on: a file that takes its place does not change what this run reads
-        self._file = open(self._lines, "rb", buffering=0)  # noqa: SIM115
-        self._changed = os.fstat(self._file.fileno()).st_mtime_ns
+        self._file = LinesFile(self._lines, content["lines"])
         self._offsets, self._sizes, self.durations, self.characters = (
             np.load(folder / f"{name}.npy") for name in ("offsets", "sizes", "durations", "characters")
         )
@@ -108,18 +110,78 @@ class Index:
         """The cut of the `number`-th line.
 
         Raises:
-            UtteranceError: the line has changed since, or cannot be made a cut.
+            UtteranceError: the line cannot be made a cut.
+            DataError: the file has other content than when the index was made.
         """
         offset = int(self._offsets[number])
-        if os.fstat(self._file.fileno()).st_mtime_ns != self._changed:
-            raise UtteranceError("bad manifest line", f"{self._lines} has changed during the run")
-        # without a file position: processes that share the descriptor do not disturb each other
-        line = os.pread(self._file.fileno(), int(self._sizes[number]), offset)
+        line = self._file.read(offset, int(self._sizes[number]))
         try:
             return to_cut(parse_line(line), self.source)
         except LINE_ERRORS as error:
             details = f"{self._lines} at byte {offset}: {explain(error)}"
             raise UtteranceError("bad manifest line", details) from error
+
+
+class LinesFile:
+    """A file to read from at random, which must not change. The most used are kept open, among all of a process: a file
+    that takes the place of an open one does not change what is read. Where one was touched or copied, its content is
+    compared.
+
+    Args:
+        state: of the file as it must be; see `state_of`.
+    """
+
+    _MOST_OPEN = 256
+    _open: WeakKeyDictionary[LinesFile, BinaryIO] = WeakKeyDictionary()  # the one that was used last comes last
+
+    def __init__(self, path: Path, state: dict[str, int]) -> None:
+        self._path, self._checksum = path, state["checksum"]
+        self._seen = (state["size"], state["time"])
+        self._opened()
+
+    @staticmethod
+    def state_of(path: Path) -> dict[str, int]:
+        """Size, time and checksum of a file, as plain values."""
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            return {"size": stat.st_size, "time": stat.st_mtime_ns, "checksum": _checksum(file)}
+
+    def read(self, offset: int, size: int) -> bytes:
+        """
+        Raises:
+            DataError: it is missing, or has other content.
+        """
+        try:
+            file = self._opened()
+            stat = os.fstat(file.fileno())
+            if (stat.st_size, stat.st_mtime_ns) != self._seen:
+                if stat.st_size != self._seen[0] or _checksum(file) != self._checksum:
+                    raise DataError(
+                        f"{self._path} has changed during the run, or since its index was made: put it back as it was, "
+                        "or start again with what it is now; training goes on from its last checkpoint"
+                    )
+                self._seen = (stat.st_size, stat.st_mtime_ns)
+            # without a file position: processes that share the descriptor do not disturb each other
+            return os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise DataError(f"{self._path}: cannot be read any more: {error.strerror}") from error
+
+    def _opened(self) -> BinaryIO:
+        file = self._open.pop(self, None)
+        if file is None:
+            while len(self._open) >= self._MOST_OPEN:
+                self._open.pop(next(iter(self._open))).close()
+            file = open(self._path, "rb", buffering=0)  # noqa: SIM115
+        self._open[self] = file
+        return file
+
+
+def _checksum(file: BinaryIO) -> int:
+    checksum, place = 0, 0
+    while block := os.pread(file.fileno(), 1 << 20, place):
+        checksum = zlib.crc32(block, checksum)
+        place += len(block)
+    return checksum
 
 
 class Corpus:
@@ -164,10 +226,11 @@ def open_index(
     identity = [_LAYOUT, files, settings, here, list(text_steps), labels.label_identity() if labels else None]
     name = f"{Path(source.path).name[:60]}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{name}.lock"):
-            if not (folder / name).is_dir():
-                _build(folder / name, source, text_steps, labels)
+        if not (folder / name).is_dir():  # a folder of this name is complete, and need not be writable
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder / f"{name}.lock"):
+                if not (folder / name).is_dir():
+                    _build(folder / name, source, text_steps, labels)
     except OSError as error:
         raise DataError(
             f"{folder}: the index of {source.path} cannot be written ({error}); set data.index_dir"
@@ -175,6 +238,11 @@ def open_index(
     index = Index(folder / name, source)
     for message in index.bad_lines.messages:
         logging.warning("bad manifest line: %s", message)
+    for tag, count in index.unknown_languages.items():
+        logging.warning(
+            "%s: the language %r (%d times) is no code or name of ISO 639; say what it is in the source's `languages`",
+            source.path, tag, count,
+        )  # fmt: skip
     if not len(index):
         first = index.bad_lines.messages[:1] or [f"{source.path}: the manifest is empty"]
         raise ManifestError(f"{first[0]} ({index.bad_lines.count} bad lines, no good one)")
@@ -198,6 +266,7 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
     offsets, sizes, durations, characters, tokens = array("q"), array("i"), array("f"), array("i"), array("i")
     written: list[str] = []
     bad_count, messages, checksum = 0, [], 0
+    languages: Counter[str | None] = Counter()
 
     def count_tokens() -> None:
         if labels is not None:
@@ -214,7 +283,8 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
                     bad_count += 1
                     messages += [str(entry)] if len(messages) < _MAX_MESSAGES else []
                     continue
-                target = normalize_text(entry.target, text_steps)
+                languages.update((entry.lang, entry.target_lang))
+                target = target_text(entry, text_steps)
                 offsets.append(offset)
                 sizes.append(len(line))
                 durations.append(entry.duration)
@@ -224,6 +294,7 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
                 if len(written) == _LABELS_AT_ONCE:
                     count_tokens()
             count_tokens()
+        lines = tmp / "lines.jsonl"
         arrays = {"offsets": offsets, "sizes": sizes, "durations": durations, "characters": characters}
         if labels is not None:
             arrays["tokens"] = tokens
@@ -232,8 +303,10 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
         content = {
             "manifest": str(Path(source.path).absolute()),
             "fingerprint": f"{checksum:08x}",
+            "lines": LinesFile.state_of(lines if lines.is_file() else Path(source.path)),
             "hours": float(np.sum(durations, dtype=np.float64)) / 3600,
             "bad_lines": {"count": bad_count, "messages": messages},
+            "unknown_languages": {tag: n for tag, n in languages.items() if not source.is_known_language(tag)},
         }
         (tmp / "index.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
@@ -244,8 +317,8 @@ def _placed_entries(source: SourceConfig, unpacked: Path) -> Iterator[tuple[int,
         offset = 0
         with open(source.path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield offset, line, _understood(f"{source.path}:{number}", line, source)
+                if line.strip() and (entry := _understood(f"{source.path}:{number}", line, source)) is not None:
+                    yield offset, line, entry
                 offset += len(line)
         return
     with open(unpacked, "wb") as file:
@@ -258,8 +331,10 @@ def _placed_entries(source: SourceConfig, unpacked: Path) -> Iterator[tuple[int,
             file.write(line)
 
 
-def _understood(where: str, line: bytes | dict, source: SourceConfig) -> Entry | ManifestError:
+def _understood(where: str, line: bytes | dict, source: SourceConfig) -> Entry | ManifestError | None:
+    """What a line says; None if it says that it is to be skipped."""
     try:
-        return describe(parse_line(line) if isinstance(line, bytes) else line, source)
+        obj = parse_line(line) if isinstance(line, bytes) else line
+        return None if is_skipped(obj) else describe(obj, source)
     except LINE_ERRORS as error:
         return ManifestError(f"{where}: {explain(error)}")

@@ -25,7 +25,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from speechllm.data.augment.augmenter import AugmentConfig, Augmenter
-from speechllm.data.dataset import FEATURES_ON, Batch, BatchPlan, Skipped, SpeechDataset, WaveformBatch
+from speechllm.data.blocks import DURATION_TOLERANCE
+from speechllm.data.commands import share_command_output
+from speechllm.data.dataset import FEATURES_ON, Batch, BatchPlan, Noted, Skipped, SpeechDataset, WaveformBatch
 from speechllm.data.index import Corpus, Labels, open_index
 from speechllm.data.manifests.manifest import DataError, SourceConfig
 from speechllm.data.plan import Plan, draw, evaluation_plan, training_plan
@@ -62,6 +64,8 @@ class DataConfig:
     Curriculum: with `curriculum_seconds`, the first `curriculum_hold_epochs` epochs have utterances up to so
     long; over the `curriculum_epochs` epochs that follow the limit grows evenly to `max_seconds`.
 
+    Audio may be `duration_tolerance` seconds shorter or longer than its manifest says.
+
     More than `max_bad_share` of unusable utterances or manifest lines stop the run.
     """
 
@@ -88,6 +92,7 @@ class DataConfig:
     curriculum_seconds: float | None = None
     curriculum_hold_epochs: int = 1
     curriculum_epochs: int = 0
+    duration_tolerance: float = DURATION_TOLERANCE
     max_bad_share: float = 0.5
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -101,6 +106,8 @@ class DataConfig:
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is not more than 0; null is no limit")
+        if self.duration_tolerance < 0:
+            raise ValueError(f"duration_tolerance: {self.duration_tolerance} is negative")
         if self.num_workers < 0:
             raise ValueError(f"num_workers: {self.num_workers} is negative")
         if not 0 <= self.min_seconds < self.max_seconds:
@@ -293,13 +300,20 @@ def _batches(plan: Plan, epoch: int, start: int, rank: int, world_size: int) -> 
         yield BatchPlan(epoch, *plan.batch(i))
 
 
+def _stated(value: Any) -> Any:
+    """A setting without what says nothing: earlier versions, whose states go on, did not have all keys of today."""
+    if isinstance(value, dict):
+        return {key: _stated(part) for key, part in value.items() if part not in (None, False, [], {})}
+    return [_stated(part) for part in value] if isinstance(value, list) else value
+
+
 class SpeechLoader:
     """Gives the batches of one epoch each time it is iterated; made by `build_train_loader`,
     `build_eval_loader`.
 
     Utterances that cannot be used are counted, logged once with their id, and left out; a batch of which
-    nothing remains is passed over. `skipped` counts them by reason, `seen` counts all utterances; both since
-    the start of the epoch.
+    nothing remains is passed over. `skipped` counts them by reason, `seen` counts all utterances, `noted` those that
+    are used though something is to be known of their audio, such as damage; all since the start of the epoch.
 
     `state_dict` says which epoch it is and how many batches the caller has been given, whatever the workers
     have prepared ahead. After `load_state_dict`, the next iteration gives exactly the remaining batches, bit
@@ -330,6 +344,7 @@ class SpeechLoader:
         self.batches = 0
         self.seen = 0
         self.skipped: Counter[str] = Counter()
+        self.noted: Counter[str] = Counter()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (from 1) of the next iteration. Another one than was loaded forgets the place in
@@ -347,30 +362,33 @@ class SpeechLoader:
             "finished": self._finished,
             "seen": self.seen,
             "skipped": dict(self.skipped),
+            "noted": dict(self.noted),
             "identity": self._identity,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
-
-        Raises:
-            DataError: seed, number of ranks or data settings differ in the middle of an epoch, so that the
-                remaining batches cannot be the same. After a finished epoch they may differ.
-        """
-        saved = state["identity"]
-        differing = [key for key in {**self._identity, **saved} if self._identity.get(key) != saved.get(key)]
+        """Continue where `state` was taken. With another seed, number of ranks, limits of batches or content of the
+        manifests, the remaining batches of an epoch cannot be the same: it begins anew then, with a warning. After a
+        finished epoch all may differ."""
+        saved, own = _stated(state["identity"]), _stated(self._identity)
+        if "sounds" not in saved:  # a state of an earlier version does not say what augmentation is made of
+            own.pop("sounds", None)
+        differing = _differences(saved, own)
         if differing and not state["finished"]:
-            details = ", ".join(
-                f"{key} was {saved.get(key)!r}, is {self._identity.get(key)!r}" for key in sorted(differing)
-            )
-            raise DataError(
-                f"cannot resume in the middle of epoch {state['epoch']} with other data settings: {details}; "
-                "put them back, or start from a checkpoint's weights with a new run"
-            )
+            logging.warning(
+                "epoch %d begins anew: its %d batches so far were made with other data settings (%s), and cannot be "
+                "told from those to come; some utterances come twice",
+                state["epoch"], state["batches"], ", ".join(differing),
+            )  # fmt: skip
+            self.epoch = state["epoch"]
+            self._reset()
+            self._resumed = False
+            return
         self.epoch = state["epoch"]
         self.batches = state["batches"]
         self.seen = state["seen"]
         self.skipped = Counter(state["skipped"])
+        self.noted = Counter(state.get("noted"))  # not in states of version 0.1
         self._finished = state["finished"]
         self._resumed = True
 
@@ -380,6 +398,7 @@ class SpeechLoader:
         self._resumed = False
         if self._finished:
             return
+        share_command_output()
         loader = DataLoader(
             self._dataset,
             sampler=self._epochs.batches(self.epoch, self.batches),
@@ -391,18 +410,22 @@ class SpeechLoader:
             # a generator of its own: the training loop's random numbers do not depend on how often it resumed
             generator=torch.Generator().manual_seed(0),
         )
-        for batch, skipped in loader:
+        for batch, skipped, noted in loader:
+            if isinstance(batch, DataError):
+                raise batch
             self.batches += 1
-            self._count(batch, skipped)
+            self._count(batch, skipped, noted)
             if batch is not None:
                 yield batch
         self._finished = True
+        for reason, count in self.noted.most_common():
+            logging.info("epoch %d: used %d utterances with %s; the log has their ids", self.epoch, count, reason)
         self._check_share()
 
     def largest_batches(self) -> Iterator[Batch | WaveformBatch]:
         """Some batches as large as they get from this epoch on, the same on all ranks; where it is is not changed."""
         for plan in self._epochs.largest(self.epoch):
-            batch, _ = self._dataset[plan]
+            batch, _, _ = self._dataset[plan]
             if batch is not None:
                 yield batch
 
@@ -411,14 +434,20 @@ class SpeechLoader:
         self.batches = 0
         self.seen = 0
         self.skipped = Counter()
+        self.noted = Counter()
 
-    def _count(self, batch: Batch | WaveformBatch | None, skipped: list[Skipped]) -> None:
+    def _count(self, batch: Batch | WaveformBatch | None, skipped: list[Skipped], noted: list[Noted]) -> None:
         self.seen += len(skipped) + (0 if batch is None else len(batch))
         for utterance in skipped:
             self.skipped[utterance.reason] += 1
             if utterance.id not in self._logged:
                 self._logged.add(utterance.id)
                 logging.warning("skipped utterance %s: %s", utterance.id, utterance.details)
+        for utterance in noted:
+            self.noted[utterance.reason] += 1
+            if utterance.id not in self._logged:
+                self._logged.add(utterance.id)
+                logging.warning("utterance %s is used with %s: %s", utterance.id, utterance.reason, utterance.details)
         # not before a sample is large enough to tell; the end of the epoch tells of small sets
         if self.seen >= 1000:
             self._check_share()
@@ -431,6 +460,28 @@ class SpeechLoader:
                 f"{bad} of {self.seen} utterances in epoch {self.epoch} cannot be used ({reasons}); "
                 f"more than {self._max_bad_share:.0%} is taken for a mistake; the log has their ids"
             )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], inside: str = "") -> list[str]:
+    """What differs between two identities of loaders, in words."""
+    words = {
+        "manifests": "other lines in the manifests",
+        "train": "other train sources",
+        "labels": "other labels",
+        "sounds": "other lines in the manifests of noise or rooms",
+    }
+    found = []
+    for key in sorted({*before, *now}):
+        old, new, name = before.get(key), now.get(key), inside + key
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{name}.")
+        elif isinstance(old, list) or isinstance(new, list) or name in words:
+            found.append(words.get(name, f"other {name}"))
+        else:
+            found.append(f"{name} was {old!r}, is {new!r}")
+    return found
 
 
 def build_train_loader(
@@ -460,6 +511,7 @@ def build_train_loader(
     if two_views and (config.augment.spec_augment is None or config.augment.spec_augment.probability == 0):
         raise DataError("data.augment.spec_augment: two views of an utterance would be the same without it")
     label = LabelTemplate() if labels is None else labels.label_template
+    min_frames = getattr(labels, "min_frames", 0)  # of a model; what only counts tokens has none
     if not config.utterance_limits(1, labels).needs_tokens:
         labels = None
     elif labels is None:
@@ -478,17 +530,22 @@ def build_train_loader(
         epochs = PlannedEpochs(config, corpus, seed, rank, world_size, labels)
         chosen = np.random.default_rng([seed, 2]).permutation(len(corpus))[:_VOICES] if config.augment.babble else []
         voices = [corpus[int(number)] for number in chosen]
+    augmenter = Augmenter(config.augment, voices)
+    if augmenter.fingerprints:
+        identity["sounds"] = augmenter.fingerprints
     return SpeechLoader(
         SpeechDataset(
             corpus,
             text_steps=config.text,
-            augmenter=Augmenter(config.augment, voices),
+            augmenter=augmenter,
             seed=seed,
             features_on=config.features_on,
             feature_kind=feature_kind,
             allow_empty_text=False,
             label=label,
             two_views=two_views,
+            duration_tolerance=config.duration_tolerance,
+            min_frames=min_frames,
         ),
         epochs,
         num_workers=config.num_workers,
@@ -527,6 +584,8 @@ def build_eval_loader(
             feature_kind=feature_kind,
             allow_empty_text=True,
             label=LabelTemplate() if labels is None else labels.label_template,
+            duration_tolerance=config.duration_tolerance,
+            min_frames=getattr(labels, "min_frames", 0),
         ),
         EvaluationEpochs(config, corpus, rank, world_size),
         num_workers=config.num_workers,

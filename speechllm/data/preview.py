@@ -8,8 +8,9 @@ import random
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -21,6 +22,7 @@ from speechllm.data.augment.augmenter import AugmentConfig, Augmenter, SpeedConf
 from speechllm.data.augment.specaugment import SpecAugmentConfig
 from speechllm.data.dataset import augmentation_rng
 from speechllm.data.features import FRAME_SHIFT, NUM_MEL_BINS, SAMPLE_RATE, fbank
+from speechllm.data.loader import DataConfig
 from speechllm.data.manifests.manifest import (
     LINE_ERRORS,
     ManifestError,
@@ -30,9 +32,9 @@ from speechllm.data.manifests.manifest import (
     iter_objects,
     to_cut,
 )
+from speechllm.data.manifests.source import target_text
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
-from speechllm.text.normalize import normalize_text
 
 DEFAULT_AUGMENT = AugmentConfig(speed=SpeedConfig(), volume=VolumeConfig(), spec_augment=SpecAugmentConfig())
 """Without a configuration: what most recipes for speech recognition have, as far as it needs no other recordings."""
@@ -40,6 +42,17 @@ DEFAULT_AUGMENT = AugmentConfig(speed=SpeedConfig(), volume=VolumeConfig(), spec
 _VOICES = 100
 # matplotlib's own font has no Chinese, Japanese and Korean characters; the first of these that are installed have.
 _FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Droid Sans Fallback", "PingFang SC")
+
+
+@dataclass
+class PreviewConfig:
+    """What is needed of an experiment's configuration, which may have the data section alone."""
+
+    data: DataConfig
+    model: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,7 @@ def _preview(name: str, cut: Cut, augmenter: Augmenter, seed: int, text_steps: S
     speed = float(augmenter.config.draw_speeds(1, augmentation_rng(seed, epoch=0, times=0, id=cut.id))[0])
     augmented = augmenter.samples(load_samples(cut, speed=speed), rng)
     features = augmenter.features(fbank(augmented), rng, "fbank")
-    text = normalize_text(describe_cut(cut).target, text_steps)
+    text = target_text(describe_cut(cut), text_steps)
     return Preview(name, cut.id, text, speed, samples, augmented, fbank(samples), features)
 
 

@@ -2,6 +2,10 @@
 
 Here lhotse does the work: CutSet.mux mixes, DynamicBucketingSampler makes batches from a buffer. A stream cannot be
 planned ahead: to resume in the middle of an epoch it is read again up to that place.
+
+Sources with shards are shared out among the ranks: each reads its own, and makes batches of its own. What one of them
+cannot read is missing there alone. Of other streams, which only have lines to read, all ranks read all, and take
+batches in turns, from the same bucket.
 """
 
 from __future__ import annotations
@@ -31,37 +35,62 @@ from speechllm.data.manifests.manifest import (
     has_shards,
     stream_cuts,
 )
-from speechllm.data.manifests.source import planned_label
+from speechllm.data.manifests.source import ShardError, planned_label, target_text
 from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits
-from speechllm.text.normalize import normalize_text
 
 # Enough cuts to know the distribution of durations, few enough to read them before each epoch.
 _CUTS_TO_ESTIMATE_BUCKETS = 1000
+# Passes through a rank's share of the shards without an utterance, before the source is taken for unreadable.
+_MOST_EMPTY_PASSES = 10
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank reads of streams: all of it, or its own shards."""
+
+    rank: int = 0
+    world_size: int = 1
 
 
 class Passes(Dillable):
     """One source as a stream: a single pass that says when it has run dry, or (`endless`) pass after pass. Bad lines
-    are logged once; more than `max_bad_share` of them in a pass are an error."""
+    are logged once, and so are shards that cannot be read; more than `max_bad_share` of bad lines in a pass are an
+    error."""
 
-    def __init__(self, source: SourceConfig, seed: int, endless: bool, goes_on: bool, max_bad_share: float) -> None:
+    def __init__(
+        self,
+        source: SourceConfig,
+        seed: int,
+        endless: bool,
+        goes_on: bool,
+        max_bad_share: float,
+        share: Share,
+    ) -> None:
         self._source = source
         self._seed = seed
         self._endless = endless
         self._goes_on = goes_on
         self._max_bad_share = max_bad_share
+        self._share = share
 
     def __iter__(self) -> Iterator[Cut]:
-        number = 0
+        number = empty = 0
         while True:
             count = bad = 0
-            for found in stream_cuts(self._source, seed=self._seed, epoch=number):
-                if isinstance(found, ManifestError):
+            for found in stream_cuts(self._source, self._seed, number, self._share.rank, self._share.world_size):
+                if isinstance(found, ShardError):
+                    log_once(f"left out: {found}")
+                elif isinstance(found, ManifestError):
                     bad += 1
                     log_once(f"bad manifest line: {found}")
                 else:
                     count += 1
+                    for tag in self._source.unknown_languages(describe_cut(found)):
+                        log_once(f"{self._source.path}: the language {tag!r} is no code or name of ISO 639")
                     yield found
-            if count == 0:
+            empty = 0 if count else empty + 1
+            # a share of the shards may have nothing that can be read; the next pass has other shards
+            if empty and (self._share.world_size == 1 or empty == _MOST_EMPTY_PASSES):
                 raise DataError(f"{self._source.path}: the stream has no utterance ({bad} bad lines)")
             if bad > self._max_bad_share * (count + bad):
                 raise DataError(
@@ -81,7 +110,7 @@ def log_once(message: str) -> None:
     logging.warning("%s", message)
 
 
-def mix(sources: Sequence[SourceConfig], seed: int, max_bad_share: float) -> CutSet:
+def mix(sources: Sequence[SourceConfig], seed: int, max_bad_share: float, share: Share = Share()) -> CutSet:
     """The cuts of the sources as one stream: each once, or with weights repeated without end in their proportion.
 
     Raises:
@@ -95,7 +124,7 @@ def mix(sources: Sequence[SourceConfig], seed: int, max_bad_share: float) -> Cut
                 f"{source.path}: a stream with a weight needs tar shards; without them, take stream: true out"
             )
     streams = [
-        CutSet(Passes(source, seed * 1_000_003 + i, endless, goes_on=len(sources) > 1, max_bad_share=max_bad_share))
+        CutSet(Passes(source, seed * 1_000_003 + i, endless, len(sources) > 1, max_bad_share, share))
         for i, source in enumerate(sources)
     ]
     if len(streams) == 1:
@@ -135,7 +164,7 @@ class Admitted(Dillable):
         rng = np.random.default_rng([self._seed, 3])
         for cut in self._cuts:
             entry = describe_cut(cut)
-            target, tokens = normalize_text(entry.target, self._text_steps), None
+            target, tokens = target_text(entry, self._text_steps), None
             if self._labels is not None:
                 label = planned_label(entry, self._labels.label_template, self._text_steps)
                 tokens = np.array(self._labels.label_lengths([label]))
@@ -197,17 +226,25 @@ def stream_batches(
 ) -> Iterator[list[Cut]]:
     """The batches of one rank in one epoch.
 
-    All ranks read the same sequence and take every `world_size`-th batch, from the same bucket, so they have equally
-    many batches of about the same size.
+    With shards, ranks may have a few batches more than others: the training loop ends the epoch for all when the first
+    runs out. Without, they have equally many.
 
     Raises:
         DataError: no utterance is within the limits.
     """
+    share = Share()
+    if any(has_shards(source) for source in sources):
+        share, rank, world_size = Share(rank, world_size), 0, 1
+        if epoch_cuts is not None:
+            epoch_cuts = -(-epoch_cuts // share.world_size)
     # well apart for all seeds and epochs, the same on all ranks
     epoch_seed = seed * 1_000_003 + epoch
-    cuts = mix(sources, epoch_seed, max_bad_share)
+    cuts = mix(sources, epoch_seed, max_bad_share, share)
     admitted = Admitted(cuts, utterance_limits, augment, epoch_seed, text_steps, labels, epoch_cuts)
     sample = list(islice(admitted, _CUTS_TO_ESTIMATE_BUCKETS))
+    if not sample and share.world_size > 1:
+        logging.warning("epoch %d: nothing that this process reads can be used", epoch)
+        return
     if not sample:
         reasons = ", ".join(f"{count} {reason}" for reason, count in admitted.left_out.items())
         raise DataError(f"no utterance of {', '.join(s.path for s in sources)} is within the limits ({reasons})")

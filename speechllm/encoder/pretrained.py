@@ -17,11 +17,13 @@ from speechllm.encoder.whisper import WhisperEncoder, WhisperEncoderConfig
 from speechllm.encoder.zipformer import Zipformer, ZipformerConfig
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
-from speechllm.weights import load_state_dict_strict
+from speechllm.weights import foreign_format, load_state_dict_strict
 
-WEIGHT_FILES = ("model.safetensors", "pretrained.safetensors", "pretrained.pt", "model.pt")
+WEIGHT_FILES = ("model.safetensors", "pretrained.safetensors", "pretrained.pt", "model.pt", "pytorch_model.bin")
 # The names a composite model gives its encoder; its config.json has "<name>_config", or "<name>".
 COMPOSITE_NAMES = ("audio_encoder", "speech_encoder", "encoder")
+# Whisper's model_type in the config.json of transformers and of Auden.
+_WHISPER = ("whisper", "whisper-encoder")
 # icefall's models do not have the count, and are fully trained: all schedules are past their end.
 FULLY_TRAINED = 100000.0
 
@@ -33,8 +35,10 @@ def load_encoder(
 
     A Zipformer may be under "state_dict" or "model" in its file, its names with "module." in front or not, beside
     optimiser, decoder and heads, as in icefall's `pretrained.pt` and `epoch-N.pt` of transducers, CTC, CR-CTC and
-    attention models. Of a Whisper (config.json with `model_type: whisper`, as openai/whisper-small on the Hugging
-    Face Hub) only the encoder's weights are read.
+    attention models, and in PyTorch Lightning's `.ckpt`. Of a Whisper (config.json with `model_type: whisper`, as
+    openai/whisper-small on the Hugging Face Hub) only the encoder's weights are read. Of a composite model the
+    encoder's config.json and weights may also be in a folder of that name (`COMPOSITE_NAMES`), as Auden writes them
+    where its own file leaves the encoder out.
 
     Args:
         path: a folder with config.json and one of `WEIGHT_FILES`, or such a file with config.json beside it.
@@ -47,27 +51,29 @@ def load_encoder(
         UserError: if they do not belong together, with the names of all weights that are missing, left over
             or of another shape; `sizes` contradict config.json; a file cannot be read.
     """
-    path = Path(path)
-    weights_path = path
-    if path.is_dir():
-        found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"{path}: no encoder weights; expected one of {', '.join(WEIGHT_FILES)}")
-        weights_path = found[0]
-    if not weights_path.is_file():
-        raise FileNotFoundError(f"{weights_path}: no such file; an encoder needs its weights")
+    weights_path = _weights_path(Path(path))
     config = _encoder_config(weights_path.parent / "config.json", sizes)
     with torch.device("meta"):
         encoder = WhisperEncoder(config) if isinstance(config, WhisperEncoderConfig) else Zipformer(config)
     if isinstance(encoder, WhisperEncoder):
         state_dict = encoder.state_dict_of(_read_weights(weights_path, encoder.is_in_released))
     else:
-        state_dict = encoder_state_dict(_read_weights(weights_path))
+        state_dict = encoder_state_dict(_read_weights(weights_path), weights_path)
         state_dict.setdefault("model_batch_count", torch.tensor(FULLY_TRAINED))
     state_dict = {name: t.float() for name, t in state_dict.items()}
     load_state_dict_strict(encoder, state_dict, weights_path, assign=True)
     encoder.requires_grad_(True)
     return encoder.to(map_location).eval()
+
+
+def is_whisper(path: str | Path) -> bool:
+    """Whether a released encoder is a Whisper's, by the config.json of its folder."""
+    path = Path(path)
+    try:
+        values = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False  # `load_encoder` says what is wrong
+    return isinstance(values, dict) and values.get("model_type") == "whisper"
 
 
 def save_encoder(encoder: Zipformer, folder: str | Path) -> None:
@@ -77,6 +83,44 @@ def save_encoder(encoder: Zipformer, folder: str | Path) -> None:
         save_file({name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}, tmp)
     with replaced_file(folder / "config.json") as tmp:
         tmp.write_text(json.dumps(encoder.config.to_dict(), indent=2) + "\n")
+
+
+def _weights_path(path: Path) -> Path:
+    """The file to read, of a folder or itself; an error that says what is there if it holds no weights."""
+    if path.is_dir():
+        own = [path / name for name in COMPOSITE_NAMES if (path / name / "config.json").is_file()]
+        folder = own[0] if own else path
+        found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+        if not found:
+            raise FileNotFoundError(
+                f"{folder}: no encoder weights; expected one of {', '.join(WEIGHT_FILES)}{_what_is_there(folder)}"
+            )
+        path = found[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; an encoder needs its weights")
+    if what := foreign_format(path):
+        way_out = "git lfs pull fetches it" if "LFS" in what else _WAY_OUT
+        raise UserError(f"{path}: is {what}, from which an encoder cannot be loaded: {way_out}")
+    return path
+
+
+_WAY_OUT = (
+    "take the PyTorch checkpoint that it was made from, in icefall's releases exp/pretrained.pt, or write that with "
+    "icefall's zipformer/export.py without --jit"
+)
+
+
+def _what_is_there(folder: Path) -> str:
+    """Files that somebody may have meant, for an error message."""
+    suffixes = (".pt", ".pth", ".ckpt", ".bin", ".onnx", ".ort", ".nemo", ".rknn", ".tflite", ".param", ".safetensors")
+    found = [p for pattern in ("*", "exp/*") for p in sorted(folder.glob(pattern))]
+    files = [p for p in found if p.suffix in suffixes and p.is_file()][:5]
+    if not files:
+        return ""
+    kinds = [(p.relative_to(folder), foreign_format(p)) for p in files]
+    foreign = any(kind for _, kind in kinds)
+    listed = ", ".join(f"{name} ({kind})" if kind else str(name) for name, kind in kinds)
+    return f"; it holds {listed}: {_WAY_OUT if foreign else 'give the file itself'}"
 
 
 def _encoder_config(path: Path, sizes: ZipformerConfig | None) -> ZipformerConfig | WhisperEncoderConfig:
@@ -89,14 +133,13 @@ def _encoder_config(path: Path, sizes: ZipformerConfig | None) -> ZipformerConfi
             )
         return sizes
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}") from e
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: is not a JSON object")
     try:
-        if values.get("model_type") == "whisper":
-            config = WhisperEncoderConfig.from_released(values)
-        else:
-            config = ZipformerConfig.from_dict(_own_values(values))
+        config = _config_of(_own_values(values))
     except ValueError as e:
         raise UserError(f"{path}: {e}") from e
     if sizes is not None and sizes != config:
@@ -108,12 +151,22 @@ def _encoder_config(path: Path, sizes: ZipformerConfig | None) -> ZipformerConfi
     return config
 
 
+def _config_of(values: dict[str, Any]) -> ZipformerConfig | WhisperEncoderConfig:
+    """An encoder's configuration; without sizes of a Zipformer only a Zipformer's says that it is one."""
+    model_type = values.get("model_type", "zipformer")
+    if model_type in _WHISPER:
+        return WhisperEncoderConfig.from_released(values)
+    if model_type != "zipformer" and "encoder_dim" not in values:
+        raise ValueError(f"model_type: {model_type!r}; encoders are 'zipformer', or {' or '.join(map(repr, _WHISPER))}")
+    return ZipformerConfig.from_dict(values)
+
+
 def _own_values(values: dict[str, Any]) -> dict[str, Any]:
-    """What a composite model's config.json says of its encoder."""
+    """What a composite model's config.json says of its encoder; Auden means a Zipformer where its type is not said."""
     for name in COMPOSITE_NAMES:
         for key in (f"{name}_config", name):
             if isinstance(values.get(key), dict):
-                values = values[key]
+                values = {"model_type": "zipformer"} | values[key]
     return values
 
 
@@ -140,7 +193,7 @@ def _read_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True)
     return {k: v for k, v in content.items() if isinstance(v, Tensor) and wanted(k)}
 
 
-def encoder_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def encoder_state_dict(weights: dict[str, Tensor], source: str | Path = "weights") -> dict[str, Tensor]:
     """The Zipformer's part of the weights of a model that has one, under the names it has alone.
 
     An encoder alone has "encoder_embed.*", "encoder.*" and perhaps "model_batch_count". A composite model has
@@ -150,13 +203,13 @@ def encoder_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: if there is no Zipformer in them.
     """
-    weights = {k.removeprefix("module."): v for k, v in weights.items()}
+    weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
     for prefix in (*(f"{name}." for name in COMPOSITE_NAMES), ""):
         if any(k.startswith(f"{prefix}encoder_embed.") for k in weights):
             own = tuple(f"{prefix}{part}" for part in ("encoder_embed.", "encoder.", "model_batch_count"))
             return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(own)}
     raise UserError(
-        f"the weights hold no Zipformer: no name begins with encoder_embed., or one of {COMPOSITE_NAMES} "
+        f"{source}: the weights hold no Zipformer: no name begins with encoder_embed., or one of {COMPOSITE_NAMES} "
         f"and encoder_embed.; the first names are {list(weights)[:5]}"
     )
 

@@ -182,6 +182,22 @@ def limit_parameter(p: Tensor, low: float, high: float) -> Tensor:
 # Regularisers that edit gradients
 
 
+class _ScaleGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.scale, None
+
+
+def scale_grad(x: Tensor, scale: float) -> Tensor:
+    """x unchanged, of any shape; the gradient that passes back through it is multiplied with `scale`."""
+    return _ScaleGrad.apply(x, scale)
+
+
 class _PenalizeLarge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, limit: float, penalty: float) -> Tensor:

@@ -14,6 +14,7 @@ from speechllm.encoder.scaling import (
     Whiten,
     constant,
     dropout_mask,
+    scale_grad,
     swoosh_l,
     swoosh_r,
 )
@@ -89,8 +90,12 @@ class Conv2dSubsampling(nn.Module):
     def convolve(self, features: Tensor, valid: Tensor | None) -> Tensor:
         """(N, T, F) -> (N, T', F', C), what `out` projects; `valid` as in `forward`."""
         x = features.unsqueeze(-1)
-        for conv, balancer in zip(self.conv.values(), self.balancers, strict=True):
-            x = swoosh_r(balancer(conv2d(conv, x)))
+        for i, (conv, balancer) in enumerate(zip(self.conv.values(), self.balancers, strict=True)):
+            x = conv2d(conv, x)
+            if i == 0 and self.training:
+                # Raw log-mel features are large: so scaled, the gradients of this layer stay in float16's range.
+                x = scale_grad(x, 0.2)
+            x = swoosh_r(balancer(x))
         if valid is not None:
             x = x * valid[:, :, None, None]
         return self.convnext(x)

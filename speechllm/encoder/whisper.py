@@ -10,6 +10,7 @@ in SALMONN (arXiv 2310.13289); here the latter is `pad_to_max_seconds`.
 
 import dataclasses
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,11 @@ from torch import Tensor, nn
 from speechllm.encoder.zipformer import run, shortest_and_longest
 from speechllm.errors import UserError
 
-# Where the encoder's weights are in a file: of the model with its head, of the model without.
-_PREFIXES = ("model.encoder.", "encoder.")
+# Where the encoder's weights are in a file: of the model with its head, of the model without, of Auden's models and
+# rwkv_asr's; or of the encoder alone.
+_PREFIX = re.compile(
+    r"(module\.)?(model\.)?((audio_|speech_|whisper_)?encoder\.)+|(?=(conv\d|embed_positions|layers|layer_norm)\.)"
+)
 _FEATURE_KINDS = {80: "whisper80", 128: "whisper128"}
 
 
@@ -118,12 +122,12 @@ class WhisperEncoder(nn.Module):
     @staticmethod
     def is_in_released(name: str) -> bool:
         """Whether a weight of a released Whisper is the encoder's."""
-        return name.startswith(_PREFIXES)
+        return _PREFIX.match(name) is not None
 
     @staticmethod
     def state_dict_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a released Whisper's encoder under the names that they have here."""
-        names = {name: name.removeprefix("model.").removeprefix("encoder.") for name in weights}
+        names = {name: _PREFIX.sub("", name, count=1) for name in weights}
         return {own.removesuffix(".weight") if "positions" in own else own: weights[n] for n, own in names.items()}
 
     @property

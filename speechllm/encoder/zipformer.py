@@ -1,12 +1,13 @@
 """The Zipformer encoder: log-mel features in, embeddings at a quarter of the frame rate out.
 
 "Zipformer: A faster and better encoder for automatic speech recognition" (Yao et al., arXiv 2310.11230), in
-the form and with the parameter names of the encoders released by icefall and Auden. Two things differ from
-those: an utterance's result does not depend on the batch it is in, and every parameter gets a gradient in
-every step.
+the form and with the parameter names of the encoders released by icefall and Auden. What differs from those:
+an utterance's result does not depend on the batch it is in; every parameter gets a gradient in every step; and
+`Whiten` acts on a fixed share of the batches, so that a resumed training needs no more than the batch count.
 """
 
 import dataclasses
+import difflib
 import math
 import random
 from collections.abc import Iterator
@@ -48,11 +49,39 @@ PER_STACK = (
     "cnn_module_kernel",
 )
 
+# What Auden means where its config.json lacks a key and icefall's default is another.
+AUDEN_DEFAULTS = {"feedforward_dim": [576, 768, 1152, 1536, 1152, 768]}
+
+# Keys of icefall, its relatives and transformers for what is beside the encoder, near to keys of the encoder.
+_NOT_OF_THE_ENCODER = {
+    "num_beams",
+    "decoder_dim",
+    "num_decoder_layers",
+    "encoder_out_dim",
+    "encoder_output_dim",
+    "subsampling_factor",
+}
+# From this share of common letters on, an unknown key is taken for a mistyped one. transformers' own keys are below.
+_SIMILAR = 0.72
+
+
+def _mistyped(key: str, known: list[str]) -> str | None:
+    """The known key that `key` looks like, whatever its capitals, hyphens and underscores; None if there is none."""
+
+    def letters(text: str) -> str:
+        return text.lower().replace("_", "").replace("-", "")
+
+    if key.startswith("_") or key in _NOT_OF_THE_ENCODER:
+        return None
+    names = {letters(name): name for name in known}
+    nearest = difflib.get_close_matches(letters(key), names, n=1, cutoff=_SIMILAR)
+    return names[nearest[0]] if nearest else None
+
 
 @dataclass
 class ZipformerConfig:
     """What a released encoder's config.json holds. Lists have one entry per stack; one entry or a number
-    serves all.
+    serves all. The defaults are those of icefall's `zipformer/train.py`.
 
     Args:
         feature_dim: mel bins.
@@ -146,17 +175,21 @@ class ZipformerConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "ZipformerConfig":
-        """From the contents of a config.json; "model_type" may be in it.
+        """From the contents of a config.json, which may have keys of the framework that wrote it.
+
+        Where a key is absent, Auden's default counts if there is a "model_type", which Auden always writes, and else
+        icefall's.
 
         Raises:
-            ValueError: for unknown keys, and as the constructor does.
+            ValueError: for keys that look like mistyped ones, and as the constructor does.
         """
-        values = {k: v for k, v in values.items() if k != "model_type"}
         known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"Zipformer configuration: unknown keys {unknown}; known are {known}")
-        return cls(**values)
+        mistyped = {key: near for key in values if key not in known and (near := _mistyped(key, known))}
+        if mistyped:
+            questions = "; ".join(f"unknown key {key}, did you mean {near}?" for key, near in mistyped.items())
+            raise ValueError(f"Zipformer configuration: {questions} Known keys are {', '.join(known)}")
+        defaults = AUDEN_DEFAULTS if "model_type" in values else {}
+        return cls(**defaults | {key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict:
         """As config.json has it."""
@@ -309,7 +342,10 @@ class SelfAttention(nn.Module):
 
 
 class NonlinAttention(nn.Module):
-    """Attention with one head over a gated projection, gated again afterwards."""
+    """Attention with one head over a gated projection, gated again afterwards.
+
+    In training the weights are at times made equal over all frames attended to, so that it learns to average.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -324,12 +360,17 @@ class NonlinAttention(nn.Module):
         self.out_proj = scaled_linear(hidden, dim, initial_scale=0.05)
         self.whiten1 = whitening(5.0)
         self.whiten2 = whitening(5.0, ratio=3.0)
+        self.const_attention_rate = ScheduledFloat((0.0, 0.25), (4000.0, 0.025))
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """(N, T, C) -> (N, T, C)"""
+        """(N, T, C), (heads, N, T, T) -> (N, T, C); the weights of the first head count."""
+        weights = weights[:1]
+        if self.training and random.random() < self.const_attention_rate.value:
+            attended = (weights > 0.0).to(weights.dtype)  # masked frames have a weight of exactly 0
+            weights = attended / attended.sum(-1, keepdim=True)
         gate, value, out_gate = self.in_proj(x).chunk(3, dim=-1)
         value = self.whiten1(value) * self.balancer(gate).tanh()
-        return self.whiten2(self.out_proj(attend(weights[:1], value) * out_gate))
+        return self.whiten2(self.out_proj(attend(weights, value) * out_gate))
 
 
 class FeedForward(nn.Module):

@@ -1,5 +1,5 @@
-"""Parameter-efficient tuning of language models: adapters of the ``peft`` package and, of RWKV-7, a trained initial
-state and quantised bases.
+"""Parameter-efficient tuning of language models: adapters of the ``peft`` package, a trained initial state where the
+model has one, on bases that may be quantised (``speechllm.llm.quantize``).
 
     model = tune(load_rwkv7(path), TuneConfig(method="lora", rank=16))   # prepared in place: only the adapter trains
     ...                                                                  # train it like any model
@@ -30,17 +30,12 @@ from torch import Tensor, nn
 
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
-from speechllm.rwkv7.model import RWKV7, RWKV7Config
-from speechllm.rwkv7.state import RWKV7State
+from speechllm.llm import rwkv_peft
+from speechllm.llm.interface import LAYER_NAME, TunableModel, is_conv1d, is_matrix
+from speechllm.llm.quantize import QUANTIZED, dequantized, quantize
 
 if TYPE_CHECKING:  # peft imports transformers, which takes seconds: only those who tune pay for it
     from peft import PeftConfig, PeftModel
-
-    from speechllm.llm.transformers import TransformersLM
-
-    Model = RWKV7 | TransformersLM
-
-QUANTIZED = ("none", "int8", "nf4")
 
 _ADAPTER = ("rank", "dropout", "targets")
 _OPTIONS = {  # those of TuneConfig that each method has
@@ -54,6 +49,12 @@ _OPTIONS = {  # those of TuneConfig that each method has
     "state": ("quantize",),
 }
 METHODS = tuple(_OPTIONS)
+
+
+def options_of(method: str) -> tuple[str, ...]:
+    """The options of ``TuneConfig`` that a method has; none of an unknown one."""
+    return _OPTIONS.get(method, ())
+
 
 _STATE_FILE = "initial_state.safetensors"
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -73,10 +74,11 @@ class TuneConfig:
       alpha: the adapter counts alpha / rank times (rsLoRA: alpha / sqrt(rank)). 2 * rank if None, rank for PiSSA.
       dropout: on the adapter's input; 0 if None.
       targets: names of matrices, each with or without its parents: ``key`` is ``att.key`` and ``ffn.key``. If None,
-        receptance, key, value, output of RWKV-7, and of other models every matrix of their layers.
+        receptance, key, value, output of RWKV-7, and of other models every matrix of their layers; of mixtures of
+        experts, every matrix outside the module that has the experts.
       initial_rank: AdaLoRA's rank at the start, 1.5 * rank if None.
-      quantize: keep the frozen matrices of RWKV-7's blocks in ``int8`` or ``nf4``: by bitsandbytes where there is CUDA
-        (when the model is moved there), else by torchao, whose weights DistributedDataParallel does not take.
+      quantize: keep the frozen matrices of the layers in ``int8`` or ``nf4``: by bitsandbytes where there is CUDA (when
+        the model is moved there), else by torchao, whose weights DistributedDataParallel does not take.
 
     Raises:
       ValueError: an unknown method, an option that the method does not have, a value out of range.
@@ -134,10 +136,11 @@ class _Tuning:
 
     peft: PeftModel | None  # no registered submodule of the model, which is one of its own
     quantized: bool = False
+    replaces_base: bool = False  # what was loaded replaced weights of the base too, which no adapter folder holds
     originals: dict[str, Tensor] = field(default_factory=dict)  # base weights while the adapter is merged, by layer
 
 
-def tune(model: Model, config: TuneConfig) -> Model:
+def tune(model: TunableModel, config: TuneConfig) -> TunableModel:
     """Prepares a model for training, in place: freezes it, quantises it and adds what trains.
 
     Without training it computes what it did before (quantised ones nearly so).
@@ -152,33 +155,37 @@ def tune(model: Model, config: TuneConfig) -> Model:
     """
     if getattr(model, "tuning", None) is not None:
         raise UserError("tune: the model is tuned already; load the base anew, or load its adapter with load_adapter")
-    for option, wanted in (("method: state", config.method == "state"), ("quantize", config.quantize != "none")):
-        if wanted and not isinstance(model, RWKV7):
-            raise UserError(f"tune.{option}: is for RWKV-7; the language model is {model.name}")
+    if config.method == "state" and not model.has_initial_state:
+        raise UserError(f"tune.method: state: is for RWKV-7; the language model is {model.name}")
     if "targets" in _OPTIONS[config.method]:
-        config = replace(config, targets=config.targets or _default_targets(model))
+        config = replace(config, targets=config.targets or model.default_targets())
         _check_targets(model, config)
     if config.method == "dora":
-        for name, module in model.named_modules():
-            if _is_target(name, config.targets) and not module.weight.is_meta and not module.weight.any(dim=1).all():
+        for name, module in _matrices(model).items():
+            inputs = 0 if is_conv1d(module) else 1
+            if not _is_target(name, config.targets) or module.weight.is_meta:
+                continue
+            if not module.weight.any(dim=inputs).all():
                 raise UserError(f"tune: {name} has rows of zeros, which DoRA cannot scale: leave it out of the targets")
-    model.requires_grad_(not config.freezes_base)
+    if config.freezes_base:
+        model.requires_grad_(False)
     if config.quantize != "none":
-        _quantize(model, config.quantize)
+        quantize(model, config.quantize)
     adapter = None
     if config.method == "state":
-        if model.initial_wkv is None:
-            model.add_initial_state()
-        model.initial_wkv.requires_grad_(True)
+        model.tune_initial_state()
     elif config.method != "full":
-        adapter = _inject(model, _peft_config(config))
+        try:
+            adapter = _inject(model, _peft_config(config))
+        except (TypeError, ValueError) as e:  # what a method does not take: Conv1D, the experts of a layer
+            raise UserError(f"tune.method: {config.method} of {model.name}: {e}; name other targets") from e
         if config.method == "pissa" and not next(model.parameters()).is_meta:
             _start_with_principal_components(model, adapter)
     model.tuning = _Tuning(adapter, quantized=config.quantize != "none")
     return model
 
 
-def save_adapter(model: Model, folder: str | Path, base: str | Path | None = None) -> None:
+def save_adapter(model: TunableModel, folder: str | Path, base: str | Path | None = None) -> None:
     """Writes what was tuned, without the base; replaces ``folder`` in one move.
 
     An adapter becomes a PEFT folder (``adapter_config.json``, ``adapter_model.safetensors``) that
@@ -190,14 +197,20 @@ def save_adapter(model: Model, folder: str | Path, base: str | Path | None = Non
       base: the checkpoint that the model came from, to be noted in the folder.
 
     Raises:
-      UserError: the model has neither an adapter nor a tuned state.
+      UserError: the model has neither an adapter nor a tuned state, or it has an adapter of RWKV-PEFT whose file also
+        replaced weights of the base.
     """
     tuning = _tuning(model)
-    if tuning.peft is None and (not isinstance(model, RWKV7) or model.initial_wkv is None):
+    if tuning.replaces_base:
+        raise UserError(
+            "save_adapter: the adapter came with weights that were trained in full (RWKV-PEFT's norms), for which an "
+            "adapter's folder has no place: save the merged model"
+        )
+    if tuning.peft is None and not model.initial_state_is_tuned:
         raise UserError("save_adapter: there is no adapter, all of the model was trained: save the model itself")
     with replaced_folder(folder) as tmp:
         if tuning.peft is None:
-            model.initial_state(1).save(tmp / _STATE_FILE)
+            model.save_initial_state(tmp / _STATE_FILE)
             return
         config, weights = _export(tuning.peft)
         config.base_model_name_or_path = None if base is None else str(base)
@@ -206,12 +219,17 @@ def save_adapter(model: Model, folder: str | Path, base: str | Path | None = Non
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, tmp / _WEIGHTS_FILE)
 
 
-def load_adapter(model: Model, folder: str | Path, trainable: bool = False) -> Model:
-    """Puts what ``save_adapter`` or ``peft`` wrote on a base, in place.
+def load_adapter(
+    model: TunableModel, folder: str | Path, trainable: bool = False, alpha: float | None = None
+) -> TunableModel:
+    """Puts what ``save_adapter`` or ``peft`` wrote on a base, in place; or, of RWKV-7, what RWKV-PEFT did.
 
     Args:
       model: the base, as ``load_rwkv7`` or ``load_transformers_lm`` gives it.
+      folder: of an adapter; or a .pth file of RWKV-PEFT (``speechllm.llm.rwkv_peft``), whose weights that were trained
+        in full replace the model's.
       trainable: the adapter goes on training; else nothing of the model trains.
+      alpha: of a LoRA in a file of RWKV-PEFT, which counts alpha / rank times.
 
     Raises:
       FileNotFoundError: the folder holds neither an adapter nor a state.
@@ -220,18 +238,39 @@ def load_adapter(model: Model, folder: str | Path, trainable: bool = False) -> M
     folder = Path(folder)
     if getattr(model, "tuning", None) is not None:
         raise UserError(f"{folder}: the model is tuned already; load the base anew")
-    if (folder / _STATE_FILE).is_file():
-        adapter = None
-        if not isinstance(model, RWKV7):
-            raise UserError(f"{folder / _STATE_FILE}: is for RWKV-7; the language model is {model.name}")
-        _load_state(model, folder / _STATE_FILE, trainable)
+    if alpha is not None and folder.is_dir():
+        raise UserError(f"{folder}: alpha: a folder says itself how its adapter counts; it is for files of RWKV-PEFT")
+    is_file = folder.is_file() or folder.suffix in (".pth", ".safetensors")
+    if is_file and not model.has_initial_state:
+        raise UserError(f"{folder}: files of RWKV-PEFT are for RWKV-7; the language model is {model.name}")
+    if (state_file := _state_file(folder)) is not None:
+        if not model.has_initial_state:
+            raise UserError(f"{state_file}: is for RWKV-7; the language model is {model.name}")
+        if alpha is not None:
+            raise UserError(f"{folder}: alpha: is LoRA's; this is a tuned state")
+        model.requires_grad_(False)
+        model.load_initial_state(state_file, trainable)
+        model.tuning = _Tuning(None)
+    elif is_file:
+        read = rwkv_peft.read(folder, model.state_dict(), alpha)
+        adapter = _put_on(model, read.config, read.weights, folder, trainable)
+        _replace(model, read.replaced)
+        model.tuning = _Tuning(adapter, replaces_base=bool(read.replaced))
     else:
-        adapter = _load_peft(model, folder, trainable)
-    model.tuning = _Tuning(adapter)
+        model.tuning = _Tuning(_put_on(model, *_read_peft(folder), folder, trainable))
     return model
 
 
-def merge(model: Model) -> None:
+def _state_file(path: Path) -> Path | None:
+    """The file of a tuned state that `path` is, or has in it; None if it is an adapter."""
+    if path.suffix == ".safetensors":
+        return path
+    if path.is_file() or path.suffix == ".pth":
+        return path if rwkv_peft.is_state(path) else None
+    return path / _STATE_FILE if (path / _STATE_FILE).is_file() else None
+
+
+def merge(model: TunableModel) -> None:
     """Adds the adapter to the weights it belongs to, so that it takes no time in decoding.
 
     The original of each weight is kept until ``unmerge`` puts it back, bit for bit.
@@ -250,7 +289,7 @@ def merge(model: Model) -> None:
     tuning.originals = _merge_layers(model)
 
 
-def unmerge(model: Model) -> None:
+def unmerge(model: TunableModel) -> None:
     """Undoes ``merge`` exactly: the base has the weights it had, and the adapter can go on training.
 
     Raises:
@@ -261,12 +300,12 @@ def unmerge(model: Model) -> None:
         raise UserError("unmerge: the adapter is not merged")
     for name, layer in _adapter_layers(model):
         layer.unmerge()  # clears peft's marks; its W + d - d is not quite W
-        layer.get_base_layer().weight.data = tuning.originals[name]
+        _adapted(layer).data = tuning.originals[name]
     tuning.originals = {}
 
 
 @torch.no_grad()
-def merged_state_dict(model: Model) -> dict[str, Tensor]:
+def merged_state_dict(model: TunableModel) -> dict[str, Tensor]:
     """The state dict of an untuned model that computes the same; the model stays as it is.
 
     A tuned initial state is part of it (``initial_wkv``). Of a quantised base these are the weights that the adapter
@@ -274,11 +313,11 @@ def merged_state_dict(model: Model) -> dict[str, Tensor]:
     round their inputs too, so there "the same" is within some percent.)
     """
     tuning = getattr(model, "tuning", None)
-    # peft puts the parameters of a base layer one level deeper
+    # peft puts the parameters of a base layer one level deeper, those of experts once for each of their stacks
     weights = {
-        name.replace(".base_layer.", "."): _dequantized(model, name, t)
+        re.sub(r"(\.base_layer)+(?=\.)", "", name): dequantized(model, name, t)
         for name, t in model.state_dict().items()
-        if not _ADAPTER_PARTS & set(name.split("."))
+        if not ADAPTER_PARTS & set(name.split("."))
     }
     if tuning is None or tuning.peft is None or tuning.originals:
         return weights
@@ -288,6 +327,41 @@ def merged_state_dict(model: Model) -> dict[str, Tensor]:
     _load_weights(_inject(plain, config), adapter)
     _merge_layers(plain)
     return merged_state_dict(plain)
+
+
+def convert_adapter(source: str | Path, target: str | Path, alpha: float | None = None) -> float | None:
+    """A .pth file of RWKV-PEFT as a folder of PEFT, or a folder as such a file. No base is needed.
+
+    Args:
+      alpha: of a LoRA in the file.
+
+    Returns:
+      the alpha of the LoRA that was written, None for MiSS.
+
+    Raises:
+      FileNotFoundError: there is no adapter at ``source``.
+      UserError: the other form has no place for what is in it.
+    """
+    source, target = Path(source), Path(target)
+    if source.is_dir():
+        if target.suffix != ".pth":
+            raise UserError(f"{target}: {source} is a folder of PEFT already; give a name ending in .pth for RWKV-PEFT")
+        if alpha is not None:
+            raise UserError(f"{source}: alpha: a folder says itself how its adapter counts")
+        return rwkv_peft.write(*_read_peft(source), target)
+    if target.suffix == ".pth":
+        raise UserError(f"{target}: {source} is RWKV-PEFT's already; give a name without .pth for a folder of PEFT")
+    read = rwkv_peft.read(source, alpha=alpha)
+    if read.replaced:
+        raise UserError(
+            f"{source}: holds weights that were trained in full besides ({', '.join(sorted(read.replaced)[:3])}, ...), "
+            "for which a folder of PEFT has no place: merge all of it into its base (--adapter)"
+        )
+    read.config.inference_mode = True
+    with replaced_folder(target) as tmp:
+        read.config.save_pretrained(str(tmp))
+        save_file({name: x.contiguous() for name, x in read.weights.items()}, tmp / _WEIGHTS_FILE)
+    return getattr(read.config, "lora_alpha", None)
 
 
 class RankAllocation:
@@ -351,45 +425,7 @@ class RankAllocation:
         self._config.rank_pattern = state["rank_pattern"]
 
 
-def tuning_table(
-    config: RWKV7Config, rank: int | None = None, targets: Sequence[str] | None = None, methods: Sequence[str] = METHODS
-) -> str:
-    """What each method would train and store, in float32; no weights are made.
-
-    Returns:
-      a table in Markdown: the method; parameters trained and their share of the model's; size of the saved adapter;
-      memory for what trains: the parameters, their gradients and AdamW's two averages.
-
-    Raises:
-      UserError: targets that match nothing; ValueError: an unknown method.
-    """
-    lines = ["| method | trained | share % | saved | in training |", "|---|---:|---:|---:|---:|"]
-    for method in methods:
-        options = {"rank": rank, "targets": None if targets is None else list(targets)}
-        tuned = TuneConfig(method, **{k: v for k, v in options.items() if k in _OPTIONS.get(method, ())})
-        with torch.device("meta"):
-            model = RWKV7(config)
-        total = sum(p.numel() for p in model.parameters())
-        tune(model, tuned)
-        trained = saved = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if method == "pissa":
-            saved = 2 * trained  # its start is stored too
-        elif method == "state":
-            saved += 2 * config.n_layer * config.n_embd  # the shifts, which are zero
-        share = f"{100 * trained / total:.3f}"
-        lines.append(f"| {method} | {trained:,} | {share} | {_size(4 * saved)} | {_size(16 * trained)} |")
-    return "\n".join(lines)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"
-
-
-def _tuning(model: Model) -> _Tuning:
+def _tuning(model: TunableModel) -> _Tuning:
     tuning = getattr(model, "tuning", None)
     if tuning is None:
         raise UserError("the model was not tuned: call tune or load_adapter first")
@@ -399,42 +435,38 @@ def _tuning(model: Model) -> _Tuning:
 # ---- adapters ---------------------------------------------------------------------------------------------------
 
 # The names of what peft adds to a layer.
-_ADAPTER_PARTS = {"lora_A", "lora_B", "lora_E", "lora_magnitude_vector", "miss_block", "ranknum"}
+ADAPTER_PARTS = {"lora_A", "lora_B", "lora_E", "lora_magnitude_vector", "miss_block", "ranknum"}
 
 
 def _is_target(name: str, targets: Sequence[str]) -> bool:
     return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
-# The layers of RWKV-7 and of transformers are in lists: what is behind the number is the name in a layer.
-_LAYER_NAME = re.compile(r".*?\.\d+\.(.+)")
+def _matrices(model: TunableModel) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if is_matrix(module)}
 
 
-def _matrices(model: Model) -> dict[str, Tensor]:
-    return {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-
-
-def _default_targets(model: Model) -> list[str]:
-    if isinstance(model, RWKV7):
-        return ["receptance", "key", "value", "output"]
-    return list(dict.fromkeys(match[1] for name in _matrices(model) if (match := _LAYER_NAME.fullmatch(name))))
-
-
-def _check_targets(model: Model, config: TuneConfig) -> None:
+def _check_targets(model: TunableModel, config: TuneConfig) -> None:
     matrices = _matrices(model)
     unknown = [target for target in config.targets if not any(_is_target(name, [target]) for name in matrices)]
     if unknown:
-        there = dict.fromkeys(_LAYER_NAME.sub(r"\1", name) for name in matrices)
+        there = dict.fromkeys(LAYER_NAME.sub(r"\1", name) for name in matrices)
         raise UserError(
             f"tune.targets: no matrix of {model.name} is called {', '.join(unknown)}; there are {', '.join(there)} "
             "(without what is before a dot: all of that name)"
         )
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    if tied := [n for n, weight in matrices.items() if id(weight) in embeddings and _is_target(n, config.targets)]:
-        raise UserError(f"tune.targets: {tied[0]} of {model.name} is its embedding too, and takes no adapter")
-    largest = min(min(weight.shape) for name, weight in matrices.items() if _is_target(name, config.targets))
-    if max(config.rank, config.initial_rank or 0) > largest:
-        raise UserError(f"tune.rank: {config.initial_rank or config.rank} is too high: a target has only {largest}")
+    rank = config.initial_rank or config.rank
+    for name, matrix in matrices.items():
+        if not _is_target(name, config.targets):
+            continue
+        if id(matrix.weight) in embeddings:
+            raise UserError(f"tune.targets: {name} of {model.name} is its embedding too, and takes no adapter")
+        if rank > min(matrix.weight.shape):
+            raise UserError(
+                f"tune.rank: {rank} is too high: the target {name} of {model.name} is a matrix of "
+                f"{' x '.join(map(str, matrix.weight.shape))}; lower it, or name other targets"
+            )
 
 
 def _peft_config(config: TuneConfig) -> PeftConfig:
@@ -450,14 +482,16 @@ def _peft_config(config: TuneConfig) -> PeftConfig:
     return peft.LoraConfig(r=config.rank, **variant, **lora)
 
 
-def _inject(model: Model, config: PeftConfig) -> PeftModel:
+def _inject(model: TunableModel, config: PeftConfig) -> PeftModel:
     """Puts an adapter into the model, in place."""
     import peft
 
     with warnings.catch_warnings():
         # said of quantised bases, which are not merged here
         warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
-        adapter = peft.get_peft_model(model if isinstance(model, RWKV7) else model.causal_lm, config)
+        # of Conv1D, whose weight is transposed: peft says that it heeds that
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        adapter = peft.get_peft_model(model.adapter_root(), config)
     for _, layer in _adapter_layers(model):
         for constant in getattr(layer, "ranknum", {}).values():
             constant.requires_grad_(False)  # which it lost if it was moved to the device of the base
@@ -474,7 +508,7 @@ def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def _start_with_principal_components(model: Model, adapter: PeftModel) -> None:
+def _start_with_principal_components(model: TunableModel, adapter: PeftModel) -> None:
     """PiSSA: the adapter starts as the largest singular components of its matrix, which are taken from the matrix.
 
     Here they are taken by a second, constant adapter (A0, -B0), so that the base stays what it was. Its weights are
@@ -482,8 +516,12 @@ def _start_with_principal_components(model: Model, adapter: PeftModel) -> None:
     """
     config = replace(adapter.peft_config[_TRAINED], lora_dropout=0.0)
     adapter.add_adapter(_INITIAL, config)
-    for _, layer in _adapter_layers(model):
+    for name, layer in _adapter_layers(model):
         base = layer.get_base_layer()
+        if not is_matrix(base):
+            raise UserError(
+                f"tune.method: pissa decomposes matrices, and {name} is a stack of them: name other targets"
+            )
         original = base.weight.data
         layer.pissa_init(_TRAINED, "pissa_niter_16")
         base.weight.data = original
@@ -494,15 +532,24 @@ def _start_with_principal_components(model: Model, adapter: PeftModel) -> None:
     adapter.base_model.set_adapter([_TRAINED, _INITIAL])
 
 
-def _merge_layers(model: Model) -> dict[str, Tensor]:
-    """Merges all active adapters; returns the weights as they were, by layer."""
+def _merge_layers(model: TunableModel) -> dict[str, Tensor]:
+    """Merges all active adapters; returns the weights as they were, by layer.
+
+    The sum is made in float32, and rounded once to the type of the base.
+    """
     originals = {}
     for name, layer in _adapter_layers(model):
-        weight = layer.get_base_layer().weight
+        weight = _adapted(layer)
         originals[name] = weight.data
-        weight.data = weight.data.clone()  # peft may add in place
+        weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         layer.merge()
+        weight.data = weight.data.to(originals[name].dtype)
     return originals
+
+
+def _adapted(layer: nn.Module) -> nn.Parameter:
+    """The parameter of the base that an adapter's layer is for: a matrix, or the experts' stack of one."""
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
 
 
 def _export(adapter: PeftModel) -> tuple[PeftConfig, dict[str, Tensor]]:
@@ -533,27 +580,36 @@ def _load_weights(adapter: PeftModel, weights: dict[str, Tensor]) -> None:
     peft.set_peft_model_state_dict(adapter, weights, adapter_name=_TRAINED)
 
 
-def _load_peft(model: Model, folder: Path, trainable: bool) -> PeftModel:
+def _read_peft(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Configuration and weights in a folder of PEFT."""
     import peft
 
     for name in (_CONFIG_FILE, _WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name}: no such file; expected a PEFT folder ({_CONFIG_FILE}, {_WEIGHTS_FILE}) or one "
-                f"with {_STATE_FILE}"
+                f"{folder / name}: no such file; expected a PEFT folder ({_CONFIG_FILE}, {_WEIGHTS_FILE}), one with "
+                f"{_STATE_FILE}, or a .pth file of RWKV-PEFT"
             )
     try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-        weights = load_file(folder / _WEIGHTS_FILE)
+        return peft.PeftConfig.from_pretrained(str(folder)), load_file(folder / _WEIGHTS_FILE)
     except (SafetensorError, ValueError, TypeError, KeyError) as e:
         raise UserError(f"{folder}: not an adapter that this version of peft reads ({type(e).__name__}: {e})") from e
+
+
+def _put_on(
+    model: TunableModel, config: PeftConfig, weights: dict[str, Tensor], folder: Path, trainable: bool
+) -> PeftModel:
+    """Puts an adapter that was read from `folder` on its base, in place."""
+    import peft
+
     if trainable and getattr(config, "rank_pattern", None):
         raise UserError(f"{folder}: rank_pattern: an adapter whose ranks were cut down cannot go on training")
     config.base_model_name_or_path = None  # it is the model given, whatever its path
+    config.task_type = None  # whose class in peft asks for methods of transformers, and is not what computes here
     config.inference_mode = not trainable
     try:
         adapter = _inject(model, config)
-    except ValueError as e:  # peft found none of its target modules, or does not know their kind
+    except (TypeError, ValueError) as e:  # peft found none of its target modules, or does not know their kind
         raise UserError(f"{folder}: the adapter does not fit the model: {e}") from e
     own = peft.get_peft_model_state_dict(adapter, adapter_name=_TRAINED, save_embedding_layers=False)
     problems = [f"missing: {name}" for name in own if name not in weights]
@@ -570,88 +626,9 @@ def _load_peft(model: Model, folder: Path, trainable: bool) -> PeftModel:
     return adapter
 
 
-def _load_state(model: RWKV7, path: Path, trainable: bool) -> None:
-    state = RWKV7State.load(path)
-    try:
-        model.add_initial_state(state)
-    except ValueError as e:
-        raise UserError(f"{path}: does not fit the model: {e}") from e
-    model.requires_grad_(False)
-    model.initial_wkv.requires_grad_(trainable)
-
-
-# ---- quantised bases --------------------------------------------------------------------------------------------
-
-
-def _quantize(model: RWKV7, kind: str) -> None:
-    """Replaces the matrices of the blocks by quantised ones, in place."""
-    make = _bitsandbytes_linear if torch.cuda.is_available() else _torchao_linear
-    for module in list(model.blocks.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, make(child, kind))
-
-
-# 256 scales of 64 weights each are quantised together.
-_NF4_BLOCK = 64 * 256
-
-
-def _torchao_linear(linear: nn.Linear, kind: str) -> nn.Linear:
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
-    except ImportError as e:
-        raise UserError(
-            f"tune.quantize: {kind} needs torchao 0.18 or newer on the CPU: pip install 'speechllm[quant]'"
-        ) from e
-    quantized = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    weight = linear.weight.detach()
-    if kind == "nf4":
-        if weight.numel() % _NF4_BLOCK:
-            raise UserError(
-                f"tune.quantize: nf4 needs matrices of a multiple of {_NF4_BLOCK} weights, got {tuple(weight.shape)}"
-            )
-        weight = to_nf4(weight)
-    quantized.weight = nn.Parameter(weight, requires_grad=False)
-    if kind == "int8":
-        quantize_(quantized, Int8WeightOnlyConfig())
-    return quantized
-
-
-def _bitsandbytes_linear(linear: nn.Linear, kind: str) -> nn.Linear:
-    """Quantised when it is moved to the GPU."""
-    try:
-        import bitsandbytes as bnb
-    except ImportError as e:
-        raise UserError(f"tune.quantize: {kind} needs bitsandbytes on CUDA: pip install 'speechllm[gpu]'") from e
-    sizes = linear.in_features, linear.out_features
-    weight = linear.weight.detach()
-    if kind == "nf4":
-        quantized = bnb.nn.Linear4bit(*sizes, bias=False, quant_type="nf4", device="meta")
-        quantized.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=quantized)
-    else:
-        quantized = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, device="meta")
-        quantized.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    quantized.register_state_dict_post_hook(_drop_scales)
-    return quantized
-
-
-def _drop_scales(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """The scales of bitsandbytes are no parameters, but no part of what a checkpoint has to hold either: they come
-    from the base."""
-    for name in [name for name in state if name.startswith(prefix) and name != f"{prefix}weight"]:
-        del state[name]
-
-
-def _dequantized(model: RWKV7, name: str, weight: Tensor) -> Tensor:
-    """The entry ``name`` of the model's state dict, in floating point."""
-    kind = type(weight).__name__
-    if kind == "NF4Tensor":  # torchao
-        return weight.get_original_weight()
-    if kind == "Int8Tensor":
-        return weight.dequantize()
-    module = model.get_submodule(name.rpartition(".")[0])
-    if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):  # bitsandbytes
-        from peft.utils.integrations import dequantize_bnb_weight
-
-        return dequantize_bnb_weight(module.weight, state=getattr(module, "state", None)).to(model.emb.weight.dtype)
-    return weight
+@torch.no_grad()
+def _replace(model: TunableModel, weights: dict[str, Tensor]) -> None:
+    """Copies weights over the model's, by the names that they have without an adapter."""
+    own = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
+    for name, weight in weights.items():
+        own[name].copy_(weight)

@@ -3,9 +3,7 @@
     model = new_transformers_lm({"model_type": "qwen3", "hidden_size": 256, ...})
     model = load_transformers_lm("Qwen3-0.6B")                                   # a folder as it was downloaded
 
-What a row has read is in a `TransformersState`: keys and values with the padding in FRONT of each row. So there is no
-hole between what was read and what is read next, and a distance between two positions of the cache is one between two
-tokens: what causal masks, sliding windows and position ids are about.
+What a row has read is in a `TransformersState` (`transformers_cache.py`).
 
 transformers takes seconds to import: only those who use such a model pay for it.
 """
@@ -15,9 +13,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,70 +24,54 @@ from torch import Tensor, nn
 
 from speechllm.errors import UserError
 from speechllm.linear import linear_cross_entropy
-from speechllm.llm.interface import IGNORE
+from speechllm.llm.interface import IGNORE, LAYER_NAME, is_matrix, stacked_matrices
+from speechllm.llm.transformers_cache import (
+    ATTENTION_LAYERS,
+    RECURRENT_LAYERS,
+    STATELESS_LAYERS,
+    LayerState,
+    TransformersState,
+    cached,
+    has_recurrence,
+    new_cache,
+    state_after,
+)
+from speechllm.llm.transformers_files import (
+    TEXT_NAMES,
+    gguf_details,
+    gguf_source,
+    gpu_kernels_only_on_gpus,
+    is_gguf,
+    is_of_text,
+    text_part,
+    weight_names,
+)
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-# Layers that keep keys and values of all that was read. Others keep a recurrent state, or cut the text into chunks.
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# What models do to the logits of their output layer, by the settings that say so: multiply them, multiply or divide
+# them (by model type, the exponent), bound them by a hyperbolic tangent.
+_MULTIPLY = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
+_SCALING = {"granite": -1, "minicpm3": -1, "hyperclovax": 1}  # of `logits_scaling`
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma, Recurrent Gemma
 
-# What some models do to logits behind the output layer, by the setting that asks for it, and its value without effect.
-# The logits here are the output layer's own.
-_LOGIT_SETTINGS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+# Models whose layers do not go on as the seam asks, and why.
+_REFUSED = {
+    "ctrl": "it writes into the embeddings that it is given",
+    "inkling_text": "it leaves out a part of its vocabulary after the output layer",
+    "jamba": "its layers go on from what they have read one token at a time only",
+    "minimax": "it keeps what it has read in a cache of its own",
+    "recurrent_gemma": "its layers keep what they have read in themselves, so that rows cannot be reordered",
+}
+
+ATTENTION = ("sdpa", "flash_attention_2", "eager")  # as transformers calls its implementations
 
 # Settings that transformers reads under older names, but does not list.
 _OLDER_NAMES = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 
 # What a configuration says about where it comes from.
-_NOTES = {"model_type", "transformers_version", "_name_or_path", "architectures", "dtype", "auto_map"}
-
-
-@dataclass(frozen=True)
-class TransformersState:
-    """Keys and values of N rows, those of row i at the last `lens[i]` of S places; what is before them is padding.
-
-    Attributes:
-      layers: of each layer, keys and values (N, heads, S, D).
-      lens: (N,) how many positions each row has read, on the CPU.
-    """
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    lens: Tensor
-
-    def __len__(self) -> int:
-        """The number of rows N."""
-        return len(self.lens)
-
-    @property
-    def places(self) -> int:
-        """S."""
-        return self.layers[0][0].shape[2]
-
-    def select(self, index: Tensor, overwrite: bool = False) -> TransformersState:
-        """The rows at `index` (M,), in this order, without places that are padding in all of them."""
-        lens = self.lens[index.cpu()]
-        unused = self.places - int(lens.max())
-        index = index.to(self.layers[0][0].device)
-        layers = tuple(tuple(x[:, :, unused:].index_select(0, index) for x in layer) for layer in self.layers)
-        return TransformersState(layers, lens)
-
-    def repeat(self, n: int) -> TransformersState:
-        """Every row n times in succession: N rows become N * n."""
-        layers = tuple(tuple(x.repeat_interleave(n, dim=0) for x in layer) for layer in self.layers)
-        return TransformersState(layers, self.lens.repeat_interleave(n))
-
-    @staticmethod
-    def cat(states: Sequence[TransformersState]) -> TransformersState:
-        """The rows of all `states`, one state's after the other's."""
-        places = max(state.places for state in states)
-        parts = [[[_pad_front(x, places) for x in layer] for layer in state.layers] for state in states]
-        layers = tuple(tuple(torch.cat(xs) for xs in zip(*layer, strict=True)) for layer in zip(*parts, strict=True))
-        return TransformersState(layers, torch.cat([state.lens for state in states]))
-
-
-def _pad_front(x: Tensor, places: int) -> Tensor:
-    return F.pad(x, (0, 0, places - x.shape[2], 0))
+_NOTES = {"model_type", "transformers_version", "architectures", "dtype", "auto_map", "quantization_config"}
 
 
 class TransformersLM(nn.Module):
@@ -104,13 +85,22 @@ class TransformersLM(nn.Module):
       config: `model_type` and all settings, as `new_transformers_lm` takes them.
       checkpoint_blocks: in `loss`, keep only the inputs of each layer and compute it again for the gradient
         (activation checkpointing, arXiv 1604.06174).
+
+    Raises:
+      UserError: the model has more after its layers than an output layer, such as BERT.
     """
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         super().__init__()
+        _check_head(causal_lm)
         self.causal_lm = causal_lm
         self.config = _settings(causal_lm.config)
+        self._scale, self._cap = _scale_and_cap(causal_lm.config)
+        self._recurrent = has_recurrence(causal_lm.config)
         self.checkpoint_blocks = False
+
+    has_initial_state = False
+    initial_state_is_tuned = False
 
     @property
     def name(self) -> str:
@@ -123,6 +113,11 @@ class TransformersLM(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.causal_lm.get_input_embeddings().num_embeddings
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its weights."""
+        return self.causal_lm.get_input_embeddings().weight.dtype
 
     def layers(self) -> list[nn.Module]:
         """What computes one after the other, most of the model."""
@@ -143,6 +138,35 @@ class TransformersLM(nn.Module):
     def tie_weights(self) -> None:
         """Make one again what `tied_weights` names, after new tensors were assigned."""
         self.causal_lm.tie_weights()
+
+    def kept_in_float32(self) -> set[str]:
+        """Parts of the names of weights that are float32 whatever `dtype` is, as transformers loads them."""
+        model = self.causal_lm
+        return {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+
+    def adapter_root(self) -> nn.Module:
+        """What `peft` puts an adapter on: the model of transformers, so that the names are those of its own files."""
+        return self.causal_lm
+
+    def default_targets(self) -> list[str]:
+        """The matrices that take an adapter when none are named: all of the layers, by their names in one.
+
+        Of mixtures of experts, all outside the module that has the experts: these are stacks of matrices, and `peft`
+        takes the names of a dense or shared expert for theirs. A gate of one row has no rank to adapt.
+        """
+
+        def in_layer(kind: Callable[[nn.Module], bool]) -> list[str]:
+            matches = (LAYER_NAME.fullmatch(name) for name, module in self.named_modules() if kind(module))
+            return list(dict.fromkeys(match[1] for match in matches if match))
+
+        experts = tuple(
+            f"{name.rpartition('.')[0]}." for name in in_layer(lambda m: next(stacked_matrices(m), None) is not None)
+        )
+        return [
+            name
+            for name in in_layer(lambda m: is_matrix(m) and min(m.weight.shape) > 1)
+            if not (experts and name.startswith(experts))
+        ]
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(...,) int64 -> (..., D)."""
@@ -176,7 +200,7 @@ class TransformersLM(nn.Module):
         inputs_embeds, valid = self._inputs(input_ids, inputs_embeds, lens)
         wanted = self._wanted(valid if logits_mask is None else logits_mask, valid, "logits_mask has")
         hidden, after = self._read(inputs_embeds, valid, state, keep=True)
-        logits = self._head(hidden[wanted])
+        logits = self._logits(hidden[wanted])
         if logits_mask is None:
             logits = logits.new_zeros(*valid.shape, logits.shape[-1]).masked_scatter(wanted[..., None], logits)
         return logits, after
@@ -208,9 +232,9 @@ class TransformersLM(nn.Module):
         hidden, targets = hidden[mask], labels.to(hidden.device)[mask]
         head = self._head
         if type(head) is nn.Linear and head.bias is None:
-            loss, correct = linear_cross_entropy(hidden, head.weight, targets)
+            loss, correct = linear_cross_entropy(self._scaled(hidden), head.weight, targets, self._cap)
         else:  # an adapter
-            logits = head(hidden).float()
+            logits = self._logits(hidden).float()
             loss = F.cross_entropy(logits, targets, reduction="sum")
             correct = (logits.detach().argmax(-1) == targets).sum()
         return (loss, mask.sum(), correct), None
@@ -221,11 +245,11 @@ class TransformersLM(nn.Module):
     ) -> tuple[Tensor, TransformersState]:
         """Reads one token a row, for decoding: (N,) -> logits (N, V), the next state; no gradients.
 
-        The given state stays as it is, also with `overwrite`: the next one has one place more.
+        The given state stays as it is; with `overwrite` recurrent states of the next one take its memory.
         """
         valid = torch.ones(len(token_ids), 1, dtype=torch.bool)
-        hidden, after = self._read(self.embed(token_ids[:, None]), valid, state, keep=True)
-        return self._head(hidden[:, 0]), after
+        hidden, after = self._read(self.embed(token_ids[:, None]), valid, state, keep=True, overwrite=overwrite)
+        return self._logits(hidden[:, 0]), after
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
@@ -246,6 +270,15 @@ class TransformersLM(nn.Module):
     def _head(self) -> nn.Module:
         return self.causal_lm.get_output_embeddings()
 
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """What multiplies the logits, on what the output layer reads."""
+        return hidden if self._scale == 1.0 else hidden * self._scale
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)"""
+        logits = self._head(self._scaled(hidden))
+        return logits if self._cap is None else self._cap * torch.tanh(logits.float() / self._cap).to(logits.dtype)
+
     def _inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, lens: Tensor | None) -> tuple:
         """inputs_embeds (N, L, D), zero at padding; valid (N, L) bool, on the CPU."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -262,7 +295,7 @@ class TransformersLM(nn.Module):
         if not valid.all():  # whatever is there would reach other positions as 0 * nan
             padding = ~valid.to(self._device)
             inputs = inputs.masked_fill(padding if input_ids is not None else padding[..., None], 0)
-        return inputs if input_ids is None else self.embed(inputs), valid
+        return inputs.to(self.dtype) if input_ids is None else self.embed(inputs), valid
 
     def _wanted(self, mask: Tensor, valid: Tensor, what: str) -> Tensor:
         if mask.shape != valid.shape:
@@ -276,67 +309,138 @@ class TransformersLM(nn.Module):
         return self.causal_lm.get_input_embeddings().weight.device
 
     def _read(
-        self, inputs_embeds: Tensor, valid: Tensor, state: TransformersState | None, keep: bool
+        self,
+        inputs_embeds: Tensor,
+        valid: Tensor,
+        state: TransformersState | None,
+        keep: bool,
+        overwrite: bool = False,
     ) -> tuple[Tensor, TransformersState | None]:
         """inputs_embeds (N, L, D), valid (N, L) -> hidden (N, L, D), ready for the output layer; the next state."""
-        from transformers import DynamicCache
-
-        # Padding on the right needs no mask: nothing that counts comes behind it, and so every position sees one.
+        N, L = valid.shape
+        if state is not None and len(state) != N:
+            raise ValueError(f"TransformersLM: the state has {len(state)} rows, the input {N}")
+        if self._recurrent and not valid.all():
+            if state is None:
+                return self._read_padded_in_front(inputs_embeds, valid.sum(1), keep)
+            return self._read_by_length(inputs_embeds, valid.sum(1), state, keep)
+        # Padding on the right needs no mask: nothing that counts comes after it, and so every position sees one.
         where: dict[str, Any] = {}
-        cache = DynamicCache() if keep else None
+        cache = new_cache(self.causal_lm.config, state, overwrite) if keep or state is not None else None
         if state is not None:
-            N, L = valid.shape
-            if len(state) != N:
-                raise ValueError(f"TransformersLM: the state has {len(state)} rows, the input {N}")
-            cache = DynamicCache(state.layers)
             where["position_ids"] = (state.lens[:, None] + torch.arange(L)).to(inputs_embeds.device)
             if state.lens.min() < state.places:
                 seen = torch.arange(state.places + L) >= state.places - state.lens[:, None]
                 where["attention_mask"] = seen.to(inputs_embeds.device)
+        hidden = self._hidden(inputs_embeds, cache, keep, where)
+        return hidden, state_after(cache, valid, state) if keep else None
+
+    def _hidden(self, inputs_embeds: Tensor, cache: Cache | None, keep: bool, where: dict[str, Any]) -> Tensor:
         outputs = self.causal_lm.base_model(
             inputs_embeds=inputs_embeds, past_key_values=cache, use_cache=keep, return_dict=True, **where
         )
-        return outputs.last_hidden_state, _state_after(cache, valid, state) if keep else None
+        return outputs.last_hidden_state
 
+    def _read_padded_in_front(
+        self, inputs_embeds: Tensor, lens: Tensor, keep: bool
+    ) -> tuple[Tensor, TransformersState | None]:
+        """`_read` from nothing for layers with a recurrence, in which padding in front leaves no trace."""
+        L, device = inputs_embeds.shape[1], inputs_embeds.device
+        behind = L - lens[:, None]
+        places = (torch.arange(L) - behind).to(device)  # negative at padding
+        back = (torch.arange(L) + behind).clamp(max=L - 1).to(device)
 
-def _state_after(cache: DynamicCache, valid: Tensor, before: TransformersState | None) -> TransformersState:
-    """The state with the places that `cache` has now: those of `before`, then L of which `valid` (N, L) count."""
-    read = valid.sum(1)
-    lens = read if before is None else before.lens + read
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
-    places, longest = layers[0][0].shape[2], int(lens.max())
-    if valid.all():
-        layers = [tuple(x[:, :, places - longest :] for x in layer) for layer in layers]
-    else:  # the last position of each row moves to the last place
-        behind = valid.shape[1] - read
-        index = torch.arange(places - longest, places) - behind[:, None]
-        index = index.clamp(min=0).to(layers[0][0].device)[:, None, :, None]
-        layers = [tuple(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in layer) for layer in layers]
-    return TransformersState(tuple(layers), lens)
+        def moved(x: Tensor, index: Tensor) -> Tensor:
+            return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+        inputs_embeds = moved(inputs_embeds, places.clamp(min=0)).masked_fill((places < 0)[..., None], 0)
+        where = {"position_ids": places.clamp(min=0), "attention_mask": places >= 0}
+        cache = new_cache(self.causal_lm.config) if keep else None
+        hidden = moved(self._hidden(inputs_embeds, cache, keep, where), back)
+        state = None
+        if keep:
+            unused = L - int(lens.max())
+            layers = (LayerState(tuple(x[:, :, unused:] for x in kv), parts) for kv, parts in cached(cache))
+            state = TransformersState(tuple(layers), lens)
+        return hidden, state
+
+    def _read_by_length(
+        self, inputs_embeds: Tensor, lens: Tensor, state: TransformersState, keep: bool
+    ) -> tuple[Tensor, TransformersState | None]:
+        """`_read` from a state for layers with a recurrence, in which padding would leave a trace: the rows of one
+        length at a time.
+        """
+        hidden = torch.zeros_like(inputs_embeds)
+        order, states = [], []
+        for n in lens.unique().tolist():
+            rows = (lens == n).nonzero().squeeze(1)
+            after = state.select(rows)
+            if n > 0:
+                valid = torch.ones(len(rows), n, dtype=torch.bool)
+                at = rows.to(inputs_embeds.device)
+                read, after = self._read(inputs_embeds[at, :n], valid, after, keep)
+                hidden = hidden.index_put((at[:, None], torch.arange(n, device=at.device)), read)
+            order.append(rows)
+            states.append(after)
+        return hidden, TransformersState.cat(states).select(torch.cat(order).argsort()) if keep else None
 
 
 # ---- configuration and files --------------------------------------------------------------------------------------
 
 
-def new_transformers_lm(config: dict[str, Any]) -> TransformersLM:
+def new_transformers_lm(config: dict[str, Any], attention: str | None = None) -> TransformersLM:
     """A model with new weights, initialised as transformers does; where the default device is `meta` their values are
     not set, because they are about to be loaded.
 
     Args:
       config: `model_type` and settings by the names that the model's configuration has in transformers, whose defaults
         hold for the others.
+      attention: see `load_transformers_lm`.
 
     Raises:
-      UserError: as `transformers_config`.
+      UserError: as `transformers_config`; the implementation of attention cannot be used.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    if torch.get_default_device().type != "meta":
-        return TransformersLM(AutoModelForCausalLM.from_config(transformers_config(config)))
     # Not on the meta device itself: there the tables of the position embedding, which no file holds, would be lost.
-    with torch.device("cpu"), no_init_weights():
-        return TransformersLM(AutoModelForCausalLM.from_config(transformers_config(config)))
+    is_meta = torch.get_default_device().type == "meta"
+    with torch.device("cpu") if is_meta else nullcontext(), no_init_weights() if is_meta else nullcontext():
+        try:
+            return TransformersLM(
+                AutoModelForCausalLM.from_config(transformers_config(config), attn_implementation=attention)
+            )
+        except UserError:
+            raise
+        except (ImportError, ValueError, TypeError, KeyError, AttributeError) as e:
+            raise UserError(f"{config.get('model_type')}: transformers cannot make such a model: {e}") from e
+
+
+def _check_head(causal_lm: PreTrainedModel) -> None:
+    """That the logits are those of an output layer on what the layers give."""
+    parts = {id(causal_lm.base_model), id(causal_lm.get_output_embeddings())}
+    children = [child for child in causal_lm.children() if next(child.parameters(), None) is not None]
+    if len(parts) != 2 or {id(child) for child in children} != parts:
+        name = causal_lm.config.model_type
+        raise UserError(f"{name} is not supported: it has more after its layers than an output layer")
+
+
+def _scale_and_cap(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """What becomes of the logits of the output layer: they are multiplied, then bounded by a hyperbolic tangent.
+
+    Raises:
+      ValueError: it is not known what this model does with such a setting.
+    """
+    scale = 1.0
+    for name in _MULTIPLY:
+        if (value := getattr(config, name, None)) is not None:
+            scale *= value
+    if (value := getattr(config, "logits_scaling", None)) not in (None, 1.0):
+        exponent = next((e for prefix, e in _SCALING.items() if config.model_type.startswith(prefix)), None)
+        if exponent is None:
+            raise ValueError(f"it is not known whether its logits_scaling ({value}) multiplies or divides the logits")
+        scale *= value**exponent
+    return scale, next((cap for name in _CAPS if (cap := getattr(config, name, None)) is not None), None)
 
 
 def _settings(config: PreTrainedConfig) -> dict[str, Any]:
@@ -348,7 +452,7 @@ def _settings(config: PreTrainedConfig) -> dict[str, Any]:
     settings = {
         name: value
         for name, value in config.to_dict().items()
-        if name not in _NOTES and not (name in common and value == common[name])
+        if name not in _NOTES and name[0] != "_" and not (name in common and value == common[name])
     }
     return {"model_type": config.model_type, **settings}
 
@@ -374,63 +478,134 @@ def transformers_config(settings: dict[str, Any]) -> PreTrainedConfig:
     return _supported(lambda: AutoConfig.for_model(model_type, **settings), model_type)
 
 
-def is_transformers_folder(path: str | Path) -> bool:
-    """Whether `path` is a folder of a Hugging Face model other than RWKV-7.
+def is_transformers_model(path: str | Path) -> bool:
+    """Whether `path` is a folder of a Hugging Face model other than RWKV-7, or a GGUF file.
 
     Raises:
       UserError: its config.json cannot be read.
     """
     config = Path(path) / "config.json"
-    return config.is_file() and _read_model_type(config) != "rwkv7"
+    return is_gguf(path) or (config.is_file() and _read_model_type(config) != "rwkv7")
 
 
-def load_transformers_lm(path: str | Path) -> TransformersLM:
-    """Loads a model folder to the CPU, in float32, in `eval` mode. Nothing is downloaded, no code of the folder is run.
+def load_transformers_lm(
+    path: str | Path, dtype: torch.dtype | None = torch.float32, attention: str | None = None
+) -> TransformersLM:
+    """Loads a model to the CPU, in `eval` mode. Nothing is downloaded, no code of the folder is run.
 
     Args:
-      path: `config.json` with `model.safetensors` or its shards, as they are on the Hugging Face hub.
+      path: a folder with `config.json` and `model.safetensors` or its shards, as they are on the Hugging Face hub; of a
+        model that also sees or hears, the text part is loaded. Or a GGUF file, whose weights are dequantised.
+      dtype: of the weights; None for that of the checkpoint.
+      attention: an implementation of `ATTENTION`; None for the choice of transformers, which is sdpa where the model
+        has it.
 
     Raises:
       FileNotFoundError: a file is missing.
-      UserError: the folder is not of a causal language model that `TransformersLM` serves, is quantised, or weights are
-        missing, unexpected or of another shape; the message lists the names.
+      UserError: it is not a causal language model that `TransformersLM` serves, is quantised in another format than
+        GGUF, or weights are missing, unexpected or of another shape; the message lists the names.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     path = Path(path)
+    if is_gguf(path):
+        return _load_gguf(path, dtype, attention)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path / 'config.json'}: no such file; a model folder has it beside its weights")
-    _check_model_type(_read_model_type(path / "config.json"), str(path / "config.json"))
-    config = _supported(
-        lambda: AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True),
-        str(path / "config.json"),
-    )
+    config, is_part = _folder_config(path)
     if not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         raise FileNotFoundError(
             f"{path}: neither model.safetensors nor model.safetensors.index.json; other formats are not read"
         )
+    names = {"key_mapping": TEXT_NAMES} if is_part else {}
+    source = {"pretrained_model_name_or_path": path, "use_safetensors": True, "local_files_only": True, **names}
+    causal_lm, found = _from_pretrained(path, source, config, "auto" if dtype is None else dtype, attention)
+    unexpected = sorted(name for name in found["unexpected_keys"] if not is_part or is_of_text(name))
+    return _checked(path, causal_lm, found, unexpected)
+
+
+def _folder_config(path: Path) -> tuple[PreTrainedConfig, bool]:
+    """The configuration of a folder's language model, and whether that is a part of the model that the folder holds."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    source = str(path / "config.json")
+    if (model_type := _read_model_type(path / "config.json")) not in CONFIG_MAPPING_NAMES:
+        _check_model_type(model_type, source)
+    is_part = False
+
+    def read() -> PreTrainedConfig:
+        nonlocal is_part
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        if config.is_encoder_decoder or config.get_text_config(decoder=True) is config:
+            _check_model_type(model_type, source)
+            return config
+        is_part = True
+        text = text_part(config)
+        text.tie_word_embeddings = not any("lm_head." in name for name in weight_names(path))
+        if (quantized := getattr(config, "quantization_config", None)) is not None:
+            text.quantization_config = quantized
+        return text
+
+    return _supported(read, source), is_part
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None, attention: str | None) -> TransformersLM:
+    from transformers import AutoConfig
+
+    source = gguf_source(path)
     try:
-        causal_lm, found = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # they are listed below with the others
-            output_loading_info=True,
-        )
+        config = AutoConfig.from_pretrained(**source)
+        own_dtype, head_dim = gguf_details(path)
+        if head_dim is not None and hasattr(config, "head_dim"):
+            config.head_dim = head_dim
+        _supported(lambda: config, str(path))
+        causal_lm, found = _from_pretrained(path, source, config, dtype or own_dtype, attention)
+    except UserError:
+        raise
+    except Exception as e:  # a damaged file fails in many ways
+        raise UserError(f"{path}: transformers cannot read it, is it whole? ({type(e).__name__}: {e})") from e
+    return _checked(path, causal_lm, found, sorted(found["unexpected_keys"]))
+
+
+def _from_pretrained(
+    path: Path, source: dict[str, Any], config: PreTrainedConfig, dtype: torch.dtype | str, attention: str | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says of the names of the weights."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with gpu_kernels_only_on_gpus():
+            return AutoModelForCausalLM.from_pretrained(
+                **source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they are listed with the others
+                output_loading_info=True,
+            )
     except SafetensorError as e:
         raise UserError(f"{path}: not safetensors files, or truncated ones ({e})") from e
     except OSError as e:
         raise FileNotFoundError(f"{path}: {e}") from e
+    except (ImportError, ValueError) as e:
+        if attention is None:
+            raise
+        raise UserError(f"{path}: attention: {attention}: {e}") from e
+
+
+def _checked(path: Path, causal_lm: PreTrainedModel, found: dict[str, Any], unexpected: list[str]) -> TransformersLM:
     problems = [f"missing: {name}" for name in sorted(found["missing_keys"])]
-    problems += [f"unexpected: {name}" for name in sorted(found["unexpected_keys"])]
+    problems += [f"unexpected: {name}" for name in unexpected]
     problems += [f"another shape: {mismatch}" for mismatch in sorted(map(str, found["mismatched_keys"]))]
     if problems:
-        raise UserError("\n  ".join([f"{path}: the weights do not fit config.json:", *problems[:20]]))
-    return TransformersLM(causal_lm).requires_grad_().eval()
+        raise UserError("\n  ".join([f"{path}: the weights do not fit its configuration:", *problems[:20]]))
+    # Loading loses the mark of what trains in another way than by gradients, such as the balance of experts.
+    with torch.device("meta"):
+        fresh = type(causal_lm)(causal_lm.config)
+    for name, parameter in fresh.named_parameters():
+        causal_lm.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return TransformersLM(causal_lm).eval()
 
 
 def _read_model_type(path: Path) -> Any:
@@ -460,6 +635,8 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
 
     try:
         config = make()
+    except UserError:
+        raise
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{source}: {e}") from e
 
@@ -468,14 +645,23 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
 
     if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
         refuse("it is more than a decoder of text")
+    if getattr(config, "is_decoder", True) is False:
+        refuse("it is an encoder (is_decoder: false)")
+    if config.model_type in _REFUSED:
+        refuse(_REFUSED[config.model_type])
+    if getattr(config, "hidden_size_per_layer_input", None):
+        refuse("its layers read token ids besides embeddings, and audio has none (hidden_size_per_layer_input)")
     if getattr(config, "quantization_config", None) is not None:
         refuse("its weights are quantised; take the model as it was before")
-    if other := sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES):
-        refuse(f"layers of the type {', '.join(other)}; only {' and '.join(sorted(_LAYER_TYPES))} are")
-    for name, without_effect in _LOGIT_SETTINGS.items():
-        if getattr(config, name, None) not in (None, without_effect):
-            refuse(f"it changes its logits behind the output layer ({name}: {getattr(config, name)})")
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    served = ATTENTION_LAYERS | RECURRENT_LAYERS | STATELESS_LAYERS
+    if other := sorted(set(getattr(config, "layer_types", None) or ()) - served):
+        refuse(f"layers of the type {', '.join(other)}; those of the types {', '.join(sorted(served))} are")
+    try:
+        _scale_and_cap(config)
+    except ValueError as e:
+        refuse(str(e))
+    with gpu_kernels_only_on_gpus():  # imports the model's code
+        model_class = AutoModelForCausalLM._model_mapping[type(config)]
     if lacking := {"inputs_embeds", "position_ids", "past_key_values"} - set(
         inspect.signature(model_class.forward).parameters
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,14 @@ Encoder = Zipformer | WhisperEncoder
 
 
 class SpeechModel(nn.Module, ABC):
-    """Has an encoder with features of its own, writes labels, and recognizes speech."""
+    """Has an encoder with features of its own, writes labels, and recognizes speech.
 
+    Attributes:
+      autocast_dtype: half precision in which encoder and projector compute when speech is recognized
+        (`speechllm.model.build.prepare_for_inference`); None leaves it to the caller.
+    """
+
+    autocast_dtype: torch.dtype | None = None
     config: ModelConfig  # its prompt written out
     tokenizer: Tokenizer
     encoder: Encoder
@@ -67,6 +74,11 @@ class SpeechModel(nn.Module, ABC):
         return self.encoder.frame_seconds
 
     @property
+    def min_frames(self) -> int:
+        """The shortest utterance that all encoders can hear, in frames of features."""
+        return max(encoder.min_frames for _, _, encoder in self.encoders())
+
+    @property
     def feature_kind(self) -> str:
         """The features that the encoders read (see `speechllm.data.features`): of several kinds side by side."""
         return "+".join(dict.fromkeys(encoder.feature_kind for _, _, encoder in self.encoders()))
@@ -76,6 +88,12 @@ class SpeechModel(nn.Module, ABC):
         # in the order of `feature_kind`
         bins = {other.feature_kind: other.feature_dim for _, _, other in self.encoders()}
         return dict(zip(bins, features.split(list(bins.values()), dim=2), strict=True))[encoder.feature_kind]
+
+    def encoding(self) -> AbstractContextManager[object]:
+        """The context that `encode` computes in: `autocast_dtype`."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
 
     def label_ids(self, label: str) -> list[int]:
         """The tokens of a label as it stands behind the prompt, without the end of text."""

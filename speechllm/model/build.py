@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from speechllm.errors import UserError
 from speechllm.linear import pack_for_inference
+from speechllm.llm.precision import convert
 from speechllm.model.encoder_model import EncoderModel
 from speechllm.model.speech_llm import ModelConfig, SpeechLLM, load_model_config
 
@@ -23,6 +26,59 @@ def load_model(folder: str | Path) -> SpeechLLM | EncoderModel:
     """
     config = load_model_config(folder)
     return (EncoderModel if config.llm is None else SpeechLLM).from_pretrained(folder)
+
+
+def prepare_for_inference(
+    model: SpeechLLM | EncoderModel,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+    llm_weights: str = "float32",
+) -> None:
+    """Bring a loaded model to the device and into the precision that it recognizes speech in, in place.
+
+    Args:
+      device: such as `cuda`, `cuda:1` or `cpu`; None for the first GPU, or the CPU where there is none.
+      dtype: of `speechllm.llm.precision.DTYPES`, the type of the language model's weights, and in which the encoder
+        computes its matrix products; None for half precision on a GPU, float32 elsewhere. Softmax, recurrent states and
+        the CTC head are float32 in any case.
+      llm_weights: see `pack_for_inference`; on the CPU, in float32.
+
+    Raises:
+      UserError: there is no such device; `dtype` and `llm_weights` do not go together; what `pack_model` raises.
+    """
+    device = usable_device(device)
+    if dtype is None:
+        dtype = half_precision(device) if device.type == "cuda" else "float32"
+    if llm_weights != "float32" and dtype != "float32":
+        raise UserError(f"--llm-weights {llm_weights} packs a model that computes in float32, and not in {dtype}")
+    if model.llm is not None:
+        convert(model.llm, getattr(torch, dtype))
+    model.to(device)
+    model.autocast_dtype = None if dtype == "float32" else getattr(torch, dtype)
+    if dtype == "float32" and (device.type == "cpu" or llm_weights != "float32"):
+        pack_model(model, llm_weights)
+
+
+def usable_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name; the first GPU, or the CPU where there is none, for None.
+
+    Raises:
+      UserError: it is no name of a device, or PyTorch does not find that device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise UserError(f"--device {name}: cannot be used ({str(e).splitlines()[0]})") from e
+    return device
+
+
+def half_precision(device: torch.device) -> str:
+    """The type that a GPU computes in fastest: bfloat16, or float16 on those that do not have that (before Ampere)."""
+    with torch.cuda.device(device):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def pack_model(model: SpeechLLM | EncoderModel, llm_weights: str = "float32") -> None:

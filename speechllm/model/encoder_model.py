@@ -95,8 +95,9 @@ class EncoderModel(SpeechModel):
     def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
         """features (N, T, F), (N,) -> encoder_out (N, T', D_enc), (N,)."""
         trains = any(p.requires_grad for p in self.encoder.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            return self.encoder(features, feature_lens)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains), self.encoding():
+            encoder_out, lens = self.encoder(features, feature_lens)
+        return encoder_out if self.autocast_dtype is None else encoder_out.float(), lens
 
     def forward(
         self,

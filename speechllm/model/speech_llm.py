@@ -28,14 +28,17 @@ from speechllm.config import ConfigError, load_config, save_config
 from speechllm.decode.recognizer import RecogniseOptions, Recogniser
 from speechllm.encoder import WhisperEncoder, WhisperEncoderConfig, Zipformer, ZipformerConfig, load_encoder
 from speechllm.encoder.ctc import CRCTCConfig, ctc_losses
+from speechllm.encoder.pretrained import is_whisper
 from speechllm.encoder.transducer import TransducerConfig
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.llm.adapters import TuneConfig, load_adapter, merged_state_dict, save_adapter, tune
 from speechllm.llm.interface import LanguageModel
+from speechllm.llm.precision import DTYPES, base_dtype
 from speechllm.llm.transformers import (
+    ATTENTION,
     TransformersLM,
-    is_transformers_folder,
+    is_transformers_model,
     load_transformers_lm,
     new_transformers_lm,
     transformers_config,
@@ -109,14 +112,28 @@ class EncoderSection:
         """Whether it is a Zipformer that begins with random weights."""
         return self.zipformer is not None and not self.path
 
+    @property
+    def min_frames(self) -> int:
+        """The shortest utterance that it can hear, in frames of features; without loading it."""
+        whisper = self.whisper is not None or (self.path is not None and is_whisper(self.path))
+        return (WhisperEncoder if whisper else Zipformer).min_frames
+
 
 @dataclass
 class LLMSection:
-    """`path`: an RWKV-7 checkpoint, or a folder of any causal language model of Hugging Face transformers; without it,
-    one of the sizes in `rwkv7`, or of the `model_type` and settings in `transformers`, is trained from scratch.
+    """`path`: an RWKV-7 checkpoint, a folder of any causal language model of Hugging Face transformers (of one that
+    also sees or hears, the text part is taken), or a GGUF file of a Llama or Qwen, whose weights are dequantised;
+    without it, one of the sizes in `rwkv7`, or of the `model_type` and settings in `transformers`, is trained from
+    scratch.
 
-    `adapter`: a folder with what was tuned before (a PEFT adapter or a state), put on the checkpoint and not trained.
+    `adapter`: what was tuned before, put on the checkpoint and not trained: the folder of a PEFT adapter or of a state,
+    or a .pth file of RWKV-PEFT (`speechllm.llm.rwkv_peft`), for a LoRA with its `adapter_alpha`.
     `tune`: what of the checkpoint trains, and how; without it everything does, or with `freeze` nothing.
+    `dtype`: `bfloat16`, `float16` or `float32`, the type of the checkpoint's weights, in which they compute too. What
+    trains in place is float32, and so are adapters. Without it, weights that do not train have the checkpoint's own
+    type on a machine with a GPU, and float32 on one without.
+    `attention`: of models of transformers, `sdpa`, `flash_attention_2` or `eager`; without it, what transformers
+    chooses (sdpa, PyTorch's own, where the model has it).
     `checkpoint_blocks`: activations are computed again in the backward pass: less memory, a third more work.
     `wkv_backend`: of RWKV-7, see `rwkv7.wkv.wkv7`.
     """
@@ -124,7 +141,10 @@ class LLMSection:
     path: str | None = None
     freeze: bool = False
     adapter: str | None = None
+    adapter_alpha: float | None = None
     tune: TuneConfig | None = None
+    dtype: str | None = None
+    attention: str | None = None
     checkpoint_blocks: bool = False
     wkv_backend: str = "auto"
     rwkv7: RWKV7Config | None = None
@@ -139,12 +159,23 @@ class LLMSection:
                 raise ValueError(f"transformers: {e}") from e
         if self.wkv_backend not in BACKENDS:
             raise ValueError(f"wkv_backend: unknown {self.wkv_backend!r}, choose from {', '.join(BACKENDS)}")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype: unknown {self.dtype!r}, choose from {', '.join(DTYPES)}")
+        if self.attention not in (None, *ATTENTION):
+            raise ValueError(f"attention: unknown {self.attention!r}, choose from {', '.join(ATTENTION)}")
+        if self.dtype not in (None, "float32") and not self.freezes_base:
+            raise ValueError(
+                f"dtype: {self.dtype} is for weights that do not train, and all of these do: leave it out, and compute "
+                "in half precision with train.mixed_precision; or freeze them, or tune an adapter"
+            )
         if self.tune is not None and not self.path:
             raise ValueError("tune without path would tune random weights")
         if self.adapter is not None and (self.tune is not None or not (self.path and self.freeze)):
             raise ValueError(
                 "adapter goes on the checkpoint at path, and with freeze: true; to train on, merge it first"
             )
+        if self.adapter_alpha is not None and self.adapter is None:
+            raise ValueError("adapter_alpha is the alpha of a LoRA in a file of RWKV-PEFT: give that file as adapter")
         if self.tune is not None and self.freeze:
             raise ValueError("give either freeze (nothing is trained) or tune (which freezes what it does not train)")
 
@@ -245,6 +276,11 @@ class ModelConfig:
                 raise ValueError(f"{name} leads to the language model, and llm is null: leave out {name}")
 
     @property
+    def min_frames(self) -> int:
+        """The shortest utterance that all encoders can hear, in frames of features."""
+        return max(section.min_frames for section in [self.encoder, *(more.encoder for more in self.more_encoders)])
+
+    @property
     def projectors(self) -> dict[str, ProjectorConfig]:
         """Those of all encoders, by their keys."""
         more = {f"more_encoders[{i}].projector": more.projector for i, more in enumerate(self.more_encoders)}
@@ -309,17 +345,22 @@ def saved_section(encoder: Encoder) -> EncoderSection:
 
 def _language_model(section: LLMSection) -> RWKV7 | TransformersLM:
     if section.rwkv7 is not None:
-        return RWKV7(section.rwkv7, section.wkv_backend)
-    if section.path is not None and not is_transformers_folder(section.path):
-        return load_rwkv7(section.path, wkv_backend=section.wkv_backend)
-    llm = new_transformers_lm(section.transformers) if section.transformers else load_transformers_lm(section.path)
+        llm = RWKV7(section.rwkv7, section.wkv_backend)
+    elif section.transformers is not None:
+        llm = new_transformers_lm(section.transformers, section.attention)
+    else:
+        dtype = base_dtype(section.dtype, not section.freezes_base, torch.cuda.is_available())
+        if is_transformers_model(section.path):
+            llm = load_transformers_lm(section.path, dtype, section.attention)
+        else:
+            llm = load_rwkv7(section.path, dtype, section.wkv_backend)
+    if isinstance(llm, RWKV7):
+        if section.attention is not None:
+            raise ConfigError(f"llm.attention: {section.attention} is for models of transformers; RWKV-7 has none")
+        return llm
     if section.wkv_backend != "auto":
         raise ConfigError(f"llm.wkv_backend: {section.wkv_backend} is for RWKV-7; the language model is {llm.name}")
     return llm
-
-
-def _tied_weights(llm: RWKV7 | TransformersLM) -> dict[str, str]:
-    return llm.tied_weights() if isinstance(llm, TransformersLM) else {}
 
 
 class SpeechLLM(SpeechModel):
@@ -370,7 +411,7 @@ class SpeechLLM(SpeechModel):
         encoder = build_encoder(config.encoder)
         llm = _language_model(config.llm)
         if config.llm.adapter is not None:
-            load_adapter(llm, config.llm.adapter)
+            load_adapter(llm, config.llm.adapter, alpha=config.llm.adapter_alpha)
         if config.llm.tune is not None:
             tune(llm, config.llm.tune)
         llm.checkpoint_blocks = config.llm.checkpoint_blocks
@@ -425,6 +466,12 @@ class SpeechLLM(SpeechModel):
 
         encoder_out is the first encoder's; the audio is that of all.
         """
+        with self.encoding():
+            encoder_out, *others = self._encode_all(features, feature_lens)
+        return encoder_out if self.autocast_dtype is None else encoder_out.float(), *others
+
+    def _encode_all(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, ...]:
+        """See `encode`."""
         if not self.more_encoders:
             return self._encode(self.encoder, self.projector, features, feature_lens)
         (encoder_out, encoder_out_lens, *first), *parts = (
@@ -589,7 +636,8 @@ class SpeechLLM(SpeechModel):
         sizes = "rwkv7" if isinstance(self.llm, RWKV7) else "transformers"
         llm = LLMSection(**{sizes: self.llm.config})
         if not merged:
-            llm = LLMSection(path=str(Path(self.config.llm.path).absolute()), freeze=True, adapter="adapter")
+            path, dtype = str(Path(self.config.llm.path).absolute()), str(self.llm.dtype).removeprefix("torch.")
+            llm = LLMSection(path=path, freeze=True, adapter="adapter", dtype=None if dtype == "float32" else dtype)
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
             has_own_pieces = self.ctc_tokenizer is not self.tokenizer
@@ -609,7 +657,7 @@ class SpeechLLM(SpeechModel):
             save_config(config, tmp / "config.yaml")
             weights = {k: v for k, v in self.state_dict().items() if not k.startswith("llm.")}
             if merged:
-                tied = _tied_weights(self.llm)
+                tied = self.llm.tied_weights()
                 weights |= {f"llm.{k}": v for k, v in merged_state_dict(self.llm).items() if k not in tied}
             save_file({k: v.contiguous() for k, v in weights.items()}, tmp / "model.safetensors")
             if has_adapter:
@@ -645,9 +693,8 @@ class SpeechLLM(SpeechModel):
                 model = cls.from_config(config)
                 if "llm.initial_wkv" in weights:
                     model.llm.add_initial_state()
-            tied = _tied_weights(model.llm)
+            tied = model.llm.tied_weights()
             weights |= {f"llm.{name}": weights[f"llm.{first}"] for name, first in tied.items()}
         load_state_dict_strict(model, weights, path, assign=True)
-        if isinstance(model.llm, TransformersLM):
-            model.llm.tie_weights()
+        model.llm.tie_weights()
         return model.eval()

@@ -1,13 +1,13 @@
 """Reading and writing RWKV-7 weights: official ``.pth`` files and Hugging Face folders.
 
-Official files (https://huggingface.co/BlinkDL) hold a state dict with the names of the model here. Hugging Face
+Official files (https://huggingface.co/BlinkDL) hold a state dict with the names of the model here; where RWKV-PEFT or
+RWKV-LM merged a tuned state into one, also ``blocks.N.att.time_state``, which becomes ``initial_wkv``. Hugging Face
 folders hold ``config.json`` and safetensors with the names of flash-linear-attention
 (https://github.com/fla-org/flash-linear-attention, fla/models/rwkv7; 0.6.0), which rwkv7-hf (0.9.0) shares.
 """
 
 import functools
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from torch import Tensor
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
 from speechllm.rwkv7.model import RWKV7, RWKV7Config
-from speechllm.weights import load_state_dict_strict
+from speechllm.rwkv7.state import RWKV7State, time_state_names, tuned_wkv
+from speechllm.weights import load_state_dict_strict, read_rwkv_pth
 
 # Present in released files, never used: the first layer has no earlier values to mix in.
 _UNUSED = {f"blocks.0.att.v{i}" for i in range(3)}
@@ -98,6 +99,7 @@ def load_rwkv7(path: str | Path, dtype: torch.dtype | None = torch.float32, wkv_
         source = f"{path} (names as in official files)"
     else:
         weights, source = _read_pth(path), str(path)
+    wkv = tuned_wkv(weights, path, remove=True)
     with torch.device("meta"):
         model = RWKV7(_infer_config(weights, source), wkv_backend)
     if hf_config is not None:
@@ -112,6 +114,11 @@ def load_rwkv7(path: str | Path, dtype: torch.dtype | None = torch.float32, wkv_
     for name in list(weights):  # one tensor after another, so that there is never a second copy of all
         weights[name] = weights[name].to(dtype).contiguous()
     load_state_dict_strict(model, weights, source, assign=True)
+    if wkv is not None:
+        try:
+            model.add_initial_state(RWKV7State.of_wkv(wkv))
+        except ValueError as e:
+            raise UserError(f"{source}: does not fit the model: {e}") from e
     return model.requires_grad_().eval()
 
 
@@ -125,16 +132,25 @@ def save_rwkv7(model: RWKV7, path: str | Path) -> None:
     tells what the model was trained with; flash-linear-attention does not heed it.
 
     Raises:
-      ValueError: the model has other parameters than its configuration says, such as adapters.
+      ValueError: the model has other parameters than its configuration says, such as adapters; or a tuned initial
+        state, for which a folder has no place.
     """
     path = Path(path)
     with torch.device("meta"):
         expected = RWKV7(model.config).state_dict().keys()
     weights = {name: x.detach().cpu() for name, x in model.state_dict().items()}
+    wkv = weights.pop("initial_wkv", None)
+    if wkv is not None and path.suffix != ".pth":
+        raise UserError(
+            f"{path}: a Hugging Face folder has no place for the model's tuned initial state: write a name ending in "
+            ".pth, which holds it as blocks.N.att.time_state"
+        )
     other = sorted(weights.keys() ^ expected)
     if other:
         raise ValueError(f"save_rwkv7: not the parameters of a plain RWKV-7 model (merge adapters first): {other[:5]}")
     if path.suffix == ".pth":
+        if wkv is not None:
+            weights |= dict(zip(time_state_names(len(wkv)), wkv, strict=True))
         with replaced_file(path) as tmp:
             torch.save({name: x.contiguous() for name, x in weights.items()}, tmp)
         return
@@ -157,12 +173,9 @@ def save_rwkv7(model: RWKV7, path: str | Path) -> None:
 def _read_pth(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder; expected an RWKV-7 .pth file or a model folder")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
-        raise UserError(f"{path}: not a PyTorch checkpoint, or a truncated one ({str(e).splitlines()[0]})") from e
-    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
-        raise UserError(f"{path}: not a state dict of tensors; expected the weights of an RWKV-7 model")
+    weights = read_rwkv_pth(path)
+    if "llm.emb.weight" in weights:  # a model of speech, such as rwkv_asr's
+        weights = {name.removeprefix("llm."): x for name, x in weights.items() if name.startswith("llm.")}
     return weights
 
 

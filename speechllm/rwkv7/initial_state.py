@@ -31,7 +31,7 @@ def state_of_text(llm: LanguageModel, token_ids: list[int]) -> RWKV7State:
 
 
 def load_state(path: str | Path, llm: LanguageModel) -> RWKV7State:
-    """The state of one row in a file (`RWKV7State.save`), on the model's device.
+    """The state of one row in a file (`RWKV7State.save`, or RWKV-PEFT's tuned state), on the model's device.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -40,12 +40,10 @@ def load_state(path: str | Path, llm: LanguageModel) -> RWKV7State:
     expected = state_of_text(llm, [0])
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such state file")
-    try:
-        state = RWKV7State.load(path)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    for name in state.__dataclass_fields__:
-        has, needs = (list(getattr(x, name).shape) for x in (state, expected))
-        if has != needs:
-            raise UserError(f"{path}: `{name}` has shape {has}, the language model needs {needs}: it is not its state")
-    return state.to(llm.emb.weight.device)
+    state = RWKV7State.load(path)
+    shapes = {name: [list(getattr(x, name).shape) for x in (state, expected)] for name in vars(state)}
+    wrong = [f"`{name}` has shape {has}, not {needs}" for name, (has, needs) in shapes.items() if has != needs]
+    if wrong:
+        raise UserError(f"{path}: {', '.join(wrong)}, which the language model needs: it is not its state")
+    shifts = (x.to(expected.att_shift.dtype) for x in (state.att_shift, state.ffn_shift))
+    return RWKV7State(*shifts, state.wkv).to(llm.emb.weight.device)

@@ -6,6 +6,7 @@ that released checkpoints load as they are. All is a function of the inputs and 
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from speechllm.errors import UserError
 from speechllm.linear import Linear, linear_cross_entropy, product
 from speechllm.llm.interface import IGNORE
 from speechllm.rwkv7.state import RWKV7State
@@ -321,6 +323,7 @@ class RWKV7(nn.Module):
     """
 
     name = "RWKV-7"
+    has_initial_state = True
 
     def __init__(self, config: RWKV7Config, wkv_backend: str = "auto"):
         super().__init__()
@@ -341,6 +344,11 @@ class RWKV7(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its weights."""
+        return self.emb.weight.dtype
 
     def no_weight_decay(self) -> set[str]:
         return _not_decayed(self)
@@ -363,6 +371,53 @@ class RWKV7(nn.Module):
         if wkv.shape != expected:
             raise ValueError(f"initial state: wkv has shape {tuple(wkv.shape)}, this model needs {expected}")
         self.initial_wkv = nn.Parameter(wkv.squeeze(1).detach().clone())
+
+    @property
+    def initial_state_is_tuned(self) -> bool:
+        """Whether the initial state is a parameter."""
+        return self.initial_wkv is not None
+
+    def tune_initial_state(self) -> None:
+        """Makes the initial state a parameter that trains, whatever it is now."""
+        if self.initial_wkv is None:
+            self.add_initial_state()
+        self.initial_wkv.requires_grad_(True)
+
+    def save_initial_state(self, path: str | Path) -> None:
+        """Writes the initial state as a state file of one row (``RWKV7State.load``)."""
+        self.initial_state(1).save(path)
+
+    def load_initial_state(self, path: str | Path, trainable: bool) -> None:
+        """Makes a state file the parameter that texts start from.
+
+        Raises:
+          UserError: it is no state file; the state is not one row of this model.
+        """
+        state = RWKV7State.load(path)
+        try:
+            self.add_initial_state(state)
+        except ValueError as e:
+            raise UserError(f"{path}: does not fit the model: {e}") from e
+        self.initial_wkv.requires_grad_(trainable)
+
+    def kept_in_float32(self) -> tuple[str, ...]:
+        """Parts of the names of weights that are float32 whatever ``dtype`` is."""
+        return ("initial_wkv",)
+
+    def adapter_root(self) -> nn.Module:
+        """What ``peft`` puts an adapter on: the model itself."""
+        return self
+
+    def default_targets(self) -> list[str]:
+        """The matrices that take an adapter when none are named."""
+        return ["receptance", "key", "value", "output"]
+
+    def tied_weights(self) -> dict[str, str]:
+        """No weight has a second name."""
+        return {}
+
+    def tie_weights(self) -> None:
+        """There is nothing to tie."""
 
     def layers(self) -> list[nn.Module]:
         """What computes one after the other, most of the model: the two halves of every block."""
@@ -499,7 +554,7 @@ class RWKV7(nn.Module):
                     raise ValueError(
                         f"RWKV7: logits or labels are asked for at {int(beyond.sum())} positions of padding"
                     )
-        x = self.blocks[0].ln0(inputs if inputs.is_floating_point() else self.embed(inputs))
+        x = self.blocks[0].ln0(inputs.to(self.dtype) if inputs.is_floating_point() else self.embed(inputs))
         wanted = None if mask is None else mask.to(device).flatten().nonzero().squeeze(1)
         rows = _Rows(row_lens, device)
         before = self.initial_state(len(row_lens)) if state is None else state

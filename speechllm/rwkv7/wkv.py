@@ -267,13 +267,19 @@ def _why_no_fla_package() -> str | None:
     return None
 
 
-def _fla(r, w, k, v, a, b, state: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The kernels of fla-core; their state is (N, H, K, V)."""
+def _fla(r, w, k, v, a, b, state: Tensor, borders: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The kernels of fla-core; their state is (N, H, K, V). ``borders`` of packed rows: on the device and the CPU."""
     from fla.ops.rwkv7 import chunk_rwkv7, fused_recurrent_rwkv7
 
     inputs = (r, w, k, v, a, b)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
-    kernel = fused_recurrent_rwkv7 if r.shape[1] == 1 and not needs_grad else chunk_rwkv7  # the first has no backward
+    one_step = r.shape[1] == 1 and not needs_grad
+    kernel = fused_recurrent_rwkv7 if one_step else chunk_rwkv7  # the first has no backward
+    packing = {}
+    if borders is not None:
+        packing["cu_seqlens"] = borders[0]
+        if not one_step:
+            packing["cu_seqlens_cpu"] = borders[1]  # else it waits for the GPU to read them there
     # log-decays are summed over a chunk: float32
     r, w, k, v, a, b = (x.to(torch.float32 if x is w else r.dtype).contiguous() for x in inputs)
     out, last = kernel(
@@ -286,23 +292,37 @@ def _fla(r, w, k, v, a, b, state: Tensor, cu_seqlens: Tensor | None = None) -> t
         scale=1.0,
         initial_state=state.transpose(-1, -2).contiguous(),
         output_final_state=True,
-        cu_seqlens=cu_seqlens,
+        **packing,
     )
     return out, last.transpose(-1, -2)
+
+
+@lru_cache(maxsize=4)  # all layers of a model ask for the same
+def _nonempty_rows(
+    starts: tuple[int, ...], lens: tuple[int, ...], P: int, device: torch.device
+) -> tuple[Tensor, tuple[Tensor, Tensor], _Way | None]:
+    """The rows that have a position; their borders when packed, on the device and on the CPU; the way of their
+    positions there, None if they are packed already."""
+    there = [row for row, length in enumerate(lens) if length > 0]
+    their_lens = [lens[row] for row in there]
+    borders = torch.tensor([0, *their_lens]).cumsum(0)
+    way = None
+    if sum(their_lens) < P:
+        outside = _positions([starts[row] for row in there], their_lens, device)
+        way = _Way(outside, torch.arange(len(outside), device=device), P, len(outside))
+    return torch.tensor(there, device=device), (borders.to(device), borders), way
 
 
 def _fla_rows(inputs: tuple[Tensor, ...], state: Tensor, starts: list[int], lens: list[int]) -> tuple[Tensor, Tensor]:
     """``_rows`` by the kernels' own packed form."""
     N, L = inputs[0].shape[:2]
-    there = [row for row, length in enumerate(lens) if length > 0]  # the kernels know no empty rows
-    lens = [lens[row] for row in there]
-    outside = _positions([starts[row] for row in there], lens, state.device)
-    way = _Way(outside, torch.arange(len(outside), device=state.device), N * L, len(outside))
-    borders = torch.tensor([0, *lens], device=state.device).cumsum(0)
-    rows = torch.tensor(there, device=state.device)
-    inputs = (way.go(x.flatten(0, 1)).unsqueeze(0) for x in inputs)
-    out, last = _fla(*inputs, state[rows], cu_seqlens=borders)
-    return way.return_from(out.squeeze(0)).unflatten(0, (N, L)), state.index_copy(0, rows, last)
+    # the kernels know no empty ones
+    rows, borders, way = _nonempty_rows(tuple(starts), tuple(lens), N * L, state.device)
+    inputs = (x.flatten(0, 1) for x in inputs)
+    inputs = inputs if way is None else map(way.go, inputs)
+    out, last = _fla(*(x.unsqueeze(0) for x in inputs), state[rows], borders)
+    out = out.squeeze(0) if way is None else way.return_from(out.squeeze(0))
+    return out.unflatten(0, (N, L)), state.index_copy(0, rows, last)
 
 
 _BACKENDS: dict[str, Callable] = {"reference": _reference, "chunked": _chunked, "fla": _fla}

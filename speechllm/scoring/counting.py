@@ -76,8 +76,8 @@ def transcripts(
     return [
         Transcript(
             id,
-            normalize_text(ref, text_steps),
-            normalize_text(hyp, text_steps),
+            normalize_text(ref, text_steps, target or language),
+            normalize_text(hyp, text_steps, target or language),
             language_label(language, target),
             duration=duration,
             found_language=found_language,

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from speechllm.data.manifests.lines import numbered_lines
 from speechllm.data.manifests.manifest import LINE_ERRORS, ManifestError, SourceConfig, describe, explain, iter_objects
 from speechllm.data.manifests.nemo import is_nemo
-from speechllm.data.manifests.source import numbered_lines, string_of
+from speechllm.data.manifests.source import string_of
 from speechllm.errors import UserError
 from speechllm.scoring.counting import Transcript, language_label
 from speechllm.text.normalize import normalize_text
@@ -33,6 +34,11 @@ class Line:
     language: str | None = None
     speaker: str | None = None
     duration: float | None = None
+
+    @property
+    def written_language(self) -> str | None:
+        """Of the text: `language` is en>de of translations into German."""
+        return None if self.language is None else self.language.rpartition(">")[2]
 
 
 def read_lines(path: Path) -> dict[str, Line]:
@@ -98,8 +104,8 @@ def matched(
     return [
         Transcript(
             id,
-            normalize_text(line.text, text_steps),
-            normalize_text(found.get(id, ""), text_steps),
+            normalize_text(line.text, text_steps, line.written_language),
+            normalize_text(found.get(id, ""), text_steps, line.written_language),
             line.language,
             line.speaker,
             line.duration,
@@ -172,6 +178,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Line]]:
 
 
 def _json_line(obj: dict, source: SourceConfig) -> Line:
+    obj = {name: value for name, value in obj.items() if name != "duration" or value is not None}
     complete = obj
     if "type" not in obj:
         if obj.get("id") is None and not is_nemo(obj):

@@ -1,16 +1,21 @@
 """Text normalisation: named steps in the order of the configuration (`data.text`), the same for training and scoring.
 
-    nfc, nfkc            Unicode normal forms (UAX #15)
-    lowercase, uppercase
-    remove_punctuation   punctuation and symbols become spaces, except within words: don't, mother-in-law
+    nfc, nfkc            Unicode normal forms (UAX #15); nfkc takes an acute accent that stands alone for an apostrophe
+                         (l´amour), leaves other lone accents as they are, and drops the Arabic tatweel
+    lowercase, uppercase by the rules of the language, where it is known: I is ı in Turkish and Azerbaijani
+    remove_punctuation   punctuation and symbols become spaces, except within words: don't, mother-in-law; the tatweel,
+                         which only stretches a word, is dropped
     halfwidth            full-width ASCII and the ideographic space to half width, and nothing else that NFKC does
     simplified           Chinese to simplified characters, by OpenCC (https://github.com/BYVoid/OpenCC)
     traditional          Chinese to traditional characters, in OpenCC's standard forms (not those of one region)
     split_chinese        spaces around each Chinese character, so that a character is a word
     join_chinese         no spaces between Chinese characters
 
-White space is single afterwards, with none at the ends. A step that is applied again changes nothing: a hypothesis
-can be normalised like its reference, which has been through the steps once already. No step raises for any string.
+White space is single afterwards, with none at the ends, and what nobody sees or hears is gone whatever the steps:
+zero-width spaces, soft hyphens, byte order marks, direction marks and other control characters. The joiners that say
+how letters are shaped (zero width non-joiner and joiner in Persian and in Indic scripts, joiners of emoji) stay where
+they do that. A step that is applied again changes nothing: a hypothesis can be normalised like its reference, which
+has been through the steps once already. No step raises for any string.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import difflib
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import groupby
 
@@ -32,6 +37,23 @@ _SPACE_BETWEEN_IDEOGRAPHS = re.compile(rf"(?<={_IDEOGRAPH})\s+(?={_IDEOGRAPH})")
 _HALFWIDTH = {0x3000: " "} | {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _APOSTROPHES = "'\u2019"
 _HYPHENS = "\\-\u2010\u2011"
+# What is never seen: control and format characters, and fillers that Unicode counts among letters and marks. Signs that
+# Unicode calls format characters but that are seen (Arabic number signs and the like), and the tags in emoji of flags,
+# are not among them.
+_SEEN = frozenset([*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD, *range(0xE0020, 0xE0080)])
+_FILLERS = frozenset([0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0])
+# Zero width non-joiner and joiner, and the Mongolian vowel separator: invisible, but they shape the letters by them.
+_JOINERS = "\u180e\u200c\u200d"
+# Letters and marks of scripts whose letters join or stack: Arabic, Syriac, ..., Indic, Mongolian and their extensions.
+_SHAPED = (
+    "\u0600-\u109f\u1780-\u18af\u1a20-\u1aaf\u1b00-\u1bff\ua800-\uabff\ufb50-\ufdff\ufe70-\ufefc\U00010a00-\U00011fff"
+)
+_TATWEEL = "\u0640"
+# Lone accents that typewriters and keyboards have in the place of an apostrophe: those of Latin and of Greek.
+_ACCENTS_AS_APOSTROPHES = "\u00b4\u0384\u1fbd\u1fbf\u1ffd\u1ffe"
+# Languages that tell a dotted and a dotless i apart.
+_DOTTED_CAPITAL_I = re.compile("\u0130|I\u0307")
+_DOTLESS_I = frozenset(["tr", "az", "crh", "gag", "kaa"])
 # What joins emoji, or says how they are shown; it goes with them.
 _EMOJI_JOINERS = "\u200d\u20e3\ufe0e\ufe0f"
 _ENCODABLE = re.compile("[^\ud800-\udfff]+")
@@ -41,19 +63,24 @@ _MAX_PASSES = 10
 _CONTRADICTORY = (("lowercase", "uppercase"), ("simplified", "traditional"), ("split_chinese", "join_chinese"))
 
 
-def normalize_text(text: str, steps: Sequence[str]) -> str:
-    """`text` after each of `steps` in order, with single spaces.
+def normalize_text(text: str, steps: Sequence[str], language: str | None = None) -> str:
+    """`text` after each of `steps` in order, with single spaces and without what is never seen.
 
     Args:
         steps: names that `check_steps` has accepted.
+        language: the tag of the language of `text`, for the steps that depend on it.
 
     Raises:
         UserError: a step needs OpenCC, which is not installed.
     """
+    text = _visible(text)
+    dotless = language is not None and language.partition("-")[0] in _DOTLESS_I
     for step in steps:
+        if dotless and step in _TURKIC_CASE:
+            text = _DOTTED_CAPITAL_I.sub("i", text).translate(_TURKIC_CASE[step])
         if step in _FOR_ASCII or not text.isascii():
             text = _STEPS[step](text)
-    return " ".join(text.split())
+    return " ".join(_visible(text).split())
 
 
 def check_steps(steps: Sequence[str]) -> None:
@@ -76,20 +103,81 @@ def check_steps(steps: Sequence[str]) -> None:
             _STEPS[step]("")
 
 
+def _visible(text: str) -> str:
+    if text.isascii() and text.isprintable():
+        return text
+    return _invisible().sub("", text)
+
+
+@cache
+def _invisible() -> re.Pattern:
+    """Matches one character that is never seen and shapes none that is."""
+    codes = [
+        code
+        for code in (*range(0x20000), 0xE0001)  # there are no others further on
+        if code in _FILLERS
+        or (unicodedata.category(chr(code)) in ("Cc", "Cf") and code not in _SEEN and not chr(code).isspace())
+        if chr(code) not in _JOINERS
+    ]
+    # A joiner at the end of a word shapes it too, in Indic scripts; a non-joiner has nothing to keep apart there.
+    return re.compile(
+        f"[{_character_class(codes)}]"
+        rf"|(?<![{_SHAPED}])\u200c|\u200c(?![{_SHAPED}])"
+        rf"|(?<![{_SHAPED}])\u180e"
+        rf"|(?<![{_SHAPED}{_emoji()}])\u200d|(?<=[{_emoji()}])\u200d(?![{_emoji()}])"
+    )
+
+
+@cache
+def _emoji() -> str:
+    """What may stand beside a joiner in emoji: symbols, skin tones and the selectors of how they are shown."""
+    codes = [code for code in range(0x2000, 0x20000) if unicodedata.category(chr(code)) in ("So", "Sk", "Sm")]
+    return _character_class([*codes, *map(ord, "\u20e3\ufe0e\ufe0f")])
+
+
+def _character_class(codes: Iterable[int]) -> str:
+    """The inside of a regular expression's [...] for these characters."""
+    ranges = ""
+    for _, group in groupby(enumerate(sorted(codes)), key=lambda item: item[1] - item[0]):
+        run = [code for _, code in group]
+        ranges += f"{re.escape(chr(run[0]))}-{re.escape(chr(run[-1]))}"
+    return ranges
+
+
 def _nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
 def _nfkc(text: str) -> str:
-    return unicodedata.normalize("NFKC", text)
+    """NFKC makes of an accent that stands alone a space and an accent above it, which nobody has written."""
+    parts = _lone_accents().split(text)  # text and lone accent in turns
+    for i, part in enumerate(parts):
+        if i % 2 == 0:
+            parts[i] = unicodedata.normalize("NFKC", part).replace(_TATWEEL, "")
+        elif part in _ACCENTS_AS_APOSTROPHES:
+            parts[i] = "'"
+        elif part >= "\ufe70":  # the signs of Arabic vowels on their own, as old files have them
+            parts[i] = unicodedata.normalize("NFKC", part).strip()
+    return "".join(parts)
+
+
+@cache
+def _lone_accents() -> re.Pattern:
+    compatible = ((code, unicodedata.normalize("NFKC", chr(code))) for code in range(0x10000))
+    codes = [code for code, form in compatible if form[0] == " " and len(form) > 1 and unicodedata.combining(form[1])]
+    return re.compile(f"([{_character_class(codes)}])")
+
+
+def _lowercase(text: str) -> str:
+    return _DOTTED_CAPITAL_I.sub("i", text).lower()  # str.lower would leave a second dot above the i
 
 
 def _remove_punctuation(text: str) -> str:
-    """Each character of the Unicode categories P and S becomes a space.
+    """Each character of the Unicode categories P and S becomes a space; the tatweel is dropped.
 
     A single apostrophe or hyphen with a character of a word on either side stays, written as in ASCII.
     """
-    return _punctuation().sub(_kept_of_punctuation, text)
+    return _punctuation().sub(_kept_of_punctuation, _visible(text.replace(_TATWEEL, "")))
 
 
 def _kept_of_punctuation(match: re.Match) -> str:
@@ -99,12 +187,7 @@ def _kept_of_punctuation(match: re.Match) -> str:
 @cache
 def _punctuation() -> re.Pattern:
     """Matches one punctuation mark or symbol; one that stays is in the group `apostrophe` or `hyphen`."""
-    marks = ""
-    codes = range(sys.maxunicode + 1)
-    for is_mark, group in groupby(codes, key=lambda code: unicodedata.category(chr(code))[0] in "PS"):
-        if is_mark:
-            first, *rest = group
-            marks += f"{re.escape(chr(first))}-{re.escape(chr(rest[-1] if rest else first))}"
+    marks = _character_class(code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] in "PS")
     inside = rf"[^\s{marks}{_EMOJI_JOINERS}]"
     # The first lookaheads are for speed: letters and spaces are passed over without a look at the long list of marks.
     return re.compile(
@@ -160,7 +243,7 @@ def _join_chinese(text: str) -> str:
 _STEPS: dict[str, Callable[[str], str]] = {
     "nfc": _nfc,
     "nfkc": _nfkc,
-    "lowercase": str.lower,
+    "lowercase": _lowercase,
     "uppercase": str.upper,
     "remove_punctuation": _remove_punctuation,
     "halfwidth": _halfwidth,
@@ -170,5 +253,7 @@ _STEPS: dict[str, Callable[[str], str]] = {
     "join_chinese": _join_chinese,
 }
 STEPS = tuple(_STEPS)
+# What is done to the text before the step, in languages with a dotless i.
+_TURKIC_CASE = {"lowercase": str.maketrans({"I": "ı"}), "uppercase": str.maketrans({"i": "İ"})}
 # The others leave ASCII as it is.
 _FOR_ASCII = frozenset(["lowercase", "uppercase", "remove_punctuation"])

@@ -19,6 +19,7 @@ from __future__ import annotations
 import ast
 import codecs
 import hashlib
+import importlib.util
 import io
 import json
 import re
@@ -33,6 +34,7 @@ from speechllm.files import replaced_file
 
 MODEL_FILE = "tokenizer.model"
 KIND_FILE = "tokenizer.json"
+GGUF_SUFFIX = ".gguf"
 _TAG = re.compile(r"<\|.*\|>")
 _SPACE = "\u2581"  # how sentencepiece writes a space
 _BROKEN_BYTE = re.compile("[\udc80-\udcff]")  # as errors="surrogateescape" marks it
@@ -265,7 +267,7 @@ class HFTokenizer(Tokenizer):
     generation_config.json, then of config.json.
 
     Args:
-        folder: of the model, or what `save` wrote.
+        path: folder of the model, or what `save` wrote; or a GGUF file, from which transformers makes such a tokenizer.
 
     Raises:
         FileNotFoundError: there is no tokenizer.json.
@@ -273,14 +275,17 @@ class HFTokenizer(Tokenizer):
             text that it has.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         import tokenizers
 
-        folder = Path(folder)
-        path = folder / KIND_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a Hugging Face model has its tokenizer there")
-        self._json = path.read_bytes()
+        path = Path(path)
+        if path.suffix.lower() == GGUF_SUFFIX:
+            self._json, eos_token = _read_gguf_tokenizer(path)
+        else:
+            path, folder, eos_token = path / KIND_FILE, path, None
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file; a Hugging Face model has its tokenizer there")
+            self._json = path.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self._json)
         except Exception as error:  # the library raises no narrower kind
@@ -289,7 +294,7 @@ class HFTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._ids_of: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(self._ids_of.values()) + 1
-        self.eos_id = _hf_eos(folder, self._ids_of)
+        self.eos_id = _hf_eos(folder, self._ids_of) if eos_token is None else self._ids_of[eos_token]
         self._decoder = _hf_decoder(json.loads(self._json).get("decoder"), path)
 
     @cached_property
@@ -333,6 +338,33 @@ class HFTokenizer(Tokenizer):
             tmp.write_bytes(self._json)
         with replaced_file(Path(folder) / _HF_CONFIG_FILE) as tmp:
             tmp.write_text(json.dumps({"eos_token": self._tokenizer.id_to_token(self.eos_id)}) + "\n", encoding="utf-8")
+
+
+def _read_gguf_tokenizer(path: Path) -> tuple[bytes, str]:
+    """The tokenizer of a GGUF file in the form of a tokenizer.json, and the token that ends a text."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{path}: a GGUF file needs the package gguf: pip install 'speechllm[gguf]'")
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    except Exception as error:  # a damaged file fails in many ways
+        raise UserError(f"{path}: transformers reads no tokenizer from it ({type(error).__name__}: {error})") from error
+    if found.eos_token is None:
+        raise UserError(f"{path}: no end of text: its tokenizer.ggml.eos_token_id is missing")
+    content = json.loads(found.backend_tokenizer.to_str())
+    if (content["pre_tokenizer"] or {}).get("type") == "Metaspace":
+        # It puts a space in front of a text without one only, so that a text that begins with one is read without it.
+        # llama.cpp and Llama 2's own tokenizer.json put one in front of every text.
+        if content["pre_tokenizer"]["prepend_scheme"] == "never":
+            steps = []
+        else:
+            steps = [{"type": "Prepend", "prepend": _SPACE}]
+        steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+        content |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+    return json.dumps(content).encode("utf-8"), found.eos_token
 
 
 _HF_CONFIG_FILE = "tokenizer_config.json"
@@ -477,8 +509,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """The tokenizer that a configuration names.
 
     Args:
-        spec: `rwkv`, a sentencepiece `.model` file, the folder of a Hugging Face model, or one that `Tokenizer.save`
-            wrote.
+        spec: `rwkv`, a sentencepiece `.model` file, a `.gguf` file, the folder of a Hugging Face model, or one that
+            `Tokenizer.save` wrote.
 
     Raises:
         FileNotFoundError: nothing of that name.
@@ -487,6 +519,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if str(spec) == "rwkv":
         return RWKVTokenizer()
     path = Path(spec)
+    if path.suffix.lower() == GGUF_SUFFIX:
+        return HFTokenizer(path)
     if path.is_file():
         return SentencePieceTokenizer(path)
     if not path.is_dir():

@@ -34,10 +34,13 @@ def shard_language_model(model: SpeechLLM, device: torch.device) -> None:
     called before the optimiser is built. The forward pass is then a joint operation of all processes, and needs the
     same number of calls on each: `gathered` is for what they do by themselves.
 
+    A process group of one process, as `torchrun --nproc-per-node 1` makes it, saves nothing but runs the same code: it
+    is what one GPU can test.
+
     Raises:
-      ConfigError: there is one process only, or the language model is quantised.
+      ConfigError: there is no process group, or the language model is quantised.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized():
         raise ConfigError("train.fsdp: there is one process only, so nothing to share out; see --world-size")
     if model.config.llm.tune is not None and model.config.llm.tune.quantize != "none":
         raise ConfigError("train.fsdp: a quantised language model cannot be sharded; set model.llm.tune.quantize: none")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from torch import nn
 from torch.optim import Optimizer
 
+from speechllm.data import Batch
+from speechllm.errors import UserError
 from speechllm.train.checkpoint import (
     load_checkpoint,
     load_trained,
@@ -22,6 +26,7 @@ from speechllm.train.checkpoint import (
     set_rng_state,
     trained_state_dict,
 )
+from speechllm.train.diagnostics import save_batches
 from speechllm.train.monitor import Averages
 from speechllm.train.processes import failing_together
 from speechllm.train.sharding import describe_shares, load_optimizer_shares, optimizer_shares
@@ -72,7 +77,8 @@ class TrainState:
         """Go on from a checkpoint.
 
         Raises:
-          CheckpointError: it is of another model, other base weights, or another number of processes.
+          CheckpointError: it is of another model, other base weights, or, with train.fsdp, another number of
+            processes.
         """
         rank = self._accelerator.process_index
         content = load_checkpoint(path, rank)
@@ -83,8 +89,14 @@ class TrainState:
                     part.load_state_dict(content[name])
                 except CheckpointError as e:
                     raise CheckpointError(f"{path}: {e}") from None
+        same_processes = len(content["rng"]) == self._accelerator.num_processes
         for name, part in self._of_each_process.items():
-            part.load_state_dict(content[name][rank])
+            if same_processes:
+                part.load_state_dict(content[name][rank])
+            elif name == "loader":  # it gives up its place in the epoch, and says so
+                part.load_state_dict(content[name][0])
+            else:  # other random numbers than in the first steps
+                set_seed((torch.initial_seed() + content["step"]) % 2**32)
         self.step, self.epoch, self.bad_steps = content["step"], content["epoch"], content["bad_steps"]
         self.best = dict(content["best"])
         self.total = Averages(content["total"].clone())
@@ -95,10 +107,33 @@ class TrainState:
         bases, own_bases = content["base_weights"], self._identity["base_weights"]
         if bases != own_bases:
             raise CheckpointError(f"{path}: was trained on other base weights: {bases}, now {own_bases}")
-        if len(content["rng"]) != processes:
-            raise CheckpointError(f"{path}: was written by {len(content['rng'])} processes, not {processes}")
+        if sharded is not None and len(content["rng"]) != processes:
+            raise CheckpointError(
+                f"{path}: was written by {len(content['rng'])} processes, not {processes}; with train.fsdp each has "
+                "a share of it"
+            )
         if (content["sharded"] is None) != (sharded is None):
             raise CheckpointError(f"{path}: was written {'without' if sharded else 'with'} train.fsdp")
+
+    def check_gradient(self, grad_norm: float, batches: Sequence[Batch], max_bad_steps: int, exp_dir: Path) -> None:
+        """Count steps in a row whose gradient was not finite.
+
+        Raises:
+          UserError: there are `max_bad_steps` of them; the last one's batches are in `exp_dir`.
+        """
+        if math.isfinite(grad_norm):
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        ids = ", ".join(i for batch in batches for i in batch.ids)
+        logger.warning("step %d: gradient norm %s, step skipped; batch: %s", self.step, grad_norm, ids)
+        if self.bad_steps >= max_bad_steps:
+            path = exp_dir / f"bad-batch-{self.step}-rank{self._accelerator.process_index}.pt"
+            save_batches(path, batches)
+            raise UserError(
+                f"{self.bad_steps} steps in a row without a finite gradient; lower optim.lr, or look at the last batch "
+                f"(in {path}) and at --print-diagnostics. The last checkpoint is intact."
+            )
 
     def improved(self, scalars: dict[str, float]) -> list[str]:
         """Which of `best` a validation has improved on; they are noted."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from speechllm.data import Entry
-from speechllm.data.audio import recordings
+from speechllm.data.audio import cut_blocks, recordings
+from speechllm.data.blocks import read_blocks
 from speechllm.data.manifests.manifest import LINE_ERRORS, SourceConfig, describe_cut, explain, iter_objects, to_cut
 from speechllm.data.manifests.source import DataError
 from speechllm.errors import UserError
 from speechllm.prompt.template import PromptContext
-from speechllm.transcribe.pauses import cut_blocks, read_blocks
 
 AUDIO_SUFFIXES = (
     *(".3gp", ".aac", ".aif", ".aifc", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".m4b", ".mka", ".mkv", ".mov"),

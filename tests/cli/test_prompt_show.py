@@ -76,7 +76,7 @@ def test_errors(experiment, capsys):
         (["--model", "x", "--stage", "plain"], "--stage is of a configuration"),
         (["--config", experiment, "--stage", "x"], "--stage: x is none of plain"),
         (["--config", experiment, "--language", "en"], "{previous} slot but the utterance has no previous text"),
-        (["--config", experiment, "--model.prompt.ast", "x"], "model: prompt: ast: the slot {audio} must be there"),
+        (["--config", experiment, "--model.prompt.ast", "x"], "model.prompt: ast: the slot {audio} must be there"),
     ):
         code, err = shown(capsys, *arguments)
         assert code == 1 and message in err

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -14,6 +15,33 @@ def write_tone(path: Path, seconds: float, seed: int, rate: int = 16000, channel
     samples = 0.2 * np.sin(2 * np.pi * rng.uniform(200, 2000) * time) + 0.01 * rng.standard_normal(len(time))
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, np.stack([samples] * channels, axis=1), rate, subtype="PCM_16")
+
+
+def write_encoded(path: Path, samples: np.ndarray, rate: int, codec: str, options: dict | None = None) -> Path:
+    """(num_samples,) or (channels, num_samples) as ffmpeg writes them; `options` are those of the container."""
+    add_tracks(path, [(samples, rate)], codec, options)
+    return path
+
+
+def add_tracks(
+    path: Path, tracks: list[tuple[np.ndarray, int]], codec: str, options: dict | None = None, default: int = 0
+) -> None:
+    """A file with several audio tracks, of which one is the default."""
+    with av.open(str(path), "w", options=options or {}) as container:
+        streams = [
+            container.add_stream(codec, rate=rate, layout="mono" if samples.ndim == 1 else "stereo")
+            for samples, rate in tracks
+        ]
+        for number, stream in enumerate(streams):
+            stream.disposition = av.stream.Disposition.default if number == default else av.stream.Disposition(0)
+        packets = []
+        for stream, (samples, rate) in zip(streams, tracks, strict=True):
+            planes = np.atleast_2d(samples).astype(np.float32)
+            frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=stream.layout.name)
+            frame.sample_rate = rate
+            packets += [*stream.encode(frame), *stream.encode(None)]
+        for packet in packets:
+            container.mux(packet)
 
 
 def write_manifest(path: Path, lines: list[dict]) -> Path:

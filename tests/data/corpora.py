@@ -51,8 +51,8 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def write_kind(kind: str, folder: Path, lines: list[dict]) -> SourceConfig:
-    """The lines, whose paths are against `folder`, as a manifest of a kind."""
+def write_kind(kind: str, folder: Path, lines: list[dict], custom: tuple[str, ...] = ()) -> SourceConfig:
+    """The lines, whose paths are against `folder`, as a manifest of a kind; `custom`: fields for cuts to have."""
     shards = [lines[:3], lines[3:]]
     if kind == "nemo":
         return SourceConfig(str(write_manifest(folder / "m.jsonl", lines)))
@@ -80,6 +80,8 @@ def write_kind(kind: str, folder: Path, lines: list[dict]) -> SourceConfig:
         write_kaldi(folder / "kaldi", folder, lines)
         return SourceConfig(str(folder / "kaldi"))
     cuts = CutSet.from_cuts(true_cuts(folder, lines))
+    for cut, line in zip(cuts, lines, strict=True):
+        cut.custom = {name: line[name] for name in custom if name in line} or None
     if kind == "shar":
         (folder / "shar").mkdir()
         cuts.to_shar(folder / "shar", fields={"recording": "wav"}, shard_size=3)

@@ -2,18 +2,24 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from lhotse import CutSet, Recording
+import yaml
+from lhotse import CutSet, Mfcc, NumpyFilesWriter, Recording, Spectrogram
 
 from speechllm.cli.main import main
+from speechllm.config import ConfigError, to_dict
 from speechllm.data import SourceConfig
 from speechllm.data.check import PROBLEMS_SHOWN, CheckOptions, check_manifests
+from speechllm.data.features import fbank_extractor
 from speechllm.text.tokenizer import load_tokenizer
+from speechllm.train.config import load_experiment
 
 from .conftest import write_manifest, write_tone
+from .corpora import KINDS, write_corpus, write_kind
 
 
 def status(*arguments) -> int:
@@ -58,11 +64,11 @@ def test_a_good_corpus_is_counted_and_has_no_problem(corpus, audio, tokenizer_di
 def broken(tmp_path):
     """A manifest with a good first line, and one line with each problem; (kind, FILE:LINE) of those that show without
     the audio, with its header, and only in the samples."""
-    for name, seconds in (("good", 1.0), ("longer", 2.0), ("shorter", 0.5), ("cut", 1.0)):
+    for name, seconds in (("good", 1.0), ("longer", 2.0), ("shorter", 0.4), ("cut", 1.0)):
         write_tone(tmp_path / f"{name}.wav", seconds, seed=1)
     flac = tmp_path / "cut.flac"
     soundfile.write(flac, *soundfile.read(tmp_path / "cut.wav"))
-    flac.write_bytes(flac.read_bytes()[:9000])  # its header still says 1 s
+    flac.write_bytes(flac.read_bytes()[: flac.stat().st_size * 3 // 4])  # its header still says 1 s
     (tmp_path / "words.wav").write_text("I am not audio\n" * 100)
     soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
 
@@ -82,7 +88,7 @@ def broken(tmp_path):
         (line("longer.wav"), "wrong duration", "header"),
         (line("shorter.wav"), "wrong duration", "header"),
         (line("good.wav", id="12", offset=5.0), "wrong duration", "header"),
-        (line("cut.flac", id="13"), "unreadable audio", "full"),
+        (line("cut.flac", id="13"), "damaged audio", "full"),
         (line("nan.wav"), "non-finite samples", "full"),
         (line("good.wav", id="1/ast", task="ast", ast_text="y", target_lang="de"), None, None),
     ]
@@ -155,15 +161,18 @@ def test_a_manifest_that_is_cut_short_is_a_problem(tmp_path):
     assert 0 < report.sources[0].utterances < 5000
 
 
-def test_a_configuration_is_checked_whole(corpus, tmp_path, capsys):
-    path = tmp_path / "x.yaml"
-    path.write_text(
-        f"model: {{ctc_weight: 0.1}}\nstages: {{first: {{}}}}\n"
-        f"data:\n"
-        f"  train: [{{path: {corpus}/a.jsonl}}]\n"
-        f"  valid: [{{path: {corpus}/b.jsonl}}]\n"
-        f"  test: {{again: [{{path: {corpus}/b.jsonl}}]}}\n"
-    )
+@pytest.fixture
+def experiment(corpus, model_config, tmp_path):
+    """A whole configuration, whose validation set is its test set too."""
+    data = {"train": [{"path": f"{corpus}/a.jsonl"}], "valid": [{"path": f"{corpus}/b.jsonl"}]}
+    data["test"] = {"again": data["valid"]}
+    tree = {"model": to_dict(model_config), "data": data, "stages": {"first": {"optim.lr": 1e-4}}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "x.yaml"
+
+
+def test_a_configuration_is_checked_whole(corpus, experiment, tmp_path, capsys):
+    path = experiment
     assert status("--config", path) == 0
     assert capsys.readouterr().out.count("b.jsonl\n") == 1
     assert status("--config", path, "--data.max_seconds", "1.5") == 1
@@ -178,5 +187,96 @@ def test_a_configuration_is_checked_whole(corpus, tmp_path, capsys):
     assert "none.jsonl" in capsys.readouterr().out
     assert status("--config", path, "--data.trian=[]") == 1
     assert "did you mean data.train?" in capsys.readouterr().err
+    for wrong in ("model.ctc_wieght", "optim.lrr", "stages.first"):
+        assert status("--config", path, f"--{wrong}", "0.5") == 1
+        error = capsys.readouterr().err
+        with pytest.raises(ConfigError) as refused:
+            load_experiment(path, [f"--{wrong}", "0.5"])
+        assert error == f"error: {refused.value}\n" and wrong in error
     assert status() == 1
     assert status("--data.train", "[]", corpus / "a.jsonl") == 2
+
+
+def write_sets(folder, model_config, **sets) -> Path:
+    """A configuration with NeMo lines for each set; those of `test` are one test set."""
+    for name, lines in sets.items():
+        write_manifest(folder / f"{name}.jsonl", lines)
+    data = {name: [{"path": f"{folder}/{name}.jsonl"}] for name in sets}
+    data["test"] = {"t": data.pop("test")} if "test" in data else {}
+    path = folder / "x.yaml"
+    path.write_text(yaml.safe_dump({"model": to_dict(model_config), "data": data}))
+    return path
+
+
+def test_what_training_and_evaluation_share_is_reported(model_config, tmp_path, capsys):
+    for i in range(6):
+        write_tone(tmp_path / f"wav/{i}.wav", 2.0, seed=i)
+    (tmp_path / "link.wav").symlink_to(tmp_path / "wav/2.wav")
+
+    def line(i, **fields):
+        return {"audio_filepath": f"wav/{i}.wav", "duration": 2.0, "text": "x"} | fields
+
+    train = [line(0, id="a"), line(1), line(2, id="c"), line(3, offset=0.0, duration=1.0, id="d")]
+    valid = [line(4, id="a"), line(5)]
+    test = [line(1, offset=0.5, duration=1.0), line(3, offset=1.0, duration=1.0, id="e"), line(5)]
+    path = write_sets(tmp_path, model_config, train=train, valid=valid, test=test)
+    assert status("--config", path) == 1
+    out = capsys.readouterr().out
+    assert "problems: 3\n" in out
+    assert f"valid.jsonl:1: id 'a' is also that of {tmp_path}/train.jsonl:1" in out
+    assert f"wav/1.wav is also in {tmp_path}/train.jsonl:2" in out and "same audio in train and test t: 1" in out
+    assert f"wav/5.wav is also in {tmp_path}/valid.jsonl:2" in out and "same audio in valid and test t: 1" in out
+    # the sources of one set may share, and so may manifests given by themselves
+    assert status(tmp_path / "train.jsonl", tmp_path / "valid.jsonl") == 0
+    capsys.readouterr()
+    settings = f"[{{path: {tmp_path}/train.jsonl}}]"
+    assert status("--config", path, "--data.valid", settings) == 1
+    assert "same audio in train and valid: 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_audio_is_found_in_every_kind(kind, tmp_path):
+    lines = write_corpus(tmp_path)
+    source = write_kind(kind, tmp_path, lines)
+    again = SourceConfig(**vars(source) | {"lang": "de"})
+    report = check_manifests({"train": [source], "valid": [again]}, CheckOptions(audio="none"))
+    assert report.problem_counts["same audio in train and valid"] == 7
+    assert report.problem_counts["same id in train and valid"] == 7
+    assert [summary.problems for summary in report.sources] == [1, 15]  # an empty text each
+
+
+def test_utterances_that_the_encoder_cannot_hear_are_reported(corpus, experiment, tmp_path, capsys):
+    write_tone(tmp_path / "x.wav", 0.08, seed=1)
+    path = write_manifest(tmp_path / "m.jsonl", [{"audio_filepath": "x.wav", "duration": 0.08, "text": "x"}])
+    changes = ("--data.train", f"[{{path: {path}}}]", "--data.min_seconds", "0.01")
+    assert status("--config", experiment, *changes) == 1
+    assert f"{path}:1: 0.08 s are 8 frames, and the encoder needs 9" in capsys.readouterr().out
+    assert status(path) == 0
+
+
+def test_unknown_languages_are_reported_once(corpus, tmp_path, capsys):
+    languages = ["English", "klingon", "cmn", "klingon", "yue"]
+    lines = [
+        {"audio_filepath": str(corpus / "b/0.wav"), "duration": 0.3, "text": "x", "lang": lang, "id": str(i)}
+        for i, lang in enumerate(languages)
+    ]
+    path = write_manifest(tmp_path / "m.jsonl", lines)
+    report = check_manifests([SourceConfig(str(path))], CheckOptions())
+    assert report.languages == {"klingon": 2, "en": 1, "zh": 1, "yue": 1}
+    (problem,) = report.problems["unknown language"]
+    assert problem.location == f"{path}:2" and problem.details.startswith("'klingon' (2 times) is no code or name")
+    for stated in ({"lang": "klingon"}, {"languages": {"klingon": "klingon"}}):
+        assert not check_manifests([SourceConfig(str(path), **stated)], CheckOptions()).problem_counts
+    assert status(path) == 1
+    assert status(path, "--lang", "klingon") == 0
+
+
+@pytest.mark.parametrize("audio", ["header", "full"])
+def test_stored_features_of_another_kind_are_reported(corpus, tmp_path, audio):
+    cuts = CutSet.from_cuts([Recording.from_file(corpus / "b/0.wav").to_cut()])
+    for name, extractor in (("mfcc", Mfcc()), ("spectrogram", Spectrogram()), ("fbank", fbank_extractor())):
+        stored = cuts.compute_and_store_features(extractor, tmp_path / name, storage_type=NumpyFilesWriter)
+        stored.drop_recordings().to_file(tmp_path / f"{name}.jsonl")
+        report = check_manifests([SourceConfig(str(tmp_path / f"{name}.jsonl"))], CheckOptions(audio=audio))
+        problems = [p.details for p in report.problems.get("wrong features", ())]
+        assert bool(problems) == (name != "fbank") and all(f"stored are kaldi-{name}" in p for p in problems)

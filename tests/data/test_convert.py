@@ -196,3 +196,19 @@ def test_a_part_may_be_bad_but_not_all_of_them(source, tmp_path):
     with pytest.raises(UserError, match="no utterance can be used: 3 bad manifest line"):
         convert_to_cuts_in_parts(source, tmp_path / "none.jsonl", "fbank", len, 2)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_no_two_utterances_share_stored_features(tmp_path):
+    """Ids that differ behind a dot or in case alone, that are the same for two tasks, or too long for a file name."""
+    ids = ["a.b", "a.c", "A.b", "x/a", "y/a", "a", "a", "n" * 300, ""]
+    lines = []
+    for i, name in enumerate(ids):
+        write_tone(tmp_path / f"{i}.wav", 0.3, seed=i)
+        lines.append({"audio_filepath": f"{i}.wav", "duration": 0.3, "text": str(i), "id": name})
+    lines[-3] |= {"task": "ast", "ast_text": "6", "target_lang": "de", "lang": "en"}
+    source = SourceConfig(str(write_manifest(tmp_path / "m.jsonl", lines)))
+    assert convert_to_cuts(source, tmp_path / "cuts.jsonl", features="fbank").utterances == len(ids)
+    cuts = list(read_manifest(tmp_path / "cuts.jsonl"))
+    assert len({cut.features.storage_key for cut in cuts}) == len(ids)
+    for cut, true in zip(cuts, read_manifest(source), strict=True):
+        torch.testing.assert_close(load_precomputed(cut, "fbank"), fbank(load_samples(true)))

@@ -1,18 +1,20 @@
 """Indexes: they say what the manifest says, are made once, and follow changes."""
 
+import errno
 import gzip
 import json
 import multiprocessing
 import os
 import pickle
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from speechllm.data import DataConfig, DataError, build_train_loader
 from speechllm.data import index as index_module
-from speechllm.data.audio import UtteranceError
-from speechllm.data.index import Corpus, open_index
+from speechllm.data.index import Corpus, LinesFile, open_index
 from speechllm.data.manifests.manifest import ManifestError, SourceConfig, describe_cut, read_manifest
 from speechllm.prompt.label import LabelTemplate
 
@@ -139,9 +141,56 @@ def test_a_manifest_that_changes_during_the_run(source, tmp_path):
     again = open_index(source, folder=tmp_path / "index")
     assert again.fingerprint != index.fingerprint  # the same durations and lengths, but not in this order
     time.sleep(0.01)
-    write_manifest(tmp_path / "m.jsonl", lines())  # written over: nothing can be relied on
-    with pytest.raises(UtteranceError, match="bad manifest line.*has changed during the run"):
-        again.cut(3)
+    write_manifest(tmp_path / "m.jsonl", lines()[::-1])  # written over with the same
+    assert again.cut(3) == pickle.loads(pickle.dumps(again)).cut(3)
+    time.sleep(0.01)
+    write_manifest(tmp_path / "m.jsonl", lines())  # written over with something else
+    for changed in (again, pickle.loads(pickle.dumps(again))):
+        with pytest.raises(DataError, match=r"m\.jsonl has changed during the run"):
+            changed.cut(3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_stops_when_a_manifest_is_written_over(corpus, tmp_path, workers):
+    manifest = tmp_path / "m.jsonl"
+    lines = (corpus / "b.jsonl").read_text().replace('"b/', f'"{corpus}/b/')
+    manifest.write_text(lines)
+    config = DataConfig(train=[SourceConfig(str(manifest))], max_duration=2.0, num_workers=workers)
+    config.index_dir = str(tmp_path / "index")
+    loader = build_train_loader(config, seed=1)
+    batches = iter(loader)
+    next(batches)
+    manifest.write_text(lines)
+    os.utime(manifest, ns=(1, 1))
+    next(batches)
+    manifest.write_text(lines.replace("b 1", "c 1"))
+    with pytest.raises(DataError, match=r"m\.jsonl has changed during the run"):
+        list(batches)
+
+
+def test_a_complete_index_in_a_folder_that_cannot_be_written(source, tmp_path, monkeypatch):
+    fingerprint = open_index(source, folder=tmp_path / "index").fingerprint
+    for lock in (tmp_path / "index").glob("*.lock"):
+        lock.unlink()
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr("speechllm.data.index._locked", refuse)
+    assert open_index(source, folder=tmp_path / "index").fingerprint == fingerprint
+    with pytest.raises(DataError, match="cannot be written .*set data.index_dir"):
+        open_index(SourceConfig(source.path, lang="fr"), folder=tmp_path / "index")
+
+
+def test_more_sources_than_a_process_may_have_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(LinesFile, "_MOST_OPEN", 3)
+    sources = [SourceConfig(str(write_manifest(tmp_path / f"{i}.jsonl", lines(2)))) for i in range(10)]
+    corpus = Corpus([open_index(source, folder=tmp_path / "index") for source in sources])
+    before = len(os.listdir("/proc/self/fd"))
+    for number in (*range(20), *range(19, -1, -1)):
+        assert corpus[number].id == str(number % 2)
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
 
 
 def test_a_manifest_that_cannot_be_read_to_its_end(corpus, tmp_path):
@@ -172,3 +221,22 @@ def test_corpora_are_numbered_through_and_travel_to_workers(source, tmp_path):
         assert len(same) == 55
         assert [same[i].id for i in (0, 49, 50, 54)] == ["0", "49", "0", "4"]
         assert same[50].duration == np.float32(1.0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unknown_language_is_warned_of_once(corpus, tmp_path, caplog, stream):
+    lines = [
+        {"audio_filepath": str(corpus / "b/0.wav"), "duration": 0.3, "text": "x", "lang": lang, "id": str(i)}
+        for i, lang in enumerate(("English", "klingon", "cmn", "klingon"))
+    ]
+    path = str(write_manifest(tmp_path / "m.jsonl", lines))
+    config = DataConfig(train=[SourceConfig(path, stream=stream)], num_workers=0)
+    loader = build_train_loader(config, seed=1)
+    for epoch in (1, 2):
+        loader.set_epoch(epoch)
+        assert sorted(tag for batch in loader for tag in batch.languages) == ["en", "klingon", "klingon", "zh"]
+    assert caplog.text.count("the language 'klingon'") == 1
+    caplog.clear()
+    config = DataConfig(train=[SourceConfig(path, stream=stream, languages={"klingon": "tlh"})], num_workers=0)
+    assert "tlh" in [tag for batch in build_train_loader(config, seed=1) for tag in batch.languages]
+    assert "klingon" not in caplog.text

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import pickle
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -38,6 +39,8 @@ from tests.data.corpora import KINDS, write_corpus, write_kind
 
 from .conftest import write_manifest, write_tone
 from .test_index import LetterLabels
+
+NOISE = {"duration": 1.0, "text": ""}
 
 
 def config(corpus, num_workers: int = 0, augmented: bool = True, **changes) -> DataConfig:
@@ -149,14 +152,39 @@ def test_resume_is_exact(corpus, workers_before, workers_after):
     assert sum(len(batch) for batch in resumed) == 80
 
 
-def test_resume_with_other_settings_is_an_error(corpus):
+@pytest.mark.parametrize("change", ["max_duration", "world size", "more data", "moved", "seed"])
+def test_other_settings_begin_the_epoch_anew_and_say_so(corpus, tmp_path, caplog, change):
     loader = build_train_loader(config(corpus), seed=3)
+    loader.set_epoch(2)
     next(iter(loader))
-    other = build_train_loader(replace(config(corpus), max_cuts=3), seed=4)
-    with pytest.raises(ValueError, match="max_cuts was None, is 3, seed was 3, is 4"):
+    changed, count, seed, world_size = config(corpus), 80, 3, 1
+    if change == "max_duration":
+        changed.max_duration, word = 4.0, "max_duration was 6.0, is 4.0"
+    elif change == "world size":
+        world_size, word = 2, "world_size was 1, is 2"
+    elif change == "seed":
+        seed, word = 4, "seed was 3, is 4"
+    elif change == "more data":
+        extra = write_manifest(tmp_path / "more.jsonl", [json.loads((corpus / "b.jsonl").read_text().splitlines()[0])])
+        changed.train.append(SourceConfig(str(extra)))
+        (tmp_path / "b").symlink_to(corpus / "b")
+        count, word = 81, "other lines in the manifests, other train sources"
+    else:
+        shutil.copytree(corpus, tmp_path / "moved")
+        changed, word = config(tmp_path / "moved"), "other augment.noise.sources, other train sources"
+    found = []
+    for rank in range(world_size):
+        other = build_train_loader(changed, seed=seed, rank=rank, world_size=world_size)
         other.load_state_dict(loader.state_dict())
-    assert sum(len(batch) for batch in loader) == 80
+        other.set_epoch(2)
+        found += [id for batch in other for id in batch.ids]
+        assert other.epoch == 2
+    assert len(found) == count
+    assert f"epoch 2 begins anew: its 1 batches so far were made with other data settings ({word})" in caplog.text
+    caplog.clear()
+    list(loader)
     other.load_state_dict(loader.state_dict())  # after a whole epoch settings may change
+    assert list(other) == [] and caplog.text == ""
 
 
 def test_ranks_share_the_epoch(corpus):
@@ -504,3 +532,51 @@ def test_labels_are_made_where_the_line_has_all_that_they_need(corpus, tmp_path,
     words = {i: said for batch in plain for i, said in zip(batch.ids, batch.words, strict=True)}
     assert words["u1"] is None and words["u3"] is None  # a translation has other words
     assert [word for word, _, _ in words["u4"]] == ["", "A", "4"] and words["u4"][2].start == pytest.approx(0.24)
+
+
+def test_the_content_of_augmentation_sources_belongs_to_the_place_in_an_epoch(corpus, tmp_path, caplog):
+    noise = write_manifest(tmp_path / "noise.jsonl", [NOISE | {"audio_filepath": str(corpus / "noise/0.wav")}])
+    augment = AugmentConfig(noise=NoiseConfig([SourceConfig(str(noise))]))
+    settings = DataConfig(train=[SourceConfig(str(corpus / "b.jsonl"))], num_workers=0, augment=augment, max_duration=5)
+    loader = build_train_loader(settings, seed=1)
+    next(iter(loader))
+    state = loader.state_dict()
+    build_train_loader(settings, seed=1).load_state_dict(state)
+    assert "begins anew" not in caplog.text
+    write_manifest(noise, [NOISE | {"audio_filepath": str(corpus / "b/0.wav"), "duration": 0.3}])
+    build_train_loader(settings, seed=1).load_state_dict(state)
+    assert "epoch 1 begins anew" in caplog.text and "manifests of noise" in caplog.text
+
+
+def test_a_state_of_an_earlier_version_goes_on(corpus, tmp_path, caplog):
+    """It has no fingerprints of noise, and not all keys of today's sources."""
+    augment = AugmentConfig(noise=NoiseConfig([SourceConfig(str(corpus / "noise.jsonl"))]))
+    settings = DataConfig(train=[SourceConfig(str(corpus / "b.jsonl"))], num_workers=0, augment=augment, max_duration=5)
+    loader = build_train_loader(settings, seed=1)
+    next(iter(loader))
+    state = json.loads(json.dumps(loader.state_dict()))
+    del state["identity"]["sounds"]
+    for source in (*state["identity"]["train"], *state["identity"]["augment"]["noise"]["sources"]):
+        for key in ("text_field", "lang_field", "text", "languages"):
+            del source[key]
+    build_train_loader(settings, seed=1).load_state_dict(state)
+    assert "begins anew" not in caplog.text
+    state["identity"]["train"][0]["lang"] = "de"
+    build_train_loader(settings, seed=1).load_state_dict(state)
+    assert "epoch 1 begins anew" in caplog.text and "other train sources" in caplog.text
+
+
+def test_utterances_that_the_encoder_cannot_hear_are_left_out(tmp_path, model):
+    lines = []
+    for i, seconds in enumerate((0.08, 0.5)):
+        write_tone(tmp_path / f"{i}.wav", seconds, seed=i)
+        lines.append({"audio_filepath": f"{i}.wav", "duration": seconds, "text": "two", "lang": "en", "id": str(i)})
+    source = SourceConfig(str(write_manifest(tmp_path / "m.jsonl", lines)))
+    for features_on in ("worker", "device"):
+        settings = DataConfig(train=[source], num_workers=0, min_seconds=0.01, features_on=features_on)
+        for loader in (
+            build_train_loader(settings, seed=1, labels=model),
+            build_eval_loader(settings, [source], labels=model),
+        ):
+            assert [batch.ids for batch in loader] == [["1"]]
+            assert loader.skipped == {"too short for the encoder": 1}

@@ -43,7 +43,7 @@ def test_what_is_shown_is_what_the_model_gets(corpus, tmp_path):
     assert len({preview.id for preview in made}) == 4
     for preview in made:
         cut = cuts[preview.id]
-        batch, _ = dataset[BatchPlan(1, [cut], [0], [preview.speed])]
+        batch, _, _ = dataset[BatchPlan(1, [cut], [0], [preview.speed])]
         torch.testing.assert_close(preview.augmented_features, batch.features[0], rtol=0, atol=1e-3)
         for suffix, samples in (("", load_samples(cut)), ("-augmented", preview.augmented_samples)):
             written, rate = soundfile.read(tmp_path / f"out/{preview.name}{suffix}.wav", dtype="float32")

@@ -1,12 +1,16 @@
 """Streams through lhotse: the same limits, mixing and messages."""
 
 import logging
+import os
+import resource
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from speechllm.data import DataConfig, DataError, SourceConfig, build_train_loader
+from speechllm.data.manifests.source import ManifestError
+from speechllm.data.manifests.tar import scan_tar
 from tests.data.corpora import write_corpus, write_kind
 
 from .test_index import LetterLabels
@@ -84,3 +88,42 @@ def test_ranks_and_resume(corpus):
     resumed = build_train_loader(config(corpus), seed=1)
     resumed.load_state_dict(loader.state_dict())
     assert given + [b.ids for b in resumed] == [b.ids for b in build_train_loader(config(corpus), seed=1)]
+
+
+@pytest.mark.parametrize("kind", ["tarred", "shar"])
+def test_a_rank_that_cannot_read_its_shard_goes_on(kind, tmp_path, caplog, monkeypatch):
+    lines = [line for line in write_corpus(tmp_path, 9) if line["text"]]
+    source = replace(write_kind(kind, tmp_path, lines), stream=True, weight=1.0)
+    settings = DataConfig(train=[source], max_duration=2.0, num_buckets=1, num_workers=0, epoch_cuts=40)
+    scan, broken = scan_tar, sorted(tmp_path.rglob("*0.tar"))[0]
+
+    def scan_here(path):
+        if path == str(broken):
+            raise ManifestError(f"{path}: Input/output error")
+        return scan(path)
+
+    for module in ("nemo", "shar"):
+        monkeypatch.setattr(f"speechllm.data.manifests.{module}.scan_tar", scan_here)
+    there = [ids(build_train_loader(settings, seed=1, rank=rank, world_size=2)) for rank in range(2)]
+    assert f"left out: {broken}: Input/output error" in caplog.text
+    monkeypatch.undo()
+    whole = [ids(build_train_loader(settings, seed=1, rank=rank, world_size=2)) for rank in range(2)]
+    assert {len(found) for found in there + whole} == {20}  # as many, though of other shards
+
+
+def test_more_streams_than_files_that_may_be_open(tmp_path):
+    lines = write_corpus(tmp_path, 3)
+    sources = []
+    for number in range(60):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "wav").symlink_to(tmp_path / "wav")
+        kind = ("nemo", "nemo.gz", "shar", "tarred, one manifest")[number % 4]
+        sources.append(replace(write_kind(kind, folder, [line for line in lines if line["text"]]), stream=True))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    loader = build_train_loader(DataConfig(train=sources, num_workers=0, num_buckets=1), seed=1)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, limits[1]))
+        assert len(ids(loader)) == 120
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from speechllm.encoder import ZipformerConfig, load_encoder, save_encoder
+from speechllm.encoder.zipformer import Zipformer
 from speechllm.errors import UserError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "zipformer" / "three_stacks"
@@ -91,6 +92,48 @@ def test_layouts(tmp_path, content):
     check(write(tmp_path, content))
 
 
+# What Lightning writes beside the weights, and the metrics of Zipformer_Lightning's model among them.
+LIGHTNING = {
+    "epoch": 3, "global_step": 4000, "pytorch-lightning_version": "2.4.0", "loops": {"fit_loop": {"state_dict": {}}},
+    "callbacks": {"ModelCheckpoint{'monitor': 'avg_valid_loss'}": {"best_model_path": "epoch=3-step=4000.ckpt"}},
+    "optimizer_states": [{"state": {0: {"delta": torch.zeros(2)}}}], "lr_schedulers": [{"last_epoch": 3}],
+}  # fmt: skip
+TRANSDUCER_LIGHTNING = {
+    "decoder.embedding.weight": torch.zeros(2, 2),
+    "jointer.output_linear.weight": torch.zeros(3, 3),
+    "avg_train_loss.mean_value": torch.zeros(()),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_a_checkpoint_of_zipformer_lightning(tmp_path, prefix):
+    """Its sizes are in a HyperPyYAML file, which is a program; they are given as those of icefall's models."""
+    weights = prefixed(prefix)
+    del weights[f"{prefix}model_batch_count"]
+    torch.save({**LIGHTNING, "state_dict": {**weights, **TRANSDUCER_LIGHTNING}}, tmp_path / "epoch=3-step=4000.ckpt")
+    encoder = load_encoder(tmp_path / "epoch=3-step=4000.ckpt", ZipformerConfig.from_dict(CONFIG))
+    assert all(torch.equal(encoder.state_dict()[k], v.float()) for k, v in WEIGHTS.items() if k != "model_batch_count")
+    with pytest.raises(FileNotFoundError, match="epoch=3-step=4000.ckpt: give the file itself"):
+        load_encoder(tmp_path, ZipformerConfig.from_dict(CONFIG))
+
+
+def test_checkpoints_of_zhu_han_speechllm(tmp_path):
+    """epoch-N-avg-M.pt: the encoder, where it was trained, beside an adapter of peft and the projector."""
+    others = {
+        "llm.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.zeros(2, 2),
+        "encoder_projector.proj.1.weight": torch.zeros(2, 2),
+        "prompt_embedding.weight": torch.zeros(4, 2),
+    }
+    weights = {k: v for k, v in prefixed("encoder.").items() if "batch_count" not in k}
+    torch.save({"model": {**weights, **others}}, tmp_path / "epoch-10-avg-5.pt")
+    sizes = ZipformerConfig.from_dict(CONFIG)
+    encoder = load_encoder(tmp_path / "epoch-10-avg-5.pt", sizes)
+    assert all(torch.equal(encoder.state_dict()[k], v.float()) for k, v in WEIGHTS.items() if k != "model_batch_count")
+    torch.save({"model": others}, tmp_path / "frozen.pt")  # where it was not, nothing of it is in the file
+    with pytest.raises(UserError, match="frozen.pt: the weights hold no Zipformer"):
+        load_encoder(tmp_path / "frozen.pt", sizes)
+
+
 def test_files_and_formats(tmp_path):
     check(GOLDEN)
     check(GOLDEN / "model.safetensors")
@@ -103,6 +146,100 @@ def test_files_and_formats(tmp_path):
 def test_composite_config(tmp_path, name):
     config = {"model_type": "tta", f"{name}_config": CONFIG, "vocab_size": 500}
     check(write(tmp_path, prefixed(f"{name}."), config, "model.safetensors"))
+
+
+def test_a_released_config_has_keys_of_the_framework_that_wrote_it(tmp_path):
+    """As Auden and transformers' save_pretrained write it, alone and in a composite model."""
+    written = {"architectures": ["ZipformerEncoderModel"], "torch_dtype": "float32", "transformers_version": "4.50.0",
+               "auden_version": "0.1.0", "_name_or_path": "encoder", "id2label": {"0": "a"}}  # fmt: skip
+    check(write(tmp_path / "alone", WEIGHTS, {**CONFIG, **written}, "model.safetensors"))
+    config = {
+        "model_type": "asr",
+        "encoder_config": {**CONFIG, **written},
+        "decoder_dim": 512,
+        "use_ctc": True,
+        **written,
+    }
+    check(write(tmp_path / "asr", {**prefixed("encoder."), **OTHERS}, config))
+    with pytest.raises(UserError, match="config.json: .* unknown key encoder_dims, did you mean encoder_dim?"):
+        load_encoder(write(tmp_path / "typo", WEIGHTS, {**CONFIG, **written, "encoder_dims": [1]}))
+
+
+def test_shapes_of_a_released_encoder(tmp_path):
+    """AudenAI/auden-encoder-tta-m10: with the keys that Auden leaves to its defaults absent, it has its shapes."""
+    config = {
+        "model_type": "zipformer", "num_encoder_layers": [2, 2, 4, 5, 4, 2],
+        "encoder_dim": [192, 256, 512, 768, 512, 256], "feedforward_dim": [576, 768, 1536, 2304, 1536, 768],
+        "architectures": ["ZipformerEncoderModel"], "auden_version": "0.1.0",
+    }  # fmt: skip
+    shapes = json.loads((GOLDEN.parent / "tta_m10_shapes.json").read_text())
+    with torch.device("meta"):
+        encoder = Zipformer(ZipformerConfig.from_dict(config))
+    assert {name: list(t.shape) for name, t in encoder.state_dict().items()} == shapes
+
+
+def test_other_encoders_are_named(tmp_path):
+    with pytest.raises(UserError, match="model_type: 'wenet-transformer'; encoders are 'zipformer'"):
+        load_encoder(write(tmp_path, WEIGHTS, {"model_type": "wenet-transformer", "output_size": 512}))
+    with pytest.raises(UserError, match="model_type: 'wenet-transformer'"):
+        config = {"model_type": "asr", "encoder_config": {"model_type": "wenet-transformer", "output_size": 512}}
+        load_encoder(write(tmp_path, WEIGHTS, config))
+    with pytest.raises(UserError, match="config.json: is not a JSON object"):
+        load_encoder(write(tmp_path, WEIGHTS, [1]))
+
+
+def test_an_encoder_in_a_folder_of_a_composite_model(tmp_path):
+    """As Auden saves it where the composite model's own file leaves it out."""
+    write(tmp_path, {"llm.weight": torch.zeros(2)}, {"model_type": "lalm", "audio_encoder_config": CONFIG}, "model.pt")
+    write(tmp_path / "audio_encoder", WEIGHTS, name="model.safetensors")
+    check(tmp_path)
+
+
+class Joined(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+ONNX = b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 610000000\n"
+
+
+def test_files_that_hold_no_tensors_are_named(tmp_path):
+    """TorchScript, torch.export and ONNX, as icefall and sherpa release them, whatever their names."""
+    torch.jit.script(Joined()).save(tmp_path / "jit_script.pt")
+    torch.export.save(torch.export.export(Joined(), (torch.zeros(2),)), tmp_path / "exported.pt2")
+    (tmp_path / "encoder.int8.onnx").write_bytes(ONNX)
+    (tmp_path / "model.bin").write_bytes(ONNX)
+    (tmp_path / "encoder.ncnn.param").write_text("7767517\n")
+    (tmp_path / "encoder.ncnn.bin").write_bytes(bytes(64))
+    (tmp_path / "pointer.pt").write_bytes(LFS)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    kinds = {
+        "jit_script.pt": "is a TorchScript model .*exp/pretrained.pt.*/export.py without --jit",
+        "exported.pt2": "is a program exported by torch.export",
+        "encoder.int8.onnx": "is an ONNX model",
+        "model.bin": "is an ONNX model",
+        "model.gguf": "is a GGUF file",
+        "encoder.ncnn.bin": "is an ncnn model",
+        "pointer.pt": "is a Git LFS pointer.*git lfs pull",
+    }
+    for name, message in kinds.items():
+        with pytest.raises(UserError, match=f"{name}: {message}"):
+            load_encoder(tmp_path / name)
+    with pytest.raises(
+        FileNotFoundError, match=r"no encoder weights; .* encoder.int8.onnx \(an ONNX model\).*pretrained"
+    ):
+        load_encoder(tmp_path)
+    (tmp_path / "pretrained.pt").write_bytes((tmp_path / "jit_script.pt").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(UserError, match="pretrained.pt: is a TorchScript model"):
+        load_encoder(tmp_path)
+
+
+def test_the_folder_of_an_icefall_release_says_where_its_weights_are(tmp_path):
+    write(tmp_path / "exp", {"model": WEIGHTS})
+    with pytest.raises(FileNotFoundError, match="it holds exp/pretrained.pt: give the file itself"):
+        load_encoder(tmp_path)
 
 
 def test_icefall_weights_have_no_batch_count(tmp_path):

@@ -29,6 +29,19 @@ def test_swoosh_is_its_formula():
     assert scaling.swoosh_l(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.cuda
+def test_swoosh_is_that_of_k2():
+    k2 = pytest.importorskip("k2", exc_type=ImportError)
+    for ours, theirs in ((scaling.swoosh_l, k2.swoosh_l), (scaling.swoosh_r, k2.swoosh_r)):
+        x = torch.randn(1000, device="cuda").mul_(4).requires_grad_()
+        grad = torch.randn_like(x)
+        expected, got = (f(x) for f in (theirs, ours))
+        torch.testing.assert_close(got, expected)
+        # k2 keeps the derivative in 8 bits
+        (expected,), (got,) = (torch.autograd.grad(y, x, grad) for y in (expected, got))
+        torch.testing.assert_close(got, expected, rtol=0, atol=0.02)
+
+
 def test_custom_gradients():
     x = double(3, 4, 6)
     assert torch.autograd.gradcheck(scaling.swoosh_l, (x * 4,))

@@ -1,6 +1,7 @@
 """Whisper's encoder: the same numbers as transformers', lengths, batch invariance, gradients."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -154,3 +155,35 @@ def test_errors(encoder):
             dataclasses.replace(TINY, **change)
     with pytest.raises(ValueError, match="d_model, encoder_layers, .* missing"):
         WhisperEncoderConfig.from_released({"num_mel_bins": 80, "model_type": "whisper"})
+
+
+@pytest.mark.parametrize("prefix", ["audio_encoder.", "audio_encoder.encoder.", "encoder.", "module.speech_encoder."])
+def test_the_encoder_of_a_composite_model(released, tmp_path, prefix):
+    """As Auden has it: WhisperEncoder of transformers, or Auden's own module around it."""
+    theirs, _, encoder = released
+    weights = {f"{prefix}{name}": t for name, t in theirs.get_encoder().state_dict().items()}
+    torch.save({**weights, "llm.model.layers.0.weight": torch.zeros(2)}, tmp_path / "model.pt")
+    sizes = dataclasses.asdict(TINY)
+    for model_type in ("whisper", "whisper-encoder"):
+        config = {"model_type": "lalm", "audio_encoder_config": {"model_type": model_type, **sizes}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        loaded = load_encoder(tmp_path)
+        for name, value in encoder.state_dict().items():
+            torch.testing.assert_close(loaded.state_dict()[name], value)
+
+
+def test_the_encoder_alone_as_rwkv_asr_keeps_it(released, tmp_path):
+    """whisper_encoder/ with Whisper's config.json, and the names of the bare encoder in pytorch_model.bin; trained,
+    they are `whisper_encoder.*` beside two projectors and two RWKV-7."""
+    theirs, folder, encoder = released
+    bare = theirs.get_encoder().state_dict()
+    others = ("projector1.weight", "audio_lm_model.blocks.0.ln1.weight", "llm.blocks.0.ln1.weight")
+    trained = {f"whisper_encoder.{name}": x for name, x in bare.items()} | dict.fromkeys(others, torch.zeros(2))
+    config = (folder / "config.json").read_text()
+    for name, weights in (("alone", bare), ("trained", trained)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+        torch.save(weights, tmp_path / name / "pytorch_model.bin")
+        loaded = load_encoder(tmp_path / name).state_dict()
+        for key, value in encoder.state_dict().items():
+            torch.testing.assert_close(loaded[key], value)

@@ -18,11 +18,11 @@ from speechllm.llm.adapters import (
     merged_state_dict,
     save_adapter,
     tune,
-    tuning_table,
     unmerge,
 )
-from speechllm.rwkv7 import RWKV7, RWKV7Config, RWKV7State
+from speechllm.rwkv7 import RWKV7, RWKV7Config, RWKV7State, tuning_table
 from speechllm.train.checkpoint import average_state_dicts, load_trained, trained_state_dict
+from tests.llm.tiny_llms import tiny_llm
 
 ADAPTERS = [method for method in METHODS if method not in ("full", "state")]
 TUNED = [*ADAPTERS, "state"]
@@ -174,7 +174,7 @@ def test_targets(base):
     with pytest.raises(UserError, match=r"called keys, gate; there are att.receptance, .*ffn.value, head"):
         tune(copy.deepcopy(base), TuneConfig("lora", targets=["keys", "gate", "att.value"]))
     for options in ({"method": "pissa", "rank": 33}, {"method": "adalora", "rank": 8, "initial_rank": 33}):
-        with pytest.raises(UserError, match="tune.rank: 33 is too high: a target has only 32"):
+        with pytest.raises(UserError, match="tune.rank: 33 is too high: the target blocks.0.* is a matrix of 32 x 32"):
             tune(copy.deepcopy(base), TuneConfig(**options))
 
 
@@ -260,6 +260,65 @@ def test_merged_state_dict_is_a_plain_model(base, method):
         merge(model)
         for name, x in merged_state_dict(model).items():
             assert_close(x, weights[name])
+
+
+# ---- mixtures of experts, Conv1D, latent attention --------------------------------------------------------------
+
+_EXPERTS = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # peft takes these names for the experts' stacks
+
+
+@pytest.mark.parametrize("kind, method, targets", [
+    *((kind, "lora", None) for kind in ("qwen2_moe", "deepseek_v3", "ernie4_5_moe", "minicpm3", "qwen3_5", "gpt2")),
+    *(("deepseek_v3", method, None) for method in ("dora", "pissa", "miss", "adalora")),
+    *(("gpt2", method, None) for method in ("dora", "pissa", "adalora")),
+    ("deepseek_v3", "lora", _EXPERTS), ("ernie4_5_moe", "rslora", _EXPERTS), ("deepseek_v3", "miss", _EXPERTS),
+])  # fmt: skip
+def test_adapters_of_other_matrices_merge(kind, method, targets, tmp_path):
+    base = tiny_llm(kind)
+    for p in base.parameters():
+        p.data.mul_(0.5)
+    model = tuned(base, method, rank=4, **({} if targets is None else {"targets": targets}))
+    out, before = logits(model), {k: v.clone() for k, v in model.state_dict().items()}
+    assert not torch.allclose(out, logits(base), atol=1e-4) or method == "adalora"
+    plain = base.untuned()
+    plain.load_state_dict(merged_state_dict(model), assign=True)
+    plain.tie_weights()
+    assert_close(logits(plain.eval()), out)
+    save_adapter(model, tmp_path)
+    assert_close(logits(load_adapter(copy.deepcopy(base), tmp_path)), out)
+    merge(model)
+    assert_close(logits(model), out)
+    unmerge(model)
+    assert all(torch.equal(model.state_dict()[name], x) for name, x in before.items())
+
+
+def test_default_targets_are_the_matrices_of_the_layers():
+    attention = {f"self_attn.{x}_proj" for x in "qkvo"}
+    latent = {f"self_attn.{x}" for x in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")}
+    dense = {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+    for kind, expected in (
+        ("qwen2", attention | dense), ("qwen2_moe", attention), ("deepseek_v3", latent), ("minicpm3", latent | dense),
+        ("gpt2", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+    ):  # fmt: skip
+        model = tiny_llm(kind)
+        assert set(model.default_targets()) == expected
+        tune(model, TuneConfig("lora", rank=4))
+        trained = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+        assert {name.split(".", 4 if kind != "gpt2" else 4)[-1] for name in trained} == expected
+        assert len(trained) == 2 * len(expected)  # in both layers
+
+
+@pytest.mark.parametrize("kind, options, message", [
+    ("qwen2_moe", {"targets": ["mlp.shared_expert_gate"]}, "8 is too high: the target .*shared_expert_gate of qwen2_moe"
+     " is a matrix of 1 x 32"),
+    ("gpt2", {"method": "miss"}, "miss of gpt2: .*Conv1D.* is not supported"),
+    ("deepseek_v3", {"method": "dora", "targets": _EXPERTS}, "dora of deepseek_v3: .*ParamWrapper"),
+    ("deepseek_v3", {"method": "pissa", "targets": _EXPERTS}, "pissa decomposes matrices, and .*experts is a stack"),
+    ("qwen2_moe", {"targets": ["mlp.gate_proj"]}, "no matrix of qwen2_moe is called mlp.gate_proj; there are .*shared"),
+])  # fmt: skip
+def test_matrices_that_take_no_adapter_are_named(kind, options, message):
+    with pytest.raises(UserError, match=f"tune.*{message}"):
+        tune(tiny_llm(kind), TuneConfig(**{"method": "lora", **options}))
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
@@ -455,6 +514,49 @@ def test_a_quantised_base(wide, method, quantize, tolerance, tmp_path):
     save_adapter(model, tmp_path)
     difference = logits(load_adapter(copy.deepcopy(wide), tmp_path)) - out
     assert difference.norm() / out.norm() < 2 * tolerance
+
+
+@needs_torchao
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])  # with biases, with tied embeddings
+@pytest.mark.parametrize("quantize, tolerance", [("int8", 0.03), ("nf4", 0.4)])
+def test_a_quantised_transformers_model(kind, quantize, tolerance, dtype, tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}
+    base = tiny_llm(kind, **sizes, **({"head_dim": 32} if kind == "qwen3" else {})).to(dtype)
+    for p in base.parameters():
+        p.data.mul_(0.3)
+    model = tune(copy.deepcopy(base), TuneConfig("lora", quantize=quantize)).eval()
+    expected = logits(base)
+    error = (logits(model) - expected).norm() / expected.norm()
+    assert 0 < error < tolerance
+    losses = train(model, 10)
+    assert losses[-1] < losses[0]
+    with pytest.raises(UserError, match="the base is quantised"):
+        merge(model)
+    weights = merged_state_dict(model)
+    assert {x.dtype for x in weights.values()} == {dtype}
+    plain = base.untuned()
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    difference = logits(plain.eval()) - logits(model)
+    assert difference.norm() < (1e-3 if dtype == torch.float32 else 0.03) * expected.norm()
+    again = tune(copy.deepcopy(base), TuneConfig("lora", quantize=quantize)).eval()
+    load_trained(again, {name: x.clone() for name, x in trained_state_dict(model).items()}, "checkpoint")
+    assert torch.equal(logits(again), logits(model))
+    save_adapter(model, tmp_path)
+    difference = logits(load_adapter(copy.deepcopy(base), tmp_path)) - logits(model)
+    assert difference.norm() / expected.norm() < 2 * tolerance
+
+
+@pytest.mark.parametrize("kind, quantize, message", [
+    ("qwen2_moe", "int8", r"layers.0.mlp.experts.gate_up_proj of qwen2_moe is no torch.nn.Linear"),
+    ("gpt2", "int8", r"transformer.h.0.attn.c_attn.weight of gpt2 is no torch.nn.Linear"),
+    ("qwen2", "nf4", r"layers.0.self_attn.q_proj of qwen2: nf4 needs a multiple of 16384 weights, it has \(32, 32\)"),
+])  # fmt: skip
+@needs_torchao
+def test_matrices_that_are_not_quantised_are_named(kind, quantize, message):
+    with pytest.raises(UserError, match=f"tune.quantize: .*{message}"):
+        tune(tiny_llm(kind), TuneConfig("lora", quantize=quantize))
 
 
 def test_a_missing_package_is_named(base, monkeypatch):

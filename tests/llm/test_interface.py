@@ -166,7 +166,7 @@ def test_loss_without_a_label_is_zero_and_has_gradients(model):
     (loss, tokens, correct), _ = model.loss(torch.full((2, 5), -100), torch.ones(2, 5, dtype=torch.long))
     assert loss == 0 and tokens == 0 and correct == 0
     loss.backward()
-    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
+    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters() if p.requires_grad)
 
 
 def test_checkpointed_blocks_change_nothing(model):
@@ -176,7 +176,7 @@ def test_checkpointed_blocks_change_nothing(model):
         model.zero_grad()
         (loss, _, _), _ = model.loss(ids, ids)
         loss.backward()
-        grads.append([p.grad for p in model.parameters()])
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
     for x, y, z in zip(*grads, strict=True):
         assert torch.equal(x, y) and torch.equal(x, z)
 
@@ -200,7 +200,8 @@ def test_bfloat16_autocast(model):
     with torch.autocast("cpu", torch.bfloat16):
         logits, state = model(ids)
         stepped, _ = model.step(ids[:, 0], state)
-    assert (logits.float() - expected).abs().max() < 0.2 * expected.abs().max() and stepped.isfinite().all()
+    # a norm: experts may be chosen otherwise
+    assert (logits.float() - expected).norm() < 0.2 * expected.norm() and stepped.isfinite().all()
 
 
 @pytest.mark.parametrize("options", [

@@ -129,6 +129,28 @@ def test_recognise_is_batch_invariant(model, batch):
         assert alone.log_probs == pytest.approx(found[i].log_probs, abs=1e-4)
 
 
+@pytest.mark.cuda
+def test_a_gpu_gives_what_the_cpu_gives(model, batch, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions in 11 bits, by default
+    model.eval()
+    features, lens, texts, languages = batch
+    results = []
+    for device in ("cpu", "cuda"):
+        model.to(device).zero_grad(set_to_none=True)
+        out = model(features.to(device), lens.to(device), texts, languages)
+        out["loss"].backward()
+        results.append((
+            out["loss"].item(),
+            torch.cat([p.grad.flatten() for p in model.parameters()]).cpu(),
+            model.recognise(features.to(device), lens.to(device), languages),
+        ))  # fmt: skip
+    (loss, gradient, found), (gpu_loss, gpu_gradient, gpu_found) = results
+    assert gpu_loss == pytest.approx(loss, rel=1e-4)
+    assert (gpu_gradient - gradient).norm() <= 1e-3 * gradient.norm()
+    for on_cpu, on_gpu in zip(found, gpu_found, strict=True):
+        assert (on_gpu.text, on_gpu.tokens, on_gpu.ctc_text) == (on_cpu.text, on_cpu.tokens, on_cpu.ctc_text)
+
+
 def test_recognise_translates_by_the_language_model_alone(model, mixed_batch):
     model.eval()
     features, lens, _, languages, targets = mixed_batch
@@ -526,6 +548,42 @@ def test_a_tuned_model_is_saved_merged_and_as_an_adapter(method, tune_config, ba
         ids = torch.arange(10).view(2, 5)
         logits, _ = load_rwkv7(config.llm.path)(input_ids=ids, state=state.repeat(2))
         torch.testing.assert_close(logits, model.llm(input_ids=ids)[0])
+
+
+def test_an_adapter_of_rwkv_peft_on_the_language_model(tune_config, batch, tmp_path):
+    """As `llm.adapter`: a LoRA with its alpha, a tuned state, and a checkpoint that a state was merged into."""
+    path = tune_config("full").llm.path
+    weights, shape = torch.load(path, weights_only=True), (32, 32)
+    lora = {
+        f"blocks.{i}.att.key.lora_{x}": torch.randn(*(2, 32) if x == "A" else (32, 2)) for i in (0, 1) for x in "AB"
+    }
+    torch.save(lora, tmp_path / "lora.pth")
+    state = {f"blocks.{i}.att.time_state": torch.randn(2, 16, 16) for i in (0, 1)}
+    torch.save(state, tmp_path / "state.pth")
+    torch.save(weights | state, tmp_path / "merged.pth")
+    merged = {f"blocks.{i}.att.key.weight": torch.zeros(shape) for i in (0, 1)}
+    for name in merged:
+        stem = name.removesuffix(".weight")
+        merged[name] = weights[name] + 2 * lora[f"{stem}.lora_B"] @ lora[f"{stem}.lora_A"]
+    torch.save(weights | merged, tmp_path / "by-hand.pth")
+
+    def logits(**llm):
+        section = from_dict(LLMSection, {"path": path, "freeze": True} | llm)
+        model = SpeechLLM.from_config(dataclasses.replace(tune_config("full"), llm=section)).eval()
+        model.save_pretrained(tmp_path / "model")  # all of it, whatever it was put together from
+        loaded = SpeechLLM.from_pretrained(tmp_path / "model")
+        torch.testing.assert_close(loaded(*batch)["loss"], model(*batch)["loss"], rtol=1e-4, atol=1e-4)
+        return model.llm(input_ids=torch.arange(1, 9)[None])[0].detach()
+
+    with_lora = logits(adapter=str(tmp_path / "lora.pth"), adapter_alpha=4)
+    torch.testing.assert_close(with_lora, logits(path=str(tmp_path / "by-hand.pth")), rtol=1e-4, atol=1e-4)
+    with_state = logits(adapter=str(tmp_path / "state.pth"))
+    torch.testing.assert_close(with_state, logits(path=str(tmp_path / "merged.pth")))
+    assert not any(torch.allclose(logits(), other, atol=1e-2) for other in (with_lora, with_state))
+    with pytest.raises(UserError, match="lora.pth: the scale of a LoRA is not in its file"):
+        logits(adapter=str(tmp_path / "lora.pth"))
+    with pytest.raises(ConfigError, match="adapter_alpha is the alpha of a LoRA in a file of RWKV-PEFT"):
+        from_dict(LLMSection, {"path": path, "adapter_alpha": 4})
 
 
 @pytest.mark.parametrize("method", METHODS)

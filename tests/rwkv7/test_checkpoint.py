@@ -332,3 +332,15 @@ def test_memory(tmp_path):
             assert own < 0.1 * size and peak < 0.25 * size, line
         else:
             assert 1.9 * size < own < 2.1 * size and peak < 3 * size + largest + 10, line
+
+
+def test_the_language_model_in_a_model_of_speech(tmp_path):
+    """rwkv_asr's pytorch_model.bin, and the llm_state_dict.pt that it begins with."""
+    weights = torch.load(OFFICIAL, weights_only=True)
+    expected = load_rwkv7(OFFICIAL).state_dict()
+    others = {"projector1.weight": torch.zeros(2), "audio_lm_model.blocks.0.ln1.weight": torch.zeros(2)}
+    torch.save(weights, tmp_path / "llm_state_dict.pt")
+    torch.save({f"llm.{name}": x for name, x in weights.items()} | others, tmp_path / "pytorch_model.bin")
+    for name in ("llm_state_dict.pt", "pytorch_model.bin"):
+        loaded = load_rwkv7(tmp_path / name).state_dict()
+        assert all(torch.equal(x, expected[key]) for key, x in loaded.items())

@@ -8,7 +8,7 @@ import pytest
 from speechllm.errors import UserError
 from speechllm.scoring import Transcript, recogs_text
 from speechllm.scoring.command import score_files
-from speechllm.scoring.reading import Line, read_lines
+from speechllm.scoring.reading import Line, matched, read_lines
 
 RESULTS = [
     Transcript("b:1", 'it\'s a "quoted" word', "its a word", "en", "s1", 3.0),
@@ -207,3 +207,17 @@ def test_manifests_of_all_kinds_say_who_speaks(tmp_path):
     expected = Line("a", "hi", None, "en", "s1", 2.0)
     assert read_lines(cuts) == {"a": expected}
     assert read_lines(kaldi) == {"a": expected}
+
+
+def test_text_is_normalised_by_the_rules_of_its_language(tmp_path):
+    lines = [
+        {"id": "1", "text": "IĞDIR", "pred_text": "ığdır", "lang": "tr", "duration": None},
+        {"id": "2", "text": "IRIS", "pred_text": "iris", "lang": "Turkish", "target_lang": "en", "task": "ast"},
+        {"id": "3", "text": "IRIS", "pred_text": "iris"},
+    ]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    refs = read_lines(path)
+    assert [line.language for line in refs.values()] == ["tr", "tr>en", None]
+    found = matched(refs, refs, (path, path), ["lowercase"], missing_as_empty=False)
+    assert [(result.ref, result.hyp) for result in found] == [("ığdır", "ığdır"), ("iris", "iris"), ("iris", "iris")]

@@ -12,7 +12,7 @@ from speechllm.text.normalize import STEPS, check_steps, normalize_text
 
 # What steps treat in a way of its own, beside characters of every kind.
 SPECIAL = list(
-    "'’-‐‑_!¿、。，～（）Ａｚ９\u3000\u00a0\u200d\ufe0f\u20e3❤👨🙂\u0301\u0345\u00adÉİΣσςßŉ¨ﬁ①Ⅷ〇々里后乾干發发麹钜薴"
+    "'’-‐‑_!¿´῾\u0307\u0640\u200b\u200c\u180e\u061c、。，～（）Ａｚ９\u3000\u00a0\u200d\ufe0f\u20e3❤👨🙂\u0301\u0345\u00adÉİΣσςßŉ¨ﬁ①Ⅷ〇々里后乾干發发麹钜薴"
 )
 SPECIAL += ["\0", "\ud800", "\udfff", "\U0010ffff", " ", "\t", "\n", "\x85", "a", "B", "7"]
 
@@ -64,8 +64,60 @@ def test_what_a_step_does(step, text, expected):
 def test_what_is_removed_is_punctuation_and_symbols_alone():
     categories = {chr(code): unicodedata.category(chr(code)) for code in range(0x110000)}
     text = normalize_text(" ".join(categories), ["remove_punctuation"])
-    expected = [c for c, category in categories.items() if category[0] not in "PS" and not c.isspace()]
+    expected = [
+        c for c, category in categories.items() if category[0] not in "PS" and c != "\u0640" and normalize_text(c, [])
+    ]
     assert text.split() == expected
+
+
+@pytest.mark.parametrize("steps", [[], ["nfkc"], ["lowercase", "remove_punctuation"]], ids=str)
+def test_what_is_never_seen_is_gone_and_what_shapes_letters_stays(steps):
+    for invisible in "\u200b\u00ad\ufeff\u200e\u200f\u061c\u202a\u202e\u2066\u2069\u2060\u034f\x00\x7f\u3164":
+        assert normalize_text(invisible * 3, steps) == ""
+        assert normalize_text(f" a{invisible}b {invisible} c", steps) == "ab c"
+    for joined in ("می\u200cخواهم", "क्\u200dष", "ന്\u200d", "ක්\u200dෂ", "ᠠ\u180eᠠ", "נ\u05b8"):
+        assert normalize_text(joined, steps) == unicodedata.normalize("NFKC" if "nfkc" in steps else "NFC", joined)
+    for stray, clean in (("a\u200cb", "ab"), ("a\u200d b", "a b"), ("می\u200c", "می"), ("\u200dक", "क")):
+        assert normalize_text(stray, steps) == clean
+    for lone in "\u200c\u200d\u180e":
+        assert normalize_text(lone, steps) == ""
+
+
+def test_emoji_keep_their_joiners():
+    for emoji in ("👨\u200d👩\u200d👧", "❤\ufe0f\u200d🔥", "👩🏽\u200d🚀", "1\ufe0f\u20e3"):
+        assert normalize_text(emoji, []) == emoji
+
+
+@pytest.mark.parametrize("step", ["nfkc", "remove_punctuation"])
+def test_the_tatweel_says_nothing(step):
+    assert normalize_text("كتـــاب", [step]) == "كتاب"
+    assert normalize_text("كتـاب", []) == "كتـاب"
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "lower", "upper"),
+    [
+        ("IĞDIR İyi ılık", "tr", "ığdır iyi ılık", "IĞDIR İYİ ILIK"),
+        ("Iİ", "az-Latn", "ıi", "Iİ"),
+        ("I\u0307zmir", "tr", "izmir", "İZMİR"),
+        ("Iİ I\u0307 i", None, "ii i i", "IİIİ I"),
+        ("Iİ i", "en", "ii i", "Iİ I"),
+        ("ΟΔΟΣ Straße", "de", "οδος straße", "ΟΔΟΣ STRASSE"),
+    ],
+)
+def test_case_is_that_of_the_language(text, language, lower, upper):
+    assert normalize_text(text, ["lowercase"], language) == lower
+    if language is not None:
+        assert normalize_text(text, ["uppercase"], language) == upper
+
+
+def test_nfkc_leaves_no_stray_accents():
+    for text, expected in (("l´amour", "l'amour"), ("d᾽ἄρα", "d'ἄρα"), ("a ¨ b", "a ¨ b"), ("ﾊﾟ", "パ"), ("ﻢﹹ", "مُ")):
+        assert normalize_text(text, ["nfkc"]) == expected
+    for code in range(0x10000):
+        before = f"a{chr(code)}b"
+        added = normalize_text(before, ["nfkc"]).startswith("a ") and not chr(code).isspace()
+        assert not added or chr(code) in "\u2017\u203e", hex(code)
 
 
 def test_halfwidth_is_the_part_of_nfkc_that_it_says():

@@ -69,3 +69,74 @@ def test_nothing_is_written_on_errors(convert, tmp_path, capsys):
         convert(GOLDEN, tmp_path / "x.safetensors")
     assert "give a name ending in .pth, or a folder" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["large.pth"]
+
+
+MATRICES = [f"blocks.{i}.att.{name}" for i in range(3) for name in ("receptance", "output")]
+
+
+def adapter_files(folder):
+    """A LoRA, MiSS and a tuned state of RWKV-PEFT, as small as can be; the weights that the LoRA makes with alpha 8."""
+    weights = load_rwkv7(GOLDEN).state_dict()
+    torch.manual_seed(0)
+    lora = {f"{m}.lora_{part}": torch.randn(*(2, 128) if part == "A" else (128, 2)) for m in MATRICES for part in "AB"}
+    torch.save(lora, folder / "lora.pth")
+    torch.save({f"{m}.disha": torch.randn(2, 128) for m in MATRICES}, folder / "miss.pth")
+    torch.save({f"blocks.{i}.att.time_state": torch.randn(2, 64, 64) for i in range(3)}, folder / "state.pth")
+    return {m: weights[f"{m}.weight"] + 4 * lora[f"{m}.lora_B"] @ lora[f"{m}.lora_A"] for m in MATRICES}
+
+
+def test_adapters_of_rwkv_peft(convert, tmp_path):
+    expected = adapter_files(tmp_path)
+    assert "counts with alpha 8" in convert(tmp_path / "lora.pth", tmp_path / "lora", "--alpha", "8")
+    assert "counts with alpha 8" in convert(tmp_path / "lora", tmp_path / "back.pth")
+    convert(tmp_path / "miss.pth", tmp_path / "miss")
+    convert(tmp_path / "miss", tmp_path / "miss-back.pth")
+    for one, other in (("lora", "back"), ("miss", "miss-back")):
+        a, b = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in (one, other))
+        assert a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
+    for adapter, alpha in ((tmp_path / "lora.pth", ("--alpha", "8")), (tmp_path / "lora", ())):
+        target = tmp_path / "merged.pth"
+        convert(GOLDEN, target, "--adapter", adapter, *alpha, "--dtype", "float32", "--force")
+        merged = load_rwkv7(target).state_dict()
+        for name, weight in load_rwkv7(GOLDEN).state_dict().items():
+            torch.testing.assert_close(merged[name], expected.get(name.removesuffix(".weight"), weight))
+
+
+def test_tuned_states_of_rwkv_peft(convert, tmp_path):
+    adapter_files(tmp_path)
+    state = torch.load(tmp_path / "state.pth", weights_only=True)
+    assert "a tuned state of 3 layers, 2 heads of 64" in convert(tmp_path / "state.pth", tmp_path / "state.safetensors")
+    convert(tmp_path / "state.pth", tmp_path / "folder")  # for llm.adapter
+    for i, source in enumerate(("state.safetensors", "folder")):
+        convert(tmp_path / source, tmp_path / f"{i}.pth")
+        back = torch.load(tmp_path / f"{i}.pth", weights_only=True)
+        assert back.keys() == state.keys() and all(torch.equal(x, state[name]) for name, x in back.items())
+    printed = convert(GOLDEN, tmp_path / "merged.pth", "--adapter", tmp_path / "state.pth", "--dtype", "bfloat16")
+    assert "torch.bfloat16" in printed
+    merged = torch.load(tmp_path / "merged.pth", weights_only=True)
+    assert merged["head.weight"].dtype == torch.bfloat16  # and the state in float32
+    assert all(torch.equal(x, merged[name]) for name, x in state.items())
+    convert(tmp_path / "merged.pth", tmp_path / "again.pth")
+    assert torch.load(tmp_path / "again.pth", weights_only=True).keys() == merged.keys()
+
+
+def test_errors_about_adapters_write_nothing(convert, tmp_path, capsys):
+    adapter_files(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for arguments, message in (
+        ((tmp_path / "lora.pth", tmp_path / "lora"), "scale of a LoRA is not in its file"),
+        ((tmp_path / "lora.pth", tmp_path / "x.pth", "--alpha", "8"), "is RWKV-PEFT's already"),
+        ((tmp_path / "miss.pth", tmp_path / "x", "--alpha", "8"), "this is MiSS, which has no scale"),
+        ((GOLDEN, tmp_path / "x", "--adapter", tmp_path / "state.pth"), "a Hugging Face folder has no place"),
+        ((GOLDEN, tmp_path / "x", "--alpha", "8"), "--alpha: is for a LoRA"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            convert(*arguments)
+    for arguments, message in (
+        ((tmp_path / "state.pth", tmp_path / "x", "--dtype", "bfloat16"), "--dtype: is for models"),
+        ((tmp_path / "miss.pth", tmp_path / "x.safetensors"), "files are not written"),
+    ):
+        with pytest.raises(SystemExit):
+            convert(*arguments)
+        assert message in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before

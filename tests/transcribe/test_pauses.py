@@ -1,17 +1,11 @@
-"""Audio in blocks, and where it is cut."""
+"""Where long audio is cut."""
 
 from itertools import pairwise
 
-import av
 import numpy as np
 import pytest
-import soundfile
-from lhotse import Recording
 
-from speechllm.data.audio import UtteranceError, load_samples
-from speechllm.data.manifests.manifest import SourceConfig, read_manifest
-from speechllm.transcribe.pauses import cut_blocks, read_blocks, split_at_pauses
-from tests.data.conftest import write_manifest
+from speechllm.transcribe.pauses import split_at_pauses
 
 RATE = 16000
 
@@ -122,84 +116,3 @@ def test_a_click_is_no_speech():
 def test_too_short_a_limit_is_an_error():
     with pytest.raises(ValueError, match="at least 5"):
         next(split_at_pauses([], 4.0))
-
-
-@pytest.mark.parametrize(
-    ("rate", "channels", "suffix"),
-    [(8000, 1, "wav"), (44100, 2, "flac"), (44100, 2, "mp3"), (48000, 1, "ogg"), (11025, 2, "wav"), (16000, 1, "mp3")],
-)
-def test_blocks_are_what_is_read_in_one_piece(tmp_path, rate, channels, suffix):
-    samples = 0.1 * np.random.default_rng(0).standard_normal((int(rate * 21.237), channels))
-    path = tmp_path / f"a.{suffix}"
-    with soundfile.SoundFile(path, "w", rate, channels) as file:
-        for second in range(0, len(samples), rate):
-            file.write(samples[second : second + rate])
-    blocks = list(read_blocks(path))
-    assert len(blocks) >= 2
-    np.testing.assert_allclose(np.concatenate(blocks), load_samples(Recording.from_file(path).to_cut()), atol=1e-6)
-
-
-def test_pyav_reads_what_soundfile_does_not(tmp_path):
-    path, rate = tmp_path / "a.m4a", 44100
-    tone = np.sin(2 * np.pi * 440 * np.arange(3 * rate) / rate)[None].astype(np.float32) * 0.3
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=rate, layout="mono")
-        frame = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
-        frame.sample_rate = rate
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
-            container.mux(packet)
-    samples = np.concatenate(list(read_blocks(path)))
-    assert abs(len(samples) / RATE - 3.0) < 0.1
-    spectrum = np.abs(np.fft.rfft(samples[:RATE] * np.hanning(RATE)))
-    assert spectrum.argmax() == 440
-    part = np.concatenate(list(read_blocks(path, 1.0, 0.5)))
-    assert len(part) == RATE // 2
-    np.testing.assert_allclose(part[50:-50], samples[RATE + 50 : RATE * 3 // 2 - 50], atol=1e-4)
-
-
-@pytest.mark.parametrize("rate", [8000, 44100])
-def test_a_part_of_a_file(tmp_path, rate):
-    samples = 0.1 * np.random.default_rng(1).standard_normal((rate * 5, 2))
-    soundfile.write(tmp_path / "a.wav", samples, rate, subtype="FLOAT")
-    soundfile.write(tmp_path / "part.wav", samples[rate : 3 * rate, 1], rate, subtype="FLOAT")
-    part = np.concatenate(list(read_blocks(tmp_path / "a.wav", 1.0, 2.0, channel=1)))
-    np.testing.assert_array_equal(part, np.concatenate(list(read_blocks(tmp_path / "part.wav"))))
-
-
-@pytest.mark.parametrize("offset", [None, 1.5])
-def test_lines_of_manifests(tmp_path, offset):
-    samples = 0.1 * np.random.default_rng(1).standard_normal((RATE * 4, 2))
-    soundfile.write(tmp_path / "a.wav", samples, RATE)
-    line = {"audio_filepath": "a.wav", "duration": 4.0 if offset is None else 2.0, "text": "a"}
-    manifest = write_manifest(tmp_path / "m.jsonl", [line | ({} if offset is None else {"offset": offset})])
-    for channel in (None, 1):
-        (cut,) = read_manifest(SourceConfig(str(manifest), channel=channel))
-        np.testing.assert_allclose(np.concatenate(list(cut_blocks(cut))), load_samples(cut), atol=1e-7)
-    (mixed,) = (cut.pad(duration=5.0) for cut in [Recording.from_file(tmp_path / "a.wav").to_cut()])
-    np.testing.assert_array_equal(np.concatenate(list(cut_blocks(mixed))), load_samples(mixed))
-
-
-def test_what_is_wrong_with_a_file_is_said(tmp_path):
-    def reason(path, *args, **kwargs) -> str:
-        with pytest.raises(UtteranceError, match=str(path)) as caught:
-            list(read_blocks(path, *args, **kwargs))
-        return caught.value.reason
-
-    assert reason(tmp_path / "none.wav") == "missing file"
-    assert reason(tmp_path) == "unreadable audio"
-    for data in (b"", b"this is no audio" * 100):
-        (tmp_path / "bad.wav").write_bytes(data)
-        assert reason(tmp_path / "bad.wav") == "unreadable audio"
-    good = tmp_path / "good.wav"
-    soundfile.write(good, np.zeros(RATE), RATE)
-    assert reason(good, channel=1) == "no such channel"
-    assert reason(good, 0.0, 2.0) == "wrong duration"
-    assert reason(good, 2.0) == "wrong duration"
-    for value, expected in ((np.nan, "non-finite samples"), (1e6, "implausible samples")):
-        soundfile.write(tmp_path / "odd.wav", np.full(RATE, value, dtype=np.float32), RATE, subtype="FLOAT")
-        assert reason(tmp_path / "odd.wav") == expected
-    noise = np.random.default_rng(0).standard_normal(RATE * 30) * 0.1
-    soundfile.write(tmp_path / "cut.flac", noise, RATE)
-    data = (tmp_path / "cut.flac").read_bytes()
-    (tmp_path / "cut.flac").write_bytes(data[: len(data) // 2])
-    assert reason(tmp_path / "cut.flac") in ("unreadable audio", "wrong duration")

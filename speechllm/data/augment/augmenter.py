@@ -181,8 +181,8 @@ class Augmenter:
         corpus: utterances whose voices make babble.
 
     Raises:
-        ManifestError: a manifest of noise or of impulse responses is missing or wrong.
-        DataError: one of them is empty; there is babble to make and no corpus.
+        ManifestError: a manifest of noise or of impulse responses is missing.
+        DataError: nothing in one of them can be used; there is babble to make and no corpus.
     """
 
     def __init__(self, config: AugmentConfig, corpus: Sequence[Cut] = ()) -> None:
@@ -198,6 +198,12 @@ class Augmenter:
             if not corpus:
                 raise DataError("augment.babble: there are no training utterances to take voices from")
             self._voices = SoundBank(corpus)
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of the manifests of noise and impulse responses."""
+        banks = [bank for bank in (self._noise, self._rirs) if bank is not None]
+        return [fingerprint for bank in banks for fingerprint in bank.fingerprints]
 
     def samples(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(num_samples,) float32 at 16 kHz -> (num_samples,): as heard in a room, with noise and babble, over the

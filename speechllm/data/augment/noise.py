@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +13,17 @@ from lhotse.utils import fastcopy
 
 from speechllm.data.audio import UtteranceError, load_samples
 from speechllm.data.features import SAMPLE_RATE
-from speechllm.data.manifests.manifest import HEADER_UNREAD, IS_SEGMENT, DataError, SourceConfig, read_manifest
+from speechllm.data.manifests.manifest import (
+    HEADER_UNREAD,
+    IS_SEGMENT,
+    LINE_ERRORS,
+    DataError,
+    ManifestError,
+    SourceConfig,
+    explain,
+    iter_objects,
+    to_cut,
+)
 
 # Of a longer recording only the piece that is needed is read, each time; shorter ones are read whole and kept.
 _LONG_SECONDS = 60.0
@@ -23,11 +35,17 @@ class SoundBank:
     Args:
         cuts: the sounds.
         weights: how often each is drawn, relative to the others; None for equally often.
+        fingerprints: of the manifests that they are from.
     """
 
     def __init__(
-        self, cuts: Sequence[Cut], weights: Sequence[float] | None = None, cache_seconds: float = 1800.0
+        self,
+        cuts: Sequence[Cut],
+        weights: Sequence[float] | None = None,
+        cache_seconds: float = 1800.0,
+        fingerprints: Sequence[str] = (),
     ) -> None:
+        self.fingerprints = list(fingerprints)
         self._cuts = cuts
         weights = np.ones(len(cuts)) if weights is None else np.asarray(weights)
         self._cumulative = np.cumsum(weights) / weights.sum()
@@ -37,24 +55,24 @@ class SoundBank:
     @classmethod
     def from_sources(cls, sources: Sequence[SourceConfig], what: str) -> SoundBank:
         """The sounds of manifests. A source is drawn from as often as its weight says; without weights each sound is
-        drawn equally often.
+        drawn equally often. A line that cannot be used is left out, with a warning.
 
         Args:
             what: what is in the manifests, for the error message.
 
         Raises:
-            ManifestError: a manifest is missing or wrong.
-            DataError: a manifest is empty.
+            ManifestError: a manifest is missing.
+            DataError: nothing in a manifest can be used.
         """
         cuts: list[Cut] = []
         weights: list[float] = []
+        fingerprints: list[str] = []
         for source in sources:
-            found = list(read_manifest(source))
-            if not found:
-                raise DataError(f"{source.path}: no {what} in it")
+            found, fingerprint = _sounds_in(source, what)
             cuts += found
             weights += [1.0 if source.weight is None else source.weight / len(found)] * len(found)
-        return cls(cuts, weights)
+            fingerprints.append(fingerprint)
+        return cls(cuts, weights, fingerprints=fingerprints)
 
     def draw(self, num_samples: int, rng: np.random.Generator) -> np.ndarray | None:
         """(num_samples,) of a random sound from a random place, repeated where it is short; None if it is
@@ -93,6 +111,37 @@ class SoundBank:
             self._room -= size
             self._cache[index] = sound
         return sound
+
+
+def _sounds_in(source: SourceConfig, what: str) -> tuple[list[Cut], str]:
+    """The sounds of a manifest, and a fingerprint of its lines.
+
+    Raises:
+        ManifestError: the manifest is missing.
+        DataError: it has none, or none that can be read.
+    """
+    cuts: list[Cut] = []
+    checksum, first_error = 0, ""
+    for location, found in iter_objects(source):
+        try:
+            if isinstance(found, ManifestError):
+                raise found
+            checksum = zlib.crc32(json.dumps(found, sort_keys=True).encode(), checksum)
+            cuts.append(to_cut(found, source))
+        except (ManifestError, *LINE_ERRORS) as error:
+            details = explain(error).removeprefix(f"{location}: ")
+            first_error = first_error or f"{location}: {details}"
+            logging.warning("%s is left out of the augmentation: %s", location, details)
+    if cuts and not any(_is_readable(cut) for cut in cuts):  # stops at the first that is
+        first_error = f"none of its {len(cuts)} can be read; the log says why"
+        cuts = []
+    if not cuts:
+        raise DataError(f"{source.path}: no {what} in it{f': {first_error}' if first_error else ''}")
+    return cuts, f"{checksum:08x}"
+
+
+def _is_readable(cut: Cut) -> bool:
+    return _load(cut if cut.duration <= _LONG_SECONDS else _piece(cut, 0.0, SAMPLE_RATE)) is not None
 
 
 def babble(voices: SoundBank, count: int, num_samples: int, rng: np.random.Generator) -> np.ndarray:

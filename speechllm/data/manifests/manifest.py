@@ -14,48 +14,67 @@ recordings are. A line that cannot be understood is an error that names file and
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from lhotse import CutSet
-from lhotse.cut import Cut, MixedCut, PaddingCut
+from lhotse import CutSet, fastcopy
+from lhotse.cut import Cut, MixedCut, MonoCut, MultiCut
 from lhotse.cut.data import DataCut
 from lhotse.lazy import Dillable
 from lhotse.serialization import deserialize_item
+from lhotse.supervision import SupervisionSegment
 
-from speechllm.data.manifests.kaldi import kaldi_files, kaldi_objects
+from speechllm.data.manifests.kaldi import kaldi_files, kaldi_objects, texts_without_audio
+from speechllm.data.manifests.lines import existing_files, is_compressed, is_skipped, parse_line, used_lines
 from speechllm.data.manifests.nemo import (
     HEADER_UNREAD,
     IS_SEGMENT,
     describe_nemo,
     is_nemo,
     nemo_cut,
-    nemo_objects,
-    stream_tarred,
+    stream_tarred_shard,
+    tar_shards,
     tarred_files,
     tarred_objects,
+    tarred_shard_objects,
+    with_full_path,
 )
-from speechllm.data.manifests.shar import shar_objects, shar_shards, stream_shar
+from speechllm.data.manifests.shar import shar_objects, shar_shard_objects, shar_shards, stream_shar_shard
 from speechllm.data.manifests.source import (
     LINE_ERRORS,
     DataError,
     Entry,
     ManifestError,
+    ShardError,
     SourceConfig,
+    audio_path,
     duration_of,
-    existing_files,
     explain,
     hotwords_of,
     is_remote,
-    parse_line,
     string_of,
-    task_of,
-    words_of,
+)
+from speechllm.data.manifests.supervisions import (
+    Part,
+    Said,
+    Understood,
+    bounds,
+    data_cuts,
+    in_order,
+    part_of_json,
+    parts_of,
+    translation_of_all,
+    understand,
 )
 from speechllm.data.manifests.tar import TAR
-from speechllm.prompt.label import WordTime
+from speechllm.data.manifests.task import TRANSLATIONS, Writing, what_to_write
 
 __all__ = [
     "HEADER_UNREAD",
@@ -69,7 +88,9 @@ __all__ = [
     "describe_cut",
     "explain",
     "is_plain",
+    "is_skipped",
     "iter_objects",
+    "lost_texts",
     "manifest_files",
     "parse_line",
     "read_manifest",
@@ -93,13 +114,30 @@ def iter_objects(source: SourceConfig) -> Iterator[tuple[str, dict | ManifestErr
     if kind == "shar":
         return shar_objects(source)
     if kind == "kaldi":
+        if source.text_field is not None or source.lang_field is not None:
+            raise ManifestError(f"{source.path}: text_field and lang_field are not for Kaldi directories")
         return kaldi_objects(Path(source.path))
-    return nemo_objects(existing_files(source.path))
+    return _line_objects(existing_files(source.path))
+
+
+def _line_objects(files: list[str]) -> Iterator[tuple[str, dict | ManifestError]]:
+    for path in files:
+        for where, found in used_lines(path):
+            if len(files) > 1 and not isinstance(found, ManifestError):  # they may lie in several folders
+                folder = os.path.dirname(path)
+                found = with_full_path(found, folder) if is_nemo(found) else _with_paths(found, folder)
+            yield where, found
+
+
+def lost_texts(source: SourceConfig) -> Iterator[tuple[str, str]]:
+    """FILE:LINE of texts that no audio belongs to, and what is wrong; only Kaldi directories can have such."""
+    if _kind(source) == "kaldi":
+        yield from texts_without_audio(Path(source.path))
 
 
 def is_plain(source: SourceConfig) -> bool:
     """Whether the manifest is one uncompressed file whose lines can be read in place, by byte offset."""
-    return _kind(source) == "lines" and Path(source.path).is_file() and not source.path.endswith(".gz")
+    return _kind(source) == "lines" and Path(source.path).is_file() and not is_compressed(source.path)
 
 
 def manifest_files(source: SourceConfig) -> list[Path]:
@@ -152,16 +190,7 @@ def describe(obj: dict, source: SourceConfig) -> Entry:
         return describe_nemo(obj, source)
     if obj["type"] not in ("MonoCut", "MultiCut", "Cut"):
         return describe_cut(to_cut(obj, source))
-    supervisions = obj.get("supervisions") or []
-    return _entry(
-        obj["id"],
-        duration_of(obj),
-        [string_of(s, "text") for s in supervisions],
-        [string_of(s, "language") for s in supervisions],
-        [*(s.get("custom") for s in supervisions), obj.get("custom")],
-        [words_of(s.get("alignment"), obj["start"]) for s in supervisions],
-        source,
-    )
+    return _entry(obj["id"], duration_of(obj), [part_of_json(obj)], source)
 
 
 def to_cut(obj: dict, source: SourceConfig) -> Cut:
@@ -176,7 +205,8 @@ def to_cut(obj: dict, source: SourceConfig) -> Cut:
     if _is_nemo(obj, source):
         return nemo_cut(obj, source)
     members = obj.get(TAR)
-    obj = copy.deepcopy({name: value for name, value in obj.items() if name != TAR})  # lhotse takes it apart
+    folder = source.path if os.path.isdir(source.path) else os.path.dirname(source.path)
+    obj = _with_paths({name: value for name, value in obj.items() if name != TAR}, folder)
     try:
         cut = deserialize_item(obj)
     except AttributeError as error:
@@ -185,7 +215,27 @@ def to_cut(obj: dict, source: SourceConfig) -> Cut:
         raise ValueError(f"a {type(cut).__name__}, where a cut is needed; make cuts of it with lhotse")
     if members is not None:
         cut.custom = (cut.custom or {}) | {TAR: members}
-    return _with_defaults(cut, source)
+    return _settled(cut, source)
+
+
+def _with_paths(obj: dict, folder: str) -> dict:
+    """A copy of a lhotse cut in which relative paths are resolved, see `audio_path`."""
+    obj = copy.deepcopy(obj)  # lhotse, too, takes it apart
+    tracks = obj.get("tracks")
+    cuts = [track.get("cut") for track in tracks if isinstance(track, dict)] if isinstance(tracks, list) else [obj]
+    for cut in cuts:
+        if not isinstance(cut, dict):
+            continue
+        recording, features = cut.get("recording"), cut.get("features")
+        sources = recording.get("sources") if isinstance(recording, dict) else None
+        for part in sources if isinstance(sources, list) else ():
+            if isinstance(part, dict) and part.get("type") == "file" and isinstance(part.get("source"), str):
+                part["source"] = audio_path(part["source"], folder)
+        if isinstance(features, dict):
+            path = features.get("storage_path")
+            if isinstance(path, str) and path and not is_remote(path):
+                features["storage_path"] = audio_path(path, folder)
+    return obj
 
 
 def _is_nemo(obj: dict, source: SourceConfig) -> bool:
@@ -199,85 +249,145 @@ def _is_nemo(obj: dict, source: SourceConfig) -> bool:
 
 
 def describe_cut(cut: Cut) -> Entry:
-    """What a cut says of its utterance: the texts of its supervisions in order; languages, task, translation and what
-    the prompt needs are those of the first supervision that has them, or the cut's own custom fields. Cuts that are
-    mixed of several have no word times.
+    """What a cut of `to_cut` says of its utterance: the texts of its supervisions in the order of their times; language
+    and what the prompt needs are those of the first supervision that has them, or the cut's own custom fields. Cuts
+    that are mixed of several have no word times.
 
     Raises:
-        ValueError: a custom field has a wrong type or value.
+        ValueError: it cannot be told what is said, or a custom field has a wrong type or value.
     """
-    has_times = isinstance(cut, DataCut)
-    return _entry(
-        cut.id,
-        duration_of({"duration": cut.duration}),
-        [s.text for s in cut.supervisions],
-        [s.language for s in cut.supervisions],
-        _customs(cut),
-        [words_of(s.alignment, cut.start) if has_times else None for s in cut.supervisions],
-        None,
-    )
+    entry = _entry(cut.id, duration_of({"duration": cut.duration}), parts_of(cut), None)
+    return entry if isinstance(cut, DataCut) else dataclasses.replace(entry, words=None)
 
 
-def _entry(
-    name: str,
-    duration: float,
-    texts: list[str | None],
-    languages: list[str | None],
-    customs: list[dict | None],
-    words: list[tuple[WordTime, ...] | None],
-    source: SourceConfig | None,
-) -> Entry:
+def _entry(name: str, duration: float, parts: Sequence[Part], source: SourceConfig | None) -> Entry:
+    found = [understand(part, source) for part in parts]
+    said = sorted(itertools.chain(*(part.said for part in found)), key=lambda one: bounds(one.supervision))
     fields: dict = {}
-    for custom in customs:
+    for custom in [*(one.supervision.custom for one in said), *(part.custom for part in parts)]:
         fields = (custom or {}) | fields
-    task = task_of(fields) or (source and source.task) or "asr"
-    ast_text = string_of(fields, "ast_text", "answer") if task == "ast" else string_of(fields, "ast_text")
+    if said:
+        inside = in_order(said)
+        writing = _together(said, inside, parts)
+    else:
+        inside, writing = [], _without_supervisions(fields, source)
+    words = [one.supervision.words for one in inside]
     return Entry(
         name,
         duration,
-        " ".join(text.strip() for text in texts if text and text.strip()),
-        next(filter(None, languages), None) or string_of(fields, "lang", "source_lang") or (source and source.lang),
-        task,
-        (ast_text or "").strip(),
-        string_of(fields, "target_lang") or (source and source.target_lang),
+        writing.text,
+        writing.lang,
+        writing.task,
+        writing.ast_text,
+        writing.target_lang,
         None if None in words or not words else tuple(itertools.chain(*words)),
         string_of(fields, "previous"),
         hotwords_of(fields),
     )
 
 
-def _data_cuts(cut: Cut) -> list[DataCut]:
-    """The cuts that a cut consists of, padding and silence aside."""
-    parts = [track.cut for track in cut.tracks if not track.mute] if isinstance(cut, MixedCut) else [cut]
-    return [part for part in parts if not isinstance(part, PaddingCut)]
+def _without_supervisions(fields: dict, source: SourceConfig | None) -> Writing:
+    return what_to_write(fields, None, string_of(fields, "source_lang", "lang"), source)
 
 
-def _customs(cut: Cut) -> list[dict | None]:
-    """The custom fields, those that count most first."""
-    return [*(s.custom for s in cut.supervisions), *(part.custom for part in _data_cuts(cut))]
+def _together(said: Sequence[Said], inside: Sequence[Said], parts: Sequence[Part]) -> Writing:
+    """What is to be written of a whole cut.
+
+    Args:
+        said: all of its supervisions by time.
+        inside: those that have something to write.
+
+    Raises:
+        ValueError: they are to be written in several ways.
+    """
+    writings = [one.writing for one in inside or said]
+    ways = {(w.task, w.target_lang) for w in writings}
+    if len(ways) > 1 and any(task == "ast" for task, _ in ways):
+        listed = ", ".join(f"{task} into {target or 'no language'}" for task, target in sorted(ways, key=str))
+        raise ValueError(f"supervisions of several tasks: {listed}")
+    custom = {name: value for part in parts for name, value in part.custom.items()}
+    return Writing(
+        " ".join(one.writing.text for one in inside if one.writing.text),
+        next((one.writing.lang for one in said if one.writing.lang), None),
+        writings[0].task,
+        translation_of_all(inside, custom),
+        next((w.target_lang for w in writings if w.target_lang), None),
+    )
 
 
-def _with_defaults(cut: Cut, source: SourceConfig) -> Cut:
-    """Fills in what `source` says of all its utterances, where the cut does not. Changes the cut."""
-    entry, parts = describe_cut(cut), _data_cuts(cut)
-    if not parts:
+def _settled(cut: Cut, source: SourceConfig) -> Cut:
+    """The cut so that `describe_cut` says of it what it says to `source`, with the channels that are to be averaged.
+    Changes the cut.
+
+    Raises:
+        ValueError: see `describe_cut`.
+    """
+    parts, cuts = parts_of(cut), data_cuts(cut)
+    _entry(cut.id, duration_of({"duration": cut.duration}), parts, source)  # for its errors
+    settled = {}
+    found = [understand(part, source) for part in parts]
+    for part, data_cut, understood in zip(parts, cuts, found, strict=True):
+        data_cut.supervisions = [_settled_supervision(data_cut, part, one) for one in understood.said]
+        settled[id(data_cut)] = _on_channels(data_cut, part, understood)
+    if cuts and not any(understood.said for understood in found):
+        fields: dict = {}
+        for part in parts:
+            fields = part.custom | fields
+        writing = _without_supervisions(fields, source)
+        stated = _stated(writing) | {"lang": writing.lang, "source_lang": writing.lang}
+        stated["asr_text"] = writing.text or None
+        first = settled[id(cuts[0])]
+        first.custom = (first.custom or {}) | {name: value for name, value in stated.items() if value is not None}
+    if isinstance(cut, MixedCut):
+        for track in cut.tracks:
+            track.cut = settled.get(id(track.cut), track.cut)
         return cut
-    stated = {}
-    if entry.lang is None and source.lang is not None:
-        supervisions = [supervision for part in parts for supervision in part.supervisions]
-        for supervision in supervisions:
-            supervision.language = source.lang
-        if not supervisions:
-            stated["lang"] = source.lang
-    if entry.target_lang is None and source.target_lang is not None:
-        stated["target_lang"] = source.target_lang
-    if source.task is not None and not any(custom and task_of(custom) for custom in _customs(cut)):
-        stated["task"] = source.task
-    if stated:
-        parts[0].custom = (parts[0].custom or {}) | stated
-    if source.channel is not None and isinstance(cut, DataCut):
-        cut.custom = (cut.custom or {}) | {"channel": source.channel}
-    return cut
+    return settled.get(id(cut), cut)
+
+
+def _settled_supervision(cut: DataCut, part: Part, one: Said) -> SupervisionSegment:
+    original, supervision, writing = cut.supervisions[one.supervision.number], one.supervision, one.writing
+    stated = _stated(writing)
+    of_cut, of_supervision = (
+        any(custom.get(name) is not None for name in TRANSLATIONS) for custom in (part.custom, supervision.custom)
+    )
+    if of_cut and not of_supervision:  # one for all supervisions of the cut
+        cut.custom = (cut.custom or {}) | {"ast_text": stated.pop("ast_text", writing.ast_text)}
+    if (supervision.custom | part.custom).get("source_lang") is not None:
+        stated["source_lang"] = writing.lang
+    custom = (original.custom or {}) | {name: value for name, value in stated.items() if value is not None}
+    alignment = original.alignment
+    if alignment is not None and supervision.words is not None:
+        items = zip(alignment["word"], supervision.words, strict=True)
+        alignment = alignment | {"word": [item._replace(symbol=word.word) for item, word in items]}
+    text = None if original.text is None and not writing.text else writing.text
+    return fastcopy(original, text=text, language=writing.lang, custom=custom or None, alignment=alignment)
+
+
+def _stated(writing: Writing) -> dict[str, str | None]:
+    """The custom fields that say what is to be written; none of a plain transcript."""
+    if writing.task == "asr" and writing.target_lang is None and not writing.ast_text:
+        return {}
+    stated: dict[str, str | None] = {"task": writing.task, "target_lang": writing.target_lang}
+    # of a translation even where it is empty: the text would be taken for it
+    return stated | {"ast_text": writing.ast_text if writing.task == "ast" else writing.ast_text or None}
+
+
+def _on_channels(cut: DataCut, part: Part, understood: Understood) -> DataCut:
+    """The cut of these of its channels alone."""
+    if understood.channels == part.channels:
+        return cut
+    channels = sorted(understood.channels)
+    channel = channels[0] if len(channels) == 1 else channels
+    return (MonoCut if len(channels) == 1 else MultiCut)(
+        cut.id,
+        cut.start,
+        cut.duration,
+        channel,
+        [fastcopy(supervision, channel=channel) for supervision in cut.supervisions],
+        recording=cut.recording,
+        custom=cut.custom,
+    )
 
 
 class LazyManifest(Dillable):
@@ -323,27 +433,98 @@ def has_shards(source: SourceConfig) -> bool:
     return _kind(source) in ("tarred", "shar")
 
 
-def stream_cuts(source: SourceConfig, seed: int, epoch: int) -> Iterator[Cut | ManifestError]:
+def stream_cuts(
+    source: SourceConfig, seed: int, epoch: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Cut | ManifestError]:
     """One pass through a source in the order of its files; shards of tar files come in an order that follows from
-    `seed` and `epoch`, with their audio in memory. In place of a line that cannot be used comes what is wrong with it.
+    `seed` and `epoch`. Audio in tar files is read when the cut is used; that of URLs, commands and compressed tar files
+    is in memory. In place of a line that cannot be used comes what is wrong with it.
+
+    Args:
+        rank, world_size: each rank has as many shards, all its own; of the shards that are left, and of sources without
+            shards, every `world_size`-th cut.
 
     Raises:
         ManifestError: files are missing.
     """
-    rng = np.random.default_rng([seed, epoch])
-    kind = _kind(source)
-    if kind == "tarred":
-        yield from (found for _, found in stream_tarred(source, rng))
-    elif kind == "shar":
-        yield from (_with_defaults_or_error(where, found, source) for where, found in stream_shar(source, rng))
-    else:
-        yield from _cuts(source)
+    if not has_shards(source):
+        yield from islice(_cuts(source), rank, None, world_size)
+        return
+    errors, shards = _shard_streams(source)
+    yield from errors
+    order = np.random.default_rng([seed, epoch]).permutation(len(shards))
+    shared_out = len(order) // world_size * world_size
+    for i in order[:shared_out][rank::world_size]:
+        yield from shards[i]()
+    for i in order[shared_out:]:
+        yield from islice(shards[i](), rank, None, world_size)
 
 
-def _with_defaults_or_error(where: str, found: Cut | ManifestError, source: SourceConfig) -> Cut | ManifestError:
+def _shard_streams(
+    source: SourceConfig,
+) -> tuple[list[ManifestError], list[Callable[[], Iterator[Cut | ManifestError]]]]:
+    """Lines that belong to no shard, and what opens the stream of each shard."""
+    if _kind(source) == "tarred":
+        found = tar_shards(source)
+        streams = [
+            partial(_cuts_in_place, tarred_shard_objects, shard, source)
+            if _can_be_read_in_place(shard.tar)
+            else partial(_cuts_in_memory, partial(stream_tarred_shard, shard, source), None)
+            for shard in found.shards
+        ]
+        return [error for _, error in found.errors], streams
+    return [], [
+        partial(_cuts_in_place, shar_shard_objects, shard, source)
+        if all(_can_be_read_in_place(path) for field, path in shard.items() if field != "cuts")
+        else partial(_cuts_in_memory, partial(stream_shar_shard, shard), source)
+        for shard in shar_shards(source)
+    ]
+
+
+def _can_be_read_in_place(path: str) -> bool:
+    """Whether the members of a tar file, or the lines of what stands for one, can be read at any time."""
+    return not is_remote(path) and (".jsonl" in path or not is_compressed(path))
+
+
+def _cuts_in_place(
+    objects: Callable[[Any], Iterator[tuple[str, dict | ManifestError]]], shard: Any, source: SourceConfig
+) -> Iterator[Cut | ManifestError]:
+    """The cuts of a shard. One that cannot be read to its end is one error, not one for each line that is left."""
+    is_broken = False
+    try:
+        for where, found in objects(shard):
+            if isinstance(found, ShardError) and not is_broken:
+                is_broken = True
+                yield found
+            if isinstance(found, ManifestError):
+                if not is_broken:
+                    yield found
+                continue
+            try:
+                cut = to_cut(found, source)
+            except LINE_ERRORS as error:
+                yield ManifestError(f"{where}: {explain(error)}")
+            else:
+                yield cut
+    except ManifestError as error:
+        yield ShardError(str(error))
+
+
+def _cuts_in_memory(
+    stream: Callable[[], Iterator[tuple[str, Cut | ManifestError]]], source: SourceConfig | None
+) -> Iterator[Cut | ManifestError]:
+    """
+    Args:
+        source: what it says is still to be filled in; None if not.
+    """
+    for where, found in stream():
+        yield found if source is None else _settled_or_error(where, found, source)
+
+
+def _settled_or_error(where: str, found: Cut | ManifestError, source: SourceConfig) -> Cut | ManifestError:
     if isinstance(found, ManifestError):
         return found
     try:
-        return _with_defaults(found, source)
+        return _settled(found, source)
     except LINE_ERRORS as error:
         return ManifestError(f"{where}: cut {found.id}: {explain(error)}")

@@ -14,79 +14,145 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from lhotse import AudioSource, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 from lhotse.serialization import open_best
 from lhotse.supervision import AlignmentItem
 
 from speechllm.data.features import SAMPLE_RATE
+from speechllm.data.manifests.headers import audio_seconds, command_seconds
+from speechllm.data.manifests.lines import (
+    existing_files,
+    expand_braces,
+    is_skipped,
+    open_lines,
+    parse_line,
+    parsed_lines,
+)
 from speechllm.data.manifests.source import (
     LINE_ERRORS,
     Entry,
     ManifestError,
+    ShardError,
     SourceConfig,
+    audio_path,
     duration_of,
-    existing_files,
-    expand_braces,
     explain,
+    field_at,
     hotwords_of,
     is_remote,
-    parse_line,
-    parsed_lines,
     seconds_of,
     string_of,
-    task_of,
     words_of,
 )
-from speechllm.data.manifests.tar import TAR, in_memory, scan_tar
+from speechllm.data.manifests.tar import TAR, in_memory, read_member, scan_tar
+from speechllm.data.manifests.task import what_to_write
+from speechllm.prompt.label import WordTime
+from speechllm.text.normalize import normalize_text
 
 # Custom fields of cuts that come from NeMo lines: the header of the audio file has not been read yet; the line is of a
 # part of the file.
 HEADER_UNREAD = "header_unread"
 IS_SEGMENT = "is_segment"
 
+# Which channel of the file, or which of them to average: a number or a list; and one to choose only if the file has
+# several, as it may have been cut out of them already.
+CHANNEL = "channel"
+CHANNEL_OF_SEVERAL = "channel_of_several"
+
 # Instead of `audio_filepath`, in lines made from Kaldi directories: a command that writes the audio.
 AUDIO_COMMAND = "audio_command"
+
+# Fields of lines that are something else, and the way out.
+_UNSERVED = {
+    "conversations": "conversations of several turns (NeMo's multimodal_conversation) are not used: give a line with "
+    "audio_filepath and text for each turn",
+    "text_filepath": "texts in files of their own are not read: put them into the lines as text",
+}
 
 
 def is_nemo(line: dict) -> bool:
     """Whether the object of a line is NeMo's."""
-    return "audio_filepath" in line or AUDIO_COMMAND in line
+    return "audio_filepath" in line or AUDIO_COMMAND in line or not _UNSERVED.keys().isdisjoint(line)
 
 
 def describe_nemo(line: dict, source: SourceConfig) -> Entry:
     """What a line says; without a field `id`, the id is the audio path without extension, and the offset.
 
+    The header of the audio is read only where the line has no duration: it is the whole file then, or the rest of it.
+
     Raises:
-        KeyError, ValueError: a field is missing, or has a wrong type or value.
+        KeyError, ValueError: a field is missing, has a wrong type or value, or is of a kind of line that is not used.
     """
+    for name, complaint in _UNSERVED.items():
+        if line.get(name) is not None:
+            raise ValueError(f"{name}: {complaint}")
     path = line[AUDIO_COMMAND] if AUDIO_COMMAND in line else line["audio_filepath"]
+    if isinstance(path, list):
+        raise ValueError(f"audio_filepath: a list of {len(path)} files; give a line for each, or a MultiCut of lhotse")
     if not isinstance(path, str) or not path:
         raise ValueError(f"audio_filepath: expected a path, found {path!r}")
     offset = seconds_of(line, "offset") if line.get("offset") is not None else 0.0
     name = line.get("id")
-    task = task_of(line) or source.task or "asr"
-    text = string_of(line, "text", "asr_text")
-    ast_text = string_of(line, "ast_text")
-    answer = string_of(line, "answer")  # Canary's name for whatever the task asks for
-    if answer is not None:
-        if task == "ast" and ast_text is None:
-            ast_text = answer
-        elif task == "asr" and text is None:
-            text = answer
+    _channel(line, source)
+    text = field_at(line, source.text_field or "text")
+    language = field_at(line, source.lang_field) if source.lang_field else string_of(line, "source_lang", "lang")
+    writing = what_to_write(line, text, language, source)
+    words = _words(line, offset, source, writing.lang)
     return Entry(
         _derived_id(path, offset) if name is None else str(name),
-        duration_of(line),
-        (text or "").strip(),
-        string_of(line, "lang", "source_lang") or source.lang,
-        task,
-        (ast_text or "").strip(),
-        string_of(line, "target_lang") or source.target_lang,
-        words_of(line.get("alignment"), offset),
+        duration_of(line) if line.get("duration") is not None else _seconds_from(offset, line, source),
+        writing.text,
+        writing.lang,
+        writing.task,
+        writing.ast_text,
+        writing.target_lang,
+        words if writing.text or writing.ast_text else None,
         string_of(line, "previous"),
         hotwords_of(line),
     )
+
+
+def _words(line: dict, offset: float, source: SourceConfig, lang: str | None) -> tuple[WordTime, ...] | None:
+    words = words_of(line.get("alignment"), offset)
+    if words is None or not source.text:
+        return words
+    return tuple(word._replace(word=normalize_text(word.word, source.text, lang)) for word in words)
+
+
+def _seconds_from(offset: float, line: dict, source: SourceConfig) -> float:
+    """Seconds from `offset` to the end of the file."""
+    if AUDIO_COMMAND in line:
+        seconds = command_seconds(line[AUDIO_COMMAND])
+    elif TAR in line:
+        seconds = audio_seconds(read_member(line[TAR]["recording"]))
+    else:
+        seconds = audio_seconds(_audio_source(line, source).source)
+    return _rest(seconds, offset)
+
+
+def _rest(seconds: float, offset: float) -> float:
+    if offset >= seconds:
+        raise ValueError(f"offset: {offset:g} s is beyond the {seconds:.3f} s of the file")
+    return seconds - offset
+
+
+def _channel(line: dict, source: SourceConfig) -> int | list[int] | None:
+    """Which channels to average; None for all.
+
+    Raises:
+        ValueError: the line says something else.
+    """
+    name = next((name for name in ("channel", "channel_selector") if line.get(name) is not None), None)
+    if name is None:
+        return source.channel
+    value = line[name]
+    if value == "average":
+        return None
+    numbers = value if isinstance(value, list) else [value]
+    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        raise ValueError(f"{name}: expected the number of a channel, a list of them, or average, found {value!r}")
+    return numbers if isinstance(value, list) else value
 
 
 def nemo_cut(line: dict, source: SourceConfig) -> MonoCut:
@@ -110,8 +176,9 @@ def nemo_cut(line: dict, source: SourceConfig) -> MonoCut:
         duration=num_samples / SAMPLE_RATE,
     )
     stated = {
-        "task": task_of(line) or source.task,
-        "ast_text": entry.ast_text or None,
+        # a translation is said to be one even where it is empty: the text would be taken for it
+        "task": entry.task if entry.task == "ast" or entry.target_lang or entry.ast_text else None,
+        "ast_text": entry.ast_text if entry.task == "ast" else entry.ast_text or None,
         "target_lang": entry.target_lang,
         "previous": entry.previous,
         "hotwords": None if entry.hotwords is None else list(entry.hotwords),
@@ -125,20 +192,25 @@ def nemo_cut(line: dict, source: SourceConfig) -> MonoCut:
         language=entry.lang,
         speaker=string_of(line, "speaker"),
         custom={name: value for name, value in stated.items() if value is not None} or None,
-        alignment=_alignment(line),
+        alignment=_alignment(line, entry),
     )
     custom = {HEADER_UNREAD: True, IS_SEGMENT: is_segment}
-    if source.channel is not None:
-        custom["channel"] = source.channel
+    for name, value in ((CHANNEL, _channel(line, source)), (CHANNEL_OF_SEVERAL, line.get(CHANNEL_OF_SEVERAL))):
+        if value is not None:
+            custom[name] = value
     if TAR in line:
         custom[TAR] = line[TAR]
     return MonoCut(entry.id, offset, entry.duration, 0, supervisions=[supervision], recording=recording, custom=custom)
 
 
-def _alignment(line: dict) -> dict[str, list[AlignmentItem]] | None:
+def _alignment(line: dict, entry: Entry) -> dict[str, list[AlignmentItem]] | None:
     if line.get("alignment") is None:
         return None
-    return {kind: [AlignmentItem.deserialize(item) for item in items] for kind, items in line["alignment"].items()}
+    alignment = {kind: [AlignmentItem.deserialize(item) for item in items] for kind, items in line["alignment"].items()}
+    if entry.words is not None:
+        items = zip(alignment["word"], entry.words, strict=True)
+        alignment["word"] = [item._replace(symbol=word.word) for item, word in items]
+    return alignment
 
 
 def _derived_id(path: str, offset: float) -> str:
@@ -150,27 +222,21 @@ def _derived_id(path: str, offset: float) -> str:
 def _audio_source(line: dict, source: SourceConfig) -> AudioSource:
     if AUDIO_COMMAND in line:
         return AudioSource(type="command", channels=[0], source=line[AUDIO_COMMAND])
-    # in a tar file this is a name to be shown; the data come from elsewhere
-    folder = line[TAR]["recording"]["path"] if TAR in line else os.path.dirname(source.path)
-    return AudioSource(type="file", channels=[0], source=os.path.join(folder, line["audio_filepath"]))
+    if TAR in line:  # a name to be shown; the data come from elsewhere
+        path = os.path.join(line[TAR]["recording"]["path"], line["audio_filepath"])
+    else:
+        path = audio_path(line["audio_filepath"], os.path.dirname(source.path))
+    return AudioSource(type="file", channels=[0], source=path)
 
 
-def nemo_objects(files: list[str]) -> Iterator[tuple[str, dict | ManifestError]]:
-    """FILE:LINE and object of the lines of several manifests."""
-    for path in files:
-        for where, found in parsed_lines(path):
-            if len(files) > 1 and not isinstance(found, ManifestError):
-                found = _with_full_path(found, os.path.dirname(path))
-            yield where, found
-
-
-def _with_full_path(line: dict, folder: str) -> dict:
-    """Several manifests may lie in several folders; the id stays what it would be from the path as it is given."""
-    try:
-        name = describe_nemo(line, SourceConfig(folder)).id
-    except LINE_ERRORS:
-        return line  # has the same error when it is described, or is no NeMo line
-    return line | {"id": name, "audio_filepath": os.path.abspath(os.path.join(folder, line["audio_filepath"]))}
+def with_full_path(line: dict, folder: str) -> dict:
+    """The line of one of several manifests, which may lie in several folders, with the whole path of its audio; the id
+    stays what it would be from the path as it is given."""
+    path, offset = line.get("audio_filepath"), line.get("offset") or 0.0
+    if not isinstance(path, str) or not isinstance(offset, (int, float)):
+        return line  # an error when it is described
+    name = _derived_id(path, offset) if line.get("id") is None else line["id"]
+    return line | {"id": name, "audio_filepath": os.path.abspath(audio_path(path, folder))}
 
 
 @dataclass
@@ -186,7 +252,7 @@ class TarShard:
         if self.places is None:
             yield from parsed_lines(self.manifest)
             return
-        with open_best(self.manifest, "rb") as file:
+        with open_lines(self.manifest) as file:
             for number, offset in zip(*self.places, strict=True):
                 file.seek(offset)
                 yield f"{self.manifest}:{number}", parse_line(file.readline())
@@ -218,7 +284,7 @@ def tarred_files(source: SourceConfig) -> tuple[list[str], list[str]]:
     return manifests, tars
 
 
-def _shards(source: SourceConfig) -> TarShards:
+def tar_shards(source: SourceConfig) -> TarShards:
     manifests, tars = tarred_files(source)
     if len(manifests) == len(tars):
         return TarShards([TarShard(*pair) for pair in zip(tars, manifests, strict=True)])
@@ -229,7 +295,7 @@ def _shards(source: SourceConfig) -> TarShards:
     by_number = {_shard_number(shard.tar): shard for shard in result.shards}
     if None in by_number or len(by_number) < len(tars):
         raise ManifestError(f"{source.tar_path}: the names must end in the numbers of the shards, as in audio_0.tar")
-    with open_best(manifest, "rb") as file:
+    with open_lines(manifest) as file:
         offset = 0
         for number, line in enumerate(file, start=1):
             if not line.isspace():
@@ -254,28 +320,37 @@ def _shard_number(tar: str) -> int | None:
 
 def tarred_objects(source: SourceConfig) -> Iterator[tuple[str, dict | ManifestError]]:
     """FILE:LINE and object of every line, with where its audio is in the tar shard; shard by shard."""
-    shards = _shards(source)
+    shards = tar_shards(source)
     yield from shards.errors
     for shard in shards.shards:
-        members = {}
+        yield from tarred_shard_objects(shard)
+
+
+def tarred_shard_objects(shard: TarShard) -> Iterator[tuple[str, dict | ManifestError]]:
+    """Those of one shard."""
+    members = {}
+    try:
+        for member in scan_tar(shard.tar):
+            members[member["name"].removeprefix("./")] = member
+    except ManifestError as error:
+        yield shard.tar, ShardError(str(error))
+    used = set()
+    for where, line in shard.lines():
+        if isinstance(line, ManifestError):
+            yield where, line
+            continue
+        name = next((name for name in (*_member_names(line), _whole_file(line)) if name in members), None)
+        if name is None:
+            yield where, _no_member(where, line, shard)
+            continue
+        used.add(name)
         try:
-            for member in scan_tar(shard.tar):
-                members[member["name"].removeprefix("./")] = member
-        except ManifestError as error:
-            yield shard.tar, error
-        used = set()
-        for where, line in shard.lines():
-            if isinstance(line, ManifestError):
-                yield where, line
-                continue
-            name = next((name for name in (*_member_names(line), _whole_file(line)) if name in members), None)
-            if name is None:
-                yield where, _no_member(where, line, shard)
-                continue
-            used.add(name)
-            yield where, line | {TAR: {"recording": members[name]}}
-        for name in (name for name in members if name not in used):
-            yield _no_line(name, shard)
+            if not is_skipped(line):
+                yield where, line | {TAR: {"recording": members[name]}}
+        except ValueError as error:
+            yield where, ManifestError(f"{where}: {error}")
+    for name in (name for name in members if name not in used):
+        yield _no_line(name, shard)
 
 
 def _member_names(line: dict) -> list[str]:
@@ -302,16 +377,9 @@ def _no_line(name: str, shard: TarShard) -> tuple[str, ManifestError]:
     return where, ManifestError(f"{where}: no line of {shard.manifest} is about it")
 
 
-def stream_tarred(source: SourceConfig, rng: np.random.Generator) -> Iterator[tuple[str, MonoCut | ManifestError]]:
-    """FILE:LINE and cut of every line, with its audio in memory; the shards in random order, each read once from
-    beginning to end."""
-    shards = _shards(source)
-    yield from shards.errors
-    for i in rng.permutation(len(shards.shards)):
-        yield from _stream_shard(shards.shards[i], source)
-
-
-def _stream_shard(shard: TarShard, source: SourceConfig) -> Iterator[tuple[str, MonoCut | ManifestError]]:
+def stream_tarred_shard(shard: TarShard, source: SourceConfig) -> Iterator[tuple[str, MonoCut | ManifestError]]:
+    """FILE:LINE and cut of every line of a shard, with its audio in memory: read once from beginning to end, as URLs,
+    commands and compressed files need it."""
     missing: dict[str, dict] = {}
     by_name: dict[str, list[str]] = {}
     parts: dict[str, list[str]] = {}
@@ -330,27 +398,36 @@ def _stream_shard(shard: TarShard, source: SourceConfig) -> Iterator[tuple[str, 
     for name, data in _readable(shard.tar, lambda: _members(shard.tar)):
         if isinstance(data, ManifestError):
             yield name, data
-            continue
+            return  # where the rest of the audio is missing, all the lines that are left are not worth a word
         own = [where for where in by_name.get(name, ()) if where in missing]
         for where in own:
-            yield where, _cut_in_memory(where, missing.pop(where), source, data)
+            yield from _cut_in_memory(where, missing.pop(where), source, data)
         waiting += ((where, data) for where in parts.get(name, ()))
         if not own and name not in parts:
             yield _no_line(name, shard)
     for where, data in waiting:
         if where in missing:
-            yield where, _cut_in_memory(where, missing.pop(where), source, data)
+            yield from _cut_in_memory(where, missing.pop(where), source, data)
     for where, line in missing.items():
         yield where, _no_member(where, line, shard)
 
 
-def _cut_in_memory(where: str, line: dict, source: SourceConfig, data: bytes) -> MonoCut | ManifestError:
+def _cut_in_memory(
+    where: str, line: dict, source: SourceConfig, data: bytes
+) -> Iterator[tuple[str, MonoCut | ManifestError]]:
+    """The one cut, or none of a line that is to be skipped."""
     try:
+        if is_skipped(line):
+            return
+        if line.get("duration") is None:
+            offset = seconds_of(line, "offset") if line.get("offset") is not None else 0.0
+            line = line | {"duration": _rest(audio_seconds(data), offset)}
         cut = nemo_cut(line, source)
     except LINE_ERRORS as error:
-        return ManifestError(f"{where}: {explain(error)}")
+        yield where, ManifestError(f"{where}: {explain(error)}")
+        return
     cut.recording = in_memory(cut.recording, data)
-    return cut
+    yield where, cut
 
 
 def _members(tar_path: str) -> Iterator[tuple[str, bytes]]:
@@ -368,4 +445,4 @@ def _readable(path: str, read: Callable[[], Iterator[tuple]]) -> Iterator[tuple]
     except MemoryError:
         raise
     except Exception as error:  # of lhotse's ways to open URLs and commands each has its own
-        yield path, ManifestError(f"{path}: cannot be read to its end ({error})")
+        yield path, ShardError(f"{path}: cannot be read to its end ({error})")

@@ -6,20 +6,11 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 from lhotse import CutSet
 from lhotse.cut import Cut
 
-from speechllm.data.manifests.source import (
-    LINE_ERRORS,
-    ManifestError,
-    SourceConfig,
-    expand_braces,
-    explain,
-    is_remote,
-    parse_line,
-    parsed_lines,
-)
+from speechllm.data.manifests.lines import expand_braces, is_skipped, parse_line, parsed_lines
+from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, ShardError, SourceConfig, explain, is_remote
 from speechllm.data.manifests.tar import TAR, Member, read_member, scan_tar
 
 # Those of the fields of a Shar directory that are of use here.
@@ -60,19 +51,27 @@ def _recording_beside(cuts: str) -> str:
 def shar_objects(source: SourceConfig) -> Iterator[tuple[str, dict | ManifestError]]:
     """FILE:LINE and object of every cut, with what its tar files say of its audio and features, and where they are."""
     for shard in shar_shards(source):
-        data = {field: _field_data(field, path) for field, path in shard.items() if field != "cuts"}
-        for where, cut in parsed_lines(shard["cuts"]):
-            found = {field: next(items, None) for field, items in data.items()}
-            if isinstance(cut, ManifestError):
-                yield where, cut
-                continue
-            try:
+        yield from shar_shard_objects(shard)
+
+
+def shar_shard_objects(shard: dict[str, str]) -> Iterator[tuple[str, dict | ManifestError]]:
+    """Those of one shard."""
+    data = {field: _field_data(field, path) for field, path in shard.items() if field != "cuts"}
+    for where, cut in parsed_lines(shard["cuts"]):
+        found = {field: next(items, None) for field, items in data.items()}
+        if isinstance(cut, ManifestError):
+            yield where, cut
+            continue
+        try:
+            if not is_skipped(cut):
                 yield where, _with_data(cut, found, shard)
-            except LINE_ERRORS as error:
-                yield where, ManifestError(f"{where}: {explain(error)}")
-        for name, _, _ in chain(*data.values()):
-            where = f"{shard['cuts']}:{name}"
-            yield where, ManifestError(f"{where}: the shard has data of this cut, and ends before it")
+        except ShardError as error:
+            yield where, error
+        except LINE_ERRORS as error:
+            yield where, ManifestError(f"{where}: {explain(error)}")
+    for name, _, _ in chain(*data.values()):
+        where = f"{shard['cuts']}:{name}"
+        yield where, ManifestError(f"{where}: the shard has data of this cut, and ends before it")
 
 
 def _field_data(field: str, path: str) -> Iterator[tuple[str, dict | ManifestError | None, Member | None]]:
@@ -85,7 +84,7 @@ def _field_data(field: str, path: str) -> Iterator[tuple[str, dict | ManifestErr
                 yield line.get("cut_id"), line.get(field), None
         return
     try:
-        members = scan_tar(path)
+        members = _scanned(path)
         for member in members:
             sidecar = next(members, None)
             name, _, extension = member["name"].rpartition(".")
@@ -99,7 +98,20 @@ def _field_data(field: str, path: str) -> Iterator[tuple[str, dict | ManifestErr
                 except LINE_ERRORS as error:
                     yield name, ManifestError(f"{path}: {sidecar['name']}: {explain(error)}"), None
     except (ManifestError, OSError) as error:
-        yield path, ManifestError(str(error)), None
+        yield path, ShardError(str(error)), None
+
+
+def _scanned(path: str) -> Iterator[Member]:
+    """The members of a tar file, which is not open meanwhile: a shard has about a thousand."""
+    members: list[Member] = []
+    error = None
+    try:
+        members.extend(scan_tar(path))
+    except ManifestError as found:
+        error = found
+    yield from members
+    if error is not None:
+        raise error
 
 
 def _with_data(cut: dict, found: dict[str, tuple | None], shard: dict[str, str]) -> dict:
@@ -121,16 +133,15 @@ def _with_data(cut: dict, found: dict[str, tuple | None], shard: dict[str, str])
     return cut | {TAR: members} if members else cut
 
 
-def stream_shar(source: SourceConfig, rng: np.random.Generator) -> Iterator[tuple[str, Cut | ManifestError]]:
-    """Shard and cut, with audio and features in memory; the shards in random order. What cannot be read ends its
-    shard, not the stream."""
-    shards = shar_shards(source)
-    for i in rng.permutation(len(shards)):
-        where = shards[i]["cuts"]
-        try:
-            for cut in CutSet.from_shar(fields={field: [path] for field, path in shards[i].items()}):
+def stream_shar_shard(shard: dict[str, str]) -> Iterator[tuple[str, Cut | ManifestError]]:
+    """Shard and cut, with audio and features in memory: read once from beginning to end, as URLs and commands need it.
+    What cannot be read ends the shard."""
+    where = shard["cuts"]
+    try:
+        for cut in CutSet.from_shar(fields={field: [path] for field, path in shard.items()}):
+            if not is_skipped({"custom": cut.custom}):
                 yield where, cut
-        except MemoryError:
-            raise
-        except Exception as error:  # of lhotse's readers each has its own, those of commands Exception itself
-            yield where, ManifestError(f"{where}: the rest of the shard is left out: {explain(error)}")
+    except MemoryError:
+        raise
+    except Exception as error:  # of lhotse's readers each has its own, those of commands Exception itself
+        yield where, ShardError(f"{where}: the rest of the shard is left out: {explain(error)}")

@@ -1,20 +1,19 @@
-"""What manifests of all kinds share: their place in the configuration, entries, lines and errors."""
+"""What manifests of all kinds share: their place in the configuration, entries, values of fields and errors."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-from lhotse.serialization import open_best
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from speechllm.errors import UserError
 from speechllm.prompt.label import LabelError, LabelTemplate, WordTime
-from speechllm.text.normalize import normalize_text
+from speechllm.text.languages import is_language_tag, language_tag
+from speechllm.text.normalize import check_steps, normalize_text
 
 # Words may begin and end so many seconds outside of the audio that a manifest says.
 _TIME_TOLERANCE = 0.1
@@ -22,7 +21,10 @@ _TIME_TOLERANCE = 0.1
 KINDS = ("auto", "nemo", "lhotse", "shar", "kaldi")
 
 # What people call the tasks: NeMo's manifests, and Canary's among them.
-_TASKS = {"asr": "asr", "transcribe": "asr", "ast": "ast", "s2t_translation": "ast", "translate": "ast"}
+_TASKS = {
+    "asr": "asr", "transcribe": "asr", "transcription": "asr",
+    "ast": "ast", "s2t_translation": "ast", "translate": "ast", "translation": "ast",
+}  # fmt: skip
 
 
 class DataError(UserError):
@@ -31,6 +33,10 @@ class DataError(UserError):
 
 class ManifestError(DataError):
     """A manifest that is missing, or a line of it that cannot be used; the message has file and line number."""
+
+
+class ShardError(ManifestError):
+    """A shard of which nothing, or nothing more, can be read."""
 
 
 # What a line that is nonsense raises.
@@ -59,6 +65,12 @@ class SourceConfig:
     read in order instead of by index, for data that cannot be read at random. Only streams may be URLs or `pipe:`
     commands: the tar shards of NeMo, or a brace pattern of the cuts.*.jsonl.gz of Shar, with recording.*.tar beside
     them. lhotse does not unpack what comes from commands: `| gzip -dcf` does, and passes tar files on as they are.
+
+    `text_field`, `lang_field`: where the text, and the language of the speech, are, if not in `text` and `lang`: a
+    field of the line, or of the supervision of a lhotse cut, with dots on the way to it (`custom.texts.0` in
+    Libriheavy, whose cuts have two texts). `text`: steps of normalisation for the texts of this source, before those of
+    `data.text`. `languages`: tags of your own, `{what the lines say: tag}`; other names and codes become tags of ISO
+    639 (`speechllm.text.languages`).
     """
 
     path: str
@@ -70,6 +82,10 @@ class SourceConfig:
     task: str | None = None
     channel: int | None = None
     stream: bool = False
+    text_field: str | None = None
+    lang_field: str | None = None
+    text: list[str] = field(default_factory=list)
+    languages: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._require(self.kind in KINDS, "kind", f"is none of {', '.join(KINDS)}")
@@ -84,6 +100,35 @@ class SourceConfig:
         for name in ("path", "tar_path"):
             remote = is_remote(getattr(self, name) or "")
             self._require(not remote or self.stream, name, "can only be read as a stream: set stream: true")
+        try:
+            check_steps(self.text)
+        except ValueError as error:
+            raise ValueError(f"source {self.path}: {error}") from error
+
+    def language(self, name: str | None) -> str | None:
+        """The tag of a language that a line names."""
+        if name is None or not name.strip():
+            return None
+        return self.languages[name] if name in self.languages else language_tag(name)
+
+    @property
+    def stated_lang(self) -> str | None:
+        """`lang` as a tag."""
+        return self.language(self.lang)
+
+    @property
+    def stated_target_lang(self) -> str | None:
+        """`target_lang` as a tag."""
+        return self.language(self.target_lang)
+
+    def is_known_language(self, tag: str | None) -> bool:
+        """Whether a tag is of ISO 639, or stated in the configuration; None says nothing that is not known."""
+        own = (None, self.stated_lang, self.stated_target_lang, *self.languages.values())
+        return tag in own or is_language_tag(tag)
+
+    def unknown_languages(self, entry: Entry) -> list[str]:
+        """Those tags of an utterance that are not known."""
+        return [tag for tag in (entry.lang, entry.target_lang) if not self.is_known_language(tag)]
 
     def _require(self, condition: bool, name: str, complaint: str) -> None:
         if not condition:
@@ -118,75 +163,14 @@ def is_remote(path: str) -> bool:
     return path.startswith("pipe:") or "://" in path
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """`a_{0..2}.tar` or `a_{x,y}.tar` as bash expands them, all combinations; `_OP_` and `_CL_` are braces too, as in
-    NeMo. What can be neither stays as it is."""
-    pattern = pattern.replace("_OP_", "{").replace("_CL_", "}")
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last, names = match.groups()
-    if names is None:
-        padded = any(len(number) > 1 and number[0] == "0" for number in (first, last))
-        width = max(len(first), len(last)) if padded else 0
-        step = 1 if int(first) <= int(last) else -1
-        choices = [f"{number:0{width}}" for number in range(int(first), int(last) + step, step)]
-    else:
-        choices = names.split(",")
-    rests = expand_braces(pattern[match.end() :])
-    return [pattern[: match.start()] + choice + rest for choice in choices for rest in rests]
-
-
-def existing_files(pattern: str) -> list[str]:
-    """The files that a brace pattern stands for; also that of a file whose own name has braces.
-
-    Raises:
-        ManifestError: one of them does not exist.
-    """
-    files = [pattern] if Path(pattern).is_file() else expand_braces(pattern)
-    for file in files:
-        if not is_remote(file) and not Path(file).is_file():
-            raise ManifestError(f"{file}: no such manifest file")
-    return files
-
-
-def numbered_lines(path: str) -> Iterator[tuple[str, bytes]]:
-    """FILE:LINE and the line, of all that are not blank; one at a time, unpacked when the name ends in .gz.
-
-    Raises:
-        ManifestError: the file cannot be read, or not to its end.
-    """
-    number = 0
-    try:
-        with open_best(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.isspace():
-                    yield f"{path}:{number}", line
-    except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged gzip file
-        raise ManifestError(f"{path}: cannot be read after line {number}: {error}") from error
-
-
-def parse_line(line: bytes) -> dict:
-    """The JSON object of one line.
-
-    Raises:
-        ValueError: it is not JSON, not UTF-8, or not an object.
-    """
-    obj = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
-    if not isinstance(obj, dict):
-        raise ValueError(f"expected a JSON object, found {type(obj).__name__}")
-    if b"\\ud" in line or b"\\uD" in line:  # an escaped half of a surrogate pair is JSON, and no text
-        json.dumps(obj, ensure_ascii=False).encode()
-    return obj
-
-
-def parsed_lines(path: str) -> Iterator[tuple[str, dict | ManifestError]]:
-    """FILE:LINE and its object, or what is wrong with the line."""
-    for where, line in numbered_lines(path):
-        try:
-            yield where, parse_line(line)
-        except LINE_ERRORS as error:
-            yield where, ManifestError(f"{where}: {explain(error)}")
+def audio_path(path: str, folder: str) -> str:
+    """Where a file is that a manifest in `folder` names: beside the manifest, or, if it is not there, from the current
+    directory, as NeMo looks for it."""
+    path = os.path.expanduser(path)
+    beside = os.path.join(folder, path)
+    if os.path.isabs(path) or os.path.exists(beside) or not os.path.exists(path):
+        return beside
+    return os.path.abspath(path)
 
 
 def string_of(fields: dict, *names: str) -> str | None:
@@ -198,10 +182,36 @@ def string_of(fields: dict, *names: str) -> str | None:
     for name in names:
         value = fields.get(name)
         if value is not None:
-            if not isinstance(value, str):
-                raise ValueError(f"{name}: expected a string, found {value!r}")
-            return value
+            return _string(value, name)
     return None
+
+
+def _string(value: Any, name: str) -> str:
+    if isinstance(value, list):
+        raise ValueError(
+            f"{name}: expected a string, found a list of {len(value)}; if one of them is the text, say which with "
+            f"text_field: {name}.0"
+        )
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected a string, found {value!r}")
+    return value
+
+
+def field_at(fields: dict, path: str) -> str | None:
+    """The field that is called `path`, or that dots lead to, such as `custom.texts.0`; None if it is null or missing.
+
+    Raises:
+        ValueError: it is no string.
+    """
+    if path in fields:
+        return string_of(fields, path)
+    value: Any = fields
+    for name in re.sub(r"\[(\d+)\]", r".\1", path).split("."):
+        if isinstance(value, list) and name.isdigit() and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            value = value.get(name) if isinstance(value, dict) else None
+    return None if value is None else _string(value, path)
 
 
 def hotwords_of(fields: dict) -> tuple[str, ...] | None:
@@ -250,9 +260,11 @@ def task_of(fields: dict) -> str | None:
         ValueError: they say something else.
     """
     name = string_of(fields, "task", "taskname")
-    if name is not None and name not in _TASKS:
+    if name is None:
+        return None
+    if name.lower() not in _TASKS:
         raise ValueError(f"task: {name!r} is none of {', '.join(_TASKS)}")
-    return None if name is None else _TASKS[name]
+    return _TASKS[name.lower()]
 
 
 def words_of(alignment: dict | None, start: float) -> tuple[WordTime, ...] | None:
@@ -281,7 +293,12 @@ def planned_label(entry: Entry, template: LabelTemplate, text_steps: Sequence[st
     try:
         return label_of(entry, template, text_steps)
     except LabelError:
-        return normalize_text(entry.target, text_steps)
+        return target_text(entry, text_steps)
+
+
+def target_text(entry: Entry, text_steps: Sequence[str]) -> str:
+    """What the model is to write, normalised by the rules of its language."""
+    return normalize_text(entry.target, text_steps, entry.target_lang if entry.task == "ast" else entry.lang)
 
 
 def label_of(entry: Entry, template: LabelTemplate, text_steps: Sequence[str], speed: float = 1.0) -> str:
@@ -304,7 +321,7 @@ def label_of(entry: Entry, template: LabelTemplate, text_steps: Sequence[str], s
                     f"alignment: {word!r} would be at {start:g} to {end:g} s of {entry.duration:g} s; its times are in "
                     "seconds from the beginning of the file",
                 )
-            if said := normalize_text(word, text_steps):  # others are silence
+            if said := normalize_text(word, text_steps, entry.lang):  # others are silence
                 words.append(WordTime(said, start / speed, end / speed))
     target_language = entry.target_lang if entry.task == "ast" else None
-    return template.fill(normalize_text(entry.target, text_steps), entry.lang, target_language, words)
+    return template.fill(target_text(entry, text_steps), entry.lang, target_language, words)

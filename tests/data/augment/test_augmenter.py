@@ -226,8 +226,26 @@ def test_unreadable_sounds_are_left_out(corpus, tmp_path, caplog):
     config = configure(f"noise: {{sources: [{{path: {source.path}}}], probability: 1}}\nbabble: {{probability: 1}}")
     samples = random_samples(4000)
     broken = list(read_manifest(source))
+    with pytest.raises(DataError, match=r"broken.*: no noise in it: none of its 1 can be read"):
+        Augmenter(config, broken)
+    config = configure("babble: {probability: 1}")
     np.testing.assert_array_equal(Augmenter(config, broken).samples(samples, rng()), samples)
     assert "left out of the augmentation" in caplog.text
+
+
+@pytest.mark.parametrize("section", ["noise", "reverb"])
+def test_a_bad_line_of_sounds_is_left_out_and_a_manifest_of_them_is_an_error(section, tmp_path, caplog):
+    source = Path(write_audio(tmp_path / "good.wav", random_samples(800)).path)
+    good = source.read_text()
+    missing = good.replace("good.wav", "missing.wav")
+    config = configure(f"{section}: {{sources: [{{path: {source}}}], probability: 1}}")
+    source.write_text("{\n" + good.replace('"duration"', '"lasts"').replace("good.wav", "gone.wav") + missing + good)
+    made = Augmenter(config).samples(random_samples(4000), rng())
+    assert len(made) == 4000 and f"{source}:1 is left out of the augmentation: invalid JSON" in caplog.text
+    for content, message in (("", ""), ("{\n" * 3, f": {source}:1: invalid JSON"), (missing, ": none of its 1")):
+        source.write_text(content)
+        with pytest.raises(DataError, match=f"no (noise|impulse response) in it{message}"):
+            Augmenter(config)
 
 
 def test_unit_impulse_is_the_identity(tmp_path):

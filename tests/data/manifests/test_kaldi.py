@@ -1,12 +1,17 @@
 """Kaldi data directories: segments, commands, durations, and what can be wrong."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import soundfile
 
 from speechllm.data import ManifestError, read_manifest
 from speechllm.data.audio import load_samples
+from speechllm.data.check import CheckOptions, check_manifests
+from speechllm.data.manifests.kaldi import kaldi_files
 from speechllm.data.manifests.manifest import describe_cut, iter_objects
+from speechllm.transcribe.pauses import cut_blocks
 from tests.data.corpora import true_cuts, write_corpus, write_kind
 
 
@@ -86,3 +91,78 @@ def test_bad_tables_are_named(data):
     assert "inside a Kaldi archive" in found[3]
     good = [found["id"] for _, found in iter_objects(source) if not isinstance(found, ManifestError)]
     assert good == ["u0", "u5"]
+
+
+@pytest.mark.parametrize("command", [False, True])
+@pytest.mark.parametrize(
+    ("segments", "table", "rows"),
+    [
+        ("a call 0 0.5 0\nb call 0 0.5 1\nc call 0.25 0.5 1\n", None, [[0], [1], [1]]),
+        ("a call-A 0 0.5\nb call-B 0 0.5\nc call-B 0.25 -1\n", "call-A x A\ncall-B x B\n", [[0], [1], [1]]),
+        ("a call-A 0 0.5\nb call-B 0 0.5\nc call-B 0.25 -1\n", "call-A x 1\ncall-B x 2\n", [[0], [1], [1]]),
+        ("a call-A 0 0.5\nb call-B 0 0.5\nc call-B 0.25 -1\n", "call-A x 0\ncall-B x 1\n", [[0], [1], [1]]),
+        ("a call-A 0 0.5 1\nb call-B 0 0.5 0\nc call-B 0.25 -1\n", "call-A x A\ncall-B x B\n", [[1], [0], [1]]),
+        ("a call 0 0.5\nb call 0 0.5\nc call 0.25 -1\n", None, [[0, 1]] * 3),
+    ],
+)
+def test_channels(segments, table, rows, command, tmp_path):
+    """Of a telephone call, whose speakers have a channel each."""
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (8000, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "call.wav", samples, 16000, subtype="FLOAT")
+    where = f"cat {tmp_path}/call.wav |" if command else f"{tmp_path}/call.wav"
+    names = dict.fromkeys(line.split()[1] for line in segments.splitlines())
+    (tmp_path / "wav.scp").write_text("".join(f"{name} {where}\n" for name in names))
+    (tmp_path / "segments").write_text(segments)
+    (tmp_path / "text").write_text("a one\nb two\nc three\n")
+    if table is not None:
+        (tmp_path / "reco2file_and_channel").write_text(table)
+    cuts = list(read_manifest(tmp_path))
+    assert [describe_cut(cut).text for cut in cuts] == ["one", "two", "three"]
+    assert len(kaldi_files(tmp_path)) == (3 if table is None else 4)
+    for i, cut in enumerate(cuts):
+        expected = samples[4000 if i == 2 else 0 :, rows[i]].mean(axis=1)
+        np.testing.assert_allclose(load_samples(cut), expected, atol=1e-7)
+        np.testing.assert_allclose(np.concatenate(list(cut_blocks(cut))), expected, atol=1e-7)
+
+
+def test_a_channel_that_the_command_has_cut_out_already(tmp_path):
+    """As the sph2pipe -c 2 of Switchboard's wav.scp does."""
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 8000).astype(np.float32)
+    soundfile.write(tmp_path / "b.wav", samples, 16000, subtype="FLOAT")
+    (tmp_path / "wav.scp").write_text(f"call-B cat {tmp_path}/b.wav |\n")
+    (tmp_path / "reco2file_and_channel").write_text("call-B call B\n")
+    (cut,) = read_manifest(tmp_path)
+    np.testing.assert_array_equal(load_samples(cut), samples)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("segments", "u u0 0 0.2 left\n", "segments:1: segments: expected a channel, found 'left'"),
+        ("reco2file_and_channel", "u0 u0 left\n", "wav.scp:1: reco2file_and_channel: expected a channel"),
+    ],
+)
+def test_bad_channels_are_named(data, name, content, message):
+    source, _, folder = data
+    (folder / name).write_text(content)
+    assert message in problems(source)[0]
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_texts_without_audio_are_reported(data, segments):
+    source, lines, folder = data
+    if segments:
+        (folder / "segments").write_text("".join(f"{line['id']} {line['id']} 0 0.2\n" for line in lines))
+    with open(folder / "text", "a") as file:
+        file.write("gone lost words\n")
+    assert not problems(source)
+    report = check_manifests([source], CheckOptions())
+    (problem,) = report.problems["text without audio"]
+    table = "segments" if segments else "wav.scp"
+    assert problem.location.endswith("text:8") and problem.details == f"gone has a text, and no audio in {table}"
+
+
+def test_fields_are_not_for_kaldi(data):
+    source, _, _ = data
+    with pytest.raises(ManifestError, match="text_field and lang_field are not for Kaldi"):
+        iter_objects(replace(source, text_field="text"))

@@ -1,5 +1,6 @@
 """Manifests of all kinds: one corpus is the same in each, lines that cannot be used, and what is lazy."""
 
+import itertools
 import json
 import pickle
 from dataclasses import replace
@@ -130,7 +131,18 @@ def test_a_stream_has_each_utterance_once(kind, tmp_path):
     for cut in stream_cuts(source, seed=1, epoch=1):
         assert describe_cut(cut).text == describe_cut(true[cut.id]).text
         assert np.array_equal(load_samples(cut), load_samples(true[cut.id]))
-        assert (cut.recording.sources[0].type == "memory") == (kind in TARRED)
+        assert cut.recording.sources[0].type != "memory" and len(pickle.dumps(cut)) < 3000  # its audio is still unread
+
+
+@pytest.mark.parametrize("kind", ["tarred", "shar", "nemo", "lhotse.gz"])
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_ranks_share_out_a_stream(kind, world_size, tmp_path):
+    lines = write_corpus(tmp_path)
+    source = replace(write_kind(kind, tmp_path, lines), stream=True)
+    for epoch in range(3):
+        shares = [[cut.id for cut in stream_cuts(source, 1, epoch, rank, world_size)] for rank in range(world_size)]
+        assert sorted(itertools.chain(*shares)) == [line["id"] for line in lines]
+        assert len(shares[1]) > 0
 
 
 def test_a_bad_line_in_a_stream_is_named(tmp_path):

@@ -4,7 +4,8 @@ import subprocess
 
 import pytest
 
-from speechllm.data.manifests.source import SourceConfig, expand_braces, parse_line
+from speechllm.data.manifests.lines import expand_braces, parse_line
+from speechllm.data.manifests.source import SourceConfig
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,108 @@
+"""The configuration of an experiment: the sections of its YAML file, and what does not go together in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speechllm.config import load_config
+from speechllm.data import DataConfig
+from speechllm.model.speech_llm import ModelConfig
+from speechllm.optim.optimizer import OptimConfig
+from speechllm.train.stages import stages_of
+
+
+@dataclass
+class TrainConfig:
+    """`num_steps` optimiser steps in all, each over `accumulate` batches per process; no more than `num_epochs` epochs.
+
+    Every `valid_every_n` steps the validation set is decoded, every `save_every_n` steps a checkpoint written, of which
+    the last `keep_last_k` are kept, and every `save_every_n_epochs` epochs one that stays. `average_period`: steps from
+    one value to the next in the running average of the weights (tools/average_ckpt.py --use-averaged-model).
+    `scan_largest_batches`: the largest batches are run before the first step, so that memory runs out then if it does.
+    `fsdp`: the language model is sharded over the processes, for one whose training does not fit on one GPU
+    (`speechllm.train.sharding`).
+
+    In the first `ctc_only_steps` the CTC loss alone trains (the encoder): a language model that begins with an encoder
+    that hears nothing learns to ignore the audio, and takes long to unlearn it.
+    """
+
+    num_steps: int = 10000
+    num_epochs: int | None = None
+    ctc_only_steps: int = 0
+    accumulate: int = 1
+    mixed_precision: str | None = None
+    seed: int = 42
+    log_every_n: int = 50
+    valid_every_n: int = 1000
+    save_every_n: int = 1000
+    save_every_n_epochs: int = 1
+    keep_last_k: int = 10
+    average_period: int = 200
+    max_bad_steps: int = 20
+    scan_largest_batches: bool = True
+    fsdp: bool = False
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mixed_precision not in (None, "bf16", "fp16"):
+            raise ValueError(f"mixed_precision must be bf16, fp16 or null, got {self.mixed_precision!r}")
+        for name in (
+            "num_steps", "num_epochs", "accumulate", "log_every_n", "valid_every_n", "save_every_n",
+            "save_every_n_epochs", "keep_last_k", "average_period",
+        ):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class Experiment:
+    """A whole experiment: one YAML file, as those in configs/.
+
+    `stages`: what differs in each stage of the training, in order, as `{name: {section.key: value}}`.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.train.ctc_only_steps and not self.model.ctc_weight:
+            raise ValueError("train.ctc_only_steps needs a CTC head: set model.ctc_weight above 0")
+        if self.model.llm is None:
+            for name, given in (
+                ("train.ctc_only_steps", self.train.ctc_only_steps),
+                ("train.fsdp", self.train.fsdp),
+                ("data.max_positions", self.data.max_positions is not None),
+            ):
+                if given:
+                    raise ValueError(f"{name} is about the language model, and model.llm is null: leave out {name}")
+        spec_augment = self.data.augment.spec_augment
+        if self.model.cr_ctc is not None and (spec_augment is None or spec_augment.probability == 0):
+            raise ValueError(
+                "model.cr_ctc compares two views of an utterance, which differ by SpecAugment: set "
+                "data.augment.spec_augment, with a probability above 0"
+            )
+        if self.train.fsdp and self.optim.name != "adamw":
+            raise ValueError(f"train.fsdp: optim.name: {self.optim.name} looks at whole tensors; use adamw")
+        if self.train.fsdp and self.train.mixed_precision == "fp16":
+            raise ValueError("train.fsdp: fp16's scaling of the loss is not shared between processes; use bf16")
+        if self.train.fsdp and self.model.llm.tune is not None and self.model.llm.tune.method == "adalora":
+            raise ValueError("train.fsdp: AdaLoRA looks at whole matrices; use another model.llm.tune.method")
+
+
+def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
+    """The configuration of a YAML file, checked as a whole, with all of its stages.
+
+    Args:
+        overrides: `--section.key value` pairs of a command line, see `speechllm.config.load_config`.
+
+    Raises:
+        ConfigError: it cannot be trained with; the message names the file, the key and what is allowed.
+    """
+    experiment = load_config(Experiment, path, overrides)
+    stages_of(str(path), experiment, overrides or [])
+    return experiment

@@ -1,0 +1,33 @@
+"""The pages of docs/: what they show is what the program takes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from speechllm.config import from_dict
+from speechllm.model.speech_llm import ModelConfig
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted((DOCS / "coming-from").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_configurations_of_the_pages_for_other_projects(page):
+    """Each block is a model's configuration, but for an encoder alone, which has no language model to go with."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
+        tree = yaml.safe_load(block)
+        from_dict(ModelConfig, {"ctc_weight": 1.0} | tree["model"])
+    whole = {"tokenizer": "rwkv", "encoder": {"path": "encoder"}, "llm": {"path": "base"}}
+    for section, value in re.findall(r"`model\.(\w+): (\{.*?\})`", text):
+        from_dict(ModelConfig, whole | {section: yaml.safe_load(value.replace("...", "base"))})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_that_the_pages_name_are_here(page):
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:configs|recipes|tools)/[\w./-]+\.(?:yaml|py))", text))
+    theirs = {"configs/zipformer.yaml", "configs/train.yaml"}
+    assert all((DOCS.parent / name).is_file() for name in named - theirs)
