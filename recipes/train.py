@@ -54,7 +54,13 @@ from speechllm.train.diagnostics import statistics_of
 from speechllm.train.encoder_cache import use_encoder_cache
 from speechllm.train.monitor import Averages, RunLog, describe_parameters, norms_by_part, provenance
 from speechllm.train.plot import plot_if_possible
-from speechllm.train.preflight import check_lengths, frozen_base_weights, largest_max_duration, scan_largest_batches
+from speechllm.train.preflight import (
+    check_lengths,
+    check_precision,
+    frozen_base_weights,
+    largest_max_duration,
+    scan_largest_batches,
+)
 from speechllm.train.processes import StopSignal, batch_groups, launch
 from speechllm.train.sharding import average_gradients, clip_grad_norm, shard_language_model
 from speechllm.train.stages import init_from_stage, stages_of, start_checkpoint
@@ -180,6 +186,7 @@ def train(
     from_stage_before = init_from_stage(bare, init_dir) if init_dir is not None else set()
     logger.info("parameters: %s", describe_parameters(bare))
     check_lengths(config.data, bare)
+    check_precision(config.train.mixed_precision, bare)
     data_as_given = config.data
     if config.data.cache_encoder is not None:
         with accelerator.main_process_first():

@@ -444,17 +444,24 @@ def _scale_and_cap(config: PreTrainedConfig) -> tuple[float, float | None]:
 
 
 def _settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """`model_type` and settings, without those that every configuration has, where they are as always."""
+    """`model_type` and settings, without those that every configuration has, where they are as always, and without what
+    a released config.json says that this transformers has no setting for."""
     from transformers import PreTrainedConfig
 
-    default = type(config)().to_dict()
-    common = {name: value for name, value in PreTrainedConfig().to_dict().items() if default.get(name) == value}
+    default = type(config)()
+    known = _known_settings(default) - _NOTES
+    values = default.to_dict()
+    common = {name: value for name, value in PreTrainedConfig().to_dict().items() if values.get(name) == value}
     settings = {
         name: value
         for name, value in config.to_dict().items()
-        if name not in _NOTES and name[0] != "_" and not (name in common and value == common[name])
+        if name in known and name[0] != "_" and not (name in common and value == common[name])
     }
     return {"model_type": config.model_type, **settings}
+
+
+def _known_settings(default: PreTrainedConfig) -> set[str]:
+    return {*default.to_dict(), *vars(default), *default.attribute_map, *_OLDER_NAMES}
 
 
 def transformers_config(settings: dict[str, Any]) -> PreTrainedConfig:
@@ -468,8 +475,7 @@ def transformers_config(settings: dict[str, Any]) -> PreTrainedConfig:
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
     _check_model_type(model_type, "model_type")
-    default = AutoConfig.for_model(model_type)
-    known = {*default.to_dict(), *vars(default), *default.attribute_map, *_OLDER_NAMES}
+    known = _known_settings(AutoConfig.for_model(model_type))
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -630,6 +636,7 @@ def _check_model_type(model_type: Any, source: str) -> None:
 
 def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedConfig:
     """The configuration that `make` gives, of a model that `TransformersLM` serves."""
+    import transformers.cache_utils
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
@@ -656,6 +663,8 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
     served = ATTENTION_LAYERS | RECURRENT_LAYERS | STATELESS_LAYERS
     if other := sorted(set(getattr(config, "layer_types", None) or ()) - served):
         refuse(f"layers of the type {', '.join(other)}; those of the types {', '.join(sorted(served))} are")
+    if has_recurrence(config) and not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
+        refuse(f"transformers {transformers.__version__} has no cache for its recurrent layers that can be reordered")
     try:
         _scale_and_cap(config)
     except ValueError as e:

@@ -34,7 +34,7 @@ from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.llm.adapters import TuneConfig, load_adapter, merged_state_dict, save_adapter, tune
 from speechllm.llm.interface import LanguageModel
-from speechllm.llm.precision import DTYPES, base_dtype
+from speechllm.llm.precision import DTYPES, base_dtype, convert, half_precision
 from speechllm.llm.transformers import (
     ATTENTION,
     TransformersLM,
@@ -354,6 +354,8 @@ def _language_model(section: LLMSection) -> RWKV7 | TransformersLM:
             llm = load_transformers_lm(section.path, dtype, section.attention)
         else:
             llm = load_rwkv7(section.path, dtype, section.wkv_backend)
+        if dtype is None and llm.dtype == torch.bfloat16:
+            convert(llm, getattr(torch, half_precision()))
     if isinstance(llm, RWKV7):
         if section.attention is not None:
             raise ConfigError(f"llm.attention: {section.attention} is for models of transformers; RWKV-7 has none")

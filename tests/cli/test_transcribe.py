@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+import torch
 
 from speechllm.cli.options import prompt_context
 from speechllm.cli.transcribe import add_transcribe, run_transcribe
@@ -31,6 +32,7 @@ def parsed(*arguments: str) -> argparse.Namespace:
         (["a.wav", "b.wav", "--format", "srt"], "--output"),
         (["a.wav", "--overwrite"], "--output"),
         (["a.wav", "--output", __file__], "not a folder"),
+        (["a.wav", "--device", "gpu"], "--device gpu: cannot be used"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, message):
@@ -38,10 +40,12 @@ def test_options_that_do_not_go_together(arguments, message):
         run_transcribe(parsed(*arguments))
 
 
-def test_a_whole_model_transcribes(model, audio, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", [[], ["--dtype", "bfloat16", "--device", "cpu"]])
+def test_a_whole_model_transcribes(precision, model, audio, tmp_path, monkeypatch):
     monkeypatch.setattr("speechllm.model.build.load_model", lambda folder: model.eval())
     arguments = [str(audio), "--language", "en", "--format", "ctm", "--search", "beam", "--beam", "2"]
-    assert run_transcribe(parsed(*arguments, "--output", str(tmp_path / "out"))) == 1
+    assert run_transcribe(parsed(*arguments, *precision, "--output", str(tmp_path / "out"))) == 1
+    assert model.llm.dtype == (torch.bfloat16 if precision else torch.float32)
     assert sorted(path.stem for path in (tmp_path / "out").rglob("*.ctm")) == ["a", "b", "c", "d"]
 
 

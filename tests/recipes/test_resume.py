@@ -204,6 +204,27 @@ def test_a_difference_is_found_and_named():
     assert difference(torch.zeros(2), torch.zeros(2).half()) == ": torch.float32 (2,), not torch.float16 (2,)"
 
 
+@pytest.mark.parametrize("change", ["max_duration", "two processes"])
+def test_going_on_with_other_batches_keeps_all_but_the_place_in_the_epoch(experiment, never_stopped, tmp_path, change):
+    """As after running out of memory."""
+    shutil.copy(never_stopped() / "checkpoint-3.pt", tmp_path)
+    before = load_checkpoint(tmp_path / "checkpoint-3.pt")
+    assert not before["loader"][0]["finished"]
+    if change == "max_duration":
+        result = run(*command(experiment, tmp_path, *SETTINGS, "--start-batch", "3", "--data.max_duration", "3"))
+    else:
+        result = run(*torchrun_command(experiment, tmp_path, *SETTINGS, "--start-batch", "3"))
+    epoch = before["epoch"]
+    said = {"max_duration": r"max_duration was 4(\.0)?, is 3", "two processes": "world_size was 1, is 2"}[change]
+    assert re.search(rf"epoch {epoch} begins anew: its \d+ batches so far were made with .*{said}", result.stderr)
+    assert f"resuming from {tmp_path / 'checkpoint-3.pt'}: epoch {epoch}, step 3" in result.stderr
+    after = load_checkpoint(tmp_path / "checkpoint-4.pt")
+    assert (after["step"], after["loader"][0]["batches"]) == (4, 1)
+    name, parameter = next((n, p) for n, p in before["model"].items() if p.ndim == 2)
+    assert 0 < (after["model"][name] - parameter).abs().max() < 0.1 * parameter.abs().max()  # one step further
+    assert load_checkpoint(newest_checkpoint(tmp_path))["step"] == 12
+
+
 def test_killed_at_any_moment(experiment, never_stopped, tmp_path):
     """With any number of processes that read data, none included."""
     reference, exp_dir = never_stopped(), tmp_path / "exp"
