@@ -456,15 +456,22 @@ def _scale_and_cap(config: PreTrainedConfig) -> tuple[float, float | None]:
 
 
 def _settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """`model_type` and settings, without those that every configuration has, where they are as always."""
-    default = type(config)().to_dict()
-    common = {name: value for name, value in pretrained_config()().to_dict().items() if default.get(name) == value}
+    """`model_type` and settings, without those that every configuration has, where they are as always, and without what
+    a released config.json says that this transformers has no setting for."""
+    default = type(config)()
+    known = _known_settings(default) - _NOTES
+    values = default.to_dict()
+    common = {name: value for name, value in pretrained_config()().to_dict().items() if values.get(name) == value}
     settings = {
         name: value
         for name, value in config.to_dict().items()
-        if name not in _NOTES and name[0] != "_" and not (name in common and value == common[name])
+        if name in known and name[0] != "_" and not (name in common and value == common[name])
     }
     return {"model_type": config.model_type, **settings}
+
+
+def _known_settings(default: PreTrainedConfig) -> set[str]:
+    return {*default.to_dict(), *vars(default), *default.attribute_map, *_OLDER_NAMES}
 
 
 @quiet()
@@ -480,8 +487,7 @@ def transformers_config(settings: dict[str, Any]) -> PreTrainedConfig:
     model_type = settings.pop("model_type", None)
     _check_model_type(model_type, "model_type")
     settings = readable_settings(settings)
-    default = AutoConfig.for_model(model_type)
-    known = {*default.to_dict(), *vars(default), *default.attribute_map, *_OLDER_NAMES}
+    known = _known_settings(AutoConfig.for_model(model_type))
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)

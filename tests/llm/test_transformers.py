@@ -309,6 +309,17 @@ def test_targets(tune_config, tmp_path):
         tuned(rank=20)
 
 
+def test_what_a_released_configuration_says_besides_is_not_saved(tune_config, tmp_path):
+    """Released files have notes of other programs, and settings of other versions."""
+    config = tune_config("lora")
+    path = Path(config.llm.path) / "config.json"
+    notes = {"transformers.js_config": {"dtype": "q4"}, "is_llama_config": True, "unk_token_id": 0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | notes))
+    SpeechLLM.from_config(config).save_pretrained(tmp_path / "model")
+    loaded = SpeechLLM.from_pretrained(tmp_path / "model")
+    assert notes.keys().isdisjoint(loaded.llm.config) and loaded.llm.config["hidden_size"] == 32
+
+
 def test_a_frozen_model_stays_as_it_is(tune_config, batch):
     config = tune_config("full")
     config.llm = LLMSection(path=config.llm.path, freeze=True)
