@@ -188,6 +188,7 @@ def train(
     logger.info("parameters: %s", describe_parameters(bare))
     check_lengths(config.data, bare)
     check_precision(config.train.mixed_precision, bare)
+    data_as_given = config.data
     if config.data.cache_encoder is not None:
         with accelerator.main_process_first():
             config = replace(config, data=use_encoder_cache(config.data, bare))
@@ -223,15 +224,25 @@ def train(
         config = replace(config, data=replace(config.data, max_duration=longest))
         train_loader = training_data(config.data, config.train.seed, bare, accelerator)
     train_loader.set_epoch(1)
+    # What is saved has the audio in it, not what is kept of a frozen encoder: the model that is decoded hears.
+    saved_config = replace(config, data=replace(data_as_given, max_duration=config.data.max_duration))
     parts = {"model_avg": average, "scheduler": scheduler, "ranks": ranks}
     languages = TrainedLanguages(bare.config.languages or ())
     state = build_state(
-        accelerator, bare, optimizer, parts, train_loader, languages, carried, base_weights, config=to_dict(config)
+        accelerator,
+        bare,
+        optimizer,
+        parts,
+        train_loader,
+        languages,
+        carried,
+        base_weights,
+        config=to_dict(saved_config),
     )
     if checkpoint is not None:
         state.load(checkpoint)
     if accelerator.is_main_process:
-        save_config(config, exp_dir / "config.yaml", header=provenance())
+        save_config(saved_config, exp_dir / "config.yaml", header=provenance())
     model.train()
     num_steps, last_epoch = config.train.num_steps, config.train.num_epochs or math.inf
     if config.train.scan_largest_batches and state.step < num_steps:

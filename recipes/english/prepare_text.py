@@ -12,7 +12,8 @@ PACKAGES holds, unpacked, the Debian packages
 
 Every text is normalised as the transcripts are (english_text.py); sentences with words that are in no dictionary, or
 of fewer than four words, are left out, and so are those of the test sets. Result: OUTPUT/{train,valid}.txt, a document
-a line for `speechllm tune`. One in 200 documents is for validation, and the validation transcripts.
+a line for `speechllm tune`, which begins with a space as labels do (`prompt.before_label`). One in 200 documents is for
+validation, and the validation transcripts.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def write_text(packages: Path, corpus: Path, output: Path, text: EnglishText) ->
         print(f"{name}: {len(seen)} documents, {sum(len(d.split()) for d in seen)} words")
     with replaced_folder(output) as folder:
         for name, lines in documents.items():
-            (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            (folder / f"{name}.txt").write_text("".join(f" {line}\n" for line in lines), encoding="utf-8")
             print(f"{name}: {len(lines)} documents, {sum(len(d.split()) for d in lines)} words")
 
 

@@ -9,9 +9,11 @@ in SALMONN (arXiv 2310.13289); here the latter is `pad_to_max_seconds`.
 """
 
 import dataclasses
+import inspect
 import itertools
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from speechllm.encoder.zipformer import run, shortest_and_longest
 from speechllm.errors import UserError
+from speechllm.quiet import quiet
 
 # Where the encoder's weights are in a file: of the model with its head, of the model without, of Auden's models and
 # rwkv_asr's; or of the encoder alone.
@@ -97,6 +100,7 @@ class WhisperEncoder(nn.Module):
     frame_seconds = 0.02
     min_frames = 1
 
+    @quiet()
     def __init__(self, config: WhisperEncoderConfig):
         from transformers.models.whisper.configuration_whisper import WhisperConfig  # slow, and not everyone's
         from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer, sinusoids
@@ -215,7 +219,7 @@ class WhisperEncoder(nn.Module):
         t_out = int(lens.max())
         outputs = []
         for layer in self.layers[self.stored_stacks or 0 :]:
-            x = run(layer, x, attended, checkpointed=checkpointed)
+            x = run(partial(_layer_output, layer), x, attended, checkpointed=checkpointed)
             outputs.append(x[:, :t_out])
         outputs[-1] = self.layer_norm(outputs[-1])
         return (outputs[-1], lens, torch.stack(outputs)) if return_stacks else (outputs[-1], lens)
@@ -228,6 +232,13 @@ class WhisperEncoder(nn.Module):
 
         x = F.gelu(self.conv1(unpadded(features).transpose(1, 2))).transpose(1, 2)
         return F.gelu(self.conv2(unpadded(x).transpose(1, 2))).transpose(1, 2)
+
+
+def _layer_output(layer: nn.Module, x: Tensor, attended: Tensor | None) -> Tensor:
+    """(N, T, D) -> (N, T, D) by a layer of transformers; before 5.1 or so it took and gave more than that."""
+    more = {"layer_head_mask": None} if "layer_head_mask" in inspect.signature(layer.forward).parameters else {}
+    output = layer(x, attention_mask=attended, **more)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def with_silence(features: Tensor, feature_lens: Tensor, length: int) -> Tensor:

@@ -156,6 +156,9 @@ def test_decode_prints_character_error_rates_of_the_last_stage(run, trained):
         ("aishell/decode.sh", ["--exp-dir", "/nowhere"], "/nowhere: no checkpoint-STEP.pt"),
         ("custom/decode.sh", ["--config", "/nowhere.yaml"], "/nowhere.yaml: no such configuration file"),
         ("custom/decode.sh", ["--config", "configs/digits.yaml"], "recipes/custom/exp: no checkpoint-STEP.pt"),
+        ("english/run.sh", ["--llm", "gpt2"], "--llm is rwkv7, smollm2 or none, not gpt2"),
+        ("english/run.sh", ["--quick", "--llm"], "--llm needs a value"),
+        ("english/run.sh", ["--config", "x"], "unknown argument --config"),
     ],
 )
 def test_mistakes(run, script, options, said):
@@ -168,6 +171,10 @@ def test_mistakes(run, script, options, said):
 @pytest.mark.parametrize("recipe", ["aishell", "librispeech", "custom"])
 def test_help(run, recipe, script):
     assert run(f"{recipe}/{script}", "--help").stdout.count(f"recipes/{recipe}/") >= 1
+
+
+def test_help_of_a_whole_recipe(run):
+    assert "--llm NAME" in run("english/run.sh", "--quick", "--help").stdout
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)

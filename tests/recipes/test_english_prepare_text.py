@@ -62,7 +62,9 @@ def made(text, tmp_path):
     for name, texts in transcripts.items():
         (corpus / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     prepare_text.write_text(packages, corpus, tmp_path / "text", text)
-    return {name: (tmp_path / "text" / f"{name}.txt").read_text().splitlines() for name in ("train", "valid")}
+    lines = {name: (tmp_path / "text" / f"{name}.txt").read_text().splitlines() for name in ("train", "valid")}
+    assert all(line.startswith(" ") for line in lines["train"] + lines["valid"])  # as labels do
+    return {name: [line[1:] for line in found] for name, found in lines.items()}
 
 
 def test_sentences_of_each_package(made):
@@ -80,5 +82,5 @@ def test_sentences_of_each_package(made):
 def test_validation_is_a_share_of_all(text, tmp_path, made, monkeypatch):
     monkeypatch.setattr(prepare_text, "VALID_SHARE", 1)
     prepare_text.write_text(tmp_path / "packages", tmp_path / "corpus", tmp_path / "again", text)
-    assert (tmp_path / "again" / "train.txt").read_text().split("\n")[:-1] == ["you", "take one"]
+    assert (tmp_path / "again" / "train.txt").read_text() == " you\n take one\n"
     assert len((tmp_path / "again" / "valid.txt").read_text().splitlines()) == 4

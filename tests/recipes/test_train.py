@@ -14,10 +14,11 @@ from accelerate import Accelerator
 
 from speechllm.config import ConfigError, from_dict, load_config, override, to_dict
 from speechllm.data import Batch
-from speechllm.encoder import save_encoder
+from speechllm.encoder import WhisperEncoderConfig, save_encoder
 from speechllm.errors import UserError
 from speechllm.llm.adapters import load_adapter
-from speechllm.model.speech_llm import ModelConfig, SpeechLLM
+from speechllm.model.encoder_model import EncoderModel
+from speechllm.model.speech_llm import EncoderSection, ModelConfig, SpeechLLM
 from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7, save_rwkv7
 from speechllm.train import preflight
 from speechllm.train.checkpoint import load_checkpoint, save_checkpoint
@@ -87,6 +88,28 @@ def test_a_whisper_encoder_is_trained_in_part(experiment, tmp_path):
     assert not torch.equal(one["model"]["encoder.layers.1.fc1.weight"], two["model"]["encoder.layers.1.fc1.weight"])
     failed = run(*command(experiment, tmp_path / "exp", *settings, "--data.max_seconds", "30"), check=False)
     assert failed.returncode and "data.max_seconds: 30, played 0.9 times as fast, is longer than" in failed.stderr
+
+
+def test_a_frozen_whisper_is_cached_in_training_and_hears_in_decoding(experiment, tmp_path):
+    """With the CTC head as the projector; the configuration that training leaves is for decoding too."""
+    sizes = WhisperEncoderConfig(80, 16, 2, 2, 32, 1500)
+    alone = ModelConfig(
+        yaml.safe_load(experiment.read_text())["model"]["tokenizer"], EncoderSection(whisper=sizes), ctc_weight=1.0
+    )
+    EncoderModel.from_config(alone).save_pretrained(tmp_path / "alone")
+    settings = [
+        "--model.encoder", f"{{path: {tmp_path / 'alone'}, freeze_stacks: 1}}",
+        "--model.projector", "{kind: ctc, downsample: 1}", "--data.cache_encoder", str(tmp_path / "cache"),
+        "--data.augment.speed", "null", "--data.augment.volume", "null", "--data.max_seconds", "27",
+    ]  # fmt: skip
+    exp = tmp_path / "exp"
+    run(*command(experiment, exp, *settings, "--train.num_steps", "2"))
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 24 + 4
+    assert "the CTC head is that of" in next((exp / "log").glob("*")).read_text()
+    run(sys.executable, "tools/average_ckpt.py", "--exp-dir", str(exp), "--iter", "2", "--avg", "1")
+    model = ["--exp-dir", str(exp), "--model", str(exp / "iter-2-avg-1")]
+    run(sys.executable, "recipes/decode.py", "--config", str(exp / "config.yaml"), *model)
+    assert len(list(exp.rglob("recogs-tones-*.txt"))) == 2  # the language model's and the CTC head's
 
 
 def test_two_processes_learn_as_one_with_the_same_global_batch(experiment, tmp_path):

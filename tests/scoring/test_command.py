@@ -170,7 +170,7 @@ def test_two_systems(files, tmp_path):
     few = score_files(ref, ref, compare_with=write(tmp_path / "h", ["u0 two"]))
     assert "1 segments, too few to tell" in few
     (tmp_path / "recogs-b").write_text((tmp_path / "recogs-b").read_text().replace("ref=['w0'", "ref=['W0'"))
-    with pytest.raises(UserError, match="other references .* 40 utterances .*--normalise"):
+    with pytest.raises(UserError, match="other references .* 40 utterances .*--normalize"):
         score_files(tmp_path / "recogs-a", compare_with=tmp_path / "recogs-b")
     assert "p = " in score_files(tmp_path / "recogs-a", compare_with=tmp_path / "recogs-b", text_steps=["lowercase"])
 
