@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import soundfile
+from lhotse import Recording
 
 from speechllm.data import audio_file
 from speechllm.data.audio import load_samples
@@ -218,6 +219,7 @@ def test_cuts_that_lhotse_puts_together_and_conversion_read_the_same(tmp_path):
     (tmp_path / "a.ogg").unlink()
     with pytest.raises(UtteranceError, match=r"^unreadable audio: .*AudioLoadingError: missing file: .*a\.ogg"):
         load_samples(cut.perturb_volume(0.5))
+    assert Recording.from_file(encoded(tmp_path / "b.ogg", 1.0)).duration == 1.0  # by lhotse as it was before
 
 
 def test_segments_of_a_damaged_file_are_not_trusted(tmp_path):
