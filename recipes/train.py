@@ -52,9 +52,16 @@ from speechllm.train.checkpoint import RunningAverage, load_checkpoint, newest_c
 from speechllm.train.config import Experiment, load_experiment
 from speechllm.train.diagnostics import statistics_of
 from speechllm.train.encoder_cache import use_encoder_cache
+from speechllm.train.languages import TrainedLanguages
 from speechllm.train.monitor import Averages, RunLog, describe_parameters, norms_by_part, provenance
 from speechllm.train.plot import plot_if_possible
-from speechllm.train.preflight import check_lengths, frozen_base_weights, largest_max_duration, scan_largest_batches
+from speechllm.train.preflight import (
+    check_lengths,
+    check_precision,
+    frozen_base_weights,
+    largest_max_duration,
+    scan_largest_batches,
+)
 from speechllm.train.processes import StopSignal, batch_groups, launch
 from speechllm.train.sharding import average_gradients, clip_grad_norm, shard_language_model
 from speechllm.train.stages import init_from_stage, stages_of, start_checkpoint
@@ -180,6 +187,7 @@ def train(
     from_stage_before = init_from_stage(bare, init_dir) if init_dir is not None else set()
     logger.info("parameters: %s", describe_parameters(bare))
     check_lengths(config.data, bare)
+    check_precision(config.train.mixed_precision, bare)
     if config.data.cache_encoder is not None:
         with accelerator.main_process_first():
             config = replace(config, data=use_encoder_cache(config.data, bare))
@@ -216,8 +224,9 @@ def train(
         train_loader = training_data(config.data, config.train.seed, bare, accelerator)
     train_loader.set_epoch(1)
     parts = {"model_avg": average, "scheduler": scheduler, "ranks": ranks}
+    languages = TrainedLanguages(bare.config.languages or ())
     state = build_state(
-        accelerator, bare, optimizer, parts, train_loader, carried, base_weights, config=to_dict(config)
+        accelerator, bare, optimizer, parts, train_loader, languages, carried, base_weights, config=to_dict(config)
     )
     if checkpoint is not None:
         state.load(checkpoint)
@@ -261,6 +270,7 @@ def train(
                     average.update(state.step)
                 state.total.add(result.losses, decay=1 - 1 / 200)
                 log.advance(batches)
+                languages.add(batches)
                 if log_now:
                     rows = sum(len(batch.ids) for batch in batches)
                     lr = scheduler.get_last_lr()[0]

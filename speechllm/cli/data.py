@@ -102,10 +102,13 @@ def run_data_check(args: argparse.Namespace) -> int:
     sources, sounds, tokenizer = command_line_sources(args, args.manifests), [], args.tokenizer
     options = CheckOptions(audio=args.audio, sounds=args.sounds, jobs=args.jobs)
     if args.config:
+        from speechllm.data.loader import require_sources
         from speechllm.train.config import load_experiment
 
         experiment = load_experiment(args.config, args.overrides)
         data = experiment.data
+        require_sources(data.train, "train")
+        require_sources(data.valid, "evaluation")
         sources, sounds = sets_of(data), sounds_of(data)
         options = replace(
             options,

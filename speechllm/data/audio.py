@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import math
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from lhotse import AudioSource, Recording, fastcopy
+from lhotse.audio.backend import AudioBackend, audio_backend
+from lhotse.audio.utils import AudioLoadingError
 from lhotse.augmentation import AudioTransform, Resample
 from lhotse.cut import Cut, MixedCut, MonoCut, MultiCut
 from lhotse.cut.data import DataCut
@@ -20,7 +25,7 @@ from lhotse.utils import compute_num_samples, perturb_num_samples
 from torch import Tensor
 
 from speechllm.data.audio_file import AudioFile, AudioNote, UtteranceError, open_audio
-from speechllm.data.blocks import DURATION_TOLERANCE, mono_blocks, read_blocks
+from speechllm.data.blocks import DURATION_TOLERANCE, mono_blocks, part_of, read_blocks
 from speechllm.data.commands import command_output
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, bins_of
 from speechllm.data.manifests.manifest import HEADER_UNREAD, IS_SEGMENT
@@ -87,7 +92,7 @@ def cut_blocks(cut: Cut, notes: list[AudioNote] | None = None) -> Iterator[np.nd
     Raises:
         UtteranceError: as of `read_blocks` and `load_samples`.
     """
-    name, is_unread = _name_of(cut), (cut.custom or {}).get(HEADER_UNREAD)
+    name = _name_of(cut)
     is_part_of_file = (
         _is_plain(cut)
         and TAR not in (cut.custom or {})
@@ -97,7 +102,7 @@ def cut_blocks(cut: Cut, notes: list[AudioNote] | None = None) -> Iterator[np.nd
     if not is_part_of_file:
         yield load_samples(cut, notes=notes)
         return
-    duration = None if is_unread and not cut.custom[IS_SEGMENT] else cut.duration
+    duration = None if _is_whole(cut) else cut.duration
     path = cut.recording.sources[0].source
     yield from read_blocks(path, cut.start, duration, name=name, choose=_choice(cut, name), notes=notes)
 
@@ -184,10 +189,55 @@ def _is_resampling(transform: AudioTransform | dict) -> bool:
     return isinstance(transform, Resample) or (isinstance(transform, dict) and transform["name"] == Resample.__name__)
 
 
+def load_channels(cut: Cut) -> tuple[np.ndarray, int]:
+    """(channels, num_samples) float32 of a cut at its own rate, and that rate; as lhotse puts together what it consists
+    of, its files read as all others are.
+
+    Raises:
+        UtteranceError: they cannot be read, or not as long as the cut says.
+    """
+    name = _name_of(cut)
+    try:
+        return _read_composed(with_tar_data(cut))
+    except (UtteranceError, MemoryError):
+        raise
+    except Exception as error:  # lhotse raises what it likes about a broken file
+        raise UtteranceError("unreadable audio", f"{name}: {_first_line(error)}") from error
+
+
 def _read_composed(cut: Cut) -> tuple[np.ndarray, int]:
-    """(channels, num_samples) of a cut of several files or with transforms, and its sampling rate."""
+    """The same, also for cuts of several files or with transforms."""
     cut = cut.drop_features()  # whose sampling rate would count, where there are any
-    return cut.load_audio(), cut.sampling_rate
+    with _LHOTSE, audio_backend(_Backend()):
+        return cut.load_audio(), cut.sampling_rate
+
+
+# lhotse has one backend for all threads.
+_LHOTSE = threading.Lock()
+
+
+class _Backend(AudioBackend):
+    """`open_audio` for lhotse."""
+
+    def read_audio(
+        self,
+        path_or_fd: str | Path | BinaryIO,
+        offset: float = 0.0,
+        duration: float | None = None,
+        force_opus_sampling_rate: int | None = None,
+    ) -> tuple[np.ndarray, int]:
+        is_path = isinstance(path_or_fd, str | Path)
+        source, name = (path_or_fd, str(path_or_fd)) if is_path else (path_or_fd.read(), "audio in memory")
+        try:
+            with open_audio(source, name) as file:
+                start = compute_num_samples(offset, file.rate) if offset else 0
+                count = None if duration is None else compute_num_samples(duration, file.rate)
+                audio, rate = np.concatenate(list(part_of(file, start, count)), axis=1), file.rate
+        except UtteranceError as error:  # lhotse makes another of each exception, with one argument
+            raise AudioLoadingError(str(error)) from error
+        if force_opus_sampling_rate is not None and name.endswith(".opus"):  # as the manifest has it
+            audio, rate = resample(audio, rate, force_opus_sampling_rate), force_opus_sampling_rate
+        return audio, rate
 
 
 def _read_mono(cut: DataCut, name: str, tolerance: float, notes: list[AudioNote]) -> tuple[np.ndarray, int]:
@@ -257,11 +307,7 @@ def _blocks_of(cut: DataCut, file: AudioFile, tolerance: float) -> Iterator[np.n
         start, left = 0, math.ceil((cut.duration + tolerance) * rate) + rate
     else:
         start, left = compute_num_samples(cut.start, rate), compute_num_samples(cut.duration, rate)
-    for block in file.blocks(start):
-        yield block[:, :left]
-        left -= block.shape[1]
-        if left <= 0:
-            return
+    yield from part_of(file, start, left)
 
 
 def _check_length(cut: DataCut, found: int, rate: int, tolerance: float, name: str, of_file: bool = False) -> None:

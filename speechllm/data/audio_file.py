@@ -165,6 +165,8 @@ def _openable(source: str | Path | bytes) -> str | BinaryIO:
 class _SoundFile(AudioFile):
     """Read by soundfile."""
 
+    frames: int
+
     def __init__(self, source: str | Path | bytes, name: str, track: int | None, notes: list[AudioNote]) -> None:
         if track:
             raise UtteranceError("no such track", f"{name}: {track}: it has one")
@@ -231,7 +233,7 @@ class _Progress:
 class _AVFile(AudioFile):
     """Decoded by PyAV."""
 
-    frames = None
+    frames: None = None
 
     def __init__(self, source: str | Path | bytes, name: str, track: int | None, notes: list[AudioNote]) -> None:
         self.name, self._source, self._notes, self._wanted = name, source, notes, track
@@ -285,9 +287,9 @@ class _AVFile(AudioFile):
 
     def _seek(self, start: int) -> int | None:
         """Go to some place before sample `start`, and return which; None where that goes wrong, at the beginning."""
-        per_tick = self.rate * self._stream.time_base
+        per_tick = self.rate * _tick(self._stream)
         half = _PREROLL_SECONDS / 2 * self.rate
-        origin, _ = _time_of_first(self._frames, half, per_tick)
+        origin = _time_of_first(self._frames, half, per_tick)[0] or 0
         place = start - round(_PREROLL_SECONDS * self.rate)
         self._container.seek(int((origin + place) / per_tick), stream=self._stream)
         progress = _Progress(seconds=place / self.rate)
@@ -317,11 +319,12 @@ class _AVFile(AudioFile):
         name = self._container.format.name
         if name == "mp3":
             frames = _mp3_frames(self._source)
-            return frames and frames * (1152 if self.rate >= 32000 else 576) / self.rate
+            # up to three frames are what encoders add at both ends, and decoders leave out
+            return frames and (frames - 3) * (1152 if self.rate >= 32000 else 576) / self.rate
         if name not in _WITH_LENGTH:
             return None
         if self._stream.duration is not None:
-            return float(self._stream.duration * self._stream.time_base)
+            return float(self._stream.duration * _tick(self._stream))
         return None if self._container.duration is None else self._container.duration / av.time_base
 
     def count_frames(self) -> int:
@@ -351,6 +354,11 @@ def _track(container: av.container.InputContainer, track: int | None, name: str)
     return streams[track]
 
 
+def _tick(stream: av.AudioStream) -> Fraction:
+    """Seconds of a unit of its timestamps."""
+    return stream.time_base or Fraction(1, av.time_base)
+
+
 def _frames(
     container: av.container.InputContainer, stream: av.AudioStream, progress: _Progress
 ) -> Iterator[tuple[av.AudioFrame, np.ndarray]]:
@@ -373,7 +381,7 @@ def _frames(
             continue
         for frame in frames:
             if finds_jumps and frame.pts is not None:
-                at = float(frame.pts * stream.time_base)
+                at = float(frame.pts * _tick(stream))
                 if progress.expected is not None and at > progress.expected + _JUMP_SECONDS:
                     progress.add_damage()
                 progress.expected = at + frame.samples / frame.sample_rate
@@ -435,7 +443,7 @@ def _has_exact_timestamps(path: str, track: int, rate: int, size: int, changed: 
     """
     with _container(path) as container:
         stream = container.streams[track]
-        per_tick = float(rate * stream.time_base)
+        per_tick = float(rate * _tick(stream))
         most = _JUMP_SECONDS * rate / per_tick if per_tick <= 1 else 0
         lengths, expected = set(), None
         try:

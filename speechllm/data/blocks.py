@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from lhotse.utils import compute_num_samples
 
-from speechllm.data.audio_file import BLOCK_SECONDS, AudioNote, UtteranceError, open_audio
+from speechllm.data.audio_file import BLOCK_SECONDS, AudioFile, AudioNote, UtteranceError, open_audio
 from speechllm.data.features import SAMPLE_RATE
 from speechllm.data.resample import resample_blocks
 
@@ -72,26 +72,32 @@ def read_blocks(
         rate = file.rate
         first = compute_num_samples(start, rate) if start else 0
         wanted = None if duration is None else compute_num_samples(duration, rate)
-        blocks = _part(file.blocks(first), wanted, round(tolerance * rate), rate, name)
+        blocks = _checked_part(file, first, wanted, round(tolerance * rate))
         yield from resample_blocks(mono_blocks(blocks, rate, name, choose, notes), rate, SAMPLE_RATE)
 
 
-def _part(
-    blocks: Iterator[np.ndarray], wanted: int | None, tolerance: int, rate: int, name: str
-) -> Iterator[np.ndarray]:
-    """The first `wanted` samples of (channels, num_samples) blocks."""
+def part_of(file: AudioFile, start: int, count: int | None) -> Iterator[np.ndarray]:
+    """(channels, num_samples) blocks of `count` samples, or fewer where the file ends; None for all that there are."""
+    left = count
+    for block in file.blocks(start):
+        yield block if left is None else block[:, :left]
+        if left is not None:
+            left -= block.shape[1]
+            if left <= 0:
+                return
+
+
+def _checked_part(file: AudioFile, start: int, wanted: int | None, tolerance: int) -> Iterator[np.ndarray]:
+    """`part_of` a file that may have `tolerance` samples less, but not none."""
     read = 0
-    for block in blocks:
-        block = block if wanted is None else block[:, : wanted - read]
+    for block in part_of(file, start, wanted):
         read += block.shape[1]
         yield block
-        if read == wanted:
-            return
     if read == 0:
-        raise UtteranceError("wrong duration", f"{name}: no samples there")
+        raise UtteranceError("wrong duration", f"{file.name}: no samples there")
     if wanted is not None and read < wanted - tolerance:
-        said, found = wanted / rate, read / rate
-        raise UtteranceError("wrong duration", f"{name}: {said:.3f} s are asked for, it ends after {found:.3f} s")
+        said, found = wanted / file.rate, read / file.rate
+        raise UtteranceError("wrong duration", f"{file.name}: {said:.3f} s are asked for, it ends after {found:.3f} s")
 
 
 def _only(channel: int, name: str) -> Choice:

@@ -26,7 +26,7 @@ from lhotse.shar.writers import ArrayTarWriter, AudioTarWriter, JsonlShardWriter
 from lhotse.supervision import AlignmentItem
 from tqdm import tqdm
 
-from speechllm.data.audio import UtteranceError, load_samples, read_header, recordings
+from speechllm.data.audio import UtteranceError, load_channels, load_samples, read_header, recordings
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, bins_of, extract_features
 from speechllm.data.manifests.manifest import (
     LINE_ERRORS,
@@ -289,15 +289,15 @@ def _describe_features(cut: Cut, matrix: np.ndarray, kind: str, path: str, key: 
 
 def _shar_cut(cut: Cut) -> tuple[Cut, np.ndarray]:
     """The cut with a recording of its own that is as long as itself, and its audio, (channels, num_samples) int16."""
-    audio = cut.load_audio()
+    audio, rate = load_channels(cut)
     # by hand, for soundfile writes 32767/32768 of what it has read
     audio = np.clip(np.rint(audio * 32768), -32768, 32767).astype(np.int16)
     channels, num_samples = audio.shape
-    duration = num_samples / cut.sampling_rate
+    duration = num_samples / rate
     recording = Recording(
         id=cut.id,
         sources=[AudioSource(type="shar", channels=list(range(channels)), source="")],
-        sampling_rate=cut.sampling_rate,
+        sampling_rate=rate,
         num_samples=num_samples,
         duration=duration,
     )

@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
@@ -303,7 +303,7 @@ def _batches(plan: Plan, epoch: int, start: int, rank: int, world_size: int) -> 
 def _stated(value: Any) -> Any:
     """A setting without what says nothing: earlier versions, whose states go on, did not have all keys of today."""
     if isinstance(value, dict):
-        return {key: _stated(part) for key, part in value.items() if part not in (None, False, [], {})}
+        return {key: _stated(part) for key, part in value.items() if part is not False and part not in (None, [], {})}
     return [_stated(part) for part in value] if isinstance(value, list) else value
 
 
@@ -484,6 +484,15 @@ def _differences(before: dict[str, Any], now: dict[str, Any], inside: str = "") 
     return found
 
 
+def require_sources(sources: Sequence[SourceConfig], purpose: str) -> None:
+    """
+    Raises:
+        DataError: there are none.
+    """
+    if not sources:
+        raise DataError(f"data: no {purpose} sources are configured")
+
+
 def build_train_loader(
     config: DataConfig,
     seed: int,
@@ -506,8 +515,7 @@ def build_train_loader(
             utterances within the limits, or no noise in the noise manifests.
         ManifestError: a manifest is missing or useless.
     """
-    if not config.train:
-        raise DataError("data: no train sources are configured")
+    require_sources(config.train, "train")
     if two_views and (config.augment.spec_augment is None or config.augment.spec_augment.probability == 0):
         raise DataError("data.augment.spec_augment: two views of an utterance would be the same without it")
     label = LabelTemplate() if labels is None else labels.label_template
@@ -571,8 +579,7 @@ def build_eval_loader(
         DataError: no sources.
         ManifestError: a manifest is missing or useless.
     """
-    if not sources:
-        raise DataError("data: no evaluation sources are configured")
+    require_sources(sources, "evaluation")
     corpus = _corpus(config, sources, None)
     return SpeechLoader(
         SpeechDataset(

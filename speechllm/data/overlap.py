@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 
 from speechllm.data.manifests.manifest import LINE_ERRORS, Entry, ManifestError, SourceConfig, describe, iter_objects
-from speechllm.data.manifests.nemo import AUDIO_COMMAND, CHANNEL
+from speechllm.data.manifests.nemo import AUDIO_COMMAND
 from speechllm.data.manifests.source import audio_path
 from speechllm.data.manifests.tar import TAR
 
@@ -34,28 +34,32 @@ def stretches_of(obj: dict, entry: Entry, source: SourceConfig) -> list[Stretch]
     if "tracks" in obj:
         cuts = [track["cut"] for track in obj["tracks"] if isinstance(track.get("cut"), dict)]
         return [stretch for cut in cuts if "recording" in cut for stretch in stretches_of(cut, entry, source)]
-    start = obj.get("start") or 0.0 if "type" in obj else obj.get("offset") or 0.0
-    end = start + (obj["duration"] if "type" in obj else entry.duration)
-    channel = obj.get(CHANNEL, source.channel)
-    suffix = "" if channel is None else f"#{channel}"
+    is_cut = "type" in obj
+    start = obj.get("start" if is_cut else "offset") or 0.0
+    end = start + (obj["duration"] if is_cut else entry.duration)
+    recorded: list = []
+    if is_cut:
+        sources = (obj.get("recording") or {}).get("sources") or []
+        names = [part["source"] for part in sources if isinstance(part.get("source"), str)]
+        recorded = [channel for part in sources for channel in part.get("channels") or []]
+    else:
+        names = [obj[AUDIO_COMMAND] if AUDIO_COMMAND in obj else obj["audio_filepath"]]
+    # one channel of several is not the audio of another
+    channel = obj.get("channel", source.channel)
+    is_part = channel is not None and channel != recorded and (not is_cut or len(recorded) > 1)
+    suffix = f"#{channel}" if is_part else ""
     if TAR in obj and "recording" in obj[TAR]:
+        # in a tar file of Shar each cut has its audio by itself: where it was in a recording is not known
         member = obj[TAR]["recording"]
-        # a tar of Shar has each cut by itself: where it was in a recording is not known
         return [Stretch(f"{_real(member['path'])}/{member['name']}{suffix}", start, end)]
     folder = source.path if os.path.isdir(source.path) else os.path.dirname(source.path)
-    if "type" in obj:
-        sources = (obj.get("recording") or {}).get("sources") or []
-        names = [part.get("source") for part in sources if isinstance(part.get("source"), str)]
-    else:
-        names = [obj.get(AUDIO_COMMAND) or obj["audio_filepath"]]
-    return [
-        Stretch((name if AUDIO_COMMAND in obj else _real(audio_path(name, folder))) + suffix, start, end)
-        for name in names
-    ]
+    paths = names if AUDIO_COMMAND in obj else [_real(audio_path(name, folder)) for name in names]
+    return [Stretch(path + suffix, start, end) for path in paths]
 
 
 def _real(path: str) -> str:
-    return os.path.join(_real_folder(os.path.dirname(path)), os.path.basename(path))
+    path = os.path.join(_real_folder(os.path.dirname(path)), os.path.basename(path))
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 @cache

@@ -226,7 +226,8 @@ def init_from_data(encoder: Zipformer, features: Tensor, feature_lens: Tensor) -
 
     Args:
         encoder: fresh from its constructor.
-        features, feature_lens: a typical batch, (N, T, F) and (N,).
+        features: of a typical batch, (N, T, F).
+        feature_lens: (N,).
     """
     embed = encoder.encoder_embed
     features = features[:, : int(feature_lens.min())]  # so that no padding enters the statistics

@@ -805,8 +805,8 @@ class Zipformer(nn.Module):
             features: log-mel features, 100 frames a second, (N, T, feature_dim); anything may lie beyond the
                 lengths.
             feature_lens: (N,), in frames, each from `min_frames` to T.
-            chunk_size, left_context_frames: for causal models, see ZipformerConfig; by default what that
-                says.
+            chunk_size: for causal models, see ZipformerConfig; by default what that says.
+            left_context_frames: the same.
             return_stacks: give the outputs of all stacks too.
 
         Returns:

@@ -29,6 +29,11 @@ def base_dtype(name: str | None, trains: bool, on_gpu: bool) -> torch.dtype | No
     return None if on_gpu and not trains else torch.float32
 
 
+def half_precision() -> str:
+    """The half precision of this machine's GPU: bfloat16, or float16 on one that does not have that (before Ampere)."""
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
 def convert(model: TunableModel, dtype: torch.dtype) -> None:
     """Convert the weights of a model to another type, in place.
 

@@ -651,6 +651,7 @@ def _check_model_type(model_type: Any, source: str) -> None:
 
 def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedConfig:
     """The configuration that `make` gives, of a model that `TransformersLM` serves."""
+    import transformers.cache_utils
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
@@ -683,6 +684,8 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
     served = ATTENTION_LAYERS | RECURRENT_LAYERS | STATELESS_LAYERS
     if other := sorted(set(getattr(config, "layer_types", None) or ()) - served):
         refuse(f"layers of the type {', '.join(other)}; those of the types {', '.join(sorted(served))} are")
+    if has_recurrence(config) and not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
+        refuse(f"transformers {transformers.__version__} has no cache for its recurrent layers that can be reordered")
     try:
         _scale_and_cap(config)
     except ValueError as e:

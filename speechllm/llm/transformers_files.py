@@ -55,9 +55,8 @@ _SAME_OF_TEXT: dict[str, dict[str, Any]] = {
 
 # Names of weights: as the parts of a model are named in files, and as a language model by itself has them.
 TEXT_NAMES = {
-    r"^(thinker\.)?(model\.)?language_model\.lm_head\.": "lm_head.",
-    r"^(thinker\.)?(model\.)?language_model\.(model\.)?": "model.",
-    r"^thinker\.(model|lm_head)\.": r"\1.",
+    r"^(model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(model\.)?language_model\.(model\.)?": "model.",
 }
 
 _TEXT_WEIGHT = re.compile(r"(model\.(layers|embed_tokens|norm)|lm_head)\.")

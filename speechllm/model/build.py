@@ -8,9 +8,10 @@ import torch
 
 from speechllm.errors import UserError
 from speechllm.linear import pack_for_inference
-from speechllm.llm.precision import convert
+from speechllm.llm.precision import convert, half_precision
 from speechllm.model.encoder_model import EncoderModel
 from speechllm.model.speech_llm import ModelConfig, SpeechLLM, load_model_config
+from speechllm.weights import file_hash
 
 
 def build_model(config: ModelConfig) -> SpeechLLM | EncoderModel:
@@ -26,6 +27,17 @@ def load_model(folder: str | Path) -> SpeechLLM | EncoderModel:
     """
     config = load_model_config(folder)
     return (EncoderModel if config.llm is None else SpeechLLM).from_pretrained(folder)
+
+
+def model_identity(folder: str | Path) -> str:
+    """A text that differs between models that may give other results, wherever their folders are."""
+    folder = Path(folder)
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / "README.md"]
+    identity = {str(file.relative_to(folder)): file_hash(file) for file in files}
+    llm = load_model_config(folder).llm
+    if llm is not None and llm.path is not None:  # an adapter without its base
+        identity["base"] = file_hash(llm.path)
+    return repr(identity)
 
 
 def prepare_for_inference(
@@ -48,7 +60,7 @@ def prepare_for_inference(
     """
     device = usable_device(device)
     if dtype is None:
-        dtype = half_precision(device) if device.type == "cuda" else "float32"
+        dtype = half_precision() if device.type == "cuda" else "float32"
     if llm_weights != "float32" and dtype != "float32":
         raise UserError(f"--llm-weights {llm_weights} packs a model that computes in float32, and not in {dtype}")
     if model.llm is not None:
@@ -73,12 +85,6 @@ def usable_device(name: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f"--device {name}: cannot be used ({str(e).splitlines()[0]})") from e
     return device
-
-
-def half_precision(device: torch.device) -> str:
-    """The type that a GPU computes in fastest: bfloat16, or float16 on those that do not have that (before Ampere)."""
-    with torch.cuda.device(device):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def pack_model(model: SpeechLLM | EncoderModel, llm_weights: str = "float32") -> None:

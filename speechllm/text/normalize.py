@@ -115,12 +115,13 @@ def check_steps(steps: Sequence[str]) -> None:
 def _visible(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
-    return _invisible().sub("", text)
+    candidates, invisible = _invisible()
+    return invisible.sub("", text) if candidates.search(text) else text
 
 
 @cache
-def _invisible() -> re.Pattern:
-    """Matches one character that is never seen and shapes none that is."""
+def _invisible() -> tuple[re.Pattern, re.Pattern]:
+    """Matches one character that is perhaps never seen, fast; and one that is not, and shapes none that is."""
     codes = [
         code
         for code in (*range(0x20000), 0xE0001)  # there are no others further on
@@ -129,7 +130,7 @@ def _invisible() -> re.Pattern:
         if chr(code) not in _JOINERS
     ]
     # A joiner at the end of a word shapes it too, in Indic scripts; a non-joiner has nothing to keep apart there.
-    return re.compile(
+    return re.compile(f"[{_character_class(codes)}{_JOINERS}]"), re.compile(
         f"[{_character_class(codes)}]"
         rf"|(?<![{_SHAPED}])\u200c|\u200c(?![{_SHAPED}])"
         rf"|(?<![{_SHAPED}])\u180e"

@@ -57,6 +57,22 @@ def check_lengths(data: DataConfig, model: SpeechLLM | EncoderModel) -> None:
         )
 
 
+def check_precision(mixed_precision: str | None, model: SpeechLLM | EncoderModel) -> None:
+    """Whether the types that the model is kept in and computes in go together.
+
+    Raises:
+      ConfigError: the language model's weights are in the other half precision.
+    """
+    computes_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    if model.llm is None or computes_in is None or model.llm.dtype in (computes_in, torch.float32):
+        return
+    name, other = (str(dtype).removeprefix("torch.") for dtype in (model.llm.dtype, computes_in))
+    raise ConfigError(
+        f"train.mixed_precision: {mixed_precision} is another half precision than that of the language model's "
+        f"weights, {name}: set model.llm.dtype: {other}"
+    )
+
+
 def frozen_base_weights(model: SpeechLLM | EncoderModel, carried: Sequence[str]) -> dict[str, dict[str, str]]:
     """Path and hash of the files that frozen weights are from: checkpoints do not have these.
 

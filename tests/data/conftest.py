@@ -33,7 +33,7 @@ def add_tracks(
             for samples, rate in tracks
         ]
         for number, stream in enumerate(streams):
-            stream.disposition = av.stream.Disposition.default if number == default else av.stream.Disposition(0)
+            stream.disposition = av.stream.Disposition.default.value if number == default else 0
         packets = []
         for stream, (samples, rate) in zip(streams, tracks, strict=True):
             planes = np.atleast_2d(samples).astype(np.float32)

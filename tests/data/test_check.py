@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,9 @@ def test_a_configuration_is_checked_whole(corpus, experiment, tmp_path, capsys):
     assert "none.jsonl" in capsys.readouterr().out
     assert status("--config", path, "--data.trian=[]") == 1
     assert "did you mean data.train?" in capsys.readouterr().err
+    for name, purpose in (("train", "train"), ("valid", "evaluation")):
+        assert status("--config", path, f"--data.{name}=[]") == 1
+        assert capsys.readouterr().err == f"error: data: no {purpose} sources are configured\n"
     for wrong in ("model.ctc_wieght", "optim.lrr", "stages.first"):
         assert status("--config", path, f"--{wrong}", "0.5") == 1
         error = capsys.readouterr().err
@@ -211,14 +215,18 @@ def write_sets(folder, model_config, **sets) -> Path:
 def test_what_training_and_evaluation_share_is_reported(model_config, tmp_path, capsys):
     for i in range(6):
         write_tone(tmp_path / f"wav/{i}.wav", 2.0, seed=i)
-    (tmp_path / "link.wav").symlink_to(tmp_path / "wav/2.wav")
+    (tmp_path / "link.wav").symlink_to(tmp_path / "wav/5.wav")
 
     def line(i, **fields):
         return {"audio_filepath": f"wav/{i}.wav", "duration": 2.0, "text": "x"} | fields
 
     train = [line(0, id="a"), line(1), line(2, id="c"), line(3, offset=0.0, duration=1.0, id="d")]
     valid = [line(4, id="a"), line(5)]
-    test = [line(1, offset=0.5, duration=1.0), line(3, offset=1.0, duration=1.0, id="e"), line(5)]
+    test = [
+        line(1, offset=0.5, duration=1.0),
+        line(3, offset=1.0, duration=1.0, id="e"),
+        line(5) | {"audio_filepath": "link.wav"},
+    ]
     path = write_sets(tmp_path, model_config, train=train, valid=valid, test=test)
     assert status("--config", path) == 1
     out = capsys.readouterr().out
@@ -280,3 +288,20 @@ def test_stored_features_of_another_kind_are_reported(corpus, tmp_path, audio):
         report = check_manifests([SourceConfig(str(tmp_path / f"{name}.jsonl"))], CheckOptions(audio=audio))
         problems = [p.details for p in report.problems.get("wrong features", ())]
         assert bool(problems) == (name != "fbank") and all(f"stored are kaldi-{name}" in p for p in problems)
+
+
+def test_audio_is_the_same_in_every_form_of_manifest(tmp_path):
+    """A NeMo line of a file that a lhotse cut of the training data has too; other channels are other audio."""
+    lines = write_corpus(tmp_path)
+    cuts, nemo = write_kind("lhotse", tmp_path, lines), write_kind("nemo", tmp_path, lines)
+    report = check_manifests({"train": [cuts], "valid": [nemo]}, CheckOptions(audio="none"))
+    assert report.problem_counts["same audio in train and valid"] == 7
+    write_tone(tmp_path / "call.wav", 1.0, seed=1, channels=2)
+    call = Recording.from_file(tmp_path / "call.wav").to_cut()
+    for name, cut in zip(("a", "b"), call.to_mono(), strict=True):
+        CutSet.from_cuts([cut]).to_file(tmp_path / f"{name}.jsonl")
+    first, second = (SourceConfig(str(tmp_path / f"{name}.jsonl")) for name in "ab")
+    options = CheckOptions(audio="none", sounds=True)
+    assert not check_manifests({"train": [first], "valid": [second]}, options).problem_counts
+    again = check_manifests({"train": [first], "test": [replace(first, lang="en")]}, options)
+    assert again.problem_counts.keys() == {"same audio in train and test", "same id in train and test"}

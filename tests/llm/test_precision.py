@@ -15,6 +15,7 @@ from speechllm.model.build import load_model, prepare_for_inference, usable_devi
 from speechllm.model.speech_llm import LLMSection, ModelConfig, SpeechLLM
 from speechllm.rwkv7 import load_rwkv7, save_rwkv7
 from speechllm.train.checkpoint import load_trained, trained_state_dict
+from speechllm.train.preflight import check_precision
 from tests.llm.tiny_llms import tiny_llm
 
 HALF = torch.bfloat16
@@ -200,6 +201,20 @@ def test_what_trains_in_place_is_float32(config, model_config):
         from_dict(LLMSection, {"path": config.llm.path, "freeze": True, "dtype": "half"}, "llm")
     llm = LLMSection(path=config.llm.path)
     assert SpeechLLM.from_config(dataclasses.replace(config, llm=llm)).llm.dtype == torch.float32
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_a_base_under_autocast(amp, config, batch):
+    computes_in = {"bf16": "bfloat16", "fp16": "float16"}[amp]
+    model = SpeechLLM.from_config(dataclasses.replace(config, llm=dataclasses.replace(config.llm, dtype=computes_in)))
+    check_precision(amp, model)
+    with torch.autocast("cpu", getattr(torch, computes_in)):
+        out = model.train()(*batch)
+    (out["loss"] / out["tokens"]).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    other = "fp16" if amp == "bf16" else "bf16"
+    with pytest.raises(ValueError, match=f"mixed_precision: {other} is another half .* weights, {computes_in}: set"):
+        check_precision(other, model)
 
 
 def test_devices_that_are_not_there():

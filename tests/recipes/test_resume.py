@@ -32,6 +32,7 @@ PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # of linux/prctl.h and linux/capabili
 # its name.
 DIES_WHILE_SAVING = """
 import io, os, runpy, signal, sys
+from fnmatch import fnmatch
 from pathlib import Path
 import torch
 
@@ -42,7 +43,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 def save_half(content, file):
-    if moment == "half" and Path(file.name).name == name + ".tmp":
+    if moment == "half" and fnmatch(Path(file.name).name, name + ".*.tmp"):
         whole = io.BytesIO()
         save(content, whole)
         file.write(whole.getvalue()[: whole.tell() // 2])
@@ -204,6 +205,27 @@ def test_a_difference_is_found_and_named():
     assert difference(torch.zeros(2), torch.zeros(2).half()) == ": torch.float32 (2,), not torch.float16 (2,)"
 
 
+@pytest.mark.parametrize("change", ["max_duration", "two processes"])
+def test_going_on_with_other_batches_keeps_all_but_the_place_in_the_epoch(experiment, never_stopped, tmp_path, change):
+    """As after running out of memory."""
+    shutil.copy(never_stopped() / "checkpoint-3.pt", tmp_path)
+    before = load_checkpoint(tmp_path / "checkpoint-3.pt")
+    assert not before["loader"][0]["finished"]
+    if change == "max_duration":
+        result = run(*command(experiment, tmp_path, *SETTINGS, "--start-batch", "3", "--data.max_duration", "3"))
+    else:
+        result = run(*torchrun_command(experiment, tmp_path, *SETTINGS, "--start-batch", "3"))
+    epoch = before["epoch"]
+    said = {"max_duration": r"max_duration was 4(\.0)?, is 3", "two processes": "world_size was 1, is 2"}[change]
+    assert re.search(rf"epoch {epoch} begins anew: its \d+ batches so far were made with .*{said}", result.stderr)
+    assert f"resuming from {tmp_path / 'checkpoint-3.pt'}: epoch {epoch}, step 3" in result.stderr
+    after = load_checkpoint(tmp_path / "checkpoint-4.pt")
+    assert (after["step"], after["loader"][0]["batches"]) == (4, 1)
+    name, parameter = next((n, p) for n, p in before["model"].items() if p.ndim == 2)
+    assert 0 < (after["model"][name] - parameter).abs().max() < 0.1 * parameter.abs().max()  # one step further
+    assert load_checkpoint(newest_checkpoint(tmp_path))["step"] == 12
+
+
 def test_killed_at_any_moment(experiment, never_stopped, tmp_path):
     """With any number of processes that read data, none included."""
     reference, exp_dir = never_stopped(), tmp_path / "exp"
@@ -231,7 +253,8 @@ def test_killed_while_saving(experiment, never_stopped, tmp_path):
     ):
         status, stderr = ended(start(sys.executable, "-c", DIES_WHILE_SAVING, moment, name, *train_command[1:]))
         assert status == -signal.SIGKILL, stderr
-        assert [p.name for p in exp_dir.glob("*.tmp")] == ([] if moment == "after" else [f"{name}.tmp"])
+        leftovers = [p.name.partition(".pt")[0] + ".pt" for p in exp_dir.glob("*.tmp")]
+        assert leftovers == ([] if moment == "after" else [name])
         assert newest_checkpoint(exp_dir) == exp_dir / newest
         assert_intact(exp_dir, reference, moment)
     run(*train_command)

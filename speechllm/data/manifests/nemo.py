@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lhotse import AudioSource, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
@@ -194,7 +195,7 @@ def nemo_cut(line: dict, source: SourceConfig) -> MonoCut:
         custom={name: value for name, value in stated.items() if value is not None} or None,
         alignment=_alignment(line, entry),
     )
-    custom = {HEADER_UNREAD: True, IS_SEGMENT: is_segment}
+    custom: dict[str, Any] = {HEADER_UNREAD: True, IS_SEGMENT: is_segment}
     for name, value in ((CHANNEL, _channel(line, source)), (CHANNEL_OF_SEVERAL, line.get(CHANNEL_OF_SEVERAL))):
         if value is not None:
             custom[name] = value

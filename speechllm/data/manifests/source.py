@@ -123,12 +123,12 @@ class SourceConfig:
 
     def is_known_language(self, tag: str | None) -> bool:
         """Whether a tag is of ISO 639, or stated in the configuration; None says nothing that is not known."""
-        own = (None, self.stated_lang, self.stated_target_lang, *self.languages.values())
-        return tag in own or is_language_tag(tag)
+        own = (self.stated_lang, self.stated_target_lang, *self.languages.values())
+        return tag is None or tag in own or is_language_tag(tag)
 
     def unknown_languages(self, entry: Entry) -> list[str]:
         """Those tags of an utterance that are not known."""
-        return [tag for tag in (entry.lang, entry.target_lang) if not self.is_known_language(tag)]
+        return [tag for tag in (entry.lang, entry.target_lang) if tag and not self.is_known_language(tag)]
 
     def _require(self, condition: bool, name: str, complaint: str) -> None:
         if not condition:

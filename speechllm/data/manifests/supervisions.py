@@ -244,8 +244,8 @@ def _inside(one: Said) -> Said:
     )
     if writing.ast_text or not words:
         raise ValueError(
-            f"{where}: its text is not that of this audio. Make the cuts with keep_excessive_supervisions=False (or "
-            "keep_overlapping=False for trim_to_supervisions), or give the supervision a word alignment"
+            f"{where}: its text is not that of this audio. Cut between supervisions, as lhotse's trim_to_supervisions "
+            "and, where speech overlaps, trim_to_supervision_groups do, or give the supervision a word alignment"
         )
     first, last = min(word.start for word in words), max(word.end for word in words)
     if first < supervision.start - _WORDS_BEYOND or last > supervision.end + _WORDS_BEYOND:
@@ -259,7 +259,7 @@ def _inside(one: Said) -> Said:
             f"{where}, and the words of its alignment are not those of its text: it cannot be told what is said"
         )
     inside = [i for i, (_, start, end) in enumerate(words) if 0 <= (start + end) / 2 <= duration]
-    places = [spans[i] for i in inside if spans[i] is not None]
+    places = [span for i in inside if (span := spans[i]) is not None]
     text = writing.text[places[0][0] : places[-1][1]] if places else ""
     kept = tuple(WordTime(words[i].word, max(0.0, words[i].start), min(duration, words[i].end)) for i in inside)
     return Said(replace(supervision, words=kept), replace(writing, text=text))

@@ -242,7 +242,7 @@ def test_a_bad_line_of_sounds_is_left_out_and_a_manifest_of_them_is_an_error(sec
     source.write_text("{\n" + good.replace('"duration"', '"lasts"').replace("good.wav", "gone.wav") + missing + good)
     made = Augmenter(config).samples(random_samples(4000), rng())
     assert len(made) == 4000 and f"{source}:1 is left out of the augmentation: invalid JSON" in caplog.text
-    for content, message in (("", ""), ("{\n" * 3, f": {source}:1: invalid JSON"), (missing, ": none of its 1")):
+    for content, message in (("", ""), ('{"x\n', f": {source}:1: invalid JSON"), (missing, ": none of its 1")):
         source.write_text(content)
         with pytest.raises(DataError, match=f"no (noise|impulse response) in it{message}"):
             Augmenter(config)

@@ -7,11 +7,10 @@ import pytest
 import soundfile
 
 from speechllm.data import ManifestError, read_manifest
-from speechllm.data.audio import load_samples
+from speechllm.data.audio import cut_blocks, load_samples
 from speechllm.data.check import CheckOptions, check_manifests
 from speechllm.data.manifests.kaldi import kaldi_files
 from speechllm.data.manifests.manifest import describe_cut, iter_objects
-from speechllm.transcribe.pauses import cut_blocks
 from tests.data.corpora import true_cuts, write_corpus, write_kind
 
 
