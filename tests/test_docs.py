@@ -31,3 +31,8 @@ def test_files_that_the_pages_name_are_here(page):
     named = set(re.findall(r"`((?:configs|recipes|tools)/[\w./-]+\.(?:yaml|py))", text))
     theirs = {"configs/zipformer.yaml", "configs/train.yaml"}
     assert all((DOCS.parent / name).is_file() for name in named - theirs)
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
+def test_no_page_holds_both_sides_of_a_merge(page):
+    assert not re.search("^(<{7}|>{7}) ", page.read_text(encoding="utf-8"), re.MULTILINE)

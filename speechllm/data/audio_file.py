@@ -33,6 +33,11 @@ from speechllm.data.resample import resample_blocks
 BLOCK_SECONDS = 10.0
 # What soundfile reads best, by the first bytes: RIFF and its 64-bit and big-endian forms, AIFF, AU, CAF, W64, SPHERE.
 _UNCOMPRESSED = (b"RIFF", b"RF64", b"RIFX", b"FORM", b".snd", b"caff", b"riff", b"NIST")
+# But not MP3 in WAV (format tags 0x50 and 0x55), of which libsndfile's decoder loses more where it is damaged.
+_MP3_IN_WAV = re.compile(rb"RIFF.{4}WAVE.*?fmt .{4}[\x50\x55]\0", re.DOTALL)
+_HEAD_BYTES = 4096
+# How soundfile's report on the header says that the file was cut off: in WAV, AIFF, AU and W64.
+_CUT_OFF = re.compile(r"^ *(?:data|SSND|Data Size|riff) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 # A WAV header that was written before the length was known has such a one, and is not a file that was cut off.
 _LENGTH_UNKNOWN = 0x7FFF0000
 # Formats whose headers state the length; of others, ffmpeg estimates it.
@@ -122,7 +127,8 @@ def open_audio(
     """
     notes = [] if notes is None else notes
     head = _head(source, name)
-    openers = (_SoundFile, _AVFile) if head.startswith(_UNCOMPRESSED) else (_AVFile, _SoundFile)
+    is_uncompressed = head.startswith(_UNCOMPRESSED) and not _MP3_IN_WAV.match(head)
+    openers = (_SoundFile, _AVFile) if is_uncompressed else (_AVFile, _SoundFile)
     try:
         file = openers[0](source, name, track, notes)
     except UtteranceError as error:
@@ -141,7 +147,7 @@ def open_audio(
 def _head(source: str | Path | bytes, name: str) -> bytes:
     """The first bytes."""
     if isinstance(source, bytes):
-        head = source[:16]
+        head = source[:_HEAD_BYTES]
     else:
         path = Path(source)
         if not path.exists():
@@ -150,7 +156,7 @@ def _head(source: str | Path | bytes, name: str) -> bytes:
             raise UtteranceError("unreadable audio", f"{name}: a directory, not a file")
         try:
             with path.open("rb") as file:
-                head = file.read(16)
+                head = file.read(_HEAD_BYTES)
         except OSError as error:
             raise UtteranceError("unreadable audio", f"{name}: {error.strerror}") from error
     if not head:
@@ -179,7 +185,7 @@ class _SoundFile(AudioFile):
             raise UtteranceError("wrong duration", f"{name}: no samples")
         self.name, self._notes = name, notes
         self.rate, self.channels, self.frames = self._file.samplerate, self._file.channels, self._file.frames
-        said = re.search(r"^data : (\d+) \(should be (\d+)\)", self._file.extra_info, re.MULTILINE)
+        said = _CUT_OFF.search(self._file.extra_info)
         self._stated = None
         if said and int(said[2]) < int(said[1]) < _LENGTH_UNKNOWN:
             self._stated = self.frames * int(said[1]) / int(said[2]) / self.rate
@@ -325,6 +331,8 @@ class _AVFile(AudioFile):
             return None
         if self._stream.duration is not None:
             return float(self._stream.duration * _tick(self._stream))
+        if len(self._container.streams) > 1:  # that of the container is that of the longest
+            return _seconds_of_tag(self._stream.metadata.get("DURATION", ""))
         return None if self._container.duration is None else self._container.duration / av.time_base
 
     def count_frames(self) -> int:
@@ -357,6 +365,12 @@ def _track(container: av.container.InputContainer, track: int | None, name: str)
 def _tick(stream: av.AudioStream) -> Fraction:
     """Seconds of a unit of its timestamps."""
     return stream.time_base or Fraction(1, av.time_base)
+
+
+def _seconds_of_tag(text: str) -> float | None:
+    """Of a tag of Matroska, such as 00:01:12.016000000."""
+    found = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", text)
+    return 3600 * int(found[1]) + 60 * int(found[2]) + float(found[3]) if found else None
 
 
 def _frames(

@@ -358,7 +358,7 @@ def _json_line(obj: dict, source: SourceConfig) -> Line:
     speakers = (string_of(part, "speaker") for part in itertools.chain([obj], obj.get("supervisions") or []))
     return Line(
         entry.id,
-        entry.target if entry.target or not _HOLDS_TEXT.isdisjoint(obj) else None,
+        entry.target if entry.target or any(obj.get(name) is not None for name in _HOLDS_TEXT) else None,
         string_of(obj, "pred_text"),
         language_label(entry.lang, entry.target_lang if entry.task == "ast" else None),
         next(filter(None, speakers), None),

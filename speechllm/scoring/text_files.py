@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,8 +95,10 @@ def read_ctm(lines: Numbered) -> Iterator[tuple[str, Line]]:
             continue
         try:
             recording, channel, start, seconds, word = text.split()[:5]
-            begin = float(start)
-            span = Span(recording, channel, begin, begin + float(seconds))
+            begin, end = float(start), float(start) + float(seconds)
+            if not (math.isfinite(begin) and math.isfinite(end)):
+                raise ValueError(f"times are not finite: {start} {seconds}")
+            span = Span(recording, channel, begin, end)
         except ValueError as error:
             raise UserError(f"{where}: expected RECORDING CHANNEL START DURATION WORD, as ctm files have it") from error
         _refuse_alternatives(word, where)

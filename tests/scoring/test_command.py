@@ -131,6 +131,7 @@ def test_a_line_without_prediction_is_not_its_own_reference(tmp_path):
 @pytest.mark.parametrize(
     "name, lines, message",
     [
+        ("m.jsonl", ['{"id": "a", "text": null, "pred_text": "x"}'], r"1 utterances without a reference: a"),
         ("m.jsonl", ['{"id": "a", "text": "x"}', '{"id": "a", "text": "y"}'], r"m.jsonl:2: the id a .* second time"),
         ("m.jsonl", ['{"id": "a", "text": "x"}', "{"], r"m.jsonl:2: invalid JSON"),
         ("m.jsonl", ['{"id": "a", "text": 3}'], r"m.jsonl:1: text: expected a string"),

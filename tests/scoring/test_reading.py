@@ -183,6 +183,7 @@ def test_ctm_against_texts(tmp_path):
         ("a.trn", "a (u1)\nb (u1)\n", r"a.trn:2: the id u1 is there for the second time"),
         ("a.trn", "{ uh / @ } yes (u1)\n", r"a.trn:1: alternatives"),
         ("a.ctm", "u1 1 0.0 0.5 a\nu1 1 x 0.5 b\n", r"a.ctm:2: expected RECORDING CHANNEL START DURATION WORD"),
+        ("a.ctm", "u1 1 0.0 0.5 a\nu1 1 nan 0.5 b\n", r"a.ctm:2: expected RECORDING"),
         ("a.ctm", "u1 1 0.0\n", r"a.ctm:1: expected RECORDING"),
         ("a.stm", "u1 1 ann 0.0\n", r"a.stm:1: expected RECORDING CHANNEL SPEAKER START END"),
         ("a.srt", "hello\nworld\n", r"a.srt:1: no times of a cue"),
