@@ -12,7 +12,9 @@ wer-summary-SET-MODEL.txt and wer-by-language-SET-MODEL.txt. By language are pri
 that does so, how far the times of words are off (those in the manifest are its `alignment`), where they are written by
 the model or found by --timestamps, and the BLEU of translations, where sacrebleu is installed. Translations are in
 groups such as en>zh, and CTC has none of them. A text that a guard has stopped, because it repeats itself or is too
-long for its audio, is cut there; how many is logged.
+long for its audio, is cut there; how many is logged. An utterance that the model cannot recognize, such as one
+without the language that the prompt names, is logged and left out; one that is too short to hear anything in has an
+empty text. Ctrl-C ends the program with the status 130.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
-import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,16 +31,19 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from speechllm.cli.exits import run_to_exit
 from speechllm.cli.options import add_dtype_option
-from speechllm.cli.search_options import add_search_options, search_options
+from speechllm.cli.search_options import add_search_options, check_without_language_model, search_options
 from speechllm.config import ConfigError
 from speechllm.data import Batch, build_eval_loader
-from speechllm.decode.recognizer import RecogniseOptions, Speech
+from speechllm.decode.interface import RecogniseOptions, Recognizer, Speech
+from speechllm.decode.result import Recognition
 from speechllm.errors import UserError
 from speechllm.linear import INFERENCE_WEIGHTS
 from speechllm.log import setup_logging
 from speechllm.model.build import load_model, prepare_for_inference
 from speechllm.model.card import add_results
+from speechllm.model.speech_llm import load_model_config
 from speechllm.scoring import (
     Transcript,
     characters,
@@ -78,12 +82,15 @@ def main() -> None:
     )
     add_search_options(parser)
     args, overrides = parser.parse_known_args()
-    try:
+
+    def run() -> None:
         config = load_experiment(args.config, overrides)
-        options = replace(search_options(args), timestamps=args.timestamps)
+        options = replace(search_options(args, shows_nbest=False), timestamps=args.timestamps)
+        if load_model_config(args.model).llm is None:
+            check_without_language_model(args)
         decode(config, args.exp_dir, args.model, args.dtype, args.llm_weights, options)
-    except (UserError, FileNotFoundError) as e:
-        sys.exit(f"error: {e}")
+
+    run_to_exit(run)
 
 
 def decode(
@@ -106,35 +113,44 @@ def decode(
     table: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for name, sources in config.data.test.items():
         results: dict[str, list[Transcript]] = defaultdict(list)  # by search
-        audio_seconds, stopped, start = 0.0, 0, time.perf_counter()
-        batches: deque[Batch] = deque()  # that are being searched
+        audio_seconds, stopped, left_out, start = 0.0, 0, 0, time.perf_counter()
+        batches: deque[tuple[Batch, list[int]]] = deque()  # that are being searched, and the rows that can be
 
         def speech(sources=sources, name=name, batches=batches) -> Iterator[Speech]:
+            nonlocal left_out
             loader = build_eval_loader(config.data, sources, feature_kind=model.feature_kind)
             for batch in tqdm(loader, desc=name, unit="batch", disable=None):
-                batches.append(batch)
-                yield Speech(
-                    batch.features, batch.feature_lens, batch.languages, batch.target_languages, batch.contexts
-                )
+                batch = batch.to(model.device)
+                rows = recognizable_rows(recogniser, batch)
+                left_out += len(batch) - len(rows)
+                if rows:
+                    batches.append((batch, rows))
+                    yield speech_of(batch).rows(rows)
 
-        for found in recogniser(speech()):
-            batch = batches.popleft()
+        for recognitions in recogniser(speech()):
+            batch, rows = batches.popleft()
+            found: list[Recognition | None] = [None] * len(batch)
+            for row, recognition in zip(rows, recognitions, strict=True):
+                found[row] = recognition
             results[search] += transcripts(
                 batch,
-                [r.text for r in found],
+                [r and r.text for r in found],
                 config.data.text,
-                [r.language for r in found],
-                [r.words for r in found],
+                [r and r.language for r in found],
+                [r and r.words for r in found],
             )
-            if ctc_found := transcripts(batch, [r.ctc_text for r in found], config.data.text):
+            if ctc_found := transcripts(batch, [r and r.ctc_text for r in found], config.data.text):
                 results[ctc_search] += ctc_found
-            audio_seconds += batch.audio_seconds
-            stopped += sum(r.fallback is not None for r in found)
+            audio_seconds += sum(batch.durations[row] for row in rows)
+            stopped += sum(r.fallback is not None for r in recognitions)
         elapsed = time.perf_counter() - start
         logger.info(
-            "%s: %d utterances, %.0f s of audio in %.1f s (real-time factor %.4f); %d texts were cut",
-            name, len(results[search]), audio_seconds, elapsed, elapsed / max(audio_seconds, 1e-9), stopped,
+            "%s: %d utterances, %.0f s of audio in %.1f s (real-time factor %.4f); %d texts were cut, %d left out",
+            name, len(results[search]), audio_seconds, elapsed, elapsed / max(audio_seconds, 1e-9), stopped, left_out,
         )  # fmt: skip
+        if not results[search]:
+            logger.error("%s: no utterance of this test set can be recognized", name)
+            continue
         for setting, found in results.items():
             report = write_reports(exp_dir / setting, name, model_dir.name, found, setting=setting)
             logger.info("%s, %s: WER %s", name, setting, report)
@@ -142,9 +158,31 @@ def decode(
             for language, group in [*sorted(groups.items()), ("all", found)]:
                 table[name, language].setdefault("words", str(score(group).ref_len))  # CTC may have fewer
                 table[name, language] |= measures(setting, group)
+    if not table:
+        raise UserError(f"{model_dir}: no utterance of the test sets can be recognized; the log says why")
     text = table_text(table)
     print(f"\n{text}", end="")
     add_results(model_dir, text)
+
+
+def speech_of(batch: Batch) -> Speech:
+    return Speech(batch.features, batch.feature_lens, batch.languages, batch.target_languages, batch.contexts)
+
+
+def recognizable_rows(recogniser: Recognizer, batch: Batch) -> list[int]:
+    """The rows of a batch that the model can recognize; what the others lack is logged. They are left out, as are
+    utterances whose audio cannot be read."""
+    rows = []
+    contexts = batch.contexts or [None] * len(batch)
+    columns = zip(batch.languages, batch.target_languages, contexts, batch.feature_lens.tolist(), strict=True)
+    for row, (language, target_language, context, frames) in enumerate(columns):
+        try:
+            recogniser.check(language, target_language, context, frames)
+        except UserError as error:
+            logger.warning("left out: %s: %s", batch.ids[row], error)
+        else:
+            rows.append(row)
+    return rows
 
 
 def search_names(options: RecogniseOptions) -> tuple[str, str]:

@@ -52,6 +52,7 @@ from speechllm.train.checkpoint import RunningAverage, load_checkpoint, newest_c
 from speechllm.train.config import Experiment, load_experiment
 from speechllm.train.diagnostics import statistics_of
 from speechllm.train.encoder_cache import use_encoder_cache
+from speechllm.train.languages import TrainedLanguages
 from speechllm.train.monitor import Averages, RunLog, describe_parameters, norms_by_part, provenance
 from speechllm.train.plot import plot_if_possible
 from speechllm.train.preflight import (
@@ -226,8 +227,17 @@ def train(
     # What is saved has the audio in it, not what is kept of a frozen encoder: the model that is decoded hears.
     saved_config = replace(config, data=replace(data_as_given, max_duration=config.data.max_duration))
     parts = {"model_avg": average, "scheduler": scheduler, "ranks": ranks}
+    languages = TrainedLanguages(bare.config.languages or ())
     state = build_state(
-        accelerator, bare, optimizer, parts, train_loader, carried, base_weights, config=to_dict(saved_config)
+        accelerator,
+        bare,
+        optimizer,
+        parts,
+        train_loader,
+        languages,
+        carried,
+        base_weights,
+        config=to_dict(saved_config),
     )
     if checkpoint is not None:
         state.load(checkpoint)
@@ -271,6 +281,7 @@ def train(
                     average.update(state.step)
                 state.total.add(result.losses, decay=1 - 1 / 200)
                 log.advance(batches)
+                languages.add(batches)
                 if log_now:
                     rows = sum(len(batch.ids) for batch in batches)
                     lr = scheduler.get_last_lr()[0]

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+# Of a name in a folder, in bytes, on the file systems in use.
+MAX_NAME_BYTES = 255
 
 
 @contextlib.contextmanager
 def replaced_file(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to. It is flushed to the disk and takes the place of `path` when the
-    block ends well, and is removed when it does not."""
+    block ends well, and is removed when it does not.
+
+    The name is `NAME.RANDOM.tmp`, the end of a long NAME left out: processes that write the same file at the same time
+    do not write into each other's.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
+    ending = f".{secrets.token_hex(4)}.tmp"
+    tmp = path.with_name(shortened(path.name, MAX_NAME_BYTES - len(ending)) + ending)
     try:
         yield tmp
         _set_usual_mode(tmp)
@@ -48,6 +57,13 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
             tmp.rename(folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def shortened(name: str, max_bytes: int) -> str:
+    """The beginning of a file's name that has at most so many bytes, whole characters of it."""
+    while len(os.fsencode(name)) > max_bytes:
+        name = name[:-1]
+    return name
 
 
 def describe_write_error(path: str | Path, reason: Exception) -> str:

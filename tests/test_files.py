@@ -34,6 +34,21 @@ def test_replaced_file(tmp_path):
     assert [p.name for p in target.parent.iterdir()] == ["file"]
 
 
+def test_files_that_are_written_at_the_same_time_are_whole(tmp_path):
+    with replaced_file(tmp_path / "a") as one, replaced_file(tmp_path / "a") as other:
+        one.write_text("one")
+        other.write_text("the other")
+    assert (tmp_path / "a").read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "\u00fc" * 127, os.fsdecode(b"\xff" * 255)])
+def test_the_longest_names_can_be_written(tmp_path, name):
+    with replaced_file(tmp_path / name) as tmp:
+        tmp.write_text("text")
+    assert (tmp_path / name).read_text() == "text"
+
+
 def test_leftovers_of_a_killed_run_are_cleaned_up(tmp_path):
     (tmp_path / ".model.tmp").mkdir()
     (tmp_path / ".model.tmp/half").write_text("")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from speechllm.train.checkpoint import (
     load_checkpoint,
     load_trained,
 )
+from speechllm.train.languages import languages_of
 from speechllm.weights import CheckpointError, file_hash
 
 
@@ -124,7 +126,9 @@ def write_model(
     for part, base in bases[last].items():
         if file_hash(base["path"]) != base["sha256"]:
             raise CheckpointError(f"{base['path']}: not the {part} that {last} was trained on: its SHA-256 is another")
-    model = build_model(from_dict(ModelConfig, checkpoints[last]["config"]["model"], str(last)))
+    config = from_dict(ModelConfig, checkpoints[last]["config"]["model"], str(last))
+    languages = languages_of(checkpoints[last])
+    model = build_model(config if languages is None else replace(config, languages=languages))
     load_trained(model, trained, last)
     try:
         model.save_pretrained(output, merged)

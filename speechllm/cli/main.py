@@ -7,6 +7,7 @@ import itertools
 import sys
 
 from speechllm.cli.data import add_data
+from speechllm.cli.exits import run_to_exit
 from speechllm.cli.plot import add_plot
 from speechllm.cli.prompt import add_prompt
 from speechllm.cli.score import add_score
@@ -30,14 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     if overrides and not getattr(args, "config", None):
         parser.error(f"unknown option {overrides[0]}; settings of the form --section.key need --config")
 
-    # Here, not above, as all other imports of the library: `speechllm --help` answers at once.
-    from speechllm.errors import UserError
-
-    try:
-        sys.exit(args.run(args))
-    except (UserError, FileNotFoundError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+    run_to_exit(lambda: args.run(args))
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:

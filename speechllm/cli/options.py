@@ -95,4 +95,6 @@ def prompt_context(args: argparse.Namespace) -> PromptContext:
         except UnicodeDecodeError:
             raise UserError(f"--prompt-hotwords: {args.prompt_hotwords}: not UTF-8; save the file as UTF-8") from None
         hotwords = tuple(line.strip() for line in lines if line.strip())
+        if not hotwords:
+            raise UserError(f"--prompt-hotwords: {args.prompt_hotwords}: there is no phrase in it")
     return PromptContext(previous=args.previous, hotwords=hotwords)

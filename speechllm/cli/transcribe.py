@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from speechllm.cli.options import add_device_option, add_dtype_option, add_prompt_options, prompt_context
-from speechllm.cli.search_options import add_search_options, search_options
+from speechllm.cli.search_options import add_search_options, check_without_language_model, search_options
 
-_FORMATS = ("txt", "json", "srt", "ctm", "tsv")
-_FORMATS_WITH_WORD_TIMES = ("json", "srt", "ctm")
+# The rest of the library is imported where it is used: `speechllm --help` answers at once.
+if TYPE_CHECKING:
+    from speechllm.decode.interface import RecogniseOptions
+    from speechllm.transcribe.segments import SegmentOptions
+
+_FORMATS = ("txt", "json", "srt", "vtt", "ctm", "tsv")
+_FORMATS_WITH_WORD_TIMES = ("json", "srt", "vtt", "ctm")
+_MAX_SEGMENT = 30.0
 
 
 def add_transcribe(commands: argparse._SubParsersAction) -> None:
@@ -17,21 +24,21 @@ def add_transcribe(commands: argparse._SubParsersAction) -> None:
         "transcribe",
         help="audio files to text",
         description="Transcribe or translate audio of any format, sampling rate and length. Without --output the "
-        "results go to standard output, in the order of the inputs. An input that cannot be read is reported and the "
-        "others are done; the exit status is 1 then. Where the language model repeats itself or writes more than the "
-        "audio can say, the text of the CTC head is taken, if the model has one; json says so.",
+        "results go to standard output, in UTF-8, in the order of the inputs. An input that cannot be read is reported "
+        "and the others are done; the exit status is 1 then, 130 after Ctrl-C, and 141 when the reader of standard "
+        "output has gone. Where the language model repeats itself or writes more than the audio can say, the text of "
+        "the CTC head is taken, if the model has one; json says so. An option that has no effect is an error.",
     )
     transcribe.add_argument(
         "inputs",
         nargs="+",
-        type=Path,
-        metavar="FILE|DIR|MANIFEST",
-        help="audio files; folders, which are searched for them; manifests: NeMo JSON lines, lhotse cuts, or a "
-        "directory in Kaldi's or lhotse's Shar form",
+        metavar="FILE|DIR|MANIFEST|-",
+        help="audio files; folders, which are searched for them, links followed; manifests: NeMo JSON lines, lhotse "
+        "cuts, or a directory in Kaldi's or lhotse's Shar form; -: audio from standard input. URLs are not read",
     )
     transcribe.add_argument("--model", required=True, type=Path, help="folder of a trained model")
-    transcribe.add_argument("--language", help="language tag for the prompt, e.g. en")
-    transcribe.add_argument("--target-language", help="translate into this language, e.g. de")
+    transcribe.add_argument("--language", help="language that is spoken, as a tag (en) or in English (English)")
+    transcribe.add_argument("--target-language", help="language to translate into, such as de or German")
     add_prompt_options(transcribe)
     transcribe.add_argument(
         "--task",
@@ -42,23 +49,37 @@ def add_transcribe(commands: argparse._SubParsersAction) -> None:
         "--format",
         choices=_FORMATS,
         default="txt",
-        help="txt, or with times: json (an object a line), srt (subtitles), ctm (words), tsv (default: %(default)s)",
+        help="txt, or with times: json (an object a line), srt and vtt (subtitles), ctm (words), tsv (default: "
+        "%(default)s)",
     )
     transcribe.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="write a file for each input there; those that exist are not done again",
+        help="write a file for each input there. A result that is there already, of the same audio, model and "
+        "options, is kept; one of other audio is never replaced. Files of folders keep their paths",
     )
-    transcribe.add_argument("--overwrite", action="store_true", help="do them again")
+    transcribe.add_argument("--overwrite", action="store_true", help="overwrite existing results")
+    transcribe.add_argument(
+        "--channel",
+        type=int,
+        metavar="N",
+        help="take this channel of several, counted from 0 (default: their mean, or those that speak)",
+    )
+    transcribe.add_argument(
+        "--track",
+        type=int,
+        metavar="N",
+        help="take this audio track of several, as in a film, counted from 0 (default: the one that is marked so)",
+    )
     transcribe.add_argument(
         "--batch-duration", type=float, default=300.0, help="seconds of audio in a batch (default: %(default)g)"
     )
     transcribe.add_argument(
         "--max-segment",
         type=float,
-        default=30.0,
-        help="longer audio is cut at pauses into segments of at most so many seconds (default: %(default)g)",
+        help="longer audio is cut at pauses into segments of at most this many seconds (default: "
+        f"{_MAX_SEGMENT:g}, or what the encoder can hear)",
     )
     transcribe.add_argument(
         "--llm-weights",
@@ -82,20 +103,50 @@ def run_transcribe(args: argparse.Namespace) -> int:
     """
     from dataclasses import replace
 
+    from speechllm.errors import UserError
     from speechllm.model.build import load_model, prepare_for_inference, usable_device
+    from speechllm.model.request import asked_languages
+    from speechllm.model.speech_llm import load_model_config
     from speechllm.transcribe.inputs import Inputs
     from speechllm.transcribe.output import Output, transcribe_all
     from speechllm.transcribe.segments import SegmentOptions
 
-    how = replace(search_options(args), fallback="ctc")
-    inputs = Inputs(args.inputs, args.language, args.target_language, args.task, prompt_context(args))
-    options = SegmentOptions(args.batch_duration, args.max_segment)
+    # What can be refused before the model is loaded is.
+    how = replace(search_options(args, shows_nbest=args.format == "json"), fallback="ctc")
+    context = prompt_context(args)
+    inputs = Inputs(args.inputs, args.language, args.target_language, args.task, context, args.channel, args.track)
+    options = SegmentOptions(args.batch_duration, _MAX_SEGMENT if args.max_segment is None else args.max_segment)
     output = Output(args.format, args.output, args.overwrite)
     output.check(args.inputs)
-
     device = usable_device(args.device)
+    config = load_model_config(args.model)
+    if config.llm is None:
+        check_without_language_model(args)
+    language, target_language = asked_languages(config, args.language, args.target_language, context)
+    inputs = replace(inputs, language=language, target_language=target_language)
+
     model = load_model(args.model)
     prepare_for_inference(model, device, args.dtype, args.llm_weights)
+    if args.max_segment is not None and args.max_segment > model.max_seconds:
+        raise UserError(f"--max-segment {args.max_segment:g}: the encoder hears at most {model.max_seconds:g} s")
+    options = replace(options, max_seconds=min(options.max_seconds, model.max_seconds))
     timestamps = args.format in _FORMATS_WITH_WORD_TIMES and model.ctc_head is not None
-    recognise = model.recogniser(replace(how, timestamps=timestamps))
-    return transcribe_all(inputs, recognise, options, output, model.feature_kind)
+    how = replace(how, timestamps=timestamps)
+    if args.output is not None:
+        output = replace(output, made_with=made_with(args, how, options))
+    recogniser = model.recogniser(how)
+    return transcribe_all(inputs, recogniser, options, output, model.feature_kind, recogniser.check)
+
+
+def made_with(args: argparse.Namespace, how: RecogniseOptions, options: SegmentOptions) -> str:
+    """A text that differs where the results of two runs may, though their audio and languages are the same."""
+    from dataclasses import asdict, replace
+
+    from speechllm.model.build import model_identity
+    from speechllm.weights import file_hash
+
+    # how many are searched together has no influence
+    how = replace(how, search=replace(how.search, max_rows=how.search.width))
+    files = {name: file_hash(file) for name in ("hotwords", "ngram", "initial_state") if (file := getattr(how, name))}
+    asked = (args.dtype, args.llm_weights, args.channel, args.track)
+    return repr((model_identity(args.model), asdict(how) | files, options.max_seconds, asked))

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from speechllm.decode.ctc import ctc_greedy, ctc_prefix_beam_search, forced_align
-from speechllm.decode.interface import RecogniseOptions, RecognizableEncoder, Speech
-from speechllm.decode.result import Hypothesis, Recognition
+from speechllm.decode.interface import RecogniseOptions, RecognizableEncoder, Speech, check_length
+from speechllm.decode.result import Hypothesis, Recognition, without_sound
 from speechllm.decode.timestamps import words_from_alignment
 from speechllm.decode.transducer import transducer_greedy
 from speechllm.errors import UserError
+from speechllm.prompt.template import PromptContext
 
 
 class EncoderRecogniser:
@@ -48,16 +49,37 @@ class EncoderRecogniser:
 
     @torch.no_grad()
     def __call__(self, batches: Iterable[Speech]) -> Iterator[list[Recognition]]:
-        """The results of each batch, in order.
+        """The results of each batch, in order. One that is too short for the encoder to hear anything in has no text.
 
         Raises:
           UserError: something is to be translated.
         """
+        has_both = self.model.ctc_head is not None and self.model.transducer is not None
         for speech in batches:
             for language in speech.target_languages:
-                if language is not None:
-                    raise UserError(f"{language} is asked for, but an encoder alone (model.llm: null) cannot translate")
-            yield self._recognise(speech)
+                self.check(None, language)
+            nothing = without_sound("" if has_both else None, self.options.timestamps)
+            results = [nothing] * len(speech.feature_lens)
+            heard = [i for i, frames in enumerate(speech.feature_lens.tolist()) if frames >= self.model.min_frames]
+            for i, result in zip(heard, self._recognise(speech.rows(heard)) if heard else [], strict=True):
+                results[i] = result
+            yield results
+
+    def check(
+        self,
+        language: str | None,
+        target_language: str | None = None,
+        context: PromptContext | None = None,
+        frames: int | None = None,
+    ) -> None:
+        """Whether an utterance can be recognized; `frames`: of its features, where they are known.
+
+        Raises:
+          UserError: it is to be translated, or too long for the encoder.
+        """
+        check_length(self.model, frames)
+        if target_language is not None:
+            raise UserError(f"{target_language} is asked for, but an encoder alone (model.llm: null) cannot translate")
 
     def _recognise(self, speech: Speech) -> list[Recognition]:
         model = self.model

@@ -6,13 +6,14 @@ the recognizers knows how they are built.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from speechllm.decode.result import Recognition
 from speechllm.decode.search import SearchOptions
 from speechllm.encoder.transducer import Transducer
 from speechllm.errors import UserError
@@ -20,6 +21,9 @@ from speechllm.llm.interface import LanguageModel
 from speechllm.prompt.label import LabelTemplate, ReadLabel
 from speechllm.prompt.template import PromptContext, Spliced
 from speechllm.text.tokenizer import Tokenizer
+
+# From one frame of features to the next.
+FRAME_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class RecogniseOptions:
     Attributes:
       search: of the language model.
       fallback: what becomes of a text that a guard has stopped, because it repeats itself or is longer than the audio
-        can say: `cut`, it ends there; `ctc`, the text of the CTC head is taken instead, where there is one.
+        can say: `cut`, it ends there; `ctc`, the text of the CTC head is taken instead, where there is one. None leaves
+        it to the caller: `transcribe` takes `ctc`, `recognise` and recipes/decode.py `cut`.
       ctc_weight: of the CTC head's scores in the search (arXiv 1609.06773); 0: they have no part in it.
       ctc_beam: of the CTC head's own search; 1 is greedy search.
       timestamps: find the words' times with the CTC head, where the model does not write them itself.
@@ -39,11 +44,11 @@ class RecogniseOptions:
         from.
 
     Raises:
-      UserError: a value is out of range.
+      UserError: a value is out of range, or has no effect with the others.
     """
 
     search: SearchOptions = field(default_factory=SearchOptions)
-    fallback: Literal["cut", "ctc"] = "cut"
+    fallback: Literal["cut", "ctc"] | None = None
     ctc_weight: float = 0.0
     ctc_beam: int = 1
     timestamps: bool = False
@@ -54,12 +59,28 @@ class RecogniseOptions:
     initial_state: str | None = None
 
     def __post_init__(self) -> None:
-        if self.fallback not in ("cut", "ctc"):
+        if self.fallback not in (None, "cut", "ctc"):
             raise UserError(f"fallback: unknown {self.fallback!r}, choose from cut, ctc")
         if self.ctc_weight < 0:
             raise UserError(f"ctc_weight: must be at least 0, got {self.ctc_weight}")
         if self.ctc_beam < 1:
             raise UserError(f"ctc_beam: must be at least 1, got {self.ctc_beam}")
+        for name, why in self.without_effect().items():
+            if getattr(self, name) != RecogniseOptions.__dataclass_fields__[name].default:
+                raise UserError(f"{name}: {why}")
+
+    def without_effect(self) -> dict[str, str]:
+        """The names of the options that change nothing beside the others, and what is wrong with giving them; those of
+        `search` aside."""
+        found = {}
+        if self.hotwords is None:
+            found["hotword_weight"] = "is the weight of hotwords, and none are given"
+        if self.ngram is None:
+            found["ngram_weight"] = "is the weight of an n-gram model, and none is given"
+        if self.search.method == "sample":
+            why = "has no part in sampling: search with method greedy or beam"
+            found |= dict.fromkeys(("ctc_weight", "hotwords", "ngram"), why)
+        return found
 
 
 class Speech(NamedTuple):
@@ -71,6 +92,41 @@ class Speech(NamedTuple):
     languages: Sequence[str | None]
     target_languages: Sequence[str | None]
     contexts: Sequence[PromptContext] | None = None
+
+    def rows(self, numbers: Sequence[int]) -> Speech:
+        """The rows with these numbers, without padding that is not needed any more."""
+        lens = self.feature_lens[list(numbers)]
+
+        def chosen(values: Sequence[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[i] for i in numbers]
+
+        return Speech(
+            self.features[list(numbers), : max(lens.tolist(), default=0)],
+            lens,
+            *map(chosen, (self.languages, self.target_languages, self.contexts)),
+        )
+
+
+class Recognizer(Protocol):
+    """Recognizes batches of speech: `Recogniser`, `EncoderRecogniser`."""
+
+    def __call__(self, batches: Iterable[Speech]) -> Iterator[list[Recognition]]:
+        """The results of each batch, in order."""
+        ...
+
+    def check(
+        self,
+        language: str | None,
+        target_language: str | None = None,
+        context: PromptContext | None = None,
+        frames: int | None = None,
+    ) -> None:
+        """Whether an utterance can be recognized; `frames`: of its features, where they are known.
+
+        Raises:
+          UserError: says what it lacks, or is asked for in vain.
+        """
+        ...
 
 
 class RecognizableEncoder(Protocol):
@@ -88,6 +144,12 @@ class RecognizableEncoder(Protocol):
     def seconds_per_position(self) -> float:
         """Of audio, one frame of the encoder's output."""
         ...
+
+    @property
+    def min_frames(self) -> int: ...
+
+    @property
+    def max_seconds(self) -> float: ...
 
     def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
         """features (N, T, F), (N,) -> encoder_out (N, T', D), (N,)."""
@@ -120,6 +182,12 @@ class RecognizableSpeechLLM(Protocol):
         """Of audio, one position of the language model."""
         ...
 
+    @property
+    def min_frames(self) -> int: ...
+
+    @property
+    def max_seconds(self) -> float: ...
+
     def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """features (N, T, F), (N,) -> encoder_out (N, T', D), (N,), audio_embeds (N, T'', D_llm), (N,)."""
         ...
@@ -142,3 +210,14 @@ class RecognizableSpeechLLM(Protocol):
     def label_ids(self, label: str) -> list[int]: ...
 
     def text(self, token_ids: Sequence[int]) -> str: ...
+
+
+def check_length(model: RecognizableEncoder | RecognizableSpeechLLM, frames: int | None) -> None:
+    """
+    Raises:
+      UserError: features of so many frames are longer than the encoder can hear.
+    """
+    if frames is not None and frames * FRAME_SECONDS > model.max_seconds:
+        raise UserError(
+            f"has {frames * FRAME_SECONDS:.2f} s of audio, and the encoder hears at most {model.max_seconds:g} s"
+        )

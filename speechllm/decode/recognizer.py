@@ -6,6 +6,9 @@ Batches are encoded as the search has places for their utterances, so that it ne
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,12 +17,13 @@ from torch import Tensor
 
 from speechllm.decode.context import Hotwords, NGram
 from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, forced_align
-from speechllm.decode.interface import RecogniseOptions, RecognizableSpeechLLM, Speech
-from speechllm.decode.result import Hypothesis, Recognition, Word
+from speechllm.decode.interface import RecogniseOptions, RecognizableSpeechLLM, Speech, check_length
+from speechllm.decode.result import Hypothesis, Recognition, Word, without_sound
 from speechllm.decode.search import Prompt, Scorer, search
 from speechllm.decode.timestamps import words_from_alignment, words_from_label
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModelState
+from speechllm.prompt.template import PromptContext
 from speechllm.rwkv7.initial_state import load_state
 
 # States that are kept. Where utterances have texts of their own before the audio, none would be used again.
@@ -48,7 +52,7 @@ class Recogniser:
         self.model, self.options = model, options or RecogniseOptions()
         label = model.label_template
         uses_ctc = {"ctc_weight": self.options.ctc_weight > 0, "timestamps": self.options.timestamps}
-        for name, used in uses_ctc.items():
+        for name, used in (*uses_ctc.items(), ("ctc_beam", self.options.ctc_beam > 1)):
             if used and model.ctc_head is None and not (name == "timestamps" and label.has_times):
                 raise UserError(f"{name}: the model has no CTC head (it was trained with model.ctc_weight: 0)")
         if self.options.ctc_weight > 0 and model.ctc_tokenizer is not model.tokenizer:
@@ -96,27 +100,64 @@ class Recogniser:
     def __call__(self, batches: Iterable[Speech]) -> Iterator[list[Recognition]]:
         """The results of each batch, in order; batches are drawn when there is room for them.
 
+        An utterance that is too short for the encoder to hear anything in has no text.
+
         Raises:
-          UserError: the prompt has a slot for what is not given.
+          UserError: an utterance that `check` refuses.
         """
-        sizes: list[int] = []  # of the batches that were drawn
-        found: dict[int, Recognition] = {}
-        first = batch = 0  # the next number to be given out, and its batch
+        results: deque[list[Recognition | None]] = deque()  # of the batches that were drawn and not given out
+        numbers = itertools.count()
+        places: dict[int, tuple[list[Recognition | None], int]] = {}  # in `results`, by the number of the prompt
 
         def prompts() -> Iterator[Prompt]:
             for speech in batches:
-                number = sum(sizes)
-                sizes.append(len(speech.feature_lens))
-                for i, (utterance, prompt) in enumerate(self._prompts(speech)):
-                    self._utterances[number + i] = utterance
+                is_heard = [frames >= self.model.min_frames for frames in speech.feature_lens.tolist()]
+                result: list[Recognition | None] = [
+                    None if heard else self._without_sound(target)
+                    for heard, target in zip(is_heard, speech.target_languages, strict=True)
+                ]
+                results.append(result)
+                rows = [i for i, heard in enumerate(is_heard) if heard]
+                for i, (utterance, prompt) in zip(rows, self._prompts(speech.rows(rows)) if rows else (), strict=True):
+                    number = next(numbers)
+                    self._utterances[number], places[number] = utterance, (result, i)
                     yield prompt
 
-        results = search(self.model.llm, prompts(), self.options.search, self.model.tokenizer.eos_id, self._scorers)
-        for number, nbest in results:
-            found[number] = self._recognition(self._utterances.pop(number), nbest)
-            while batch < len(sizes) and all(first + i in found for i in range(sizes[batch])):
-                yield [found.pop(first + i) for i in range(sizes[batch])]
-                first, batch = first + sizes[batch], batch + 1
+        def finished() -> Iterator[list[Recognition]]:
+            while results and None not in results[0]:
+                yield results.popleft()
+
+        options = self.options.search
+        for number, nbest in search(self.model.llm, prompts(), options, self.model.tokenizer.eos_id, self._scorers):
+            result, i = places.pop(number)
+            result[i] = self._recognition(self._utterances.pop(number), nbest)
+            yield from finished()
+        yield from finished()
+
+    def check(
+        self,
+        language: str | None,
+        target_language: str | None = None,
+        context: PromptContext | None = None,
+        frames: int | None = None,
+    ) -> None:
+        """Whether an utterance can be recognized; `frames`: of its features, where they are known.
+
+        Raises:
+          UserError: the prompt has a slot for what it does not have, or a tag that the tokenizer must not split; it is
+            to be translated with the scores of the CTC head; it is too long for the encoder.
+        """
+        check_length(self.model, frames)
+        if self.options.ctc_weight > 0 and target_language is not None:
+            raise _no_ctc_of_translation(target_language)
+        contexts = None if context is None else [context]
+        audio_lens = torch.ones(1, dtype=torch.long)
+        self.model.spliced(audio_lens, [language], target_languages=[target_language], contexts=contexts)
+
+    def _without_sound(self, target_language: str | None) -> Recognition:
+        ctc_text = "" if self.model.ctc_head is not None and target_language is None else None
+        has_words = self.options.timestamps or self.model.label_template.has_times
+        return without_sound(ctc_text, has_words)
 
     def _prompts(self, speech: Speech) -> Iterator[tuple[_Utterance, Prompt]]:
         model = self.model
@@ -131,7 +172,7 @@ class Recogniser:
         for i, target_language in enumerate(speech.target_languages):
             is_transcript = target_language is None
             if self.options.ctc_weight > 0 and not is_transcript:
-                raise UserError(f"ctc_weight: the CTC head knows transcripts only, but {target_language} is asked for")
+                raise _no_ctc_of_translation(target_language)
             utterance = _Utterance(
                 ctc_tokens[i] if ctc_tokens is not None and is_transcript else None,
                 ctc_log_probs[i, : encoder_out_lens[i]].clone() if ctc_log_probs is not None else None,
@@ -140,7 +181,16 @@ class Recogniser:
             read, state = self._state_before_audio(tuple(spliced.token_ids[i, :start].tolist()), embeds[:start])
             seconds = int(encoder_out_lens[i]) * model.frame_seconds
             max_tokens = self.options.search.max_tokens(seconds) * self._label_growth + self._tag_tokens
-            yield utterance, Prompt(embeds[read:], max_tokens, state)
+            yield utterance, Prompt(embeds[read:], max_tokens, state, self._key(speech, i))
+
+    def _key(self, speech: Speech, row: int) -> str | None:
+        if self.options.search.method != "sample":
+            return None
+        context = speech.contexts[row] if speech.contexts else PromptContext()
+        if (key := context.key or context.id) is not None:
+            return key
+        features = speech.features[row, : speech.feature_lens[row]].float().cpu().contiguous()
+        return hashlib.sha256(features.numpy().tobytes()).hexdigest()
 
     def _ctc(self, encoder_out: Tensor, lens: Tensor) -> tuple[list[list[int]] | None, Tensor | None]:
         """The CTC head's own result, and its log probabilities (N, T, V) where they are needed later."""
@@ -193,3 +243,7 @@ class Recogniser:
         if spans is None:  # more tokens than frames: whatever it is, it was not said
             return None
         return words_from_alignment(spans, self.model.ctc_tokenizer, self.model.frame_seconds, len(log_probs))
+
+
+def _no_ctc_of_translation(target_language: str) -> UserError:
+    return UserError(f"ctc_weight: the CTC head knows transcripts only, but {target_language} is asked for")

@@ -77,3 +77,8 @@ class Recognition:
     def confidence(self) -> float:
         """That of the best hypothesis, 0 to 1."""
         return self.nbest[0].confidence
+
+
+def without_sound(ctc_text: str | None = None, has_words: bool = False) -> Recognition:
+    """The result of an utterance that is too short for anything to be heard in it."""
+    return Recognition("", (Hypothesis((), (), 0.0, "end"),), ("",), ctc_text=ctc_text, words=() if has_words else None)

@@ -41,6 +41,12 @@ _REFILL = 0.25
 _WORD_TOKENS = 8
 _LONG_REPEATS = 3
 
+_ONLY_WITH = {
+    "beam": "is for method beam alone",
+    "length_penalty": "is for method beam, and for sample with nbest above 1",
+    **dict.fromkeys(("temperature", "top_p", "top_k", "seed"), "is for method sample alone"),
+}
+
 _RANK: dict[Stopped, int] = {"end": 0, "length": 1, "loop": 2}
 
 
@@ -56,7 +62,7 @@ class SearchOptions:
       temperature: of the distribution that `sample` draws from: softmax(logits / temperature).
       top_p: `sample` draws from the fewest tokens that together have at least this probability (arXiv 1904.09751).
       top_k: `sample` draws from so many of the most probable tokens; 0: from all.
-      seed: of `sample`. An utterance's random numbers depend on this and on its number alone.
+      seed: of `sample`. An utterance's random numbers depend on this and on its prompt's `key` alone.
       tokens_per_second: longest text for a second of audio.
       max_repeats: how often a sequence of tokens may be repeated at the end of a text; see `loop_length`.
       max_rows: rows of a step, which is hypotheses running at once.
@@ -93,16 +99,24 @@ class SearchOptions:
         ):
             if not holds:
                 raise UserError(f"{name}: must be {what}, got {getattr(self, name)}")
-        if self.method != "sample":
-            for name, without_effect in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
-                if getattr(self, name) != without_effect:
-                    raise UserError(f"{name}: is for method sample alone, the method is {self.method}")
-            if self.nbest > self.width:
-                raise UserError(
-                    f"nbest: {self.nbest} results need method beam with a beam of at least {self.nbest}, or sample"
-                )
+        for name, why in self.without_effect().items():
+            if getattr(self, name) != SearchOptions.__dataclass_fields__[name].default:
+                raise UserError(f"{name}: {why}")
+        if self.method != "sample" and self.nbest > self.width:
+            raise UserError(
+                f"nbest: {self.nbest} results need method beam with a beam of at least {self.nbest}, or sample"
+            )
         if self.max_rows < self.width:
             raise UserError(f"max_rows: {self.max_rows} has no room for the {self.width} rows of one utterance")
+
+    def without_effect(self) -> dict[str, str]:
+        """The names of the options that change nothing with this method, and what is wrong with giving them."""
+        has_effect = {
+            "beam": self.method == "beam" or self.beam == 1,  # as greedy search is
+            "length_penalty": self.method == "beam" or (self.method == "sample" and self.nbest > 1),
+            **dict.fromkeys(("temperature", "top_p", "top_k", "seed"), self.method == "sample"),
+        }
+        return {name: f"{_ONLY_WITH[name]}, the method is {self.method}" for name in _ONLY_WITH if not has_effect[name]}
 
     @property
     def width(self) -> int:
@@ -123,6 +137,8 @@ class Prompt:
       max_tokens: the most tokens that may follow, the end among them.
       state: of one row, that this goes on from, such as the text before the audio, the same for many prompts. It stays
         as it is.
+      key: what the random numbers of `sample` follow from, together with the seed; None for the prompt's number. With a
+        key of its own, such as an id, an utterance is given the same text in whatever batch and place it comes.
 
     Raises:
       ValueError: there is no position, no token is allowed, or the state has other than one row.
@@ -131,6 +147,7 @@ class Prompt:
     inputs_embeds: Tensor
     max_tokens: int
     state: LanguageModelState | None = None
+    key: str | None = None
 
     def __post_init__(self) -> None:
         if self.inputs_embeds.dim() != 2 or len(self.inputs_embeds) == 0:
@@ -220,7 +237,9 @@ def search(
         if places - len(utterances) >= _REFILL * places:
             entering = list(islice(numbered, places - len(utterances)))
             if entering:
-                entered = [_Utterance(number, prompt.max_tokens, options, eos_id) for number, prompt in entering]
+                entered = [
+                    _Utterance(number, prompt.max_tokens, options, eos_id, prompt.key) for number, prompt in entering
+                ]
                 new_logits, new_state = _read(llm, [prompt for _, prompt in entering])
                 rows = len(entered[0].running)
                 if rows > 1:
@@ -363,6 +382,7 @@ class _Utterance:
     max_tokens: int
     options: SearchOptions
     eos_id: int
+    key: str | None = None
     running: list[_Running] = field(init=False)
     stopped: list[Hypothesis] = field(default_factory=list)
     places: int = field(init=False)  # for running hypotheses
@@ -371,8 +391,9 @@ class _Utterance:
         self.places = self.options.width
         self.running = [_Running()]
         if self.options.method == "sample":
-            seeds = [f"{self.options.seed} {self.number} {i}" for i in range(self.options.nbest)]
-            self.running = [_Running(random=random.Random(seed)) for seed in seeds]
+            key = self.number if self.key is None else self.key
+            seeds = [f"{self.options.seed} {key} {i}" for i in range(self.options.nbest)]
+            self.running = [_Running(random=random.Random(seed.encode(errors="backslashreplace"))) for seed in seeds]
 
     def extend(self, candidates: Sequence[Sequence[_Candidate]]) -> list[int]:
         """Go on with the best candidates of the running hypotheses; which row each one then running stems from."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechllm.decode.interface import RecogniseOptions, Speech
+from speechllm.decode.interface import RecogniseOptions, Recognizer, Speech
 from speechllm.decode.result import Recognition
 from speechllm.encoder import WhisperEncoder, Zipformer
+from speechllm.errors import UserError
+from speechllm.model.request import asked_languages
 from speechllm.prompt.label import LabelTemplate
 from speechllm.prompt.template import PromptContext
 from speechllm.text.tokenizer import Tokenizer
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from speechllm.model.speech_llm import EncoderSection, ModelConfig
 
 Encoder = Zipformer | WhisperEncoder
+Audio = str | os.PathLike | np.ndarray | Tensor  # a file, or samples
 
 
 class SpeechModel(nn.Module, ABC):
@@ -45,9 +49,7 @@ class SpeechModel(nn.Module, ABC):
         """Name as a part of the model, configuration and module of each encoder, the first one first."""
 
     @abstractmethod
-    def recogniser(
-        self, options: RecogniseOptions | None = None
-    ) -> Callable[[Iterable[Speech]], Iterator[list[Recognition]]]:
+    def recogniser(self, options: RecogniseOptions | None = None) -> Recognizer:
         """What recognizes any number of batches: called with batches of speech, it gives the results of each.
 
         Raises:
@@ -77,6 +79,11 @@ class SpeechModel(nn.Module, ABC):
     def min_frames(self) -> int:
         """The shortest utterance that all encoders can hear, in frames of features."""
         return max(encoder.min_frames for _, _, encoder in self.encoders())
+
+    @property
+    def max_seconds(self) -> float:
+        """The longest utterance that all encoders can hear."""
+        return min(encoder.max_seconds for _, _, encoder in self.encoders())
 
     @property
     def feature_kind(self) -> str:
@@ -129,37 +136,74 @@ class SpeechModel(nn.Module, ABC):
 
     def transcribe(
         self,
-        audio: Sequence[str | Path | np.ndarray | Tensor],
+        audio: Audio | Iterable[Audio],
         language: str | None = None,
         target_language: str | None = None,
         options: RecogniseOptions | None = None,
         context: PromptContext | None = None,
-    ) -> list[Recording]:
+        *,
+        sampling_rate: int = 16000,
+        on_error: Literal["raise", "return"] = "raise",
+    ) -> list[Recording | UserError]:
         """What is said in audio of any length; translations with a target language. `[0].text` is that of the first.
 
-        Long audio is cut at pauses; what is silent has no text.
+        Long audio is cut at pauses; what is silent, or too short to hear anything in, has no text. Where the language
+        model repeats itself, the text of the CTC head is taken if there is one, unless `options` say otherwise.
 
         Args:
-          audio: files of any format and sampling rate, or (num_samples,) floating-point samples in [-1, 1], 16 kHz.
+          audio: files of any format and sampling rate; or samples, floating point in [-1, 1], int16, int32 or uint8:
+            (num_samples,), or with channels, of which the mean is taken, (channels, num_samples) or (num_samples,
+            channels): the shorter side is that of the channels. A file or one-dimensional samples may stand alone.
+          language, target_language: tags (`en`), or names in English (`English`).
           context: for the prompt's slots of that kind, the same for all.
+          sampling_rate: of the samples, in Hz; files say theirs.
+          on_error: what becomes of audio that cannot be read: `raise` raises for the first, when all others are done;
+            `return` puts the error in the place of its result.
+
+        Returns:
+          a list with one entry for each input, also of one that stands alone.
 
         Raises:
-          DataError: a file cannot be read; the message names it.
-          UserError: the prompt has a slot for a language that is not given; samples of another shape; an encoder alone
-            is to translate.
+          TranscriptionError: audio cannot be read; the message names it, and `results` has those of the others.
+          UserError: the prompt has a slot for a language that is not given, or none for what is given; the model was
+            not trained for the languages.
         """
         # here, not above: the model itself needs no lhotse
         from speechllm.transcribe.inputs import audio_input
-        from speechllm.transcribe.segments import transcribe_inputs
+        from speechllm.transcribe.segments import SegmentOptions, TranscriptionError, transcribe_inputs
 
-        inputs = [audio_input(a, f"audio[{i}]", language, target_language, context) for i, a in enumerate(audio)]
+        if on_error not in ("raise", "return"):
+            raise UserError(f"on_error: unknown {on_error!r}, choose from raise, return")
+        language, target_language = asked_languages(self.config, language, target_language, context)
+        options = options or RecogniseOptions()
+        recogniser = self.recogniser(dataclasses.replace(options, fallback=options.fallback or "ctc"))
+        recogniser.check(language, target_language, context)
+        inputs = [
+            audio_input(item, f"audio[{i}]", language, target_language, context, sampling_rate=sampling_rate)
+            for i, item in enumerate(_as_list(audio))
+        ]
+        segments = SegmentOptions(max_seconds=min(SegmentOptions.max_seconds, self.max_seconds))
         was_training = self.training
         self.eval()
         try:
-            results = transcribe_inputs(inputs, self.recogniser(options), feature_kind=self.feature_kind)
-            found = [result for _, result in results]
+            found = transcribe_inputs(inputs, recogniser, segments, feature_kind=self.feature_kind)
+            results = [result for _, result in found]
         finally:
             self.train(was_training)
-        if errors := [result for result in found if isinstance(result, Exception)]:
-            raise errors[0]
-        return found
+        errors = [result for result in results if isinstance(result, UserError)]
+        if errors and on_error == "raise":
+            raise TranscriptionError(errors, results)
+        return results
+
+
+def _as_list(audio: Audio | Iterable[Audio]) -> list[Audio]:
+    if isinstance(audio, str | os.PathLike):
+        return [audio]
+    if isinstance(audio, np.ndarray | Tensor):
+        if audio.ndim == 1:
+            return [audio]
+        raise UserError(
+            f"audio: an array of shape {tuple(audio.shape)} could be one recording with channels, or several "
+            "recordings: put it into a list, [audio], for one; list(audio) for several"
+        )
+    return list(audio)

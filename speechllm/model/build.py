@@ -11,6 +11,7 @@ from speechllm.linear import pack_for_inference
 from speechllm.llm.precision import convert, half_precision
 from speechllm.model.encoder_model import EncoderModel
 from speechllm.model.speech_llm import ModelConfig, SpeechLLM, load_model_config
+from speechllm.weights import file_hash
 
 
 def build_model(config: ModelConfig) -> SpeechLLM | EncoderModel:
@@ -26,6 +27,17 @@ def load_model(folder: str | Path) -> SpeechLLM | EncoderModel:
     """
     config = load_model_config(folder)
     return (EncoderModel if config.llm is None else SpeechLLM).from_pretrained(folder)
+
+
+def model_identity(folder: str | Path) -> str:
+    """A text that differs between models that may give other results, wherever their folders are."""
+    folder = Path(folder)
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / "README.md"]
+    identity = {str(file.relative_to(folder)): file_hash(file) for file in files}
+    llm = load_model_config(folder).llm
+    if llm is not None and llm.path is not None:  # an adapter without its base
+        identity["base"] = file_hash(llm.path)
+    return repr(identity)
 
 
 def prepare_for_inference(

@@ -36,7 +36,9 @@ def model_card(model: SpeechLLM) -> str:
     )
     what = f"""Speech recognition with a language model: an encoder, a projector and a language model that reads
 `{prompt.asr!r}` and writes the text."""
-    return _card(model, what, parts, tuned)
+    languages = model.config.languages or ["en"]
+    needs_language = prompt.slots().intersection(("lang", "language"))
+    return _card(model, what, parts, tuned, languages[0].partition(">")[0] if needs_language else None)
 
 
 def encoder_card(model: EncoderModel) -> str:
@@ -50,9 +52,16 @@ def encoder_card(model: EncoderModel) -> str:
     return _card(model, what, parts)
 
 
-def _card(model: nn.Module, what: str, parts: Sequence[tuple[str, nn.Module]], note: str = "") -> str:
+def _card(
+    model: nn.Module,
+    what: str,
+    parts: Sequence[tuple[str, nn.Module]],
+    note: str = "",
+    language: str | None = None,
+) -> str:
     name = type(model).__name__
     module = "speechllm" if name == "SpeechLLM" else "speechllm.model.encoder_model"
+    argument, option = ("", "") if language is None else (f', language="{language}"', f" --language {language}")
     rows = "".join(f"| {part_name} | {_millions(part)} |\n" for part_name, part in parts)
     return f"""---
 library_name: speechllm
@@ -74,10 +83,10 @@ pipeline_tag: automatic-speech-recognition
 from {module} import {name}
 
 model = {name}.from_pretrained("PATH OF THIS FOLDER")
-print(model.transcribe(["speech.wav"], language="en")[0].text)
+print(model.transcribe(["speech.wav"]{argument})[0].text)
 ```
 
-or `speechllm transcribe speech.wav --model PATH --language en`.
+or `speechllm transcribe speech.wav --model PATH{option}`.
 """
 
 

@@ -205,6 +205,8 @@ class ModelConfig:
     `more_encoders`: their embeddings stand behind the encoder's, in this order. `encoder_dropout`: in training each
     encoder is left out of an utterance with this probability, but never all (as ModDrop, arXiv 1501.00102, drops whole
     modalities); in decoding all are there.
+    `languages`: what the model was trained on, `en` for transcripts of English, `en>de` for translations into German.
+    It is put into a trained model's folder; where it is null, nothing is checked against it.
 
     Without a language model (`llm: null`) the encoder is trained by itself (`encoder_model.EncoderModel`), by CTC, with
     consistency regularisation (`cr_ctc`) or not, by a `transducer`, or by several of these.
@@ -222,6 +224,7 @@ class ModelConfig:
     encoder_dropout: float = 0.0
     cr_ctc: CRCTCConfig | None = None
     transducer: TransducerConfig | None = None
+    languages: list[str] | None = None
 
     def __post_init__(self) -> None:
         tells = self.prompt.tells_language()

@@ -118,12 +118,15 @@ class PromptContext:
       previous: the text before this utterance, for `{previous}`; "" at the beginning of a recording.
       hotwords: phrases that may be said, for `{hotwords}`.
       draw: in [0, 1), which of the instructions; 0 is the first.
+      key: what the random numbers of sampling follow from, besides the seed; None for the id, and without one the
+        features themselves.
     """
 
     id: str | None = None
     previous: str | None = None
     hotwords: tuple[str, ...] | None = None
     draw: float = 0.0
+    key: str | None = None
 
 
 @dataclass
@@ -196,6 +199,14 @@ class PromptConfig:
         texts = [full.asr, full.ast, *(full.instructions or ()), *(full.ast_instructions or ())]
         slots = {"lang", "language"}
         return next((text for text in texts if any(slot in slots for _, slot, _ in _parsed(text))), None)
+
+    def slots(self, target_language: str | None = None) -> set[str]:
+        """The slots that utterances fill: of the prompt for translations, with a target language, else of both."""
+        names = ("ast",) if target_language is not None else ("asr", "ast")
+        slots = {slot for name in names for _, slot, _ in _parsed(self._text(name))}
+        pools = [self._pool(name) for name in names if "instruction" in slots]
+        slots |= {slot for pool in pools for text in pool for _, slot, _ in _parsed(text)}
+        return slots - {None, "audio", "instruction"}
 
     def written_out(self) -> PromptConfig:
         """The same prompt with nothing left to a preset or a shipped pool, as it is saved with a model."""

@@ -158,7 +158,7 @@ def remove_old_checkpoints(exp_dir: str | Path, keep: int) -> None:
         found[number].unlink()  # before its shares: without them it would look like a whole one
         for share in Path(exp_dir).glob(f"checkpoint-{number}.rank-*.pt"):
             share.unlink()
-    for leftover in Path(exp_dir).glob("*.pt.tmp"):
+    for leftover in Path(exp_dir).glob("*.pt*.tmp"):
         leftover.unlink()
 
 

@@ -11,6 +11,7 @@ from speechllm.config import ConfigError, from_dict, load_config, override, pars
 from speechllm.model.encoder_model import EncoderModel
 from speechllm.model.speech_llm import ModelConfig, SpeechLLM
 from speechllm.train.checkpoint import load_checkpoint, newest_checkpoint
+from speechllm.train.languages import languages_of
 from speechllm.weights import CheckpointError, load_state_dict_strict
 
 logger = logging.getLogger(__name__)
@@ -83,5 +84,6 @@ def init_from_stage(model: SpeechLLM | EncoderModel, init_dir: Path) -> set[str]
     check_same_projectors(str(path), "this checkpoint", before, "the stage", model.config)
     state = content["model"]
     load_state_dict_strict(model, {**model.state_dict(), **state}, path)
+    model.config.languages = languages_of(content)
     logger.info("starting from %s: %d tensors", path, len(state))
     return set(state)

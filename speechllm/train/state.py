@@ -91,10 +91,15 @@ class TrainState:
                     raise CheckpointError(f"{path}: {e}") from None
         same_processes = len(content["rng"]) == self._accelerator.num_processes
         for name, part in self._of_each_process.items():
+            if name not in content:  # checkpoints of earlier versions have no languages
+                continue
             if same_processes:
                 part.load_state_dict(content[name][rank])
             elif name == "loader":  # it gives up its place in the epoch, and says so
                 part.load_state_dict(content[name][0])
+            elif name == "languages":
+                for state in content[name]:
+                    part.load_state_dict(state)
             else:  # other random numbers than in the first steps
                 set_seed((torch.initial_seed() + content["step"]) % 2**32)
         self.step, self.epoch, self.bad_steps = content["step"], content["epoch"], content["bad_steps"]
@@ -208,6 +213,7 @@ def build_state(
     optimizer: Optimizer,
     parts: dict[str, Stateful | None],
     loader: Stateful,
+    languages: Stateful,
     carried: list[str],
     base_weights: dict[str, dict[str, str]],
     config: dict[str, Any],
@@ -217,6 +223,7 @@ def build_state(
     Args:
       model: without its wrapping for several processes.
       parts: those that are stateful by themselves: the schedule, the running average, ...
+      loader, languages: of this process, the place in the data and what it has trained on.
       carried: names of what is frozen, but comes from a stage before and so is in no file.
       base_weights: the files of what is frozen, and their hashes.
       config: of the whole experiment, as it is saved.
@@ -229,6 +236,6 @@ def build_state(
             "scaler": accelerator.scaler,
             **parts,
         },
-        {"loader": loader, "rng": RandomGenerators()},
+        {"loader": loader, "languages": languages, "rng": RandomGenerators()},
         {"sharded": describe_shares(model, optimizer), "base_weights": base_weights, "config": config},
     )

@@ -4,6 +4,7 @@
     json   one object, in one line: text, times, confidences, alternatives
     tsv    start and end in milliseconds and text, a segment a line, as openai/whisper writes it
     srt    subtitles (SubRip)
+    vtt    subtitles (WebVTT, https://www.w3.org/TR/webvtt1)
     ctm    a word a line: name, channel, start, duration, word, confidence, as NIST's sclite reads it
 
 All times are seconds, or what a format has for them, from the start of the recording. Texts end with a newline, or are
@@ -14,10 +15,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from speechllm.decode.result import Hypothesis, Recognition, Word
 from speechllm.decode.timestamps import word_spans
@@ -25,8 +28,10 @@ from speechllm.decode.timestamps import word_spans
 # A cue of subtitles: what can be read at a glance, and while it is shown.
 _LINE_COLUMNS = 42
 _CUE_LINES = 2
-_CUE_SECONDS = 6.0
+_CUE_SECONDS = 7.0
 _SHORTEST_CUE_SECONDS = 1.0
+# Where the next cue begins too soon for that. No player shows a cue of no length.
+_LEAST_CUE_SECONDS = 0.1
 _PAUSE_SECONDS = 1.0
 
 
@@ -61,12 +66,14 @@ class Recording:
       id: a name for it, such as the file's without its suffix.
       audio: the file it is in.
       duration: in seconds.
+      warnings: what is to be known of the audio, such as that a part of it could not be decoded.
     """
 
     id: str
     audio: str
     duration: float
     segments: Sequence[Segment]
+    warnings: Sequence[str] = ()
 
     @property
     def text(self) -> str:
@@ -92,8 +99,12 @@ def format_json(recording: Recording) -> str:
     """One JSON object in one line.
 
     `id`, `audio`, `duration`, `text`, `confidence` (null where nothing was recognised), `language` (if the model says
-    it) and `segments`, each of which has `start`, `end`, `text`, `confidence`, `stopped` (see `Hypothesis`) and, where
-    there are any, `language`, `fallback`, `ctc_text`, `words` and (more than one hypothesis) `nbest`.
+    it), `warnings` about the audio (if there are any) and `segments`, each of which has `start`, `end`, `text`,
+    `confidence`, `stopped` (see `Hypothesis`) and, where there are any, `language`, `fallback`, `ctc_text`, `words` and
+    (more than one hypothesis) `nbest`.
+
+    Numbers that are not finite are null, and what is not valid Unicode, such as a byte of a file's name that is not
+    UTF-8, is written as `\\udcXX`: any reader of JSON takes it.
     """
     best = [segment.recognition.nbest[0] for segment in recording.segments if segment.recognition.nbest]
     record = {
@@ -103,9 +114,10 @@ def format_json(recording: Recording) -> str:
         "text": recording.text,
         "confidence": _confidence(best),
         **({} if recording.language is None else {"language": recording.language}),
+        **({"warnings": list(recording.warnings)} if recording.warnings else {}),
         "segments": [_segment_record(segment) for segment in recording.segments],
     }
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    return json.dumps(_valid(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def format_tsv(recording: Recording) -> str:
@@ -120,17 +132,24 @@ def format_tsv(recording: Recording) -> str:
 def format_srt(recording: Recording) -> str:
     """Numbered cues of SubRip.
 
-    From words with times: at most 2 lines of 42 columns (wide characters have two) and 6 seconds, none over a pause of
-    more than a second; a cue is shown for a second at least if the next one leaves it the time. A segment without times
-    is one cue.
+    From words with times: at most 2 lines of 42 columns (wide characters have two) and 7 seconds, none over a pause of
+    more than a second; a cue is shown for a second at least if the next one leaves it the time. The time of a segment
+    without word times is shared out evenly over its text, and its cues last about equally long.
     """
-    cues = [cue for segment in _spoken(recording) for cue in _cues(segment)]
     blocks = []
-    for i, (start, end, lines) in enumerate(cues):
-        end = max(end, start + _SHORTEST_CUE_SECONDS)
-        if i + 1 < len(cues):
-            end = min(end, max(start, cues[i + 1][0]))
-        blocks.append("\n".join([str(i + 1), f"{_srt_time(start)} --> {_srt_time(end)}", *lines, ""]))
+    for number, (start, end, lines) in enumerate(_shown(recording), start=1):
+        # SubRip has no rules; players read tags such as <i> and, some of them, entities.
+        lines = [_ENTITY.sub("&amp;", line).replace("<", "&lt;").replace("-->", "--&gt;") for line in lines]
+        times = f"{_clock(start, ',')} --> {_clock(end, ',')}"
+        blocks.append("\n".join([str(number), times, *lines, ""]))
+    return "\n".join(blocks)
+
+
+def format_vtt(recording: Recording) -> str:
+    """Cues of WebVTT, those of `format_srt`."""
+    blocks = ["WEBVTT\n"]
+    for start, end, lines in _shown(recording):
+        blocks.append("\n".join([f"{_clock(start, '.')} --> {_clock(end, '.')}", *map(_escaped, lines), ""]))
     return "\n".join(blocks)
 
 
@@ -138,7 +157,7 @@ def format_ctm(recording: Recording) -> str:
     """`id 1 start duration word confidence` for each word.
 
     White space in the id becomes `_`. The words of a segment without times are spread evenly over it, with the
-    confidence of its text, behind a comment line that says so: a scorer would otherwise count them as not recognised.
+    confidence of its text, after a comment line that says so: a scorer would otherwise count them as not recognised.
     """
     name = "_".join(recording.id.split())
     lines = []
@@ -149,7 +168,8 @@ def format_ctm(recording: Recording) -> str:
             lines.append(f";; {name} {segment.offset:.3f}: no word times, {len(words)} words spread evenly\n")
         for word in words:
             duration = word.end - word.start
-            lines.append(f"{name} 1 {word.start:.3f} {duration:.3f} {word.text} {word.confidence:.4f}\n")
+            confidence = word.confidence if math.isfinite(word.confidence) else 0.0
+            lines.append(f"{name} 1 {word.start:.3f} {duration:.3f} {word.text} {confidence:.4f}\n")
     return "".join(lines)
 
 
@@ -158,8 +178,28 @@ FORMATS: dict[str, Callable[[Recording], str]] = {
     "json": format_json,
     "tsv": format_tsv,
     "srt": format_srt,
+    "vtt": format_vtt,
     "ctm": format_ctm,
 }
+
+
+# What a player may read as one character.
+_ENTITY = re.compile(r"&(?=#?\w+;)")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _valid(value: Any) -> Any:
+    """The same without numbers that are not finite, and with valid Unicode only."""
+    if isinstance(value, dict):
+        return {name: _valid(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_valid(item) for item in value]
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _spoken(recording: Recording) -> list[Segment]:
@@ -169,7 +209,8 @@ def _spoken(recording: Recording) -> list[Segment]:
 def _confidence(hypotheses: Sequence[Hypothesis]) -> float | None:
     """The geometric mean of the probabilities of all their tokens."""
     log_probs = [log_prob for hypothesis in hypotheses for log_prob in hypothesis.log_probs]
-    return round(math.exp(sum(log_probs) / len(log_probs)), 4) if log_probs else None
+    confidence = math.exp(sum(log_probs) / len(log_probs)) if log_probs else math.nan
+    return round(confidence, 4) if math.isfinite(confidence) else None
 
 
 def _segment_record(segment: Segment) -> dict:
@@ -211,6 +252,7 @@ def _segment_record(segment: Segment) -> dict:
 
 
 def _spread(segment: Segment) -> list[Word]:
+    """The words of a segment without word times, each with the same share of the time."""
     confidence = _confidence(segment.recognition.nbest[:1]) or 0.0
     spans = word_spans(segment.text)
     seconds = segment.duration / len(spans)
@@ -220,54 +262,113 @@ def _spread(segment: Segment) -> list[Word]:
     ]
 
 
-def _cues(segment: Segment) -> Iterator[tuple[float, float, list[str]]]:
-    """Start, end and lines."""
-    if not segment.words:
-        words = [segment.text[start:end] for start, end in word_spans(segment.text)]
-        yield segment.offset, segment.offset + segment.duration, _lines(words, _spaces(words, segment.text))
-        return
-    spaces = _spaces([word.text for word in segment.words], segment.text)
-    first = 0
-    for i in range(1, len(segment.words) + 1):
-        cue = segment.words[first:i]
-        if i < len(segment.words):
-            word = segment.words[i]
-            texts = [word.text for word in segment.words[first : i + 1]]
-            if (
-                word.start - cue[-1].end <= _PAUSE_SECONDS
-                and word.end - cue[0].start <= _CUE_SECONDS
-                and len(_lines(texts, spaces[first : i + 1])) <= _CUE_LINES
-            ):
-                continue
-        yield cue[0].start, cue[-1].end, _lines([word.text for word in cue], spaces[first:i])
-        first = i
+class _Piece(NamedTuple):
+    """A word, or a part of one that is longer than a line, when it is said, and what stands before it: a space, or
+    nothing, as between Chinese characters."""
+
+    text: str
+    start: float
+    end: float
+    space: str
 
 
-def _spaces(words: Sequence[str], text: str) -> list[str]:
-    """What stands in front of each word in `text`: a space, or nothing as between Chinese characters."""
-    spaces, end = [], 0
+# Start and end in seconds, lines.
+_Cue = tuple[float, float, list[str]]
+
+
+def _shown(recording: Recording) -> list[_Cue]:
+    """The cues of a recording as they are shown: none has no length, none begins before the one before has ended."""
+    cues = [cue for segment in _spoken(recording) for cue in _cues(segment)]
+    shown: list[_Cue] = []
+    for i, (start, end, lines) in enumerate(cues):
+        start = max(start, shown[-1][1] if shown else 0.0)
+        end = max(min(end, start + _CUE_SECONDS), start + _SHORTEST_CUE_SECONDS)
+        if i + 1 < len(cues):
+            end = min(end, cues[i + 1][0])
+        shown.append((start, max(end, start + _LEAST_CUE_SECONDS), lines))
+    return shown
+
+
+def _cues(segment: Segment) -> Iterator[_Cue]:
+    groups = _evenly(segment) if not segment.words else _at_pauses(list(_pieces(segment.words, segment.text)))
+    for group in groups:
+        yield group[0].start, group[-1].end, _lines(group)
+
+
+def _at_pauses(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+    """As many pieces together as a cue holds, none over a pause."""
+    group: list[_Piece] = []
+    for piece in pieces:
+        if group and (piece.start - group[-1].end > _PAUSE_SECONDS or not _fits([*group, piece])):
+            yield group
+            group = []
+        group.append(piece)
+    if group:
+        yield group
+
+
+def _evenly(segment: Segment) -> list[list[_Piece]]:
+    """The text of a segment without word times, in as few cues of about the same length as hold it."""
+    pieces = list(_pieces(_spread(segment), segment.text))
+    fewest = math.ceil(segment.duration / _CUE_SECONDS)
+    for count in range(max(1, fewest), len(pieces)):
+        groups: dict[int, list[_Piece]] = defaultdict(list)
+        for piece in pieces:
+            share = ((piece.start + piece.end) / 2 - segment.offset) / segment.duration
+            groups[min(int(share * count), count - 1)].append(piece)
+        if all(map(_fits, groups.values())):
+            return list(groups.values())
+    return [[piece] for piece in pieces]
+
+
+def _fits(pieces: Sequence[_Piece]) -> bool:
+    return len(_lines(pieces)) <= _CUE_LINES and pieces[-1].end - pieces[0].start <= _CUE_SECONDS
+
+
+def _pieces(words: Sequence[Word], text: str) -> Iterator[_Piece]:
+    end = 0
     for word in words:
-        start = text.find(word, end)
-        spaces.append("" if start == end else " ")
-        end = start + len(word) if start >= 0 else end
-    return spaces
+        start = text.find(word.text, end)
+        space = "" if start == end else " "
+        end = start + len(word.text) if start >= 0 else end
+        parts = _broken(word.text)
+        seconds = (word.end - word.start) / len(parts)
+        for i, part in enumerate(parts):
+            begin = word.start + i * seconds
+            yield _Piece(part, begin, begin + seconds, "" if i else space)
 
 
-def _lines(words: Sequence[str], spaces: Sequence[str]) -> list[str]:
-    """As many words in a line as its columns allow; a longer word has a line to itself."""
+def _broken(word: str) -> list[str]:
+    """Parts of a word that have room in a line."""
+    parts, columns = [""], 0
+    for character in word:
+        columns += _columns(character)
+        if columns > _LINE_COLUMNS:
+            parts.append("")
+            columns = _columns(character)
+        parts[-1] += character
+    return parts
+
+
+def _lines(pieces: Sequence[_Piece]) -> list[str]:
+    """As many pieces in a line as its columns allow."""
     lines: list[str] = []
-    for word, space in zip(words, spaces, strict=True):
-        if lines and _columns(lines[-1] + space + word) <= _LINE_COLUMNS:
-            lines[-1] += space + word
+    for piece in pieces:
+        if lines and _columns(lines[-1] + piece.space + piece.text) <= _LINE_COLUMNS:
+            lines[-1] += piece.space + piece.text
         else:
-            lines.append(word)
+            lines.append(piece.text)
     return lines
 
 
 def _columns(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+    """Of characters of one width: East Asian ones have two, what is written over another has none."""
+    return sum(
+        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
 
 
-def _srt_time(seconds: float) -> str:
+def _clock(seconds: float, point: str) -> str:
     minutes, milliseconds = divmod(round(1000 * seconds), 60_000)
-    return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02},{milliseconds % 1000:03}"
+    return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}{point}{milliseconds % 1000:03}"

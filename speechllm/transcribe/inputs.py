@@ -1,29 +1,47 @@
-"""What is to be transcribed: files, folders, manifests, samples."""
+"""What is to be transcribed: files, folders, manifests, standard input, samples."""
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-import torch
+from lhotse.cut import Cut
 from torch import Tensor
 
 from speechllm.data import Entry
 from speechllm.data.audio import cut_blocks, recordings
+from speechllm.data.audio_file import AudioNote, UtteranceError
 from speechllm.data.blocks import read_blocks
 from speechllm.data.manifests.manifest import LINE_ERRORS, SourceConfig, describe_cut, explain, iter_objects, to_cut
 from speechllm.data.manifests.source import DataError
+from speechllm.data.manifests.tar import TAR
 from speechllm.errors import UserError
 from speechllm.prompt.template import PromptContext
+from speechllm.transcribe.samples import sample_blocks
+
+logger = logging.getLogger(__name__)
+
+STANDARD_INPUT = "-"
 
 AUDIO_SUFFIXES = (
     *(".3gp", ".aac", ".aif", ".aifc", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".m4b", ".mka", ".mkv", ".mov"),
     *(".mp2", ".mp3", ".mp4", ".oga", ".ogg", ".opus", ".rf64", ".sph", ".w64", ".wav", ".webm", ".wma", ".wv"),
 )
+# Samples without a header: nothing in the file says their rate, type and channels.
+_HEADERLESS_SUFFIXES = (".raw", ".pcm", ".s16", ".sln", ".vox")
 _MANIFEST = re.compile(r"\.jsonl(\.gz)?$|\.json$")
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/+")  # a Path has one slash of two left
 
 
 @dataclass(frozen=True)
@@ -33,65 +51,142 @@ class AudioInput:
     Attributes:
         id: of the result, also the path of its file, without suffix.
         name: what people know it by: the file, or the id in a manifest.
-        audio: the file.
-        blocks: gives the audio, (num_samples,) float32 blocks of 16 kHz, and raises `UtteranceError` or `DataError`
-            where it cannot.
+        audio: the file; "" where there is none.
+        blocks: gives the audio, (num_samples,) float32 blocks of 16 kHz, and raises `UtteranceError` where it cannot;
+            what is to be known of the audio is put into the list that it is called with.
         language, target_language: for the prompt; with a target language it is translated.
         context: for the prompt's other slots.
+        files: what the audio is read from; None where it can be read once only, as a stream.
+        part: which part of them it is, where it is not all.
+        error: why there is no audio at all.
     """
 
     id: str
     name: str
     audio: str
-    blocks: Callable[[], Iterator[np.ndarray]]
+    blocks: Callable[[list[AudioNote]], Iterator[np.ndarray]]
     language: str | None = None
     target_language: str | None = None
     context: PromptContext | None = None
+    files: tuple[str, ...] | None = ()
+    part: str = ""
+    error: UserError | None = None
+
+    def content(self) -> str | None:
+        """What the audio is, as far as that can be known without reading it: another text when a file has changed. None
+        where it cannot be known, as of a stream."""
+        return None if self.files is None else " ".join(map(_size_and_time, self.files))
+
+
+def _size_and_time(file: str) -> str:
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):
+        return "missing"
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def audio_input(
-    audio: str | Path | np.ndarray | Tensor,
+    audio: str | os.PathLike | np.ndarray | Tensor | Sequence[float],
     id: str,
     language: str | None = None,
     target_language: str | None = None,
     context: PromptContext | None = None,
+    *,
+    sampling_rate: int = 16000,
+    channel: int | None = None,
+    track: int | None = None,
 ) -> AudioInput:
-    """A file, or samples.
+    """A file, or samples. What is wrong with it is told when it is read.
 
     Args:
-        audio: a path, or (num_samples,) floating-point samples in [-1, 1], 16 kHz.
-
-    Raises:
-        UserError: an array of another shape or type.
+        audio: a path, or samples (see `samples.sample_blocks`).
+        sampling_rate: of samples.
+        channel, track: of a file, which ones to take of several channels and audio tracks.
     """
-    if isinstance(audio, str | Path):
-        return AudioInput(id, str(audio), str(audio), lambda: read_blocks(audio), language, target_language, context)
-    samples = torch.as_tensor(audio).detach().cpu()
-    if samples.ndim != 1 or not samples.is_floating_point():
-        raise UserError(
-            f"{id}: samples of shape {tuple(samples.shape)} and type {samples.dtype}; they must be (num_samples,), "
-            "floating point in [-1, 1], 16 kHz"
+    asked = (language, target_language, context)
+    if isinstance(audio, str | os.PathLike):
+        file = os.fsdecode(audio)
+        files = None if _is_fifo(file) else (file,)
+        return AudioInput(id, file, file, lambda notes: _file_blocks(file, channel, track, notes), *asked, files)
+    return AudioInput(id, id, "", lambda notes: sample_blocks(audio, sampling_rate, id, notes), *asked)
+
+
+def _is_fifo(file: str) -> bool:
+    """As of a shell's <(...)."""
+    return os.path.exists(file) and stat.S_ISFIFO(os.stat(file).st_mode)
+
+
+def _file_blocks(file: str, channel: int | None, track: int | None, notes: list[AudioNote]) -> Iterator[np.ndarray]:
+    if not os.path.exists(file) and _URL.match(file):
+        raise UtteranceError("a URL", f"{file}: only files are read; download it first")
+    if file.lower().endswith(_HEADERLESS_SUFFIXES):
+        raise UtteranceError(
+            "unreadable audio",
+            f"{file}: samples without a header do not say their rate and type; make a WAV file of them, as with "
+            "ffmpeg -f s16le -ar 16000 -ac 1 -i FILE.raw FILE.wav",
         )
-    block = samples.float().numpy()
-    return AudioInput(id, id, "", lambda: iter([block]), language, target_language, context)
+    if _is_fifo(file):
+        with open(file, "rb") as stream:
+            yield from _stream_blocks(stream, file, channel, track, notes)
+        return
+    with _name_in_utf8(file) as readable:
+        yield from read_blocks(readable, channel=channel, track=track, name=file, notes=notes)
+
+
+@contextmanager
+def _name_in_utf8(file: str) -> Iterator[str]:
+    """The name of a file, or of a link to it where its own is not UTF-8: libsndfile and ffmpeg take no others."""
+    try:
+        file.encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory(prefix="speechllm-") as folder:
+            link = os.path.join(folder, "audio")
+            os.symlink(os.path.abspath(file), link)
+            yield link
+    else:
+        yield file
+
+
+def _standard_input_blocks(channel: int | None, track: int | None, notes: list[AudioNote]) -> Iterator[np.ndarray]:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UtteranceError("no audio", "standard input: is a terminal; pipe audio into it, or give a file")
+    yield from _stream_blocks(sys.stdin.buffer, "standard input", channel, track, notes)
+
+
+def _stream_blocks(
+    stream: BinaryIO, name: str, channel: int | None, track: int | None, notes: list[AudioNote]
+) -> Iterator[np.ndarray]:
+    """By way of a temporary file: decoders go back and forth in a file."""
+    with tempfile.NamedTemporaryFile(prefix="speechllm-") as copy:
+        shutil.copyfileobj(stream, copy, 1 << 20)
+        copy.flush()
+        yield from read_blocks(copy.name, channel=channel, track=track, name=name, notes=notes)
 
 
 @dataclass
 class Inputs:
     """The audio of files, folders and manifests; looked up anew each time that it is iterated over.
 
-    A folder is a manifest in Kaldi's or Shar's form, or it is searched for files with `AUDIO_SUFFIXES`. `language`,
-    `target_language`, `task` and `context` are for files, and for lines of manifests that do not say theirs.
+    A folder is a manifest in Kaldi's or Shar's form, or it is searched for files with `AUDIO_SUFFIXES`, links followed;
+    the path `-` is standard input. The id of a file is its path in the folder that is given, or, where several paths
+    are given, in the folder that they have in common. `language`, `target_language`, `task` and `context` are for
+    files, and for lines of manifests that do not say theirs. `channel`: which one to take of several; None takes their
+    mean, or those that speak. `track`: which one to take of several audio tracks; None for the default one.
 
     Raises:
-        UserError: task and target language do not go together.
+        UserError: task and target language do not go together; standard input is given twice; a track is asked for of
+            the audio of a manifest.
     """
 
-    paths: Sequence[Path]
+    paths: Sequence[str | Path]
     language: str | None = None
     target_language: str | None = None
     task: str | None = None
     context: PromptContext | None = None
+    channel: int | None = None
+    track: int | None = None
+    _warned: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.task == "asr" and self.target_language is not None:
@@ -102,26 +197,94 @@ class Inputs:
             for path in self.paths:
                 if not is_manifest(path):
                     raise UserError(f"--task ast: give a --target-language to translate {path} into")
+        if list(self.paths).count(STANDARD_INPUT) > 1:
+            raise UserError(f"{STANDARD_INPUT}: standard input can be read once, and is given twice")
+        for name, number in (("channel", self.channel), ("track", self.track)):
+            if number is not None and number < 0:
+                raise UserError(f"--{name}: they are counted from 0, got {number}")
+        if self.track is not None and (manifests := list(filter(is_manifest, self.paths))):
+            raise UserError(f"--track: is for files; the audio of a manifest ({manifests[0]}) has one track")
 
     def __iter__(self) -> Iterator[AudioInput]:
+        common = self._common_folder()
         for path in self.paths:
-            if is_manifest(path):
-                yield from self._manifest(path)
-            elif path.is_dir():
-                yield from self._folder(path)
+            if path == STANDARD_INPUT:
+                yield self._standard_input()
+            elif not os.fspath(path):
+                yield _broken("''", UserError("an empty name among the inputs"))
+            elif is_manifest(path):
+                yield from self._manifest(Path(path))
+            elif os.path.isdir(path):
+                yield from self._folder(os.fspath(path), common or os.fspath(path))
             else:
-                yield audio_input(path, path.stem, self.language, self.target_language, self.context)
+                yield self._file(os.fspath(path), common or os.path.dirname(os.path.abspath(path)))
 
-    def _folder(self, folder: Path) -> Iterator[AudioInput]:
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
-        if not files:
-            yield _broken(str(folder), UserError(f"{folder}: no file with a suffix of audio, such as .wav or .mp3"))
-        for file in files:
-            id = str(file.relative_to(folder).with_suffix(""))
-            yield audio_input(file, id, self.language, self.target_language, self.context)
+    def _standard_input(self) -> AudioInput:
+        def blocks(notes: list[AudioNote]) -> Iterator[np.ndarray]:
+            return _standard_input_blocks(self.channel, self.track, notes)
+
+        return AudioInput("stdin", STANDARD_INPUT, "", blocks, *self._asked(), files=None)
+
+    def _asked(self) -> tuple[str | None, str | None, PromptContext | None]:
+        return self.language, self.target_language, self.context
+
+    def _common_folder(self) -> str | None:
+        """The folder that several files and folders are in."""
+        folders = {
+            os.path.dirname(os.path.abspath(path))
+            for path in self.paths
+            if path != STANDARD_INPUT and not is_manifest(path)
+        }
+        several = sum(path != STANDARD_INPUT and not is_manifest(path) for path in self.paths) > 1
+        return os.path.commonpath(folders) if several else None
+
+    def _file(self, file: str, folder: str) -> AudioInput:
+        name = os.path.relpath(os.path.abspath(file), os.path.abspath(folder))
+        id = name.removesuffix(os.path.splitext(name)[1])
+        return audio_input(file, id, *self._asked(), channel=self.channel, track=self.track)
+
+    def _folder(self, folder: str, base: str) -> Iterator[AudioInput]:
+        is_empty = True
+        for found in self._walk(folder, ()):
+            is_empty = False
+            yield found if isinstance(found, AudioInput) else self._file(found, base)
+        if is_empty:
+            yield _broken(folder, UserError(f"{folder}: no file with a suffix of audio, such as .wav or .mp3"))
+
+    def _walk(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str | AudioInput]:
+        """The audio files in a folder and those below it, by name, and what keeps others from being found.
+
+        Args:
+            above: the folders that it is in.
+        """
+        try:
+            here = os.stat(folder)
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            yield _broken(folder, UserError(f"{folder}: cannot be read: {error.strerror}"))
+            return
+        identity = (here.st_dev, here.st_ino)
+        if identity in above:
+            self._warn(f"{folder}: links to a folder that it is in; not followed")
+            return
+        for name in names:
+            path = os.path.join(folder, name)
+            if os.path.isdir(path):
+                yield from self._walk(path, (*above, identity))
+            elif os.path.islink(path) and not os.path.exists(path):
+                yield _broken(path, UserError(f"{path}: a broken link to {os.readlink(path)}"))
+            elif name.lower().endswith(AUDIO_SUFFIXES):
+                yield path
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning("%s", message)
 
     def _manifest(self, path: Path) -> Iterator[AudioInput]:
-        source = SourceConfig(str(path), lang=self.language, target_lang=self.target_language, task=self.task)
+        source = SourceConfig(
+            str(path), lang=self.language, target_lang=self.target_language, task=self.task, channel=self.channel
+        )
         try:
             for where, found in iter_objects(source):
                 try:
@@ -136,18 +299,27 @@ class Inputs:
                 except LINE_ERRORS as error:
                     yield _broken(where, DataError(f"{where}: {explain(error)}"))
                 else:
-                    sources = [source for recording in recordings(cut) for source in recording.sources]
-                    yield AudioInput(
-                        cut.id,
-                        cut.id,
-                        next((source.source for source in sources if source.type == "file"), ""),
-                        lambda cut=cut: cut_blocks(cut),
-                        entry.lang,
-                        entry.target_lang if entry.task == "ast" else None,
-                        self._context(entry),
-                    )
+                    yield self._cut(cut, entry)
         except DataError as error:  # the manifest as a whole
             yield _broken(str(path), error)
+        except (OSError, EOFError) as error:  # such as a compressed file that was cut off
+            yield _broken(str(path), DataError(f"{path}: cannot be read on: {error}"))
+
+    def _cut(self, cut: Cut, entry: Entry) -> AudioInput:
+        sources = [source for recording in recordings(cut) for source in recording.sources]
+        files = [source.source for source in sources if source.type == "file"]
+        members = (cut.custom or {}).get(TAR, {}).values()
+        return AudioInput(
+            cut.id,
+            cut.id,
+            next(iter(files), ""),
+            lambda notes: cut_blocks(cut, notes),
+            entry.lang,
+            entry.target_lang if entry.task == "ast" else None,
+            self._context(entry),
+            (*files, *(member["path"] for member in members)),
+            f"{cut.id}, {cut.start:g} s and {cut.duration:g} s from there",
+        )
 
     def _context(self, entry: Entry) -> PromptContext:
         given = self.context or PromptContext()
@@ -157,14 +329,13 @@ class Inputs:
         )
 
 
-def is_manifest(path: Path) -> bool:
-    if path.is_dir():
+def is_manifest(path: str | Path) -> bool:
+    """Whether a path is a manifest, by its name, or by what is in the folder."""
+    path = Path(path)
+    if os.path.isdir(path):  # as opposed to Path.is_dir, False for a name that is too long
         return (path / "wav.scp").is_file() or any(path.glob("cuts.*.jsonl*"))
     return bool(_MANIFEST.search(path.name))
 
 
 def _broken(name: str, error: UserError) -> AudioInput:
-    def blocks() -> Iterator[np.ndarray]:
-        raise error
-
-    return AudioInput(name, name, name, blocks)
+    return AudioInput(name, name, name, lambda notes: iter(()), error=error)

@@ -1,53 +1,142 @@
-"""Where results go, and the run over all inputs."""
+"""Where results go, what they are of, and the run over all inputs.
+
+A folder of results has a file `.transcribed.jsonl` beside them. Each line of it says of one result: its file and the
+SHA-256 of what was written, the audio that it is of, and a digest of what it was made with (model, options, language).
+It is only ever appended to, before the result gets its name: after a run that was killed, the last line that fits the
+content of a file is of that file, and several runs may write to one folder.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 
 from tqdm import tqdm
 
 from speechllm.errors import UserError
-from speechllm.files import describe_write_error, replaced_file
+from speechllm.files import MAX_NAME_BYTES, describe_write_error, replaced_file, shortened
 from speechllm.transcribe.formats import FORMATS, Recording
-from speechllm.transcribe.inputs import AudioInput, is_manifest
-from speechllm.transcribe.segments import Recogniser, SegmentOptions, transcribe_inputs
+from speechllm.transcribe.inputs import STANDARD_INPUT, AudioInput, is_manifest
+from speechllm.transcribe.segments import Check, Recogniser, SegmentOptions, transcribe_inputs
 
-_FORMATS_OF_ONE_FILE = ("srt", "tsv")
+_INDEX = ".transcribed.jsonl"
+# What is wrong with the name of one result; all other errors would meet the next ones too.
+_OF_ONE_FILE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
+_FORMATS_OF_ONE_FILE = ("srt", "vtt", "tsv")
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a result in a folder is of: a line of the index."""
+
+    file: str
+    sha256: str
+    audio: str
+    content: str | None
+    made_with: str
 
 
 @dataclass
 class Output:
     """Where results go: files in `folder`, or standard output.
 
-    A file is there as a whole or not at all; one that is there is not made again, unless with `overwrite`.
+    A file is there as a whole or not at all. One that is the result of the same audio, made with the same, is not made
+    again; with `overwrite` all are.
+
+    Attributes:
+        made_with: a text that differs where the results would: of the model and all options.
     """
 
     format: str = "txt"
     folder: Path | None = None
     overwrite: bool = False
+    made_with: str = ""
+    _index: _Index | None = field(default=None, init=False, repr=False)
 
-    def check(self, paths: Sequence[Path]) -> None:
+    def __post_init__(self) -> None:
+        if self.folder is not None:
+            self._index = _Index(self.folder / _INDEX)
+
+    def check(self, paths: Sequence[str | Path]) -> None:
         """
         Raises:
             UserError: standard output cannot hold the format for all these inputs; the folder is a file.
         """
         if self.folder is None and self.overwrite:
             raise UserError("--overwrite: is for --output DIR")
-        is_one = len(paths) == 1 and not paths[0].is_dir() and not is_manifest(paths[0])
-        if self.folder is None and self.format in _FORMATS_OF_ONE_FILE and not is_one:
+        has_several = len(paths) > 1 or (
+            paths[0] != STANDARD_INPUT and (os.path.isdir(paths[0]) or is_manifest(paths[0]))
+        )
+        if self.folder is None and self.format in _FORMATS_OF_ONE_FILE and has_several:
             raise UserError(f"--format {self.format}: has room for one file; write one for each: --output DIR")
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output {self.folder}: is not a folder")
 
     def file_of(self, input: AudioInput) -> Path | None:
-        """`FOLDER/ID.FORMAT`, whatever the id; None for standard output."""
+        """`FOLDER/ID.FORMAT`, whatever the id; None for standard output.
+
+        Where the result of another audio file is there, of an earlier run, the folders that the audio is in come before
+        the id, one after the other: day2/rec001.wav goes to `FOLDER/day2/rec001.txt` after day1/rec001.wav has gone to
+        `FOLDER/rec001.txt`. Names that are too long for a folder are shortened, and end with a digest of the whole.
+        """
         if self.folder is None:
             return None
-        parts = [part for part in PurePath(input.id).parts if part not in ("/", "..")]
-        return self.folder.joinpath(*parts[:-1], f"{parts[-1] if parts else input.id}.{self.format}")
+        ids = [input.id]
+        if input.audio and not input.part:
+            above = Path(os.path.abspath(input.audio)).parent.parts[1:]
+            ids += [os.path.join(*above[-depth:], input.id) for depth in range(1, len(above) + 1)]
+        files = list(map(self._file, ids))
+        audio = _audio_of(input)
+        free = (file for file in files if self.overwrite or self._owner(file) in (None, audio))
+        return next(free, files[0])
+
+    def _file(self, id: str) -> Path:
+        parts = [part for part in PurePath(_writable(id)).parts if part not in ("/", "//", "..")]
+        *folders, name = parts or [_writable(id)]
+        ending = f".{self.format}"
+        names = [_fitting(folder) for folder in folders]
+        return self.folder.joinpath(*names, _fitting(name, MAX_NAME_BYTES - len(ending)) + ending)
+
+    def _owner(self, file: Path) -> str | None:
+        """The audio that a file is the result of; None if there is none, or it is not known."""
+        found = self._index.results(self._name(file))
+        return found[-1].audio if found and os.path.lexists(file) else None
+
+    def is_done(self, input: AudioInput) -> bool:
+        """Whether the result of an input is there.
+
+        Raises:
+            UserError: its place is taken by the result of other audio, or by a file that nothing is known of.
+        """
+        file = self.file_of(input)
+        if file is None or self.overwrite or not os.path.lexists(file):
+            return False
+        try:
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+        known = self._index.results(self._name(file))
+        written = next((result for result in reversed(known) if result.sha256 == content), None)
+        found, now = written or (known[-1] if known else None), self._result(input, file, content)
+        advice = "write to another --output, or replace it with --overwrite"
+        if found is None or now.content is None:
+            raise UserError(f"{input.name}: {file} is there, and it is not known what it is of: {advice}")
+        if found.audio != now.audio:
+            raise UserError(f"{input.name}: {file} is the result of {found.audio}: {advice}")
+        if (found.content, found.made_with) == (now.content, now.made_with):
+            return True
+        if written is None:
+            raise UserError(
+                f"{input.name}: {file} was made with other options or of other audio, and changed since: {advice}"
+            )
+        return False
 
     def write(self, input: AudioInput, recording: Recording) -> str:
         """Writes the file; what is for standard output is returned."""
@@ -55,12 +144,87 @@ class Output:
         file = self.file_of(input)
         if file is None:
             return f"{input.name}\t{' '.join(text.split())}\n" if self.format == "txt" else text
+        data = text.encode(errors="backslashreplace")
         try:
             with replaced_file(file) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_bytes(data)
+                self._index.append(self._result(input, file, hashlib.sha256(data).hexdigest()))
         except OSError as error:
             raise UserError(describe_write_error(file, error)) from error
         return ""
+
+    def _name(self, file: Path) -> str:
+        return str(file.relative_to(self.folder))
+
+    def _result(self, input: AudioInput, file: Path, sha256: str) -> _Result:
+        asked = repr((self.made_with, input.language, input.target_language, input.context))
+        return _Result(
+            self._name(file),
+            sha256,
+            _audio_of(input),
+            input.content(),
+            hashlib.sha256(asked.encode(errors="backslashreplace")).hexdigest()[:16],
+        )
+
+
+class _Index:
+    """The lines of an index; what other runs add is read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = 0  # bytes
+        self._results: dict[str, list[_Result]] = defaultdict(list)
+
+    def results(self, file: str) -> list[_Result]:
+        """What was written to a file, the last one last."""
+        try:
+            with open(self._path, "rb") as index:
+                index.seek(self._read)
+                new = index.read()
+        except FileNotFoundError:
+            new = b""
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.splitlines():
+            try:
+                result = _Result(**json.loads(line))
+            except (ValueError, TypeError):  # empty; or cut off, by a full disk
+                continue
+            self._results[result.file].append(result)
+        return self._results[file]
+
+    def append(self, result: _Result) -> None:
+        """At once, whoever else does the same. The line begins with a line break, as the one before may be cut off."""
+        line = f"\n{json.dumps(asdict(result))}\n".encode()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        index = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            if os.write(index, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(index)
+
+
+def _audio_of(input: AudioInput) -> str:
+    """Which audio an input is, wherever the program runs."""
+    audio = ", ".join(map(os.path.abspath, input.files or ())) or input.name
+    return f"{audio} ({input.part})" if input.part else audio
+
+
+def _writable(id: str) -> str:
+    """An id as a file system can have it: what is no Unicode and does not come from there, and a zero, are spelled."""
+    try:
+        os.fsencode(id)
+    except UnicodeEncodeError:
+        id = id.encode(errors="backslashreplace").decode()
+    return id.replace("\0", "\\0")
+
+
+def _fitting(name: str, max_bytes: int = MAX_NAME_BYTES) -> str:
+    if len(os.fsencode(name)) <= max_bytes:
+        return name
+    digest = f"-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+    return shortened(name, max_bytes - len(digest)) + digest
 
 
 def transcribe_all(
@@ -69,10 +233,14 @@ def transcribe_all(
     options: SegmentOptions,
     output: Output,
     feature_kind: str = "fbank",
+    check: Check = lambda language, target_language, context: None,
 ) -> int:
     """Transcribes what is not done yet, with a progress bar on a terminal; returns 1 when something failed, else 0.
 
     `inputs` are iterated over twice: to count them, and to transcribe them.
+
+    Raises:
+        UserError: a result cannot be written, as when the disk is full: none could be.
     """
     total = sum(1 for _ in inputs)
     failed = done_before = 0
@@ -90,12 +258,17 @@ def transcribe_all(
         files: dict[Path, str] = {}
         for input in inputs:
             file = output.file_of(input)
-            if file is not None and file in files:
-                report(f"{input.name}: {file} is for {files[file]}; do them one by one, with an --output each")
-                continue
             if file is not None:
+                if file in files:
+                    report(f"{input.name}: {file} is for {files[file]}; do them one by one, with an --output each")
+                    continue
                 files[file] = input.name
-                if file.exists() and not output.overwrite:
+                try:
+                    is_done = output.is_done(input)
+                except UserError as error:
+                    report(error)
+                    continue
+                if is_done:
                     done_before += 1
                     bar.update()
                     continue
@@ -107,16 +280,25 @@ def transcribe_all(
         bar.set_postfix_str(f"{seconds / 60:.1f} min of audio")
 
     with bar:
-        for input, found in transcribe_inputs(to_do(), recognise, options, on_progress, feature_kind):
+        for input, found in transcribe_inputs(to_do(), recognise, options, on_progress, feature_kind, check):
             if isinstance(found, Exception):
                 report(found)
                 continue
+            for warning in found.warnings:
+                bar.write(f"warning: {warning}", file=sys.stderr)
+            try:
+                text = output.write(input, found)
+            except UserError as error:
+                if getattr(error.__cause__, "errno", None) not in _OF_ONE_FILE:
+                    raise
+                report(error)
+                continue
             bar.update()
-            if text := output.write(input, found):
+            if text:
                 bar.write(text, end="")
                 sys.stdout.flush()
     if done_before:
-        print(f"{done_before} of {total} were done before (--overwrite does them again)", file=sys.stderr)
+        print(f"{done_before} of {total} were done before (--overwrite replaces them)", file=sys.stderr)
     if failed:
         print(f"error: {failed} of {total} could not be transcribed", file=sys.stderr)
     return 1 if failed else 0

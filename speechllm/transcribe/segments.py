@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from speechllm.data.audio import UtteranceError
+from speechllm.data.audio_file import AudioNote, UtteranceError
 from speechllm.data.features import SAMPLE_RATE, extract_features
 from speechllm.data.manifests.source import DataError
 from speechllm.decode.recognizer import Speech
@@ -24,9 +25,23 @@ from speechllm.transcribe.overlap import without_overlap
 from speechllm.transcribe.pauses import SHORTEST_MAX_SECONDS, split_at_pauses
 
 Recogniser = Callable[[Iterable[Speech]], Iterator[list[Recognition]]]
+Check = Callable[[str | None, str | None, PromptContext], None]  # of language, target language and context
 
 # Segments of similar length are looked for among those of so many batches.
 _WINDOW_BATCHES = 4
+
+
+class TranscriptionError(DataError):
+    """Some of the inputs could not be transcribed.
+
+    Attributes:
+        results: of each input its recording, or the error.
+    """
+
+    def __init__(self, errors: Sequence[UserError], results: Sequence[Recording | UserError]) -> None:
+        more = f" (and {len(errors) - 1} more of {len(results)} inputs)" if len(errors) > 1 else ""
+        super().__init__(f"{errors[0]}{more}")
+        self.results = list(results)
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,7 @@ class _Part:
     overlap: float
     input: AudioInput
     features: Tensor | None
+    key: str
     recognition: Recognition | None = None
 
 
@@ -67,6 +83,7 @@ class _Progress:
 
     input: AudioInput
     parts: list[_Part] = field(default_factory=list)
+    notes: list[AudioNote] = field(default_factory=list)
     duration: float = 0.0
     error: UserError | None = None
     is_read: bool = False
@@ -82,6 +99,7 @@ def transcribe_inputs(
     options: SegmentOptions | None = None,
     on_progress: Callable[[float], None] = lambda seconds: None,
     feature_kind: str = "fbank",
+    check: Check = lambda language, target_language, context: None,
 ) -> Iterator[tuple[AudioInput, Recording | UserError]]:
     """Each input with its result, or why it has none, in order, as soon as all before it are done.
 
@@ -93,13 +111,15 @@ def transcribe_inputs(
         recognise: such as a `speechllm.decode.recognizer.Recogniser`.
         on_progress: called with the seconds of audio of each batch that is recognised.
         feature_kind: that of the model's encoder; see `speechllm.data.features.MEL_BINS`.
+        check: raises a `UserError` for an input that cannot be recognized, such as `Recogniser.check`: it is the result
+            of that input, and the others are done.
     """
     options = options or SegmentOptions()
     unfinished: deque[_Progress] = deque()
     in_work: deque[list[_Part]] = deque()
 
     def batches() -> Iterator[Speech]:
-        segments = _parts(inputs, unfinished, options.max_seconds, feature_kind)
+        segments = _parts(inputs, unfinished, options.max_seconds, feature_kind, check)
         for parts in _batches(segments, options.batch_seconds):
             in_work.append(parts)
             yield _speech(parts)
@@ -110,8 +130,9 @@ def transcribe_inputs(
             if done.error is not None:
                 yield done.input, DataError(str(done.error))
                 continue
+            warnings = tuple(dict.fromkeys(f"{note.reason}: {note.details}" for note in done.notes))
             segments = _joined(done.parts)
-            yield done.input, Recording(done.input.id, done.input.audio, done.duration, segments)
+            yield done.input, Recording(done.input.id, done.input.audio, done.duration, segments, warnings)
 
     for recognitions in recognise(batches()):
         parts = in_work.popleft()
@@ -123,28 +144,42 @@ def transcribe_inputs(
 
 
 def _parts(
-    inputs: Iterable[AudioInput], unfinished: deque[_Progress], max_seconds: float, feature_kind: str
+    inputs: Iterable[AudioInput], unfinished: deque[_Progress], max_seconds: float, feature_kind: str, check: Check
 ) -> Iterator[_Part]:
     """The segments with sound of all inputs. Each input is added to `unfinished` when it is opened."""
     for input in inputs:
         progress = _Progress(input)
         unfinished.append(progress)
 
-        def blocks(progress: _Progress = progress) -> Iterator[np.ndarray]:
-            for block in progress.input.blocks():
-                progress.duration += len(block) / SAMPLE_RATE
-                yield block
-
         try:
-            for segment in split_at_pauses(blocks(), max_seconds):
+            if input.error is not None:
+                raise input.error
+            check(input.language, input.target_language, _context(input))
+            for segment in split_at_pauses(_blocks(progress), max_seconds):
                 duration = len(segment.samples) / SAMPLE_RATE
                 features = extract_features(segment.samples, feature_kind)
-                part = _Part(segment.start, duration, segment.overlap, input, features)
+                # of the audio, so that it is the same whatever else is transcribed, and in what order
+                key = hashlib.sha256(segment.samples.tobytes()).hexdigest()
+                part = _Part(segment.start, duration, segment.overlap, input, features, key)
                 progress.parts.append(part)
                 yield part
-        except (UtteranceError, DataError) as error:
+        except (UtteranceError, UserError) as error:
             progress.error = error
         progress.is_read = True
+
+
+def _blocks(progress: _Progress) -> Iterator[np.ndarray]:
+    """The audio of an input; whatever else goes wrong while it is read is an `UtteranceError` too."""
+    try:
+        for block in progress.input.blocks(progress.notes):
+            progress.duration += len(block) / SAMPLE_RATE
+            yield block
+    except (UtteranceError, UserError, MemoryError):
+        raise
+    except Exception as error:  # each decoder raises what it likes about a broken file
+        lines = str(error).splitlines() or [""]
+        details = f"{progress.input.name}: {type(error).__name__}: {lines[0][:300]}"
+        raise UtteranceError("unreadable audio", details) from error
 
 
 def _batches(parts: Iterable[_Part], batch_seconds: float) -> Iterator[list[_Part]]:
@@ -180,8 +215,12 @@ def _speech(parts: list[_Part]) -> Speech:
         torch.tensor([len(rows) for rows in features]),
         [part.input.language for part in parts],
         [part.input.target_language for part in parts],
-        [replace(part.input.context or PromptContext(), id=part.input.name) for part in parts],
+        [replace(_context(part.input), key=part.key) for part in parts],
     )
+
+
+def _context(input: AudioInput) -> PromptContext:
+    return replace(input.context or PromptContext(), id=input.name)
 
 
 def _joined(parts: list[_Part]) -> list[Segment]:

@@ -1,13 +1,19 @@
 """`speechllm transcribe`: its options, and a whole model."""
 
 import argparse
+import dataclasses
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from speechllm.cli.main import main
 from speechllm.cli.options import prompt_context
 from speechllm.cli.transcribe import add_transcribe, run_transcribe
 from speechllm.errors import UserError
+from speechllm.model.encoder_model import EncoderModel
 from speechllm.transcribe.inputs import Inputs
 from speechllm.transcribe.output import Output, transcribe_all
 from speechllm.transcribe.segments import SegmentOptions
@@ -40,13 +46,110 @@ def test_options_that_do_not_go_together(arguments, message):
         run_transcribe(parsed(*arguments))
 
 
-@pytest.mark.parametrize("precision", [[], ["--dtype", "bfloat16", "--device", "cpu"]])
-def test_a_whole_model_transcribes(precision, model, audio, tmp_path, monkeypatch):
-    monkeypatch.setattr("speechllm.model.build.load_model", lambda folder: model.eval())
-    arguments = [str(audio), "--language", "en", "--format", "ctm", "--search", "beam", "--beam", "2"]
-    assert run_transcribe(parsed(*arguments, *precision, "--output", str(tmp_path / "out"))) == 1
-    assert model.llm.dtype == (torch.bfloat16 if precision else torch.float32)
+@pytest.fixture
+def folder(model, tmp_path):
+    """Of a model that was trained to transcribe English and Spanish."""
+    model.config.languages = ["en", "es"]
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def ran(*arguments) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(["transcribe", *map(str, arguments)])
+    return caught.value.code
+
+
+def test_a_whole_model_transcribes(folder, audio, tmp_path, capsys):
+    arguments = [audio, "--model", folder, "--language", "English", "--search", "beam", "--beam", "2"]
+    arguments += ["--format", "ctm", "--output", tmp_path / "out"]
+    assert ran(*arguments) == 1
     assert sorted(path.stem for path in (tmp_path / "out").rglob("*.ctm")) == ["a", "b", "c", "d"]
+    capsys.readouterr()
+    assert ran(*arguments, "--batch-duration", "5", "--max-rows", "8") == 1
+    assert "4 of 5 were done before" in capsys.readouterr().err
+    assert ran(*arguments, "--length-penalty", "0.5") == 1
+    assert "were done before" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--beam", "8"], "beam: is for method beam alone"),
+        (["--beam", "4"], "--beam: is for method beam alone"),
+        (["--seed", "0"], "--seed: is for method sample alone"),
+        (["--length-penalty", "1.0"], "--length-penalty: is for method beam"),
+        (["--hotword-weight", "1"], "--hotword-weight: is the weight of hotwords, and none are given"),
+        (["--ngram-weight", "0.5"], "ngram_weight: is the weight of an n-gram model"),
+        (["--search", "sample", "--ctc-weight", "0.3"], "ctc_weight: has no part in sampling"),
+        (["--search", "beam", "--nbest", "2"], "--nbest 2: only the best result is written"),
+        (["--previous", "and so"], "no {previous} slot"),
+        (["--target-language", "German"], "target language de: the model was trained on transcripts alone, en, es"),
+        (["--language", "French"], "language fr: the model was trained with en, es"),
+        (["--task", "ast", "--target-language", "en"], "trained on transcripts alone"),
+        (["--channel", "-1"], "--channel: they are counted from 0"),
+    ],
+)
+def test_options_without_effect_are_errors(folder, arguments, message, capsys):
+    assert ran("a.wav", "--model", folder, *arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--language", "en"], "language 'en': the model takes no notice of it, as it is an encoder alone"),
+        (["--target-language", "de"], "target language de: the model is an encoder alone"),
+        (["--max-repeats", "10"], "--max-repeats: is for a language model"),
+        (["--initial-state", "x"], "--initial-state: is for a language model"),
+        (["--llm-weights", "int8"], "--llm-weights int8: the model has no language model"),
+    ],
+)
+def test_options_without_effect_on_an_encoder_alone(model_config, tmp_path, arguments, message, capsys):
+    EncoderModel.from_config(dataclasses.replace(model_config, llm=None)).save_pretrained(tmp_path / "model")
+    assert ran("a.wav", "--model", tmp_path / "model", *arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_say_its_languages_is_asked_for_any(model, tmp_path, audio):
+    model.save_pretrained(tmp_path / "model")
+    assert ran(audio / "a.wav", "--model", tmp_path / "model", "--language", "French", "--target-language", "es") == 0
+
+
+def test_a_channel_and_a_track_that_a_file_does_not_have(folder, audio, capsys):
+    for option in ("--channel", "--track"):
+        assert ran(audio / "a.wav", "--model", folder, "--language", "en", option, "7") == 1
+        assert f"no such {option[2:]}" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_and_a_full_disk(folder, audio):
+    command = [sys.executable, "-m", "speechllm.cli", "transcribe", audio / "a.wav"]
+    command += ["--model", folder, "--language", "en"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (1, "error: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_program_that_is_interrupted_is_quiet(number, status):
+    script = (
+        "import time\nfrom speechllm.cli.exits import run_to_exit\n"
+        "run_to_exit(lambda: (print('ready', flush=True), time.sleep(60)))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(number)
+        assert (process.stderr.read(), process.wait()) == (b"", status)
+
+
+@pytest.mark.parametrize("precision", [[], ["--dtype", "bfloat16", "--device", "cpu"]])
+def test_a_model_transcribes_in_the_precision_that_is_asked_for(precision, folder, model, audio, monkeypatch):
+    monkeypatch.setattr("speechllm.model.build.load_model", lambda folder: model.eval())
+    assert ran(audio / "a.wav", "--model", folder, "--language", "en", *precision) == 0
+    assert model.llm.dtype == (torch.bfloat16 if precision else torch.float32)
 
 
 def test_manifests_and_options_say_what_the_prompt_needs(audio, tmp_path):

@@ -1,4 +1,7 @@
-from speechllm.model.card import add_results
+import dataclasses
+
+from speechllm.model.card import add_results, encoder_card, model_card
+from speechllm.model.encoder_model import EncoderModel
 
 
 def test_results_are_added_and_replaced(tmp_path):
@@ -8,3 +11,11 @@ def test_results_are_added_and_replaced(tmp_path):
     assert (tmp_path / "README.md").read_text() == "# Card\n\n## Results\n\n```\ntest  2.00\n```\n"
     add_results(tmp_path / "of another tool", "table")
     assert "table" in (tmp_path / "of another tool" / "README.md").read_text()
+
+
+def test_the_use_that_a_card_shows_is_one_that_the_model_takes(model, model_config):
+    assert 'transcribe(["speech.wav"], language="en")' in model_card(model)
+    model.config.languages = ["es", "es>en"]
+    assert "--model PATH --language es`" in model_card(model)
+    encoder = EncoderModel.from_config(dataclasses.replace(model_config, llm=None))
+    assert 'transcribe(["speech.wav"])' in encoder_card(encoder) and "--language" not in encoder_card(encoder)

@@ -15,7 +15,10 @@ from transformers import WhisperConfig, WhisperModel
 from speechllm.config import ConfigError, from_dict, to_dict
 from speechllm.data import DataError
 from speechllm.data.features import extract_features, extract_features_padded
-from speechllm.decode.recognizer import RecogniseOptions, Recogniser
+from speechllm.decode.interface import RecogniseOptions
+from speechllm.decode.recognizer import Recogniser
+from speechllm.decode.result import Hypothesis
+from speechllm.decode.search import SearchOptions
 from speechllm.encoder import WhisperEncoderConfig, ZipformerConfig, init_from_data, save_encoder
 from speechllm.errors import UserError
 from speechllm.llm.adapters import TuneConfig, load_adapter
@@ -176,6 +179,76 @@ def test_transcribe_takes_files_arrays_and_tensors_of_any_length(model, tmp_path
     assert translated.segments[0].recognition.ctc_text is None
     with pytest.raises(DataError, match="missing.wav"):
         model.transcribe([tmp_path / "missing.wav"], "en")
+
+
+CUT = RecogniseOptions(fallback="cut")
+
+
+def test_one_bad_input_is_raised_or_returned_and_the_others_are_kept(model, tmp_path):
+    samples = 0.1 * torch.randn(16000, generator=torch.Generator().manual_seed(0))
+    bad = [tmp_path / "missing.wav", torch.full((16000,), torch.nan), "https://example.org/a.wav", samples[:0]]
+    found = model.transcribe([samples, *bad, samples], "English", on_error="return")
+    assert found[0].text == found[5].text and [type(x) for x in found[1:5]] == [DataError] * 4
+    for error, message in zip(found[1:5], ["missing.wav", "audio[2]: ", "example.org", "audio[4]: no"], strict=True):
+        assert message in str(error)
+    with pytest.raises(DataError, match=r"missing.wav \(and 1 more of 3 inputs\)") as caught:
+        model.transcribe([*bad[:2], samples], "en")
+    assert caught.value.results[2].text == found[0].text
+    with pytest.raises(UserError, match="on_error: unknown 'ignore'"):
+        model.transcribe([samples], "en", on_error="ignore")
+
+
+def test_a_path_or_samples_alone_are_one_input(model, tmp_path):
+    samples = 0.1 * torch.randn(16000, generator=torch.Generator().manual_seed(0))
+    soundfile.write(tmp_path / "a.wav", samples.numpy(), 16000, subtype="FLOAT")
+    expected = model.transcribe([samples], "en")[0].text
+    for alone in (str(tmp_path / "a.wav"), tmp_path / "a.wav", samples, samples.numpy()):
+        assert [found.text for found in model.transcribe(alone, "en")] == [expected]
+    with pytest.raises(UserError, match="put it into a list"):
+        model.transcribe(samples[None], "en")
+    assert model.transcribe([samples[None]], "en")[0].text == expected
+
+
+def test_samples_at_another_rate_and_too_few_of_them(model):
+    samples = 0.1 * torch.randn(48000, generator=torch.Generator().manual_seed(0))
+    (found,) = model.transcribe([samples], "en", sampling_rate=48000)
+    assert found.duration == 1.0
+    for few in (samples[:1], samples[:400]):
+        (found,) = model.transcribe([few], "en")
+        assert (found.text, found.segments) == ("", [])
+
+
+def test_a_loop_falls_back_to_ctc_as_on_the_command_line(model, monkeypatch):
+    loop = (Hypothesis((5,) * 3, (-1.0,) * 3, -3.0, "loop"),)
+    monkeypatch.setattr("speechllm.decode.recognizer.search", lambda llm, prompts, *_: enumerate(loop for _ in prompts))
+    samples = 0.1 * torch.randn(16000, generator=torch.Generator().manual_seed(0))
+    for options, fallback in ((None, "ctc"), (RecogniseOptions(SearchOptions("beam")), "ctc"), (CUT, "cut")):
+        (found,) = model.transcribe([samples], "en", options=options)
+        assert found.segments[0].recognition.fallback == fallback
+
+
+def test_a_sample_is_the_same_whatever_else_is_transcribed(model):
+    generator = torch.Generator().manual_seed(0)
+    audio = [0.1 * torch.randn(n * 8000, generator=generator) for n in (2, 3, 4)]
+
+    def tokens(audio, seed=3):
+        options = RecogniseOptions(SearchOptions("sample", seed=seed))
+        return [found.segments[0].recognition.tokens for found in model.transcribe(audio, "en", options=options)]
+
+    together = tokens(audio)
+    assert tokens(audio[::-1]) == together[::-1]
+    assert [tokens(x)[0] for x in audio] == together
+    assert tokens(audio, seed=4) != together
+
+
+@pytest.mark.parametrize("frames", [1, 3, 8])
+def test_an_utterance_too_short_for_the_encoder_has_no_text(model, batch, frames):
+    features, lens, _, languages = batch
+    expected = model.recognise(features, lens, languages)
+    found = model.recognise(features, torch.tensor([120, frames, 50]), languages)
+    assert (found[1].text, found[1].ctc_text, found[1].tokens) == ("", "", ())
+    assert [found[i].tokens for i in (0, 2)] == [expected[i].tokens for i in (0, 2)]
+    assert model.recognise(features[:1], torch.tensor([frames]), ["en"])[0].text == ""
 
 
 def test_what_the_data_side_asks(model, model_config):

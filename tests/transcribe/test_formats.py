@@ -1,13 +1,16 @@
 """Output formats: golden lines, and what a reader of each format gets back."""
 
+import html
 import json
 import math
+import os
 import re
 
 import pytest
 
 from speechllm.decode.result import Hypothesis, Recognition, Word
-from speechllm.transcribe.formats import FORMATS, Recording, Segment
+from speechllm.decode.timestamps import word_spans
+from speechllm.transcribe.formats import FORMATS, Recording, Segment, _columns
 
 
 def hypothesis(*log_probs, stopped="end"):
@@ -95,7 +98,9 @@ def test_json_has_alternatives_and_what_the_guards_did():
     assert "\u00e4" in write("json", Recording("x", "x.wav", 1.0, [Segment(0, 1.0, found)]))
 
 
-@pytest.mark.parametrize("format, expected", [("txt", ""), ("ctm", ""), ("srt", ""), ("tsv", "start\tend\ttext\n")])
+@pytest.mark.parametrize(
+    "format, expected", [("txt", ""), ("ctm", ""), ("srt", ""), ("vtt", "WEBVTT\n"), ("tsv", "start\tend\ttext\n")]
+)
 def test_nothing_said_is_nothing_written(format, expected):
     assert write(format, Recording("x", "x.wav", 2.0, [Segment(0, 2.0, SILENCE)])) == expected
     assert write(format, Recording("x", "x.wav", 2.0, [])) == expected
@@ -116,8 +121,8 @@ def read_srt(text):
     return cues
 
 
-def srt_of(text, words, offset=100.0):
-    return read_srt(write("srt", Recording("x", "x.wav", 1e4, [Segment(offset, 900.0, recognition(text, words))])))
+def srt_of(text, words, offset=100.0, duration=900.0):
+    return read_srt(write("srt", Recording("x", "x.wav", 1e4, [Segment(offset, duration, recognition(text, words))])))
 
 
 @pytest.mark.parametrize("seconds", [0.02, 0.1, 0.4, 2.0])
@@ -127,7 +132,7 @@ def test_cues_hold_the_text_and_the_limits(seconds):
     assert " ".join(line for _, _, lines in cues for line in lines) == text
     for start, end, lines in cues:
         assert len(lines) <= 2 and max(map(len, lines)) <= 42
-        assert 0 < end - start <= 6.0 + 1e-6
+        assert 0 < end - start <= 7.0 + 1e-6
     times = [time for start, end, _ in cues for time in (start, end)]
     assert times == sorted(times)
     assert times[0] == 100.0
@@ -152,10 +157,73 @@ def test_chinese_has_no_spaces_and_wide_columns():
     ((_, _, lines),) = srt_of(text, words)
     assert lines == [text[:21], text[21:]]
     # The same without times.
-    assert srt_of(text, None)[0][2] == lines
+    assert srt_of(text, None, duration=7.0)[0][2] == lines
 
 
-def test_a_word_longer_than_a_line_stands_alone():
-    long = "a" * 50
-    text = f"one {long} two"
-    assert [line for _, _, lines in srt_of(text, evenly(text)) for line in lines] == ["one", long, "two"]
+def test_a_word_longer_than_a_line_is_broken():
+    text = f"one {'a' * 50} two"
+    assert [lines for _, _, lines in srt_of(text, evenly(text))] == [["one", "a" * 42], ["a" * 8 + " two"]]
+
+
+TEXTS = [
+    " ".join(["a", "considerable", "number", "of", "words"] * 20),
+    "\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002" * 20,
+    "\u0f56\u0f7c\u0f51\u0f0b\u0f66\u0f90\u0f51\u0f0b" * 40,  # Tibetan: no spaces, no word ends
+    "x" * 500,
+    "e\u0301" * 60 + " and more",
+    "one",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("duration", [0.3, 3.0, 29.9, 600.0])
+@pytest.mark.parametrize("timed", ["no", "evenly", "at once"])
+def test_cues_keep_to_the_limits_whatever_the_times(text, duration, timed):
+    spans = word_spans(text)
+    share = duration / len(spans) if timed == "evenly" else 0.0
+    words = tuple(Word(text[a:b], i * share, (i + 1) * share, 1.0) for i, (a, b) in enumerate(spans))
+    cues = srt_of(text, None if timed == "no" else words, duration=duration)
+    assert "".join("".join(line.split()) for _, _, lines in cues for line in lines) == "".join(text.split())
+    for (start, end, lines), (after, *_) in zip(cues, [*cues[1:], (math.inf,)], strict=True):
+        assert 0 < end - start <= 7.0 + 2e-3 and end <= after
+        assert len(lines) <= 2 and max(map(_columns, lines)) <= 42
+
+
+def test_a_text_without_word_times_is_shared_out_evenly():
+    text = " ".join(["word"] * 60)
+    cues = srt_of(text, None, duration=30.0)
+    assert [round(start) for start, *_ in cues] == [100, 106, 112, 118, 124]
+
+
+MARKUP = "a --> b <i>c</i> &amp; AT&T &lt;"
+
+
+@pytest.mark.parametrize("format", ["srt", "vtt"])
+def test_text_is_no_markup(format):
+    text = write(format, Recording("x", "x.wav", 9.0, [Segment(1.0, 5.0, recognition(MARKUP))]))
+    assert text.count("-->") == 1 and "<" not in text
+    assert html.unescape(text.splitlines()[-1]) == MARKUP
+
+
+def test_vtt():
+    assert write("vtt") == (
+        "WEBVTT\n\n00:00:02.200 --> 00:00:03.200\nhello world\n\n01:00:00.040 --> 01:00:02.040\nno times here\n"
+    )
+
+
+def test_json_is_valid_whatever_the_numbers_and_names():
+    name = os.fsdecode(b"caf\xe9")
+    nan = recognition("a", (Word("a", 0.0, 0.1, math.nan),))
+    bad = Recognition("b", (Hypothesis((1,), (math.nan,), -math.inf, "end"),) * 2, ("b", "\ud800"))
+    line = write("json", Recording(name, f"{name}.wav", 2.0, [Segment(0, 1.0, nan), Segment(1.0, 1.0, bad)]))
+    line.encode()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    record = json.loads(line, parse_constant=refuse)
+    assert record["id"] == "caf\\udce9" and record["confidence"] is None
+    one, two = record["segments"]
+    assert one["words"][0]["confidence"] is None
+    assert two["nbest"][1] == {"text": "\\ud800", "score": None, "confidence": None, "stopped": "end"}
+    assert "nan" not in write("ctm", Recording("x", "x.wav", 2.0, [Segment(0, 1.0, nan), Segment(1.0, 1.0, bad)]))

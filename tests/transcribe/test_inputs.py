@@ -1,5 +1,15 @@
 """Files, folders and manifests: what each says of its audio."""
 
+import io
+import json
+import os
+import threading
+
+import pytest
+
+from speechllm.data.audio_file import UtteranceError
+from speechllm.data.blocks import read_blocks
+from speechllm.errors import UserError
 from speechllm.transcribe.inputs import Inputs
 from speechllm.transcribe.output import Output, transcribe_all
 from speechllm.transcribe.segments import SegmentOptions
@@ -29,3 +39,111 @@ def test_manifests_say_languages_and_tasks(audio, tmp_path, capsys):
     ]  # fmt: skip
     translated = list(Inputs([manifest], "en", "zh"))
     assert [i.target_language for i in translated[:4]] == ["zh", "zh", "fr", "zh"]
+
+
+def described(inputs):
+    """Of each input its id, and its error or whether it has audio."""
+    found = []
+    for input in inputs:
+        try:
+            if input.error is not None:
+                raise input.error
+            found.append((input.id, len(list(input.blocks([]))) > 0))
+        except (UserError, UtteranceError) as error:
+            found.append((input.id, str(error)))
+    return dict(found)
+
+
+def test_links_are_followed_and_those_that_lead_nowhere_reported(audio, tmp_path, caplog):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/e.wav").write_bytes((audio / "a.wav").read_bytes())
+    (audio / "linked").symlink_to(tmp_path / "elsewhere")
+    (audio / "link.wav").symlink_to(audio / "a.wav")
+    (audio / "gone.wav").symlink_to(tmp_path / "nothing.wav")
+    (audio / "gone").symlink_to(tmp_path / "nothing")
+    (audio / "deep/loop").symlink_to(audio)
+    inputs = Inputs([audio])
+    found = described(inputs)
+    assert {id for id, what in found.items() if what is True} == {"a", "b", "deep/c", "deep/er/d", "linked/e", "link"}
+    for name in ("gone.wav", "gone"):
+        assert "a broken link to" in found[str(audio / name)]
+    list(inputs)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{audio}/deep/loop: links to a folder that it is in; not followed"
+    ]
+
+
+def test_ids_are_paths_in_the_folder_that_several_inputs_have_in_common(audio):
+    assert [input.id for input in Inputs([audio / "deep"])] == ["c", "er/d"]
+    assert [input.id for input in Inputs([audio / "deep/c.MP3"])] == ["c"]
+    assert [input.id for input in Inputs([audio / "deep/er", audio / "a.wav"])] == ["deep/er/d", "a"]
+    assert [input.id for input in Inputs([audio / "deep/c.MP3", audio / "deep/er/d.ogg"])] == ["c", "er/d"]
+
+
+def test_inputs_that_are_none_are_told_by_name(audio, tmp_path):
+    (tmp_path / "x.RAW").write_bytes(bytes(3200))
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("https://example.org/a.wav", "a URL"),
+        ("s3://bucket/a.wav", "a URL"),
+        (str(tmp_path / "x.RAW"), "without a header"),
+        (str(tmp_path / "empty"), "no file with a suffix"),
+        ("", "an empty name"),
+    ):
+        (found,) = described(Inputs([name])).values()
+        assert message in found and (name in found or not name)
+
+
+def test_standard_input_and_pipes(audio, tmp_path, monkeypatch):
+    data = (audio / "b.flac").read_bytes()
+    for given, expected in ((data, True), (b"", "unreadable audio: standard input: no data")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+        assert described(Inputs(["-"])) == {"stdin": expected}
+    with pytest.raises(UserError, match="given twice"):
+        Inputs(["-", "-"])
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
+    writer.start()
+    assert described(Inputs([tmp_path / "pipe"])) == {"pipe": True}
+    writer.join()
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.wav", b"\xff\xfe.flac", b"n" * 251 + b".wav"])
+def test_names_of_any_bytes(audio, tmp_path, name):
+    folder = tmp_path / "names"
+    folder.mkdir()
+    (folder / os.fsdecode(name)).write_bytes((audio / "a.wav").read_bytes())
+    output = Output("json", tmp_path / "out")
+    for _ in range(2):
+        assert transcribe_all(Inputs([folder]), Listener(), SegmentOptions(), output) == 0
+    (result,) = (tmp_path / "out").glob("*.json")
+    record = json.loads(result.read_bytes())
+    assert record["text"] == "do re"
+    assert record["audio"].encode() == os.fsencode(folder / os.fsdecode(name)).decode(errors="surrogateescape").encode(
+        errors="backslashreplace"
+    )
+
+
+def test_a_line_that_cannot_be_recognized_ends_nothing(audio, tmp_path, capsys):
+    lines = [{"audio_filepath": str(audio / "a.wav"), "duration": 1.2, "id": str(i)} for i in range(3)]
+    lines[1]["lang"] = "en"
+
+    def check(language, target_language, context):
+        if language is None:
+            raise UserError(f"{context.id} has no language")
+
+    manifest = write_manifest(tmp_path / "m.jsonl", lines)
+    assert transcribe_all(Inputs([manifest]), Listener(), SegmentOptions(), Output(), check=check) == 1
+    out, err = capsys.readouterr()
+    assert out == "1\tdo re\n" and "error: 0 has no language" in err and "error: 2 has no language" in err
+
+
+def test_whatever_a_decoder_raises_ends_nothing(audio, monkeypatch, capsys):
+    def read(file, **options):
+        if file.endswith("b.flac"):
+            raise TypeError("a decoder's\nown mistake")
+        return read_blocks(file, **options)
+
+    monkeypatch.setattr("speechllm.transcribe.inputs.read_blocks", read)
+    assert transcribe_all(Inputs([audio]), Listener(), SegmentOptions(), Output()) == 1
+    assert f"unreadable audio: {audio}/b.flac: TypeError: a decoder's\n" in capsys.readouterr().err

@@ -4,9 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 
-from speechllm.errors import UserError
 from speechllm.transcribe.formats import Recording
 from speechllm.transcribe.inputs import audio_input
 from speechllm.transcribe.segments import SegmentOptions, transcribe_inputs
@@ -71,12 +69,3 @@ def test_a_batch_does_not_wait_for_all_inputs():
     results = transcribe_inputs(inputs(), Listener(), SegmentOptions(batch_seconds=10.0))
     assert next(results)[0].id == "0"
     assert len(opened) < 25
-
-
-def test_samples_from_python():
-    samples = melody(["do", "ti"], 0.1)
-    for given in (samples, samples.astype(np.float64), torch.from_numpy(samples)):
-        assert words_of(result_of(given, Listener())) == ["do", "ti"]
-    for wrong in (np.zeros((2, 100), dtype=np.float32), np.zeros(100, dtype=np.int16)):
-        with pytest.raises(UserError, match="must be"):
-            audio_input(wrong, "a")
