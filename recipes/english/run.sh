@@ -31,7 +31,7 @@ here=recipes/english data=recipes/english/data
 ctc=$here/exp-ctc$quick ctc_settings=()
 if [ "$quick" ]; then
     llm=none
-    ctc_settings=(--train.num_steps 500 --train.valid_every_n 250 --train.save_every_n 20 --optim.warmup_steps 50)
+    ctc_settings=(--train.num_steps 400 --train.valid_every_n 100 --train.save_every_n 20 --optim.warmup_steps 40)
 fi
 tables=("$ctc")
 

@@ -66,9 +66,12 @@ def use_encoder_cache(config: DataConfig, model: SpeechModel) -> DataConfig:
         return encoder.lower(features, num_stacks).half().numpy()
 
     def stored(source: SourceConfig) -> SourceConfig:
-        # Named by all that says which utterances there are, but not how often they come.
+        # Named by all that says which utterances there are, but not how often they come; only by what is set, so that a
+        # field that a later version adds does not make another name.
         content = file_hash(source.path) if Path(source.path).is_file() else ""
-        identity = hashlib.sha256(f"{replace(source, weight=None)} {content}".encode()).hexdigest()[:8]
+        default = SourceConfig(source.path)
+        given = {k: v for k, v in vars(source).items() if k != "weight" and v != getattr(default, k)}
+        identity = hashlib.sha256(f"{source.path} {given} {content}".encode()).hexdigest()[:8]
         cuts = folder / f"{Path(source.path).name.partition('.')[0]}-{identity}.jsonl"
         if not cuts.is_file():
             convert_to_cuts_in_parts(source, cuts, kind, extract)
