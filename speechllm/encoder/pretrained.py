@@ -33,11 +33,11 @@ def load_encoder(
 ) -> Zipformer | WhisperEncoder:
     """A released encoder, alone or out of a composite model, in eval mode and float32.
 
-    A Zipformer may be under "state_dict" or "model" in its file, its names with "module.", "model." and the like in front
-    or not, beside optimiser, decoder and heads, as in icefall's `pretrained.pt` and `epoch-N.pt` of transducers, CTC, CR-CTC and
-    attention models, and in PyTorch Lightning's `.ckpt`. Of a Whisper (config.json with `model_type: whisper`, as
-    openai/whisper-small on the Hugging Face Hub) only the encoder's weights are read. Of a composite model the
-    encoder's config.json and weights may also be in a folder of that name (`COMPOSITE_NAMES`), as Auden writes them
+    A Zipformer may be under "state_dict" or "model" in its file, its names with "module.", "model." and the like in
+    front or not, beside optimiser, decoder and heads, as in icefall's `pretrained.pt` and `epoch-N.pt` of transducers,
+    CTC, CR-CTC and attention models, and in PyTorch Lightning's `.ckpt`. Of a Whisper (config.json with `model_type:
+    whisper`, as openai/whisper-small on the Hugging Face Hub) only the encoder's weights are read. Of a composite model
+    the encoder's config.json and weights may also be in a folder of that name (`COMPOSITE_NAMES`), as Auden writes them
     where its own file leaves the encoder out.
 
     Args:
