@@ -69,11 +69,12 @@ def load_encoder(
 def is_whisper(path: str | Path) -> bool:
     """Whether a released encoder is a Whisper's, by the config.json of its folder."""
     path = Path(path)
+    folder = _encoder_folder(path) if path.is_dir() else path.parent
     try:
-        values = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text())
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False  # `load_encoder` says what is wrong
-    return isinstance(values, dict) and values.get("model_type") == "whisper"
+    return isinstance(values, dict) and _own_values(values).get("model_type") in _WHISPER
 
 
 def save_encoder(encoder: Zipformer, folder: str | Path) -> None:
@@ -85,11 +86,15 @@ def save_encoder(encoder: Zipformer, folder: str | Path) -> None:
         tmp.write_text(json.dumps(encoder.config.to_dict(), indent=2) + "\n")
 
 
+def _encoder_folder(folder: Path) -> Path:
+    """The folder itself, or of a composite model's that of its encoder, if it has one."""
+    return next((folder / name for name in COMPOSITE_NAMES if (folder / name / "config.json").is_file()), folder)
+
+
 def _weights_path(path: Path) -> Path:
     """The file to read, of a folder or itself; an error that says what is there if it holds no weights."""
     if path.is_dir():
-        own = [path / name for name in COMPOSITE_NAMES if (path / name / "config.json").is_file()]
-        folder = own[0] if own else path
+        folder = _encoder_folder(path)
         found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
         if not found:
             raise FileNotFoundError(

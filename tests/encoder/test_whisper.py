@@ -10,6 +10,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration, Whisper
 
 from speechllm.encoder import WhisperEncoder, WhisperEncoderConfig, load_encoder
 from speechllm.errors import UserError
+from speechllm.model.speech_llm import EncoderSection
 
 TINY = WhisperEncoderConfig(
     d_model=16, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=32, max_source_positions=100
@@ -176,6 +177,7 @@ def test_the_encoder_of_a_composite_model(released, tmp_path, prefix):
         loaded = load_encoder(tmp_path)
         for name, value in encoder.state_dict().items():
             torch.testing.assert_close(loaded.state_dict()[name], value)
+        assert EncoderSection(path=str(tmp_path)).min_frames == loaded.min_frames  # known without loading it
 
 
 def test_the_encoder_alone_as_rwkv_asr_keeps_it(released, tmp_path):
