@@ -617,7 +617,7 @@ def _from_pretrained(
     except (ImportError, ValueError) as e:
         if attention is None:
             raise
-        raise UserError(f"{path}: attention: {attention}: {e}") from e
+        raise UserError(f"{path}: attention: {attention}: {e} (leave it out for what always works)") from e
 
 
 def _checked(path: Path, causal_lm: PreTrainedModel, found: dict[str, Any], unexpected: list[str]) -> TransformersLM:
