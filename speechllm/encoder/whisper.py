@@ -24,11 +24,22 @@ from speechllm.encoder.zipformer import run, shortest_and_longest
 from speechllm.errors import UserError
 from speechllm.quiet import quiet
 
+# What training programs put in front of the names of a model that they wrap.
+WRAPPERS = re.compile(r"^((module|model|_orig_mod|_forward_module)\.)*")
 # Where the encoder's weights are in a file: of the model with its head, of the model without, of Auden's models and
 # rwkv_asr's; or of the encoder alone.
 _PREFIX = re.compile(
-    r"(module\.)?(model\.)?((audio_|speech_|whisper_)?encoder\.)+|(?=(conv\d|embed_positions|layers|layer_norm)\.)"
+    WRAPPERS.pattern + r"((audio_|speech_|whisper_)?encoder\.)+|(?=(conv\d|embed_positions|layers|layer_norm)\.)"
 )
+_SIZES = (
+    "num_mel_bins",
+    "d_model",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "max_source_positions",
+)
+_DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
 _FEATURE_KINDS = {80: "whisper80", 128: "whisper128"}
 
 
@@ -57,15 +68,19 @@ class WhisperEncoderConfig:
     def __post_init__(self) -> None:
         def check(ok: bool, key: str, allowed: str) -> None:
             if not ok:
-                raise ValueError(f"Whisper configuration: {key} is {getattr(self, key)}, but must be {allowed}")
+                raise ValueError(f"Whisper configuration: {key} is {getattr(self, key)!r}, but must be {allowed}")
 
+        for key in _SIZES:
+            check(type(getattr(self, key)) is int, key, "a whole number")
+        for key in _DROPOUTS:
+            check(type(getattr(self, key)) in (int, float), key, "a number")
         check(self.num_mel_bins in _FEATURE_KINDS, "num_mel_bins", "80 or 128")
         for key in ("encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions"):
             check(getattr(self, key) > 0, key, "positive")
         heads = self.encoder_attention_heads
         check(self.d_model > 2 and self.d_model % 2 == 0, "d_model", "even, and more than 2")
         check(self.d_model % heads == 0, "d_model", f"a multiple of encoder_attention_heads, {heads}")
-        for key in ("dropout", "attention_dropout", "activation_dropout"):
+        for key in _DROPOUTS:
             check(0 <= getattr(self, key) < 1, key, "from 0 to below 1")
 
     @classmethod
@@ -75,10 +90,9 @@ class WhisperEncoderConfig:
         Raises:
             ValueError: for sizes that are missing, and as the constructor does.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        if missing := [name for name in names[:6] if name not in values]:
+        if missing := [name for name in _SIZES if name not in values]:
             raise ValueError(f"Whisper configuration: {', '.join(missing)} missing")
-        return cls(**{name: values[name] for name in names if name in values})
+        return cls(**{name: values[name] for name in (*_SIZES, *_DROPOUTS) if name in values})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

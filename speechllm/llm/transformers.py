@@ -43,6 +43,7 @@ from speechllm.llm.transformers_files import (
     gpu_kernels_only_on_gpus,
     is_gguf,
     is_of_text,
+    no_gguf_bar,
     text_part,
     weight_names,
 )
@@ -582,7 +583,8 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, attention: str | None) -> 
         if head_dim is not None and hasattr(config, "head_dim"):
             config.head_dim = head_dim
         _supported(lambda: config, str(path))
-        causal_lm, found = _from_pretrained(path, source, config, dtype or own_dtype, attention)
+        with no_gguf_bar():
+            causal_lm, found = _from_pretrained(path, source, config, dtype or own_dtype, attention)
     except UserError:
         raise
     except Exception as e:  # a damaged file fails in many ways
@@ -615,7 +617,7 @@ def _from_pretrained(
     except (ImportError, ValueError) as e:
         if attention is None:
             raise
-        raise UserError(f"{path}: attention: {attention}: {e}") from e
+        raise UserError(f"{path}: attention: {attention}: {e} (leave it out for what always works)") from e
 
 
 def _checked(path: Path, causal_lm: PreTrainedModel, found: dict[str, Any], unexpected: list[str]) -> TransformersLM:

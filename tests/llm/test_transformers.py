@@ -454,12 +454,13 @@ def test_a_gguf_file_is_a_model_and_a_tokenizer(kind, weights, dtype, error, ggu
     assert load_tokenizer(tmp_path / "saved").identity() == tokenizer.identity()
 
 
-def test_a_speech_llm_from_a_gguf_file(config, batch, gguf_tokenizers, tmp_path):
+def test_a_speech_llm_from_a_gguf_file(config, batch, gguf_tokenizers, tmp_path, capfd):
     path = tmp_path / "qwen3.gguf"
     base = tiny_llm("qwen3", vocab_size=310, intermediate_size=64)
     write_gguf(path, base.causal_lm, gguf_tokenizers["qwen3"], "Q8_0")
     llm = LLMSection(path=str(path), tune=TuneConfig("lora"), dtype="bfloat16")
     model = SpeechLLM.from_config(dataclasses.replace(config, tokenizer=str(path), llm=llm))
+    assert "tensors" not in capfd.readouterr().err  # a progress bar
     train(model, batch, 2)
     model.eval().save_pretrained(tmp_path / "apart", merged=False)
     apart = SpeechLLM.from_pretrained(tmp_path / "apart")
