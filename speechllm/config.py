@@ -157,6 +157,13 @@ def _build_dataclass(cls: type, tree: dict[str, Any], source: str, key: str) -> 
             near = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"did you mean {prefix}{near[0]}? " if near else ""
             raise ConfigError(f"{source}: unknown key {prefix}{name}; {hint}allowed here: {', '.join(sorted(fields))}")
+    missing = [
+        prefix + f.name
+        for f in dataclasses.fields(cls)
+        if f.init and f.name not in tree and f.default is f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{source}: {', '.join(missing)} must be given")
     values = {name: _build(hints[name], value, source, prefix + name) for name, value in tree.items()}
     try:
         return cls(**values)

@@ -89,6 +89,20 @@ def test_file_errors(tmp_path):
         load_config(Outer, tmp_path / "bad.yaml")
 
 
+@dataclass
+class Required:
+    path: str
+    inner: Inner
+    weight: float = 1.0
+
+
+def test_keys_that_must_be_given_are_named_with_their_section():
+    with pytest.raises(ConfigError, match="^configuration: path, inner must be given$"):
+        from_dict(Required, {})
+    with pytest.raises(ConfigError, match=r"^x.yaml: path must be given$"):
+        from_dict(Required, {"inner": {}}, source="x.yaml")
+
+
 def test_a_key_that_comes_twice_is_an_error(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("inner:\n  size: 1\nname: x\ninner: {size: 2}\n")

@@ -1,5 +1,6 @@
 """The pages of docs/: what they show is what the program takes."""
 
+import configparser
 import re
 from pathlib import Path
 
@@ -31,3 +32,27 @@ def test_files_that_the_pages_name_are_here(page):
     named = set(re.findall(r"`((?:configs|recipes|tools)/[\w./-]+\.(?:yaml|py))", text))
     theirs = {"configs/zipformer.yaml", "configs/train.yaml"}
     assert all((DOCS.parent / name).is_file() for name in named - theirs)
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
+def test_no_page_holds_both_sides_of_a_merge(page):
+    assert not re.search("^(<{7}|>{7}) ", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_extras_that_commands_install_are_there():
+    """pip only warns of an extra that a package does not have."""
+    root = DOCS.parent
+    setup = configparser.ConfigParser()
+    setup.read(root / "setup.cfg", encoding="utf-8")
+    extras = setup["options.extras_require"].keys()
+    kinds = ("*.md", "*.sh", "*.py", "*.yml", "*.yaml")
+    folders = ("docs", "recipes", "speechllm", "tools")
+    files = [*root.glob("*.md"), *(f for name in folders for kind in kinds for f in (root / name).rglob(kind))]
+    named = {
+        (file.name, extra)
+        for file in files
+        for extras_of_one in re.findall(r"(?:speechllm|['\" ]\.)\[([a-z,]+)\]", file.read_text(encoding="utf-8"))
+        for extra in extras_of_one.split(",")
+    }
+    assert ("check_gpu.sh", "gpu") in named
+    assert {(name, extra) for name, extra in named if extra not in extras} == set()

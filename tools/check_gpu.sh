@@ -40,7 +40,7 @@ else
     fi
     python=python
     # Without tools/constraints.txt: any version within the ranges of setup.cfg that is there already will do.
-    "$python" -m pip install --quiet --disable-pip-version-check --editable '.[gpu,test,av]' ||
+    "$python" -m pip install --quiet --disable-pip-version-check --editable '.[gpu,test]' ||
         { echo "error: the installation failed; without a network give --wheels DIR (docs/gpu.md)" >&2; exit 1; }
 fi
 program=$PWD/tools/check_gpu.py

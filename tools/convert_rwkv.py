@@ -63,6 +63,8 @@ def main() -> None:
         for option, of_kind in (("dtype", "model"), ("adapter", "model")):
             if getattr(args, option) is not None and kind != of_kind:
                 parser.error(f"--{option}: is for models; SOURCE is a tuned state or an adapter")
+        if kind == "state" and args.alpha is not None:
+            parser.error("--alpha: is for a LoRA; SOURCE is a tuned state, which has no scale")
         if kind == "model":
             convert(args.source, args.target, args.dtype and getattr(torch, args.dtype), args.adapter, args.alpha)
         elif kind == "state":

@@ -11,4 +11,5 @@ if command -v c++ >/dev/null; then install_speechllm ngram || echo "kenlm cannot
 export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check --quiet .
-python -m pytest tests "$@"
+# Two at a time; the tests of a file stay together, as they share what takes long to make.
+python -m pytest tests --numprocesses 2 --dist loadfile "$@"

@@ -14,8 +14,9 @@ def add_score(commands: argparse._SubParsersAction) -> None:
         help="error rates of transcripts",
         description="Compare what was recognised with what was said: WER, CER or mixed error rate with confidence "
         "intervals and the share of exact matches, by group; two systems; BLEU and chrF of translations. Files are "
-        "recogs-*.txt (which hold both sides), JSON lines with text and pred_text (NeMo manifests), lhotse cuts, "
-        "or Kaldi's text (an id and words); they are matched by id.",
+        "recogs-*.txt (which hold both sides); JSON with text and pred_text (NeMo manifests), lhotse cuts; Kaldi's "
+        "text (an id and words); trn, ctm and stm of NIST; srt and vtt; csv and tsv with a header; plain texts, "
+        "compared line by line; or the folder that speechllm transcribe has written. Utterances are matched by id.",
     )
     score.add_argument("ref", type=Path, metavar="REF", help="references, or references and hypotheses")
     score.add_argument("hyp", nargs="?", type=Path, metavar="HYP", help="hypotheses (default: those in REF)")
@@ -26,7 +27,13 @@ def add_score(commands: argparse._SubParsersAction) -> None:
         help="of errors; mixed: Chinese characters and other words (default: %(default)s)",
     )
     score.add_argument(
-        "--normalise", nargs="+", default=[], metavar="STEP", help="steps of data.text, for both sides, in this order"
+        "--normalize",
+        "--normalise",
+        nargs="+",
+        default=[],
+        metavar="STEP",
+        help="text steps for both sides, in this order: leaderboard (the Open ASR Leaderboard's for English), "
+        "leaderboard_multilingual, or those of data.text, such as lowercase remove_punctuation",
     )
     score.add_argument("--by", choices=("language", "speaker", "duration"), help="groups of the table")
     score.add_argument(
@@ -55,7 +62,7 @@ def run_score(args: argparse.Namespace) -> int:
         args.ref,
         args.hyp,
         unit=args.unit,
-        text_steps=args.normalise,
+        text_steps=args.normalize,
         by=args.by,
         manifest=args.manifest,
         compare_with=args.compare,

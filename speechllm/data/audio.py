@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from lhotse import AudioSource, Recording, fastcopy
-from lhotse.audio.backend import AudioBackend, audio_backend
+from lhotse.audio.backend import AudioBackend, get_current_audio_backend, set_current_audio_backend
 from lhotse.audio.utils import AudioLoadingError
 from lhotse.augmentation import AudioTransform, Resample
 from lhotse.cut import Cut, MixedCut, MonoCut, MultiCut
@@ -92,7 +92,7 @@ def cut_blocks(cut: Cut, notes: list[AudioNote] | None = None) -> Iterator[np.nd
     Raises:
         UtteranceError: as of `read_blocks` and `load_samples`.
     """
-    name, is_unread = _name_of(cut), (cut.custom or {}).get(HEADER_UNREAD)
+    name = _name_of(cut)
     is_part_of_file = (
         _is_plain(cut)
         and TAR not in (cut.custom or {})
@@ -102,7 +102,7 @@ def cut_blocks(cut: Cut, notes: list[AudioNote] | None = None) -> Iterator[np.nd
     if not is_part_of_file:
         yield load_samples(cut, notes=notes)
         return
-    duration = None if is_unread and not cut.custom[IS_SEGMENT] else cut.duration
+    duration = None if _is_whole(cut) else cut.duration
     path = cut.recording.sources[0].source
     yield from read_blocks(path, cut.start, duration, name=name, choose=_choice(cut, name), notes=notes)
 
@@ -208,8 +208,13 @@ def load_channels(cut: Cut) -> tuple[np.ndarray, int]:
 def _read_composed(cut: Cut) -> tuple[np.ndarray, int]:
     """The same, also for cuts of several files or with transforms."""
     cut = cut.drop_features()  # whose sampling rate would count, where there are any
-    with _LHOTSE, audio_backend(_Backend()):
-        return cut.load_audio(), cut.sampling_rate
+    with _LHOTSE:
+        before = get_current_audio_backend()
+        set_current_audio_backend(_Backend())
+        try:
+            return cut.load_audio(), cut.sampling_rate
+        finally:  # which lhotse's own context manager has not
+            set_current_audio_backend(before)
 
 
 # lhotse has one backend for all threads.

@@ -33,6 +33,11 @@ from speechllm.data.resample import resample_blocks
 BLOCK_SECONDS = 10.0
 # What soundfile reads best, by the first bytes: RIFF and its 64-bit and big-endian forms, AIFF, AU, CAF, W64, SPHERE.
 _UNCOMPRESSED = (b"RIFF", b"RF64", b"RIFX", b"FORM", b".snd", b"caff", b"riff", b"NIST")
+# But not MP3 in WAV (format tags 0x50 and 0x55), of which libsndfile's decoder loses more where it is damaged.
+_MP3_IN_WAV = re.compile(rb"RIFF.{4}WAVE.*?fmt .{4}[\x50\x55]\0", re.DOTALL)
+_HEAD_BYTES = 4096
+# How soundfile's report on the header says that the file was cut off: in WAV, AIFF, AU and W64.
+_CUT_OFF = re.compile(r"^ *(?:data|SSND|Data Size|riff) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 # A WAV header that was written before the length was known has such a one, and is not a file that was cut off.
 _LENGTH_UNKNOWN = 0x7FFF0000
 # Formats whose headers state the length; of others, ffmpeg estimates it.
@@ -122,7 +127,8 @@ def open_audio(
     """
     notes = [] if notes is None else notes
     head = _head(source, name)
-    openers = (_SoundFile, _AVFile) if head.startswith(_UNCOMPRESSED) else (_AVFile, _SoundFile)
+    is_uncompressed = head.startswith(_UNCOMPRESSED) and not _MP3_IN_WAV.match(head)
+    openers = (_SoundFile, _AVFile) if is_uncompressed else (_AVFile, _SoundFile)
     try:
         file = openers[0](source, name, track, notes)
     except UtteranceError as error:
@@ -141,7 +147,7 @@ def open_audio(
 def _head(source: str | Path | bytes, name: str) -> bytes:
     """The first bytes."""
     if isinstance(source, bytes):
-        head = source[:16]
+        head = source[:_HEAD_BYTES]
     else:
         path = Path(source)
         if not path.exists():
@@ -150,7 +156,7 @@ def _head(source: str | Path | bytes, name: str) -> bytes:
             raise UtteranceError("unreadable audio", f"{name}: a directory, not a file")
         try:
             with path.open("rb") as file:
-                head = file.read(16)
+                head = file.read(_HEAD_BYTES)
         except OSError as error:
             raise UtteranceError("unreadable audio", f"{name}: {error.strerror}") from error
     if not head:
@@ -165,6 +171,8 @@ def _openable(source: str | Path | bytes) -> str | BinaryIO:
 class _SoundFile(AudioFile):
     """Read by soundfile."""
 
+    frames: int
+
     def __init__(self, source: str | Path | bytes, name: str, track: int | None, notes: list[AudioNote]) -> None:
         if track:
             raise UtteranceError("no such track", f"{name}: {track}: it has one")
@@ -177,7 +185,7 @@ class _SoundFile(AudioFile):
             raise UtteranceError("wrong duration", f"{name}: no samples")
         self.name, self._notes = name, notes
         self.rate, self.channels, self.frames = self._file.samplerate, self._file.channels, self._file.frames
-        said = re.search(r"^data : (\d+) \(should be (\d+)\)", self._file.extra_info, re.MULTILINE)
+        said = _CUT_OFF.search(self._file.extra_info)
         self._stated = None
         if said and int(said[2]) < int(said[1]) < _LENGTH_UNKNOWN:
             self._stated = self.frames * int(said[1]) / int(said[2]) / self.rate
@@ -231,7 +239,7 @@ class _Progress:
 class _AVFile(AudioFile):
     """Decoded by PyAV."""
 
-    frames = None
+    frames: None = None
 
     def __init__(self, source: str | Path | bytes, name: str, track: int | None, notes: list[AudioNote]) -> None:
         self.name, self._source, self._notes, self._wanted = name, source, notes, track
@@ -285,9 +293,9 @@ class _AVFile(AudioFile):
 
     def _seek(self, start: int) -> int | None:
         """Go to some place before sample `start`, and return which; None where that goes wrong, at the beginning."""
-        per_tick = self.rate * self._stream.time_base
+        per_tick = self.rate * _tick(self._stream)
         half = _PREROLL_SECONDS / 2 * self.rate
-        origin, _ = _time_of_first(self._frames, half, per_tick)
+        origin = _time_of_first(self._frames, half, per_tick)[0] or 0
         place = start - round(_PREROLL_SECONDS * self.rate)
         self._container.seek(int((origin + place) / per_tick), stream=self._stream)
         progress = _Progress(seconds=place / self.rate)
@@ -317,11 +325,14 @@ class _AVFile(AudioFile):
         name = self._container.format.name
         if name == "mp3":
             frames = _mp3_frames(self._source)
-            return frames and frames * (1152 if self.rate >= 32000 else 576) / self.rate
+            # up to three frames are what encoders add at both ends, and decoders leave out
+            return frames and (frames - 3) * (1152 if self.rate >= 32000 else 576) / self.rate
         if name not in _WITH_LENGTH:
             return None
         if self._stream.duration is not None:
-            return float(self._stream.duration * self._stream.time_base)
+            return float(self._stream.duration * _tick(self._stream))
+        if len(self._container.streams) > 1:  # that of the container is that of the longest
+            return _seconds_of_tag(self._stream.metadata.get("DURATION", ""))
         return None if self._container.duration is None else self._container.duration / av.time_base
 
     def count_frames(self) -> int:
@@ -351,6 +362,17 @@ def _track(container: av.container.InputContainer, track: int | None, name: str)
     return streams[track]
 
 
+def _tick(stream: av.AudioStream) -> Fraction:
+    """Seconds of a unit of its timestamps."""
+    return stream.time_base or Fraction(1, av.time_base)
+
+
+def _seconds_of_tag(text: str) -> float | None:
+    """Of a tag of Matroska, such as 00:01:12.016000000."""
+    found = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", text)
+    return 3600 * int(found[1]) + 60 * int(found[2]) + float(found[3]) if found else None
+
+
 def _frames(
     container: av.container.InputContainer, stream: av.AudioStream, progress: _Progress
 ) -> Iterator[tuple[av.AudioFrame, np.ndarray]]:
@@ -373,7 +395,7 @@ def _frames(
             continue
         for frame in frames:
             if finds_jumps and frame.pts is not None:
-                at = float(frame.pts * stream.time_base)
+                at = float(frame.pts * _tick(stream))
                 if progress.expected is not None and at > progress.expected + _JUMP_SECONDS:
                     progress.add_damage()
                 progress.expected = at + frame.samples / frame.sample_rate
@@ -435,7 +457,7 @@ def _has_exact_timestamps(path: str, track: int, rate: int, size: int, changed: 
     """
     with _container(path) as container:
         stream = container.streams[track]
-        per_tick = float(rate * stream.time_base)
+        per_tick = float(rate * _tick(stream))
         most = _JUMP_SECONDS * rate / per_tick if per_tick <= 1 else 0
         lengths, expected = set(), None
         try:

@@ -6,10 +6,10 @@ import functools
 import math
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from speechllm.torchaudio_import import import_torchaudio
 
@@ -73,6 +73,6 @@ def _ratio(from_rate: int, to_rate: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=32)
-def _resampler(from_rate: int, to_rate: int) -> nn.Module:
-    """With its filter, which is computed once."""
+def _resampler(from_rate: int, to_rate: int) -> Any:
+    """torchaudio's `Resample` with its filter, which is computed once."""
     return import_torchaudio().transforms.Resample(from_rate, to_rate)

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from speechllm.torchaudio_import import import_torchaudio
+
 # The logarithm that stands for a probability of 0 where a sum or a search has to go on behind it.
 IMPOSSIBLE = -1e4
 
@@ -273,9 +275,7 @@ class TokenSpan(NamedTuple):
 def forced_align(
     log_probs: Tensor, lens: Tensor, tokens: Sequence[Sequence[int]], blank: int
 ) -> list[tuple[TokenSpan, ...] | None]:
-    """The most probable CTC alignment of known tokens (Viterbi).
-
-    The task is that of `torchaudio.functional.forced_align` and `merge_tokens`, for a batch.
+    """The most probable CTC alignment of known tokens, by torchaudio, which aligns one row at a time.
 
     Args:
       log_probs: (N, T, V); lens: (N,) frames; tokens: N token lists.
@@ -283,53 +283,29 @@ def forced_align(
     Returns:
       N tuples with a span for each token; None where there is no alignment: there are fewer frames than tokens (and one
       frame more for each token that is the same as the one before), or a token is no class of CTC.
+
+    Raises:
+      UserError: torchaudio does not import.
     """
-    n, frames, classes = log_probs.shape
-    device = log_probs.device
-    lengths = lens.tolist()
-    alignable = [
-        all(0 <= token < classes and token != blank for token in row)
-        and len(row) + sum(a == b for a, b in pairwise(row)) <= length
-        for row, length in zip(tokens, lengths, strict=True)
+    return [
+        _forced_align(row[:length].float(), ids, blank)
+        for row, length, ids in zip(log_probs, lens.tolist(), tokens, strict=True)
     ]
-    rows = [list(row) if can else [] for row, can in zip(tokens, alignable, strict=True)]
-    most = max(map(len, rows), default=0)
-    if most == 0:
-        return [() if can else None for can in alignable]
-    labels = torch.tensor([row + [blank] * (most - len(row)) for row in rows], device=device)  # (N, U)
-    # The states are blank, token, blank, ..., token, blank: S = 2 U + 1.
-    emissions = log_probs[..., blank].float()[..., None].repeat(1, 1, 2 * most + 1)  # (N, T, S)
-    emissions[..., 1::2] = log_probs.gather(2, labels[:, None].expand(n, frames, most))
-    # From a token to the next, without a blank between them, if they differ.
-    skips = torch.full((n, 2 * most + 1), -math.inf, device=device)
-    skips[:, 3::2].masked_fill_(labels[:, 1:] != labels[:, :-1], 0.0)
-    # Two impossible states in front, so that the predecessors of all states are shifted views.
-    best = torch.full((n, 2 * most + 3), -math.inf, device=device)
-    best[:, 2:4] = emissions[:, 0, :2]
-    steps = torch.zeros(frames, n, 2 * most + 1, dtype=torch.uint8, device=device)  # how many states each came
-    going_on = torch.arange(frames, device=device)[:, None, None] < lens.to(device)[None, :, None]
-    for t in range(1, frames):
-        moved, step = torch.stack([best[:, 2:], best[:, 1:-1], best[:, :-2] + skips]).max(0)
-        steps[t] = step
-        best[:, 2:] = torch.where(going_on[t], moved + emissions[:, t], best[:, 2:])
-    best, steps, scores = best[:, 2:].cpu(), steps.cpu().numpy(), emissions[..., 1::2].cpu()
-    alignments: list[tuple[TokenSpan, ...] | None] = []
-    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        last = 2 * len(row)
-        if not row or best[i, last - 1 : last + 1].max() == -math.inf:
-            alignments.append(() if alignable[i] and not row else None)
-            continue
-        state = last - int(best[i, last - 1] > best[i, last])
-        starts, ends = [0] * len(row), [0] * len(row)
-        for t in range(length - 1, -1, -1):
-            if state % 2:
-                starts[state // 2] = t
-                ends[state // 2] = max(ends[state // 2], t + 1)
-            state -= int(steps[t, i, state])
-        alignments.append(
-            tuple(
-                TokenSpan(token, start, end, scores[i, start:end, u].mean().item())
-                for u, (token, start, end) in enumerate(zip(row, starts, ends, strict=True))
-            )
-        )
-    return alignments
+
+
+def _forced_align(log_probs: Tensor, tokens: Sequence[int], blank: int) -> tuple[TokenSpan, ...] | None:
+    """The same of one row, (T, V)."""
+    frames, classes = log_probs.shape
+    if any(not 0 <= token < classes or token == blank for token in tokens):
+        return None
+    if len(tokens) + sum(a == b for a, b in pairwise(tokens)) > frames:
+        return None
+    if not tokens:
+        return ()
+    functional = import_torchaudio().functional
+    targets = torch.tensor([tokens], dtype=torch.int32, device=log_probs.device)
+    path, scores = functional.forced_align(log_probs[None], targets, blank=blank)
+    if scores.isinf().any():
+        return None
+    spans = functional.merge_tokens(path[0].cpu(), scores[0].cpu(), blank=blank)
+    return tuple(TokenSpan(span.token, span.start, span.end, span.score) for span in spans)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from speechllm.encoder import subsampling
 from speechllm.encoder.scaling import swoosh_r
-from speechllm.encoder.whisper import WhisperEncoder, WhisperEncoderConfig
+from speechllm.encoder.whisper import WRAPPERS, WhisperEncoder, WhisperEncoderConfig
 from speechllm.encoder.zipformer import Zipformer, ZipformerConfig
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
@@ -33,11 +33,11 @@ def load_encoder(
 ) -> Zipformer | WhisperEncoder:
     """A released encoder, alone or out of a composite model, in eval mode and float32.
 
-    A Zipformer may be under "state_dict" or "model" in its file, its names with "module." in front or not, beside
-    optimiser, decoder and heads, as in icefall's `pretrained.pt` and `epoch-N.pt` of transducers, CTC, CR-CTC and
-    attention models, and in PyTorch Lightning's `.ckpt`. Of a Whisper (config.json with `model_type: whisper`, as
-    openai/whisper-small on the Hugging Face Hub) only the encoder's weights are read. Of a composite model the
-    encoder's config.json and weights may also be in a folder of that name (`COMPOSITE_NAMES`), as Auden writes them
+    A Zipformer may be under "state_dict" or "model" in its file, its names with "module.", "model." and the like in
+    front or not, beside optimiser, decoder and heads, as in icefall's `pretrained.pt` and `epoch-N.pt` of transducers,
+    CTC, CR-CTC and attention models, and in PyTorch Lightning's `.ckpt`. Of a Whisper (config.json with `model_type:
+    whisper`, as openai/whisper-small on the Hugging Face Hub) only the encoder's weights are read. Of a composite model
+    the encoder's config.json and weights may also be in a folder of that name (`COMPOSITE_NAMES`), as Auden writes them
     where its own file leaves the encoder out.
 
     Args:
@@ -69,11 +69,12 @@ def load_encoder(
 def is_whisper(path: str | Path) -> bool:
     """Whether a released encoder is a Whisper's, by the config.json of its folder."""
     path = Path(path)
+    folder = _encoder_folder(path) if path.is_dir() else path.parent
     try:
-        values = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text())
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False  # `load_encoder` says what is wrong
-    return isinstance(values, dict) and values.get("model_type") == "whisper"
+    return isinstance(values, dict) and _own_values(values).get("model_type") in _WHISPER
 
 
 def save_encoder(encoder: Zipformer, folder: str | Path) -> None:
@@ -85,11 +86,15 @@ def save_encoder(encoder: Zipformer, folder: str | Path) -> None:
         tmp.write_text(json.dumps(encoder.config.to_dict(), indent=2) + "\n")
 
 
+def _encoder_folder(folder: Path) -> Path:
+    """The folder itself, or of a composite model's that of its encoder, if it has one."""
+    return next((folder / name for name in COMPOSITE_NAMES if (folder / name / "config.json").is_file()), folder)
+
+
 def _weights_path(path: Path) -> Path:
     """The file to read, of a folder or itself; an error that says what is there if it holds no weights."""
     if path.is_dir():
-        own = [path / name for name in COMPOSITE_NAMES if (path / name / "config.json").is_file()]
-        folder = own[0] if own else path
+        folder = _encoder_folder(path)
         found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
         if not found:
             raise FileNotFoundError(
@@ -183,14 +188,16 @@ def _read_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True)
     except pickle.UnpicklingError as e:
         raise UserError(
             f"{path}: is damaged, or holds more than tensors, numbers and text, which would have to be executed to be "
-            f"read: write its weights alone, as icefall's zipformer/export.py does ({e})"
+            f"read: write its weights alone, as icefall's zipformer/export.py does ({str(e).splitlines()[0]})"
         ) from e
     except Exception as e:
         raise UserError(f"{path}: cannot be read as model weights, is it complete? {e}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected a state dict, from names to tensors")
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]
-    return {k: v for k, v in content.items() if isinstance(v, Tensor) and wanted(k)}
+    return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor) and wanted(k)}
 
 
 def encoder_state_dict(weights: dict[str, Tensor], source: str | Path = "weights") -> dict[str, Tensor]:
@@ -203,7 +210,7 @@ def encoder_state_dict(weights: dict[str, Tensor], source: str | Path = "weights
     Raises:
         UserError: if there is no Zipformer in them.
     """
-    weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
+    weights = {WRAPPERS.sub("", k, count=1): v for k, v in weights.items()}
     for prefix in (*(f"{name}." for name in COMPOSITE_NAMES), ""):
         if any(k.startswith(f"{prefix}encoder_embed.") for k in weights):
             own = tuple(f"{prefix}{part}" for part in ("encoder_embed.", "encoder.", "model_batch_count"))
@@ -226,7 +233,8 @@ def init_from_data(encoder: Zipformer, features: Tensor, feature_lens: Tensor) -
 
     Args:
         encoder: fresh from its constructor.
-        features, feature_lens: a typical batch, (N, T, F) and (N,).
+        features: of a typical batch, (N, T, F).
+        feature_lens: (N,).
     """
     embed = encoder.encoder_embed
     features = features[:, : int(feature_lens.min())]  # so that no padding enters the statistics

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+
+from speechllm.torchaudio_import import import_torchaudio
 
 # The joiner's logits that are in memory at once: 64 MiB in float32.
 _LOGITS_AT_ONCE = 2**24
@@ -107,25 +108,36 @@ class Transducer(nn.Module):
 
 
 def alignments_log_prob(blank_scores: Tensor, label_scores: Tensor, lens: Tensor, label_lens: Tensor) -> Tensor:
-    """log of the summed probabilities of all alignments: (N,), in the precision of the scores.
+    """log of the summed probabilities of all alignments: (N,), float32, by torchaudio's transducer loss.
 
     With u tokens said at frame t, an alignment goes on with token u + 1 (at the same frame), or with blank to frame
-    t + 1; it ends with the blank of the last frame (arXiv 1211.3711, section 2.4). Along the frames this recurrence is
-    linear and has a closed solution, so the loop is over the label alone. It runs in float64: the solution takes
-    differences of sums over all frames.
+    t + 1; it ends with the blank of the last frame (arXiv 1211.3711, section 2.4). torchaudio would take the logits of
+    all classes; of these it needs but two at each place, and so gets no more.
 
     Args:
       blank_scores: (N, T, U + 1), log probability of blank at frame t once u tokens are said.
       label_scores: (N, T, U), that of token u + 1.
       lens: (N,) frames; label_lens: (N,). What lies beyond them has no influence.
+
+    Raises:
+      UserError: torchaudio does not import.
     """
-    blanks, labels = blank_scores.double(), label_scores.double()
-    to_frame = F.pad(blanks[:, :-1].cumsum(1), (0, 0, 1, 0))  # all blank from frame 0 to frame t
-    reached = [to_frame[..., 0]]  # (N, T) for each number of tokens
-    for u in range(labels.shape[2]):
-        entering = reached[-1] + labels[..., u]
-        blank_before = to_frame[..., u + 1]
-        reached.append(blank_before + (entering - blank_before).logcumsumexp(1))
-    rows, last = torch.arange(len(lens), device=lens.device), lens - 1
-    log_probs = torch.stack(reached, dim=2)[rows, last, label_lens] + blanks[rows, last, label_lens]
-    return log_probs.to(blank_scores.dtype)
+    lens, label_lens = (x.to(blank_scores.device, torch.int32) for x in (lens, label_lens))
+    frames, tokens = int(lens.max()), int(label_lens.max())  # torchaudio wants no more than these
+    no_token_left = label_scores.new_zeros(*label_scores.shape[:2], 1)
+    scores = torch.stack([blank_scores, torch.cat([label_scores, no_token_left], dim=2)], dim=-1)
+    scores = scores[:, :frames, : tokens + 1].float()
+    # It sums in float32, over thousands of places. Every alignment takes one score for each frame and each token: less
+    # by what the whole has on average, sums stay near 0, where their differences are not lost.
+    with torch.no_grad():
+        steps = (lens + label_lens).double()
+        average = _rnnt_log_prob(scores, lens, label_lens) / steps
+    rest = _rnnt_log_prob(scores - average.float()[:, None, None, None], lens, label_lens)
+    return rest + (average.float().double() * steps).float()
+
+
+def _rnnt_log_prob(scores: Tensor, lens: Tensor, label_lens: Tensor) -> Tensor:
+    """torchaudio's transducer loss, negated, of scores (N, T, U + 1, 2): of blank, and of the next token."""
+    targets = torch.ones(len(scores), scores.shape[2] - 1, dtype=torch.int32, device=scores.device)
+    options = {"blank": 0, "reduction": "none", "fused_log_softmax": False}
+    return -import_torchaudio().functional.rnnt_loss(scores, targets, lens, label_lens, **options)

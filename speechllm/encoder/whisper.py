@@ -9,9 +9,11 @@ in SALMONN (arXiv 2310.13289); here the latter is `pad_to_max_seconds`.
 """
 
 import dataclasses
+import inspect
 import itertools
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +22,24 @@ from torch import Tensor, nn
 
 from speechllm.encoder.zipformer import run, shortest_and_longest
 from speechllm.errors import UserError
+from speechllm.quiet import quiet
 
+# What training programs put in front of the names of a model that they wrap.
+WRAPPERS = re.compile(r"^((module|model|_orig_mod|_forward_module)\.)*")
 # Where the encoder's weights are in a file: of the model with its head, of the model without, of Auden's models and
 # rwkv_asr's; or of the encoder alone.
 _PREFIX = re.compile(
-    r"(module\.)?(model\.)?((audio_|speech_|whisper_)?encoder\.)+|(?=(conv\d|embed_positions|layers|layer_norm)\.)"
+    WRAPPERS.pattern + r"((audio_|speech_|whisper_)?encoder\.)+|(?=(conv\d|embed_positions|layers|layer_norm)\.)"
 )
+_SIZES = (
+    "num_mel_bins",
+    "d_model",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "max_source_positions",
+)
+_DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
 _FEATURE_KINDS = {80: "whisper80", 128: "whisper128"}
 
 
@@ -54,15 +68,19 @@ class WhisperEncoderConfig:
     def __post_init__(self) -> None:
         def check(ok: bool, key: str, allowed: str) -> None:
             if not ok:
-                raise ValueError(f"Whisper configuration: {key} is {getattr(self, key)}, but must be {allowed}")
+                raise ValueError(f"Whisper configuration: {key} is {getattr(self, key)!r}, but must be {allowed}")
 
+        for key in _SIZES:
+            check(type(getattr(self, key)) is int, key, "a whole number")
+        for key in _DROPOUTS:
+            check(type(getattr(self, key)) in (int, float), key, "a number")
         check(self.num_mel_bins in _FEATURE_KINDS, "num_mel_bins", "80 or 128")
         for key in ("encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions"):
             check(getattr(self, key) > 0, key, "positive")
         heads = self.encoder_attention_heads
         check(self.d_model > 2 and self.d_model % 2 == 0, "d_model", "even, and more than 2")
         check(self.d_model % heads == 0, "d_model", f"a multiple of encoder_attention_heads, {heads}")
-        for key in ("dropout", "attention_dropout", "activation_dropout"):
+        for key in _DROPOUTS:
             check(0 <= getattr(self, key) < 1, key, "from 0 to below 1")
 
     @classmethod
@@ -72,10 +90,9 @@ class WhisperEncoderConfig:
         Raises:
             ValueError: for sizes that are missing, and as the constructor does.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        if missing := [name for name in names[:6] if name not in values]:
+        if missing := [name for name in _SIZES if name not in values]:
             raise ValueError(f"Whisper configuration: {', '.join(missing)} missing")
-        return cls(**{name: values[name] for name in names if name in values})
+        return cls(**{name: values[name] for name in (*_SIZES, *_DROPOUTS) if name in values})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -97,6 +114,7 @@ class WhisperEncoder(nn.Module):
     frame_seconds = 0.02
     min_frames = 1
 
+    @quiet()
     def __init__(self, config: WhisperEncoderConfig):
         from transformers.models.whisper.configuration_whisper import WhisperConfig  # slow, and not everyone's
         from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer, sinusoids
@@ -215,7 +233,7 @@ class WhisperEncoder(nn.Module):
         t_out = int(lens.max())
         outputs = []
         for layer in self.layers[self.stored_stacks or 0 :]:
-            x = run(layer, x, attended, checkpointed=checkpointed)
+            x = run(partial(_layer_output, layer), x, attended, checkpointed=checkpointed)
             outputs.append(x[:, :t_out])
         outputs[-1] = self.layer_norm(outputs[-1])
         return (outputs[-1], lens, torch.stack(outputs)) if return_stacks else (outputs[-1], lens)
@@ -228,6 +246,13 @@ class WhisperEncoder(nn.Module):
 
         x = F.gelu(self.conv1(unpadded(features).transpose(1, 2))).transpose(1, 2)
         return F.gelu(self.conv2(unpadded(x).transpose(1, 2))).transpose(1, 2)
+
+
+def _layer_output(layer: nn.Module, x: Tensor, attended: Tensor | None) -> Tensor:
+    """(N, T, D) -> (N, T, D) by a layer of transformers; before 5.1 or so it took and gave more than that."""
+    more = {"layer_head_mask": None} if "layer_head_mask" in inspect.signature(layer.forward).parameters else {}
+    output = layer(x, attention_mask=attended, **more)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def with_silence(features: Tensor, feature_lens: Tensor, length: int) -> Tensor:

@@ -128,8 +128,13 @@ class ZipformerConfig:
     def __post_init__(self):
         def check(ok: bool, key: str, allowed: str) -> None:
             if not ok:
-                raise ValueError(f"Zipformer configuration: {key} is {getattr(self, key)}, but must be {allowed}")
+                raise ValueError(f"Zipformer configuration: {key} is {getattr(self, key)!r}, but must be {allowed}")
 
+        for key in ("feature_dim", "output_downsampling_factor", "pos_dim"):
+            check(type(getattr(self, key)) is int, key, "a whole number")
+        check(self.dropout is None or type(self.dropout) in (int, float), "dropout", "null or a number")
+        check(type(self.warmup_batches) in (int, float), "warmup_batches", "a number")
+        check(type(self.causal) is bool, "causal", "true or false")
         for key in (*PER_STACK, "chunk_size", "left_context_frames", "subsampling_channels"):
             value = getattr(self, key)
             value = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -184,7 +189,12 @@ class ZipformerConfig:
             ValueError: for keys that look like mistyped ones, and as the constructor does.
         """
         known = [f.name for f in dataclasses.fields(cls)]
-        mistyped = {key: near for key in values if key not in known and (near := _mistyped(key, known))}
+        mistyped = {
+            key: near
+            for key, value in values.items()
+            # no key of ours has a text: encoder_name is no mistyped encoder_dim
+            if key not in known and not isinstance(value, str) and (near := _mistyped(key, known))
+        }
         if mistyped:
             questions = "; ".join(f"unknown key {key}, did you mean {near}?" for key, near in mistyped.items())
             raise ValueError(f"Zipformer configuration: {questions} Known keys are {', '.join(known)}")
@@ -805,8 +815,8 @@ class Zipformer(nn.Module):
             features: log-mel features, 100 frames a second, (N, T, feature_dim); anything may lie beyond the
                 lengths.
             feature_lens: (N,), in frames, each from `min_frames` to T.
-            chunk_size, left_context_frames: for causal models, see ZipformerConfig; by default what that
-                says.
+            chunk_size: for causal models, see ZipformerConfig; by default what that says.
+            left_context_frames: the same.
             return_stacks: give the outputs of all stacks too.
 
         Returns:

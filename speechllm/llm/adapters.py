@@ -33,6 +33,7 @@ from speechllm.files import replaced_folder
 from speechllm.llm import rwkv_peft
 from speechllm.llm.interface import LAYER_NAME, TunableModel, is_conv1d, is_matrix
 from speechllm.llm.quantize import QUANTIZED, dequantized, quantize
+from speechllm.quiet import quiet
 
 if TYPE_CHECKING:  # peft imports transformers, which takes seconds: only those who tune pay for it
     from peft import PeftConfig, PeftModel
@@ -469,6 +470,7 @@ def _check_targets(model: TunableModel, config: TuneConfig) -> None:
             )
 
 
+@quiet()
 def _peft_config(config: TuneConfig) -> PeftConfig:
     import peft
 
@@ -482,6 +484,7 @@ def _peft_config(config: TuneConfig) -> PeftConfig:
     return peft.LoraConfig(r=config.rank, **variant, **lora)
 
 
+@quiet()
 def _inject(model: TunableModel, config: PeftConfig) -> PeftModel:
     """Puts an adapter into the model, in place."""
     import peft
@@ -580,6 +583,7 @@ def _load_weights(adapter: PeftModel, weights: dict[str, Tensor]) -> None:
     peft.set_peft_model_state_dict(adapter, weights, adapter_name=_TRAINED)
 
 
+@quiet()
 def _read_peft(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
     """Configuration and weights in a folder of PEFT."""
     import peft

@@ -16,6 +16,7 @@ Newer versions of it write folders of ``peft``, which need nothing of this.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
+from speechllm.quiet import quiet
 from speechllm.weights import read_rwkv_pth
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ def is_state(path: Path) -> bool:
     return any(name.endswith(".att.time_state") for name in read_rwkv_pth(path))
 
 
+@quiet()
 def read(path: Path, base: dict[str, Tensor] | None = None, alpha: float | None = None) -> Adapter:
     """An adapter in a file of RWKV-PEFT.
 
@@ -77,6 +80,8 @@ def read(path: Path, base: dict[str, Tensor] | None = None, alpha: float | None 
     """
     import peft
 
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise UserError(f"{path}: alpha: {alpha:g}, but it must be positive: give RWKV-PEFT's lora_alpha")
     tensors = read_rwkv_pth(path)
     parts: dict[str, dict[str, Tensor]] = {}  # of each matrix
     replaced = {}

@@ -43,9 +43,22 @@ from speechllm.llm.transformers_files import (
     gpu_kernels_only_on_gpus,
     is_gguf,
     is_of_text,
+    no_gguf_bar,
     text_part,
     weight_names,
 )
+from speechllm.llm.transformers_versions import (
+    CACHE_ARGUMENTS,
+    activation_checkpointing,
+    cache_argument,
+    is_encoder,
+    no_init_weights,
+    pretrained_config,
+    readable_settings,
+    tied_weights,
+    update_needed,
+)
+from speechllm.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
@@ -132,7 +145,7 @@ class TransformersLM(nn.Module):
 
     def tied_weights(self) -> dict[str, str]:
         """Names of weights that are another one under a second name, and the first name (tied embeddings)."""
-        names = self.causal_lm.all_tied_weights_keys
+        names = tied_weights(self.causal_lm)
         return {f"causal_lm.{name}": f"causal_lm.{first}" for name, first in names.items()}
 
     def tie_weights(self) -> None:
@@ -256,13 +269,14 @@ class TransformersLM(nn.Module):
         """Inside, layers are computed with activation checkpointing, those of a frozen model too."""
         layers = self.layers()
         training = [layer.training for layer in layers]
-        self.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+        enable, disable = activation_checkpointing(self.causal_lm)
+        enable()
         for layer in layers:
             layer.training = True  # what transformers asks; what is in a layer stays as it is
         try:
             yield
         finally:
-            self.causal_lm.activation_checkpointing_disable()
+            disable()
             for layer, was_training in zip(layers, training, strict=True):
                 layer.training = was_training
 
@@ -336,9 +350,8 @@ class TransformersLM(nn.Module):
         return hidden, state_after(cache, valid, state) if keep else None
 
     def _hidden(self, inputs_embeds: Tensor, cache: Cache | None, keep: bool, where: dict[str, Any]) -> Tensor:
-        outputs = self.causal_lm.base_model(
-            inputs_embeds=inputs_embeds, past_key_values=cache, use_cache=keep, return_dict=True, **where
-        )
+        where = {**where, cache_argument(type(self.causal_lm.base_model)): cache}
+        outputs = self.causal_lm.base_model(inputs_embeds=inputs_embeds, use_cache=keep, return_dict=True, **where)
         return outputs.last_hidden_state
 
     def _read_padded_in_front(
@@ -388,6 +401,7 @@ class TransformersLM(nn.Module):
 # ---- configuration and files --------------------------------------------------------------------------------------
 
 
+@quiet()
 def new_transformers_lm(config: dict[str, Any], attention: str | None = None) -> TransformersLM:
     """A model with new weights, initialised as transformers does; where the default device is `meta` their values are
     not set, because they are about to be loaded.
@@ -401,7 +415,6 @@ def new_transformers_lm(config: dict[str, Any], attention: str | None = None) ->
       UserError: as `transformers_config`; the implementation of attention cannot be used.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
     # Not on the meta device itself: there the tables of the position embedding, which no file holds, would be lost.
     is_meta = torch.get_default_device().type == "meta"
@@ -446,12 +459,10 @@ def _scale_and_cap(config: PreTrainedConfig) -> tuple[float, float | None]:
 def _settings(config: PreTrainedConfig) -> dict[str, Any]:
     """`model_type` and settings, without those that every configuration has, where they are as always, and without what
     a released config.json says that this transformers has no setting for."""
-    from transformers import PreTrainedConfig
-
     default = type(config)()
     known = _known_settings(default) - _NOTES
     values = default.to_dict()
-    common = {name: value for name, value in PreTrainedConfig().to_dict().items() if values.get(name) == value}
+    common = {name: value for name, value in pretrained_config()().to_dict().items() if values.get(name) == value}
     settings = {
         name: value
         for name, value in config.to_dict().items()
@@ -464,23 +475,25 @@ def _known_settings(default: PreTrainedConfig) -> set[str]:
     return {*default.to_dict(), *vars(default), *default.attribute_map, *_OLDER_NAMES}
 
 
+@quiet()
 def transformers_config(settings: dict[str, Any]) -> PreTrainedConfig:
     """The configuration of a model from its `model_type` and settings.
 
     Raises:
       UserError: an unknown type or setting, a value of the wrong type, a model that `TransformersLM` does not serve.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, __version__
 
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
     _check_model_type(model_type, "model_type")
+    settings = readable_settings(settings)
     known = _known_settings(AutoConfig.for_model(model_type))
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{name}: {model_type} has no such setting in transformers{hint}")
+            raise UserError(f"{name}: {model_type} has no such setting in transformers {__version__}{hint}")
     return _supported(lambda: AutoConfig.for_model(model_type, **settings), model_type)
 
 
@@ -491,9 +504,10 @@ def is_transformers_model(path: str | Path) -> bool:
       UserError: its config.json cannot be read.
     """
     config = Path(path) / "config.json"
-    return is_gguf(path) or (config.is_file() and _read_model_type(config) != "rwkv7")
+    return is_gguf(path) or (config.is_file() and _read_settings(config).get("model_type") != "rwkv7")
 
 
+@quiet()
 def load_transformers_lm(
     path: str | Path, dtype: torch.dtype | None = torch.float32, attention: str | None = None
 ) -> TransformersLM:
@@ -534,17 +548,22 @@ def _folder_config(path: Path) -> tuple[PreTrainedConfig, bool]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     source = str(path / "config.json")
-    if (model_type := _read_model_type(path / "config.json")) not in CONFIG_MAPPING_NAMES:
+    settings = _read_settings(path / "config.json")
+    if (model_type := settings.get("model_type")) not in CONFIG_MAPPING_NAMES:
         _check_model_type(model_type, source)
     is_part = False
 
     def read() -> PreTrainedConfig:
         nonlocal is_part
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        # what this version would pass over is given under the names that it reads
+        renamed = {name: value for name, value in readable_settings(settings).items() if name not in settings}
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True, **renamed)
         if config.is_encoder_decoder or config.get_text_config(decoder=True) is config:
             _check_model_type(model_type, source)
             return config
         is_part = True
+        if (need := update_needed(config, is_part)) is not None:
+            raise UserError(f"{source}: {config.model_type} is not supported: {need}")
         text = text_part(config)
         text.tie_word_embeddings = not any("lm_head." in name for name in weight_names(path))
         if (quantized := getattr(config, "quantization_config", None)) is not None:
@@ -564,7 +583,8 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, attention: str | None) -> 
         if head_dim is not None and hasattr(config, "head_dim"):
             config.head_dim = head_dim
         _supported(lambda: config, str(path))
-        causal_lm, found = _from_pretrained(path, source, config, dtype or own_dtype, attention)
+        with no_gguf_bar():
+            causal_lm, found = _from_pretrained(path, source, config, dtype or own_dtype, attention)
     except UserError:
         raise
     except Exception as e:  # a damaged file fails in many ways
@@ -597,7 +617,7 @@ def _from_pretrained(
     except (ImportError, ValueError) as e:
         if attention is None:
             raise
-        raise UserError(f"{path}: attention: {attention}: {e}") from e
+        raise UserError(f"{path}: attention: {attention}: {e} (leave it out for what always works)") from e
 
 
 def _checked(path: Path, causal_lm: PreTrainedModel, found: dict[str, Any], unexpected: list[str]) -> TransformersLM:
@@ -614,11 +634,14 @@ def _checked(path: Path, causal_lm: PreTrainedModel, found: dict[str, Any], unex
     return TransformersLM(causal_lm).eval()
 
 
-def _read_model_type(path: Path) -> Any:
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as e:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
         raise UserError(f"{path}: not a JSON object: {e}") from e
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: not a JSON object: {type(settings).__name__}")
+    return settings
 
 
 def _check_model_type(model_type: Any, source: str) -> None:
@@ -646,13 +669,17 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
         raise
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{source}: {e}") from e
+    for name, default in type(config)().to_dict().items():  # which transformers 5 checks itself
+        value = getattr(config, name, default)
+        if type(default) in (int, float) and isinstance(value, str):
+            raise UserError(f"{source}: {name}: expected {type(default).__name__}, got str {value!r}")
 
     def refuse(reason: str) -> None:
         raise UserError(f"{source}: {config.model_type} is not supported: {reason}")
 
     if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
         refuse("it is more than a decoder of text")
-    if getattr(config, "is_decoder", True) is False:
+    if is_encoder(config):
         refuse("it is an encoder (is_decoder: false)")
     if config.model_type in _REFUSED:
         refuse(_REFUSED[config.model_type])
@@ -660,6 +687,8 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
         refuse("its layers read token ids besides embeddings, and audio has none (hidden_size_per_layer_input)")
     if getattr(config, "quantization_config", None) is not None:
         refuse("its weights are quantised; take the model as it was before")
+    if (need := update_needed(config, is_part=False)) is not None:
+        refuse(need)
     served = ATTENTION_LAYERS | RECURRENT_LAYERS | STATELESS_LAYERS
     if other := sorted(set(getattr(config, "layer_types", None) or ()) - served):
         refuse(f"layers of the type {', '.join(other)}; those of the types {', '.join(sorted(served))} are")
@@ -671,8 +700,10 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
         refuse(str(e))
     with gpu_kernels_only_on_gpus():  # imports the model's code
         model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    if lacking := {"inputs_embeds", "position_ids", "past_key_values"} - set(
-        inspect.signature(model_class.forward).parameters
-    ):
-        refuse(f"its forward does not take {', '.join(sorted(lacking))}")
+    taken = set(inspect.signature(model_class.forward).parameters)
+    lacking = sorted({"inputs_embeds", "position_ids"} - taken)
+    if cache_argument(model_class) is None:
+        lacking.append(" or ".join(CACHE_ARGUMENTS))
+    if lacking:
+        refuse(f"its forward does not take {', '.join(lacking)}")
     return config

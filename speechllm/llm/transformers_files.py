@@ -140,3 +140,16 @@ def gguf_details(path: str | Path) -> tuple[torch.dtype, int | None]:
     architecture = reader.get_field("general.architecture")
     head_dim = reader.get_field(f"{architecture.contents()}.attention.key_length") if architecture else None
     return types.get(embedding, torch.bfloat16), None if head_dim is None else int(head_dim.contents())
+
+
+@contextmanager
+def no_gguf_bar() -> Iterator[None]:
+    """Inside, transformers shows no progress of the tensors that it dequantises; no setting of it turns that off."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = reader.tqdm
+    reader.tqdm = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        reader.tqdm = bar

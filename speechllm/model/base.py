@@ -206,4 +206,9 @@ def _as_list(audio: Audio | Iterable[Audio]) -> list[Audio]:
             f"audio: an array of shape {tuple(audio.shape)} could be one recording with channels, or several "
             "recordings: put it into a list, [audio], for one; list(audio) for several"
         )
+    if isinstance(audio, bytes | dict) or not isinstance(audio, Iterable):
+        raise UserError(
+            f"audio: {type(audio).__name__}: give a path or samples, or a list of them; for the contents of a file, "
+            "samples as soundfile.read gives them, with sampling_rate"
+        )
     return list(audio)

@@ -155,7 +155,10 @@ class RWKV7State:
             raise UserError(f"{path}: not a safetensors file ({e})") from e
         names = list(cls.__dataclass_fields__)
         if sorted(tensors) != sorted(names):
-            raise UserError(f"{path}: not an RWKV-7 state: it holds {sorted(tensors)[:8]}, expected {names}")
+            raise UserError(
+                f"{path}: not an RWKV-7 state: it holds {', '.join(sorted(tensors)[:4])}, ...; expected "
+                f"{', '.join(names)}. A whole model or an adapter in this format is given as the folder that it is in"
+            )
         return cls(**tensors)
 
     @classmethod

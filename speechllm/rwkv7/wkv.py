@@ -45,8 +45,12 @@ def wkv7(
     """Runs the recurrence over the positions of a batch.
 
     Args:
-      r, w, k, v, a, b: (N, L, H, D) each; v may have another last dimension (V) than the others (K). ``w`` is
-        the log-decay, at most 0; RWKV-7 models have it in [-0.6065, 0).
+      r: (N, L, H, K), the receptance.
+      w: (N, L, H, K), the log-decay, at most 0; RWKV-7 models have it in [-0.6065, 0).
+      k: (N, L, H, K), the keys.
+      v: (N, L, H, V), the values.
+      a: (N, L, H, K), what is taken out of the state, times minus one.
+      b: (N, L, H, K), what is put in its place.
       state: (N, H, V, K) state to start from, zeros if None.
       lens: (N,) number of positions that count, the others are padding on the right: whatever they hold (even
         NaN) leaves the state as it is, costs nothing, and their outputs are zero.

@@ -6,7 +6,8 @@
 | `reports.py` | tables, and the `recogs`, `errs`, `wer-summary` files |
 | `significance.py` | confidence intervals, and the comparison of two systems |
 | `translation.py` | BLEU and chrF |
-| `reading.py`, `command.py` | the files that `speechllm score` reads, and what it does with them |
+| `reading.py`, `text_files.py` | the files that `speechllm score` reads, and the forms of other programs |
+| `command.py` | what it does with them |
 """
 
 from speechllm.scoring.counting import (

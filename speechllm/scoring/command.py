@@ -9,9 +9,10 @@ from pathlib import Path
 
 from speechllm.errors import UserError
 from speechllm.scoring.counting import UNITS
-from speechllm.scoring.reading import Line, listed, matched, read_lines, with_manifest
+from speechllm.scoring.reading import listed, matched, read_lines, read_pair, with_manifest
 from speechllm.scoring.reports import error_table, translation_table, write_reports
 from speechllm.scoring.significance import FEW_SEGMENTS, REPLICATES, Comparison, compare, resampled_by
+from speechllm.scoring.text_files import Line
 from speechllm.text.normalize import check_steps, normalize_text
 
 
@@ -48,8 +49,10 @@ def score_files(
         check_steps(text_steps)
     except ValueError as error:
         raise UserError(str(error)) from error
-    refs = read_lines(ref)
-    hyps = refs if hyp is None else read_lines(hyp)
+    if hyp is None:
+        refs = hyps = read_lines(ref)
+    else:
+        refs, hyps = read_pair(ref, hyp)
     results = matched(refs, hyps, (ref, hyp or ref), text_steps, missing_as_empty)
     if manifest is not None:
         results = with_manifest(results, manifest)
@@ -62,7 +65,9 @@ def score_files(
     if bleu:
         text += f"\n{translation_table(results, by)}"
     if compare_with is not None:
-        others = read_lines(compare_with)
+        compared, others = read_pair(ref, compare_with)
+        if compared.keys() != refs.keys():
+            raise UserError(f"{compare_with}: of another form than {hyp or ref}: give both in the same form")
         if hyp is None:
             _check_same_references(refs, others, (ref, compare_with), text_steps)
         second = matched(refs, others, (ref, compare_with), text_steps, missing_as_empty)
@@ -93,7 +98,7 @@ def _check_same_references(
     if differing:
         raise UserError(
             f"{names[1]}: other references than in {names[0]} for {len(differing)} utterances "
-            f"(where they were normalised otherwise, --normalise may help): {listed(differing)}"
+            f"(where they were normalized otherwise, --normalize may help): {listed(differing)}"
         )
 
 

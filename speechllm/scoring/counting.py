@@ -1,4 +1,4 @@
-"""Errors of transcripts, in words, characters, or both; the alignment is kaldialign's.
+"""Errors of transcripts, in words, characters, or both; the alignment is kaldialign's, in parts by rapidfuzz if long.
 
 Alignments have the fewest errors: insertions, deletions and substitutions cost 1 each, as in icefall and jiwer. How
 many of the errors are substitutions may differ where several alignments have as few. sclite aligns with costs of 3, 3
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import kaldialign
+from rapidfuzz.distance import Levenshtein
 
 from speechllm.decode.result import Word
 from speechllm.prompt.label import WordTime
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # What stands in for nothing in alignments: no unit is empty.
 _NOTHING = ""
+# Of a reference and a hypothesis, in one call of kaldialign: 100 MB.
+_PAIRS_AT_ONCE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -182,8 +185,46 @@ UNITS = {
 
 
 def align(ref: Sequence[str], hyp: Sequence[str]) -> list[tuple[str | None, str | None]]:
-    """Pairs of reference and hypothesis units with the fewest errors; None for the missing side."""
-    return [(r or None, h or None) for r, h in kaldialign.align(list(ref), list(hyp), _NOTHING)]
+    """Pairs of reference and hypothesis units with the fewest errors; None for the missing side.
+
+    Memory is linear in the lengths: long texts are cut in the middle of what was recognised rightly.
+    """
+    pairs: list[tuple[str | None, str | None]] = []
+    ref_start = hyp_start = 0
+    for ref_end, hyp_end in [*_cuts(ref, hyp), (len(ref), len(hyp))]:
+        parts = (list(ref[ref_start:ref_end]), list(hyp[hyp_start:hyp_end]))
+        pairs += [(r or None, h or None) for r, h in kaldialign.align(*parts, _NOTHING)]
+        ref_start, hyp_start = ref_end, hyp_end
+    return pairs
+
+
+def _cuts(ref: Sequence[str], hyp: Sequence[str]) -> list[tuple[int, int]]:
+    """Where to cut two long texts, so that the alignments of the parts have the fewest errors of the whole.
+
+    kaldialign keeps a table of all pairs of units, about 100 bytes each. rapidfuzz needs no more than the lengths, but
+    of alignments with as few errors it chooses others. Each cut is on its path, at the middle of the longest run of
+    equal units in a stretch: there the paths of both meet, or all but always.
+    """
+    if len(ref) * len(hyp) <= _PAIRS_AT_ONCE:
+        return []
+    stretch = math.isqrt(_PAIRS_AT_ONCE) // 2  # two of them and their cut fit into a part
+    cuts: list[tuple[int, int]] = []
+    longest, next_start = 0, 0
+    for run in Levenshtein.opcodes(ref, hyp):
+        for offset in range(0, max(run.src_end - run.src_start, run.dest_end - run.dest_start), stretch):
+            ref_end = min(run.src_start + offset + stretch, run.src_end)
+            hyp_end = min(run.dest_start + offset + stretch, run.dest_end)
+            place = (min(run.src_start + offset, ref_end), min(run.dest_start + offset, hyp_end))
+            length = 0
+            if run.tag == "equal":
+                length = ref_end - place[0]
+                place = (place[0] + length // 2, place[1] + length // 2)
+            if sum(place) >= next_start:
+                cuts.append(place)
+                longest, next_start = length, sum(place) + stretch
+            elif length > longest and cuts:
+                cuts[-1], longest = place, length
+    return cuts
 
 
 def score(results: Iterable[Transcript], units: Callable[[str], list[str]] = words) -> ErrorReport:

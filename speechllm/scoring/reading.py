@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+import codecs
+import gzip
 import itertools
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from speechllm.data.manifests.lines import numbered_lines
@@ -15,50 +20,204 @@ from speechllm.data.manifests.nemo import is_nemo
 from speechllm.data.manifests.source import string_of
 from speechllm.errors import UserError
 from speechllm.scoring.counting import Transcript, language_label
+from speechllm.scoring.text_files import Line, assign_words, read_ctm, read_stm, read_subtitles, read_table, read_trn
 from speechllm.text.normalize import normalize_text
 
 _RECOGS_LINE = re.compile(r"([^\t]*):\t(ref|hyp)=(\[.*\])\s*")
 # One of these is in all JSON lines that have a reference, if only an empty one.
 _HOLDS_TEXT = frozenset(["text", "supervisions", "tracks"])
 _LISTED = 5
+# A word that begins the line of a .txt file, and is an id: digits and more than that, or many digits.
+_ID = re.compile(r"(?=.*\d).*[^\d.,:/].*|\d{4,}")
 
 
-@dataclass(frozen=True)
-class Line:
-    """What a file says of an utterance. `predicted`: what was recognised, where the file also has room for a reference;
-    `duration` in seconds."""
-
-    id: str
-    text: str | None = None
-    predicted: str | None = None
-    language: str | None = None
-    speaker: str | None = None
-    duration: float | None = None
-
-    @property
-    def written_language(self) -> str | None:
-        """Of the text: `language` is en>de of translations into German."""
-        return None if self.language is None else self.language.rpartition(">")[2]
+# What `speechllm transcribe --output` writes, a file for each recording; of several the first of these is read.
+_TRANSCRIBED = (".json", ".jsonl", ".ctm", ".tsv", ".vtt", ".srt", ".txt")
 
 
 def read_lines(path: Path) -> dict[str, Line]:
     """The utterances of a file by their ids, in its order.
 
-    Of four kinds, told apart by the first line: `recogs-*` files as icefall and recipes/decode.py write them; JSON
-    lines with `text` (NeMo manifests, where `pred_text` is what was recognised, lhotse cuts, or just `id` and `text`);
-    and Kaldi's `text`, an id and words. A directory is a manifest in Kaldi's or Shar's form. Without an `id`, that of
-    a JSON line comes from its `audio_filepath`, as everywhere (`speechllm.data.manifests.nemo`).
+    Its form is told by the suffix, or else by the first line: `recogs-*` files as icefall and recipes/decode.py write
+    them; JSON (lines, an array, or one object) with `text` (NeMo manifests, where `pred_text` is what was recognized,
+    lhotse cuts, what `speechllm transcribe` writes, or just `id` and `text`); NIST's `.trn`, `.ctm` and `.stm`;
+    `.srt` and `.vtt`; `.csv` and `.tsv` with a header; and Kaldi's `text`, an id and words. A directory is a manifest
+    in Kaldi's or Shar's form, or holds a file for each recording as `speechllm transcribe` writes them. Without an
+    `id`, that of a JSON line comes from its `audio_filepath`, as everywhere (`speechllm.data.manifests.nemo`).
 
     Raises:
         UserError: the file, or a line of it, cannot be read, or an id comes twice.
     """
-    _, first = next(numbered_lines(str(path)), ("", b"")) if path.is_file() else ("", b"")
-    if not path.is_file() or first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
-        return _by_id(_json_lines(path))
-    texts = list(_decoded(path))
-    if texts and _RECOGS_LINE.fullmatch(texts[0][1]):
-        return _recogs(texts)
-    return _by_id((where, Line(id, " ".join(rest))) for where, text in texts for id, *rest in [text.split(maxsplit=1)])
+    if path.is_dir() and (files := _transcribed_files(path)):
+        return _by_id(
+            (where, replace(line, id=path_id) if suffix != ".json" and line.words is None else line)
+            for file, suffix in files
+            for path_id in [file.relative_to(path).with_suffix("").as_posix()]
+            for where, line in (_whole_text(file, path_id) if suffix == ".txt" else _lines_of(file))
+        )
+    return _by_id(_lines_of(path))
+
+
+def read_pair(ref: Path, hyp: Path) -> tuple[dict[str, Line], dict[str, Line]]:
+    """The utterances of two files that belong together; see `read_lines`.
+
+    Plain texts have no ids. Two of them that have as many lines are compared line by line, unless their lines begin
+    with ids as Kaldi's do: the same ones in both files, and in `.txt` files with digits and letters in each. What is
+    one line, or one recording, in the other file is one text, whatever its lines. The words of a `.ctm` file go to the
+    segments of an `.stm` file by their times.
+
+    Raises:
+        UserError: as `read_lines`.
+    """
+    texts = [all_lines(path) if _may_be_plain(path) else None for path in (ref, hyp)]
+    if texts[0] and texts[1] is not None and not _is_kaldi(texts, (ref, hyp)):
+        if len(texts[0]) != len(texts[1]) and 1 in map(len, texts):
+            return _by_id(_whole_text(ref, ref.stem)), _by_id(_whole_text(hyp, ref.stem))
+        if len(texts[0]) != len(texts[1]):
+            raise UserError(
+                f"{ref} has {len(texts[0])} lines, {hyp} {len(texts[1])}: plain texts are compared line by line; give "
+                "every line its id in front, the same in both files, or put one side into one line to compare all of it"
+            )
+        refs, hyps = ({f"line-{n}": Line(f"line-{n}", text) for n, (_, text) in enumerate(t, 1)} for t in texts)
+        return refs, hyps
+    refs, hyps = (read_lines(path) for path in (ref, hyp))
+    if any(line.span for line in refs.values()):
+        refs, hyps = _of_segments(refs, hyps, hyp)
+    if texts[1] is not None and len(refs) == 1 and not refs.keys() & hyps.keys():
+        (id,) = refs
+        hyps = _by_id(_whole_text(hyp, id))
+    elif texts[0] and len(hyps) == 1 and not refs.keys() & hyps.keys():
+        (id,) = hyps
+        refs = _by_id(_whole_text(ref, id))
+    if len(refs) == len(hyps) == 1 and {ref.suffix, hyp.suffix} & _ONE_RECORDING:  # named after their files
+        (id,), (line,) = refs, hyps.values()
+        hyps = {id: replace(line, id=id)}
+    return refs, hyps
+
+
+def _of_segments(
+    refs: dict[str, Line], hyps: dict[str, Line], hyp_path: Path
+) -> tuple[dict[str, Line], dict[str, Line]]:
+    """Segments of recordings with the words that were recognized in them, or whole recordings where there are no times
+    of words. What is said in segments that do not count is left out."""
+    counted = {id: line for id, line in refs.items() if line.text is not None}
+    if all(line.words for line in hyps.values()):
+        found, unknown = assign_words(refs.values(), hyps.values())
+        if unknown:
+            names = listed([line.id for line in unknown])
+            raise UserError(f"{hyp_path}: {len(unknown)} recordings that the references have no segment of: {names}")
+        return counted, {id: found[id] for id in counted}
+    if hyps.keys() & refs.keys():
+        return counted, {id: line for id, line in hyps.items() if id in counted or id not in refs}
+    of_recording: dict[str, list[str]] = defaultdict(list)
+    for line in sorted(refs.values(), key=lambda line: line.span.start):
+        if line.text is None:
+            raise UserError(
+                f"{hyp_path}: has no times of words, and in {line.span.recording} from {line.span.start} s on "
+                "nothing is to be scored: a ctm file is needed"
+            )
+        of_recording[line.span.recording].append(line.text)
+    return {id: Line(id, " ".join(texts)) for id, texts in of_recording.items()}, hyps
+
+
+def all_lines(path: Path) -> list[tuple[str, str]]:
+    """FILE:LINE and the text of each line, blank ones too; unpacked if packed by gzip.
+
+    Raises:
+        UserError: the file cannot be read, or is neither UTF-8 nor UTF-16 with its mark.
+    """
+    try:
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8: {error}") from error
+    lines = re.split("\r\n|\n", text)  # and nothing else: a text may have other white space
+    if not lines[-1]:
+        lines.pop()
+    return [(f"{path}:{number}", line) for number, line in enumerate(lines, 1)]
+
+
+def _lines_of(path: Path) -> Iterator[tuple[str, Line]]:
+    kind = _suffix(path)
+    if path.is_dir() or not path.is_file():
+        return _json_lines(path)
+    if kind not in _TEXT_KINDS:
+        first, second = ([text.strip() for _, text in itertools.islice(_first_lines(path), 2)] + ["", ""])[:2]
+        if first.startswith("[") or first == "{" or (first.startswith("{") and kind == ".json" and not second):
+            return _json_array(path)
+        if first.startswith("{"):
+            return _json_lines(path)
+    lines = all_lines(path)
+    if kind in _READERS:
+        return _READERS[kind](lines)
+    if kind in (".csv", ".tsv"):
+        header = lines[0][1] if lines else ""
+        delimiter = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
+        return read_table(lines, path.stem, delimiter)
+    if kind in (".srt", ".vtt"):
+        return read_subtitles(lines, path.stem)
+    lines = [(where, text) for where, text in lines if text.strip()]
+    if lines and _RECOGS_LINE.fullmatch(lines[0][1]):
+        return iter(_recogs(lines).items())
+    return ((where, Line(id, " ".join(rest))) for where, text in lines for id, *rest in [text.split(maxsplit=1)])
+
+
+_READERS: dict[str, Callable[[Sequence[tuple[str, str]]], Iterator[tuple[str, Line]]]] = {
+    ".trn": read_trn,
+    ".ctm": read_ctm,
+    ".stm": read_stm,
+}
+# Told by their suffix; all others by their first line.
+_TEXT_KINDS = {*_READERS, ".csv", ".tsv", ".srt", ".vtt"}
+# Files of one recording, which have no other name for it than their own.
+_ONE_RECORDING = {".srt", ".vtt", ".tsv", ".txt", ".json"}
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def _first_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Of a file that may be long, and of which the rest is read as something else."""
+    for where, line in numbered_lines(str(path)):
+        yield where, line.decode(errors="replace").removeprefix("\ufeff")
+
+
+def _whole_text(path: Path, id: str) -> Iterator[tuple[str, Line]]:
+    yield str(path), Line(id, " ".join(text.strip() for _, text in all_lines(path)))
+
+
+def _transcribed_files(folder: Path) -> list[tuple[Path, str]]:
+    """The files of recordings in a folder and those below, and their suffix; none of Kaldi's or Shar's directories."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if any(path.name == "text" or path.name.startswith("cuts.") for path in files):
+        return []
+    found = next((suffix for suffix in _TRANSCRIBED if any(path.suffix == suffix for path in files)), None)
+    return [(path, found) for path in files if found is not None and path.suffix == found]
+
+
+def _may_be_plain(path: Path) -> bool:
+    """Whether a file holds nothing but lines of text, with ids or without."""
+    if not path.is_file() or _suffix(path) in _TEXT_KINDS:
+        return False
+    first = next((text for _, text in _first_lines(path)), "")
+    return not first.lstrip().startswith(("{", "[{")) and first.strip() != "[" and not _RECOGS_LINE.fullmatch(first)
+
+
+def _is_kaldi(texts: Sequence[Sequence[tuple[str, str]]], paths: tuple[Path, Path]) -> bool:
+    """Whether the lines of two files begin with ids; see `read_pair`."""
+    refs, hyps = ([text.split(maxsplit=1)[0] for _, text in lines if text.strip()] for lines in texts)
+    shared = set(refs) & set(hyps)
+    if not refs or not hyps or 2 * len(shared) < min(len(refs), len(hyps)) or len(set(refs)) < 0.9 * len(refs):
+        return False
+    return all(_suffix(path) != ".txt" for path in paths) or all(map(_ID.fullmatch, shared))
 
 
 def matched(
@@ -144,14 +303,6 @@ def _by_id(lines: Iterable[tuple[str, Line]]) -> dict[str, Line]:
     return found
 
 
-def _decoded(path: Path) -> Iterator[tuple[str, str]]:
-    for where, line in numbered_lines(str(path)):
-        try:
-            yield where, line.decode().removeprefix("\ufeff")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8: {error}") from error
-
-
 def _recogs(texts: Iterable[tuple[str, str]]) -> dict[str, Line]:
     sides: dict[str, dict[str, str]] = {}
     for where, text in texts:
@@ -164,6 +315,24 @@ def _recogs(texts: Iterable[tuple[str, str]]) -> dict[str, Line]:
             raise UserError(f"{where}: {side} of the id {id} is there for the second time")
         sides[id][side] = words
     return {id: Line(id, found.get("ref"), found.get("hyp")) for id, found in sides.items()}
+
+
+def _json_array(path: Path) -> Iterator[tuple[str, Line]]:
+    """A JSON array of objects, or one object, over any number of lines."""
+    try:
+        found = json.loads("\n".join(text for _, text in all_lines(path)))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    for number, obj in enumerate(found if isinstance(found, list) else [found], 1):
+        where = f"{path}: object {number}"
+        if not isinstance(obj, dict):
+            raise UserError(f"{where}: expected a JSON object, found {type(obj).__name__}")
+        if isinstance(found, dict):  # of one recording, as openai/whisper writes it
+            obj = {"id": path.stem, **obj}
+        try:
+            yield where, _json_line(obj, SourceConfig(str(path)))
+        except LINE_ERRORS as error:
+            raise UserError(f"{where}: {explain(error)}") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Line]]:
@@ -189,7 +358,7 @@ def _json_line(obj: dict, source: SourceConfig) -> Line:
     speakers = (string_of(part, "speaker") for part in itertools.chain([obj], obj.get("supervisions") or []))
     return Line(
         entry.id,
-        entry.target if entry.target or not _HOLDS_TEXT.isdisjoint(obj) else None,
+        entry.target if entry.target or any(obj.get(name) is not None for name in _HOLDS_TEXT) else None,
         string_of(obj, "pred_text"),
         language_label(entry.lang, entry.target_lang if entry.task == "ast" else None),
         next(filter(None, speakers), None),

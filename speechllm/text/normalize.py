@@ -3,24 +3,30 @@
     nfc, nfkc            Unicode normal forms (UAX #15); nfkc takes an acute accent that stands alone for an apostrophe
                          (l´amour), leaves other lone accents as they are, and drops the Arabic tatweel
     lowercase, uppercase by the rules of the language, where it is known: I is ı in Turkish and Azerbaijani
-    remove_punctuation   punctuation and symbols become spaces, except within words: don't, mother-in-law; the tatweel,
-                         which only stretches a word, is dropped
+    remove_punctuation   punctuation and symbols become spaces, except within words and numbers: don't, mother-in-law,
+                         3.5, 1,000, 10:30, 50%; the tatweel, which only stretches a word, is dropped
     halfwidth            full-width ASCII and the ideographic space to half width, and nothing else that NFKC does
     simplified           Chinese to simplified characters, by OpenCC (https://github.com/BYVoid/OpenCC)
     traditional          Chinese to traditional characters, in OpenCC's standard forms (not those of one region)
     split_chinese        spaces around each Chinese character, so that a character is a word
     join_chinese         no spaces between Chinese characters
+    leaderboard          English as the Open ASR Leaderboard scores it, by Whisper's English normalizer: lowercase, no
+                         punctuation, one spelling, contractions written out, numbers in figures
+    leaderboard_multilingual  other languages as there, by Whisper's basic normalizer: lowercase, no punctuation
+
+The last two are PyPI's whisper-normalizer and are used alone, for scoring.
 
 White space is single afterwards, with none at the ends, and what nobody sees or hears is gone whatever the steps:
 zero-width spaces, soft hyphens, byte order marks, direction marks and other control characters. The joiners that say
 how letters are shaped (zero width non-joiner and joiner in Persian and in Indic scripts, joiners of emoji) stay where
-they do that. A step that is applied again changes nothing: a hypothesis can be normalised like its reference, which
-has been through the steps once already. No step raises for any string.
+they do that. A step that is applied again changes nothing (the last two aside, in rare cases): a hypothesis can
+be normalised like its reference, which has been through the steps once already. No step raises for any string.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 import sys
 import unicodedata
@@ -37,6 +43,9 @@ _SPACE_BETWEEN_IDEOGRAPHS = re.compile(rf"(?<={_IDEOGRAPH})\s+(?={_IDEOGRAPH})")
 _HALFWIDTH = {0x3000: " "} | {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _APOSTROPHES = "'\u2019"
 _HYPHENS = "\\-\u2010\u2011"
+# Between digits, as decimal points, between thousands, in times and fractions; the last two are Arabic. After a digit.
+_WITHIN_NUMBERS = ".,:/\u066b\u066c"
+_AFTER_NUMBERS = "%\u2030\u066a"
 # What is never seen: control and format characters, and fillers that Unicode counts among letters and marks. Signs that
 # Unicode calls format characters but that are seen (Arabic number signs and the like), and the tags in emoji of flags,
 # are not among them.
@@ -71,7 +80,7 @@ def normalize_text(text: str, steps: Sequence[str], language: str | None = None)
         language: the tag of the language of `text`, for the steps that depend on it.
 
     Raises:
-        UserError: a step needs OpenCC, which is not installed.
+        UserError: a step needs OpenCC or whisper-normalizer, which is not installed.
     """
     text = _visible(text)
     dotless = language is not None and language.partition("-")[0] in _DOTLESS_I
@@ -88,7 +97,7 @@ def check_steps(steps: Sequence[str]) -> None:
 
     Raises:
         ValueError: an unknown name, or steps that undo each other.
-        UserError: a step needs OpenCC, which is not installed.
+        UserError: a step needs OpenCC or whisper-normalizer, which is not installed.
     """
     for step in steps:
         if step not in _STEPS:
@@ -98,7 +107,7 @@ def check_steps(steps: Sequence[str]) -> None:
     for one, other in _CONTRADICTORY:
         if one in steps and other in steps:
             raise ValueError(f"text: {one} and {other} undo each other; take one of them out")
-    for step in ("simplified", "traditional"):
+    for step in ("simplified", "traditional", "leaderboard", "leaderboard_multilingual"):
         if step in steps:
             _STEPS[step]("")
 
@@ -176,23 +185,25 @@ def _lowercase(text: str) -> str:
 def _remove_punctuation(text: str) -> str:
     """Each character of the Unicode categories P and S becomes a space; the tatweel is dropped.
 
-    A single apostrophe or hyphen with a character of a word on either side stays, written as in ASCII.
+    A single apostrophe or hyphen with a character of a word on either side stays, written as in ASCII; so do a mark
+    between two digits that belongs to their number, and a percent sign after a digit.
     """
     return _punctuation().sub(_kept_of_punctuation, _visible(text.replace(_TATWEEL, "")))
 
 
 def _kept_of_punctuation(match: re.Match) -> str:
-    return {"apostrophe": "'", "hyphen": "-"}.get(match.lastgroup, " ")
+    return match[0] if match.lastgroup == "number" else {"apostrophe": "'", "hyphen": "-"}.get(match.lastgroup, " ")
 
 
 @cache
 def _punctuation() -> re.Pattern:
-    """Matches one punctuation mark or symbol; one that stays is in the group `apostrophe` or `hyphen`."""
+    """Matches one punctuation mark or symbol; one that stays is in the group `apostrophe`, `hyphen` or `number`."""
     marks = _character_class(code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] in "PS")
     inside = rf"[^\s{marks}{_EMOJI_JOINERS}]"
     # The first lookaheads are for speed: letters and spaces are passed over without a look at the long list of marks.
     return re.compile(
         rf"(?=[\W_])(?!\s)(?:(?<={inside})(?:(?P<apostrophe>[{_APOSTROPHES}])|(?P<hyphen>[{_HYPHENS}]))(?={inside})"
+        rf"|(?<=\d)(?P<number>[{_WITHIN_NUMBERS}](?=\d)|[{_AFTER_NUMBERS}])"
         rf"|[{marks}][{_EMOJI_JOINERS}]*)"
     )
 
@@ -241,6 +252,26 @@ def _join_chinese(text: str) -> str:
     return _SPACE_BETWEEN_IDEOGRAPHS.sub("", text)
 
 
+def _leaderboard(text: str) -> str:
+    return _whisper_normalizer("english", "EnglishTextNormalizer")(text)
+
+
+def _leaderboard_multilingual(text: str) -> str:
+    # without their marks, words of many languages of Asia would be broken up; those of the leaderboard have none
+    return _whisper_normalizer("basic", "BasicTextNormalizer", preserve_marks=True)(text)
+
+
+@cache
+def _whisper_normalizer(module: str, name: str, **options: bool) -> Callable[[str], str]:
+    try:
+        return getattr(importlib.import_module(f"whisper_normalizer.{module}"), name)(**options)
+    except ImportError as error:
+        raise UserError(
+            "the text steps leaderboard and leaderboard_multilingual need whisper-normalizer: "
+            "pip install 'speechllm[leaderboard]'"
+        ) from error
+
+
 _STEPS: dict[str, Callable[[str], str]] = {
     "nfc": _nfc,
     "nfkc": _nfkc,
@@ -252,9 +283,11 @@ _STEPS: dict[str, Callable[[str], str]] = {
     "traditional": _traditional,
     "split_chinese": _split_chinese,
     "join_chinese": _join_chinese,
+    "leaderboard": _leaderboard,
+    "leaderboard_multilingual": _leaderboard_multilingual,
 }
 STEPS = tuple(_STEPS)
 # What is done to the text before the step, in languages with a dotless i.
 _TURKIC_CASE = {"lowercase": str.maketrans({"I": "ı"}), "uppercase": str.maketrans({"i": "İ"})}
 # The others leave ASCII as it is.
-_FOR_ASCII = frozenset(["lowercase", "uppercase", "remove_punctuation"])
+_FOR_ASCII = frozenset(["lowercase", "uppercase", "remove_punctuation", "leaderboard", "leaderboard_multilingual"])

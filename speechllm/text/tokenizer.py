@@ -19,6 +19,7 @@ from __future__ import annotations
 import ast
 import codecs
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -346,6 +347,12 @@ def _read_gguf_tokenizer(path: Path) -> tuple[bytes, str]:
         raise FileNotFoundError(f"{path}: no such file")
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{path}: a GGUF file needs the package gguf: pip install 'speechllm[gguf]'")
+    version = importlib.metadata.version("transformers")
+    if tuple(map(int, version.split(".")[:2])) < (5, 23):  # of 5.17 and 4.57 the tokens are others
+        raise UserError(
+            f"{path}: transformers {version} makes other tokens of GGUF files; install a newer one: "
+            "pip install 'transformers>=5.23'"
+        )
     from transformers import AutoTokenizer
 
     try:

@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import soundfile
+from lhotse import Recording
 
 from speechllm.data import audio_file
 from speechllm.data.audio import load_samples
@@ -69,6 +70,11 @@ def test_mp3_without_a_length(tmp_path, rate):
 
 def _line(name, duration, **fields):
     return {"audio_filepath": name, "duration": duration, "text": "x", **fields}
+
+
+@pytest.mark.parametrize("rate", [11025, 22050, 44100])
+def test_mp3_with_a_length_is_not_taken_for_cut_off(tmp_path, rate):
+    assert read(encoded(tmp_path / "a.mp3", 5.0, rate))[1] == []
 
 
 @pytest.mark.parametrize("suffix", ["mp3", "ogg", "opus", "flac", "aac"])
@@ -143,6 +149,36 @@ def test_a_file_that_was_cut_off_says_so(tmp_path, suffix):
     assert 3.0 < seconds < 15.0 and len(notes) == 1
 
 
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "AU", "W64"])
+def test_an_uncompressed_file_that_was_cut_off_says_so(kind):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, talk(20.0), RATE, format=kind, subtype="PCM_16")
+    assert read(buffer.getvalue()) == (20.0, [])
+    seconds, notes = read(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    assert 9.9 < seconds < 10.0 and len(notes) == 1 and ", its header says " in notes[0]
+    assert float(notes[0].split()[-2]) == pytest.approx(20.0, abs=0.01)
+
+
+def test_mp3_in_wav_is_read_as_mp3_is(tmp_path):
+    data = write_encoded(tmp_path / "a.wav", talk(20.0), RATE, "libmp3lame").read_bytes()
+    whole, notes = read(data)
+    assert whole == pytest.approx(20.0, abs=0.2) and notes == []
+    middle = len(data) // 2
+    seconds, notes = read(data[:middle] + np.random.default_rng(0).bytes(400) + data[middle + 400 :])
+    assert whole - 1.0 < seconds < whole and len(notes) == 1 and "could not be decoded" in notes[0]
+    assert read(data + bytes(3000))[0] == pytest.approx(whole, abs=0.1)
+
+
+def test_a_track_that_is_shorter_than_another_is_not_taken_for_cut_off(tmp_path):
+    path = tmp_path / "a.mkv"
+    add_tracks(path, [(talk(3.0, seed=1), RATE), (talk(20.0, seed=2), RATE)], "libopus")
+    assert read(path) == (pytest.approx(3.0, abs=0.05), [])
+    data = path.read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: len(data) // 10])
+    seconds, notes = read(tmp_path / "cut.mkv")
+    assert seconds < 2.9 and len(notes) == 1 and "its header says 3.0" in notes[0]
+
+
 @pytest.mark.parametrize("suffix", ["mp3", "flac", "ogg", "opus", "m4a", "aac", "webm", "wav"])
 @pytest.mark.parametrize("chained", [False, True])
 def test_a_part_of_a_long_file_is_that_part_of_the_whole(tmp_path, suffix, chained, monkeypatch):
@@ -213,6 +249,7 @@ def test_cuts_that_lhotse_puts_together_and_conversion_read_the_same(tmp_path):
     (tmp_path / "a.ogg").unlink()
     with pytest.raises(UtteranceError, match=r"^unreadable audio: .*AudioLoadingError: missing file: .*a\.ogg"):
         load_samples(cut.perturb_volume(0.5))
+    assert Recording.from_file(encoded(tmp_path / "b.ogg", 1.0)).duration == 1.0  # by lhotse as it was before
 
 
 def test_segments_of_a_damaged_file_are_not_trusted(tmp_path):

@@ -1,6 +1,5 @@
 """Broken files of every kind: counted, logged with their ids, left out; a mostly broken set stops."""
 
-import json
 import logging
 import pickle
 
@@ -103,11 +102,12 @@ def test_only_bad_data_stops(tmp_path):
         list(build_eval_loader(DataConfig(num_workers=0, max_bad_share=1.0), [source]))
 
 
-def test_unreadable_noise_leaves_the_utterance_clean(broken, tmp_path, caplog):
+def test_unreadable_noise_is_left_out(broken, tmp_path, caplog):
     source, _ = broken
-    noise = tmp_path / "noise.jsonl"
-    noise.write_text(json.dumps({"audio_filepath": "missing.wav", "duration": 1.0, "text": ""}) + "\n")
-    augment = AugmentConfig(noise=NoiseConfig([SourceConfig(str(noise))], probability=1.0))
+    write_tone(tmp_path / "hum.wav", 1.0, seed=1)
+    lines = [{"audio_filepath": f"{name}.wav", "duration": 1.0, "text": ""} for name in ("missing", "hum")]
+    noise = SourceConfig(str(write_manifest(tmp_path / "noise.jsonl", lines)))
+    augment = AugmentConfig(noise=NoiseConfig([noise], probability=1.0))
     loader = build_train_loader(DataConfig(train=[source], num_workers=0, augment=augment), seed=1)
     assert sum(len(batch) for batch in loader) == 21
     assert "missing is left out of the augmentation" in caplog.text

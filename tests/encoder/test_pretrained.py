@@ -74,6 +74,11 @@ TRAINING_STATE = {
         {**prefixed("encoder."), **OTHERS},
         {**prefixed("module.speech_encoder."), "llm.weight": torch.zeros(2)},
         {"state_dict": {**prefixed("audio_encoder."), "encoder.weight": torch.zeros(2)}},
+        {"state_dict": prefixed("model."), "loops": {}},
+        {"state_dict": {**prefixed("model.encoder."), "model.decoder.weight": torch.zeros(2)}},
+        prefixed("_orig_mod.module."),
+        prefixed("module._orig_mod."),
+        {**WEIGHTS, 3: torch.zeros(2)},
     ],
     ids=[
         "bare",
@@ -86,6 +91,11 @@ TRAINING_STATE = {
         "encoder",
         "speech_encoder",
         "audio_encoder",
+        "lightning",
+        "lightning_composite",
+        "compiled",
+        "distributed",
+        "numbered",
     ],  # fmt: skip
 )
 def test_layouts(tmp_path, content):
@@ -277,6 +287,32 @@ class Pickled:
 def test_nothing_in_a_file_is_executed(tmp_path):
     with pytest.raises(UserError, match="would have to be executed .* icefall's zipformer/export.py"):
         load_encoder(write(tmp_path, {"model": WEIGHTS, "params": Pickled()}))
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], torch.zeros(2), "text", None])
+def test_a_file_without_names_is_refused(tmp_path, content):
+    with pytest.raises(UserError, match=f"pretrained.pt: holds a {type(content).__name__}; expected a state dict"):
+        load_encoder(write(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    "key, value, allowed",
+    [
+        ("feature_dim", "80", "a whole number"),
+        ("feature_dim", 80.0, "a whole number"),
+        ("pos_dim", [48], "a whole number"),
+        ("output_downsampling_factor", None, "a whole number"),
+        ("dropout", "(0.0, 0.3), (20000.0, 0.1)", "null or a number"),
+        ("dropout", {}, "null or a number"),
+        ("warmup_batches", "4000", "a number"),
+        ("warmup_batches", None, "a number"),
+        ("causal", "false", "true or false"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(tmp_path, key, value, allowed):
+    with pytest.raises(UserError) as error:
+        load_encoder(write(tmp_path, WEIGHTS, {**CONFIG, key: value}))
+    assert f"config.json: Zipformer configuration: {key} is {value!r}, but must be {allowed}" in str(error.value)
 
 
 def test_one_error_names_everything_that_does_not_fit(tmp_path):

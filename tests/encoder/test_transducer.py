@@ -1,12 +1,13 @@
-"""The transducer: its loss against a sum over all alignments, its gradients against finite differences."""
+"""The transducer: its loss against a sum over all alignments, the recursion, and torchaudio's of all logits."""
 
 import itertools
 import math
 
 import pytest
 import torch
+import torchaudio
 
-from speechllm import transducer as transducer_module
+from speechllm.encoder import transducer as transducer_module
 from speechllm.encoder.transducer import Transducer, TransducerConfig, alignments_log_prob
 
 TOKENS = 5
@@ -72,15 +73,45 @@ def test_other_contexts(context_size):
     torch.testing.assert_close(losses, torch.tensor(expected))
 
 
-def test_gradients_are_those_of_finite_differences():
+def by_recursion(blank, label, frames, tokens):
+    """The log probability of one row (T, U + 1), (T, U), place by place."""
+    reached = [[None] * (tokens + 1) for _ in range(frames)]
+    for t in range(frames):
+        for u in range(tokens + 1):
+            ways = [reached[t - 1][u] + blank[t - 1, u]] if t else []
+            ways += [reached[t][u - 1] + label[t, u - 1]] if u else []
+            reached[t][u] = torch.logsumexp(torch.stack(ways), 0) if ways else blank.new_zeros(())
+    return reached[-1][-1] + blank[frames - 1, tokens]
+
+
+def test_values_and_gradients_are_those_of_the_recursion():
     generator = torch.Generator().manual_seed(0)
-    blank = torch.randn(2, 4, 4, generator=generator, dtype=torch.float64).sub(1).requires_grad_()
-    label = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64).sub(1).requires_grad_()
-    lens, label_lens = torch.tensor([4, 3]), torch.tensor([3, 2])
-    assert torch.autograd.gradcheck(lambda b, y: alignments_log_prob(b, y, lens, label_lens), (blank, label))
-    alignments_log_prob(blank, label, lens, label_lens).sum().backward()
-    # beyond the lengths there is nothing to learn
-    assert not blank.grad[1, 3:].any() and not blank.grad[1, :, 3:].any() and not label.grad[1, :, 2:].any()
+    blank = -6 * torch.rand(3, 40, 8, generator=generator, dtype=torch.float64)
+    label = -6 * torch.rand(3, 40, 7, generator=generator, dtype=torch.float64)
+    lens, label_lens = torch.tensor([40, 21, 5]), torch.tensor([7, 3, 0])
+    expected, found = [(blank.clone().requires_grad_(), label.clone().requires_grad_()) for _ in range(2)]
+    log_probs = [
+        by_recursion(b, y, n, u) for b, y, n, u in zip(*expected, lens.tolist(), label_lens.tolist(), strict=True)
+    ]
+    sum(log_probs).backward()
+    values = alignments_log_prob(found[0], found[1], lens, label_lens)
+    values.sum().backward()
+    torch.testing.assert_close(values.double(), torch.stack(log_probs).detach(), rtol=1e-6, atol=1e-5)
+    for ours, theirs in zip(found, expected, strict=True):
+        # beyond the lengths there is nothing to learn
+        torch.testing.assert_close(
+            ours.grad, torch.zeros_like(ours) if theirs.grad is None else theirs.grad, rtol=0, atol=1e-5
+        )
+
+
+def test_the_loss_is_torchaudios_of_all_logits(transducer):
+    encoder_out, lens = audio()
+    tokens = torch.tensor([[5, 5, *ids, *[5] * (3 - len(ids))] for ids in LABELS])
+    logits = transducer.join(transducer.encoder_proj(encoder_out)[:, :, None], transducer.read(tokens)[:, None])
+    expected = torchaudio.functional.rnnt_loss(
+        logits, tokens[:, 2:].int(), lens.int(), torch.tensor([3, 0, 2]).int(), blank=5, reduction="none"
+    )
+    torch.testing.assert_close(transducer(encoder_out, lens, LABELS), expected)
 
 
 def test_gradients_of_the_whole_in_slices(transducer, monkeypatch):

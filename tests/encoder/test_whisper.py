@@ -10,6 +10,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration, Whisper
 
 from speechllm.encoder import WhisperEncoder, WhisperEncoderConfig, load_encoder
 from speechllm.errors import UserError
+from speechllm.model.speech_llm import EncoderSection
 
 TINY = WhisperEncoderConfig(
     d_model=16, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=32, max_source_positions=100
@@ -150,6 +151,10 @@ def test_errors(encoder):
         ({"num_mel_bins": 81}, "num_mel_bins is 81, but must be 80 or 128"),
         ({"encoder_attention_heads": 3}, "d_model is 16, .* multiple of encoder_attention_heads, 3"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"d_model": "16"}, "d_model is '16', but must be a whole number"),
+        ({"encoder_layers": None}, "encoder_layers is None, but must be a whole number"),
+        ({"num_mel_bins": [80]}, "must be a whole number"),
+        ({"dropout": "0"}, "dropout is '0', but must be a number"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(TINY, **change)
@@ -157,7 +162,9 @@ def test_errors(encoder):
         WhisperEncoderConfig.from_released({"num_mel_bins": 80, "model_type": "whisper"})
 
 
-@pytest.mark.parametrize("prefix", ["audio_encoder.", "audio_encoder.encoder.", "encoder.", "module.speech_encoder."])
+@pytest.mark.parametrize(
+    "prefix", ["audio_encoder.", "audio_encoder.encoder.", "encoder.", "module._orig_mod.speech_encoder."]
+)
 def test_the_encoder_of_a_composite_model(released, tmp_path, prefix):
     """As Auden has it: WhisperEncoder of transformers, or Auden's own module around it."""
     theirs, _, encoder = released
@@ -170,6 +177,7 @@ def test_the_encoder_of_a_composite_model(released, tmp_path, prefix):
         loaded = load_encoder(tmp_path)
         for name, value in encoder.state_dict().items():
             torch.testing.assert_close(loaded.state_dict()[name], value)
+        assert EncoderSection(path=str(tmp_path)).min_frames == loaded.min_frames  # known without loading it
 
 
 def test_the_encoder_alone_as_rwkv_asr_keeps_it(released, tmp_path):

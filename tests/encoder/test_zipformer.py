@@ -413,7 +413,8 @@ def test_keys_of_frameworks_and_writers_do_not_matter():
     writers = ["auden_version", "auto_map", "_name_or_path", "_attn_implementation", "decoder_dim", "joiner_dim",
                "context_size", "attention_decoder_num_layers", "use_transducer", "use_ctc", "vocab_size",
                "subsampling_factor", "encoder_out_dim", "icefall_git_sha1", "training_args"]  # fmt: skip
-    others = framework | dict.fromkeys([*older, *writers], "theirs")
+    names = {"encoder_name": "m10", "encoder_model": "zipformer", "feature_norm": "utterance", "encoder": "zipformer"}
+    others = framework | dict.fromkeys([*older, *writers], 3) | names
     sizes = {"encoder_dim": [192, 256, 512, 768, 512, 256]}
     config = ZipformerConfig.from_dict(others | sizes | {"model_type": "zipformer"})
     assert config == ZipformerConfig.from_dict(sizes | {"model_type": "zipformer"})

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -67,7 +69,7 @@ def test_folders_that_do_not_load(tmp_path):
         ("llama4_text", "layers of the type chunked_attention; those of the types conv, full_attention, .* are"),
         ("jamba", "its layers go on from what they have read one token at a time only"),
         ("recurrent_gemma", "its layers keep what they have read in themselves"),
-        ("mamba", "its forward does not take past_key_values, position_ids"),
+        ("mamba", "its forward does not take position_ids"),
         ("bloom", "its forward does not take position_ids"),
         ("bert", "it is an encoder"),
     ):
@@ -104,7 +106,25 @@ def test_settings_that_make_no_sense(section, message):
 
 def test_older_names_of_settings_are_known():
     model = new_transformers_lm(TRANSFORMERS["llama"] | {"rope_theta": 500.0})
-    assert model.config["rope_parameters"]["rope_theta"] == 500.0
+    assert model.config.get("rope_parameters", model.config)["rope_theta"] == 500.0
+
+
+def test_a_folder_of_an_older_or_newer_transformers_has_its_own_rope(tmp_path):
+    model = tiny_llm("llama", rope_theta=500.0, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    token_ids = torch.arange(20)[None]
+    expected = model(token_ids)[0]
+    model.causal_lm.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("rope_parameters", "rope_theta", "rope_scaling"):
+        config.pop(name, None)
+    for rope in (
+        {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},  # 4.57
+        {"rope_parameters": {"rope_theta": 500.0, "rope_type": "linear", "factor": 4.0}},  # 5
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | rope))
+        torch.testing.assert_close(load_transformers_lm(tmp_path)(token_ids)[0], expected)
+        settings = {**TRANSFORMERS["llama"], **rope}
+        assert new_transformers_lm(settings).config == model.config
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -248,6 +268,25 @@ def test_a_tuned_model_is_saved_merged_and_as_an_adapter(method, tune_config, ba
     base = AutoModelForCausalLM.from_pretrained(config.llm.path)
     by_peft = peft.PeftModel.from_pretrained(base, tmp_path / "apart" / "adapter").eval()
     torch.testing.assert_close(by_peft(ids).logits, model.llm(ids)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_loading_prints_nothing(tune_config, tmp_path):
+    model = SpeechLLM.from_config(tune_config("lora"))
+    model.save_pretrained(tmp_path / "apart", merged=False)
+    program = (
+        "from speechllm import SpeechLLM\n"
+        f"model = SpeechLLM.from_pretrained({str(tmp_path / 'apart')!r})\n"
+        "model.llm.checkpoint_blocks = True\n"
+        "import torch, warnings\n"
+        "embeds = torch.randn(1, 4, model.llm.hidden_size, requires_grad=True)\n"
+        "model.llm.loss(torch.zeros(1, 4, dtype=torch.long), inputs_embeds=embeds)[0][0].backward()\n"
+        "from transformers.utils import logging\n"
+        "assert logging.is_progress_bar_enabled()  # for others\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "always::FutureWarning", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "" and done.stderr == ""
 
 
 def test_targets(tune_config, tmp_path):
@@ -415,12 +454,13 @@ def test_a_gguf_file_is_a_model_and_a_tokenizer(kind, weights, dtype, error, ggu
     assert load_tokenizer(tmp_path / "saved").identity() == tokenizer.identity()
 
 
-def test_a_speech_llm_from_a_gguf_file(config, batch, gguf_tokenizers, tmp_path):
+def test_a_speech_llm_from_a_gguf_file(config, batch, gguf_tokenizers, tmp_path, capfd):
     path = tmp_path / "qwen3.gguf"
     base = tiny_llm("qwen3", vocab_size=310, intermediate_size=64)
     write_gguf(path, base.causal_lm, gguf_tokenizers["qwen3"], "Q8_0")
     llm = LLMSection(path=str(path), tune=TuneConfig("lora"), dtype="bfloat16")
     model = SpeechLLM.from_config(dataclasses.replace(config, tokenizer=str(path), llm=llm))
+    assert "tensors" not in capfd.readouterr().err  # a progress bar
     train(model, batch, 2)
     model.eval().save_pretrained(tmp_path / "apart", merged=False)
     apart = SpeechLLM.from_pretrained(tmp_path / "apart")

@@ -198,6 +198,12 @@ def test_one_bad_input_is_raised_or_returned_and_the_others_are_kept(model, tmp_
         model.transcribe([samples], "en", on_error="ignore")
 
 
+@pytest.mark.parametrize("audio", [None, 3, b"RIFF", {"array": torch.zeros(16000), "sampling_rate": 16000}])
+def test_what_is_no_audio_at_all_is_said_at_once(model, audio):
+    with pytest.raises(UserError, match="audio: .*: give a path or samples, or a list of them"):
+        model.transcribe(audio, "en")
+
+
 def test_a_path_or_samples_alone_are_one_input(model, tmp_path):
     samples = 0.1 * torch.randn(16000, generator=torch.Generator().manual_seed(0))
     soundfile.write(tmp_path / "a.wav", samples.numpy(), 16000, subtype="FLOAT")

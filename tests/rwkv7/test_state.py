@@ -66,7 +66,7 @@ def test_load_refuses_other_files(tmp_path):
     with pytest.raises(ValueError, match="not a safetensors file"):
         RWKV7State.load(path)
     save_file({"weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="not an RWKV-7 state.*weight"):
+    with pytest.raises(ValueError, match="not an RWKV-7 state.*weight.*given as the folder"):
         RWKV7State.load(path)
 
 

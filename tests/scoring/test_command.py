@@ -131,6 +131,7 @@ def test_a_line_without_prediction_is_not_its_own_reference(tmp_path):
 @pytest.mark.parametrize(
     "name, lines, message",
     [
+        ("m.jsonl", ['{"id": "a", "text": null, "pred_text": "x"}'], r"1 utterances without a reference: a"),
         ("m.jsonl", ['{"id": "a", "text": "x"}', '{"id": "a", "text": "y"}'], r"m.jsonl:2: the id a .* second time"),
         ("m.jsonl", ['{"id": "a", "text": "x"}', "{"], r"m.jsonl:2: invalid JSON"),
         ("m.jsonl", ['{"id": "a", "text": 3}'], r"m.jsonl:1: text: expected a string"),
@@ -170,7 +171,7 @@ def test_two_systems(files, tmp_path):
     few = score_files(ref, ref, compare_with=write(tmp_path / "h", ["u0 two"]))
     assert "1 segments, too few to tell" in few
     (tmp_path / "recogs-b").write_text((tmp_path / "recogs-b").read_text().replace("ref=['w0'", "ref=['W0'"))
-    with pytest.raises(UserError, match="other references .* 40 utterances .*--normalise"):
+    with pytest.raises(UserError, match="other references .* 40 utterances .*--normalize"):
         score_files(tmp_path / "recogs-a", compare_with=tmp_path / "recogs-b")
     assert "p = " in score_files(tmp_path / "recogs-a", compare_with=tmp_path / "recogs-b", text_steps=["lowercase"])
 

@@ -2,6 +2,8 @@
 
 import math
 import random
+import subprocess
+import sys
 from itertools import pairwise
 
 import jiwer
@@ -24,6 +26,7 @@ from speechllm.scoring import (
     transcripts,
     word_time_error,
 )
+from speechllm.scoring.counting import count_pairs
 
 RESULTS = [
     Transcript("b", "the association of edison", "the association of addison", "en"),
@@ -166,3 +169,47 @@ def test_mixed_units_are_chinese_characters_and_other_words():
     assert score([result], mixed) == ErrorReport(substitutions=1, correct=3)
     english = [Transcript("x", "one two", "one too")]
     assert score(english, mixed) == score(english)
+
+
+def spoken_and_recognised(count: int, rate: float) -> tuple[list[str], list[str]]:
+    """Words as frequent as in speech, and the same with so many errors."""
+    rng = random.Random(count)
+    vocabulary = [f"w{int(rng.paretovariate(0.6))}" for _ in range(2000)]
+    ref = rng.choices(vocabulary, k=count)
+    kinds = rng.choices("=-~+", [1 - rate, rate / 3, rate / 3, rate / 3], k=count)
+    hyp = {"=": lambda w: [w], "-": lambda w: [], "~": lambda w: [f"x{w}"], "+": lambda w: [w, "uh"]}
+    return ref, [word for kind, w in zip(kinds, ref, strict=True) for word in hyp[kind](w)]
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.3])
+def test_long_texts_have_the_counts_of_kaldialign(rate):
+    ref, hyp = spoken_and_recognised(2500, rate)  # more than is aligned at once
+    whole = [(r or None, h or None) for r, h in kaldialign.align(ref, hyp, "")]
+    found = align(ref, hyp)
+    assert count_pairs(found) == count_pairs(whole)
+    assert [r for r, _ in found if r is not None] == ref and [h for _, h in found if h is not None] == hyp
+
+
+@pytest.mark.parametrize("ref, hyp", [
+    ("a" * 3000, "b" * 2000), ("ab" * 1000, "ba" * 900), ("abc" * 700, ""), ("x", "abcx" * 600),
+])  # fmt: skip
+def test_long_texts_have_the_fewest_errors(ref, hyp, monkeypatch):
+    monkeypatch.setattr("speechllm.scoring.counting._PAIRS_AT_ONCE", 10_000)
+    found = align(ref, hyp)
+    assert count_pairs(found).errors == kaldialign.edit_distance(list(ref), list(hyp))["total"]
+    assert "".join(r or "" for r, _ in found) == ref and "".join(h or "" for _, h in found) == hyp
+
+
+def test_an_hour_in_one_line_needs_little_memory():
+    program = (
+        "import random, resource\n"
+        "from speechllm.scoring import Transcript, characters, score\n"
+        "from tests.scoring.test_counting import spoken_and_recognised\n"
+        "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "ref, hyp = map(' '.join, spoken_and_recognised(10_000, 0.2))\n"
+        "before = used()\n"
+        "score([Transcript('a', ref, hyp)]), score([Transcript('a', ref, hyp)], characters)\n"
+        "print(used() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 150  # MB; 9,400 in one table

@@ -129,11 +129,14 @@ def test_errors_about_adapters_write_nothing(convert, tmp_path, capsys):
         ((tmp_path / "miss.pth", tmp_path / "x", "--alpha", "8"), "this is MiSS, which has no scale"),
         ((GOLDEN, tmp_path / "x", "--adapter", tmp_path / "state.pth"), "a Hugging Face folder has no place"),
         ((GOLDEN, tmp_path / "x", "--alpha", "8"), "--alpha: is for a LoRA"),
+        ((tmp_path / "lora.pth", tmp_path / "x", "--alpha", "0"), "alpha: 0, but it must be positive"),
+        ((tmp_path / "lora.pth", tmp_path / "x", "--alpha", "nan"), "alpha: nan, but it must be positive"),
     ):
         with pytest.raises(SystemExit, match=message):
             convert(*arguments)
     for arguments, message in (
         ((tmp_path / "state.pth", tmp_path / "x", "--dtype", "bfloat16"), "--dtype: is for models"),
+        ((tmp_path / "state.pth", tmp_path / "x", "--alpha", "8"), "--alpha: is for a LoRA; SOURCE is a tuned state"),
         ((tmp_path / "miss.pth", tmp_path / "x.safetensors"), "files are not written"),
     ):
         with pytest.raises(SystemExit):

@@ -7,10 +7,10 @@ import io
 import numpy as np
 import soundfile
 import torch
-from lhotse.augmentation.torchaudio import get_or_create_resampler
 from lhotse.augmentation.utils import next_fast_len
 
 from speechllm.data.features import SAMPLE_RATE
+from speechllm.data.resample import resample
 
 # name: container and encoding of libsndfile, sampling rate (G.711 and GSM 06.10 exist at 8 kHz alone)
 _FORMATS = {
@@ -54,7 +54,7 @@ def transcode(samples: np.ndarray, codec: str, rng: np.random.Generator) -> np.n
     settings = {"samplerate": rate, "channels": 1, "format": container, "subtype": encoding}
     if codec in _WITH_COMPRESSION_LEVEL:
         settings["compression_level"] = rng.uniform(0.0, _MAX_COMPRESSION_LEVEL)
-    coded = _resample(samples, SAMPLE_RATE, rate)
+    coded = resample(samples, SAMPLE_RATE, rate)
     scale = np.float32(max(1.0, np.abs(coded).max() / _FULL_SCALE))
     coded = coded / scale
     file = io.BytesIO()
@@ -63,7 +63,7 @@ def transcode(samples: np.ndarray, codec: str, rng: np.random.Generator) -> np.n
             encoder.write(coded[start : start + rate])
     file.seek(0)
     decoded = soundfile.read(file, dtype="float32")[0]
-    decoded = _resample(decoded * scale, rate, SAMPLE_RATE)[: len(samples)]
+    decoded = resample(decoded * scale, rate, SAMPLE_RATE)[: len(samples)]
     return np.pad(decoded, (0, len(samples) - len(decoded)))
 
 
@@ -77,9 +77,3 @@ def telephone_band(samples: np.ndarray) -> np.ndarray:
     response = 0.5 + 0.5 * np.sin(np.pi * np.clip(distance / _BAND_EDGE, -0.5, 0.5))
     spectrum = torch.fft.rfft(torch.from_numpy(samples), size) * torch.from_numpy(response.astype(np.float32))
     return torch.fft.irfft(spectrum, size)[: len(samples)].numpy()
-
-
-def _resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
-    if rate == new_rate:
-        return samples
-    return get_or_create_resampler(rate, new_rate)(torch.from_numpy(samples)).numpy()

@@ -95,7 +95,7 @@ def _segment(line: bytes, tables: Tables) -> dict:
         raise ValueError(f"expected utterance, recording, start and end, found {len(fields)} fields")
     name, recording = fields[:2]
     if recording not in tables["wav.scp"]:
-        raise ValueError(f"recording {_text(recording)} is not in wav.scp")
+        raise ValueError(f"recording {_shown(recording)} is not in wav.scp")
     start = _seconds(fields[2], "start")
     to_its_end = fields[3].startswith(b"-1")
     end = _recording_seconds(recording, tables) if to_its_end else _seconds(fields[3], "end")
@@ -109,7 +109,7 @@ def _segment(line: bytes, tables: Tables) -> dict:
 
 def _channel_number(value: bytes, name: str) -> int:
     if not value.isdigit():
-        raise ValueError(f"{name}: expected a channel, found {_text(value)!r}")
+        raise ValueError(f"{name}: expected a channel, found {_shown(value)!r}")
     return int(value)
 
 
@@ -126,22 +126,22 @@ def _channels_from_zero(table: dict[bytes, bytes]) -> dict[bytes, bytes]:
 
 
 def _utterance(name: bytes, recording: bytes, seconds: float, tables: Tables) -> dict:
-    line = {"id": _text(name), **_audio(recording, tables), "duration": seconds}
-    line["text"] = _text(tables["text"].get(name, b""))
+    line = {"id": _text(name, "the id"), **_audio(recording, tables), "duration": seconds}
+    line["text"] = _text(tables["text"].get(name, b""), f"text of {line['id']}")
     if recording in tables[_CHANNELS]:
         line[CHANNEL_OF_SEVERAL] = _channel_number(tables[_CHANNELS][recording], _CHANNELS)
     for field, table in (("speaker", "utt2spk"), ("lang", "utt2lang")):
         if name in tables[table]:
-            line[field] = _text(tables[table][name])
+            line[field] = _text(tables[table][name], f"{table} of {line['id']}")
     return line
 
 
 def _audio(recording: bytes, tables: Tables) -> dict[str, str]:
-    where = _text(tables["wav.scp"][recording])
+    where = _text(tables["wav.scp"][recording], "wav.scp")
     if where.endswith("|"):
         return {AUDIO_COMMAND: where[:-1].strip()}
     if not where:
-        raise ValueError(f"wav.scp has no audio of {_text(recording)}")
+        raise ValueError(f"wav.scp has no audio of {_shown(recording)}")
     if re.search(r"\.ark:\d+$", where):
         raise ValueError(f"wav.scp: {where} is inside a Kaldi archive; unpack it with wav-copy")
     return {"audio_filepath": os.path.abspath(where)}
@@ -163,9 +163,23 @@ def _seconds(value: bytes, name: str) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"{name}: expected seconds, found {_text(value)!r}")
+        raise ValueError(f"{name}: expected seconds, found {_shown(value)!r}")
     return seconds
 
 
-def _text(value: bytes) -> str:
-    return value.decode().strip()
+def _text(value: bytes, name: str) -> str:
+    """
+    Args:
+        name: what it is, for the error: the line is often that of another file.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return value.decode().strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8: {error}") from error
+
+
+def _shown(value: bytes) -> str:
+    return value.decode(errors="replace").strip()

@@ -75,6 +75,7 @@ from speechllm.data.manifests.supervisions import (
 )
 from speechllm.data.manifests.tar import TAR
 from speechllm.data.manifests.task import TRANSLATIONS, Writing, what_to_write
+from speechllm.text.languages import same_language
 
 __all__ = [
     "HEADER_UNREAD",
@@ -305,10 +306,16 @@ def _together(said: Sequence[Said], inside: Sequence[Said], parts: Sequence[Part
     if len(ways) > 1 and any(task == "ast" for task, _ in ways):
         listed = ", ".join(f"{task} into {target or 'no language'}" for task, target in sorted(ways, key=str))
         raise ValueError(f"supervisions of several tasks: {listed}")
+    spoken = list(dict.fromkeys(one.writing.lang for one in inside if one.writing.lang))
+    if not all(same_language(spoken[0], lang) for lang in spoken):
+        raise ValueError(
+            f"supervisions of several languages ({', '.join(spoken)}), and a prompt has room for one: make a cut of "
+            "each with lhotse's cut.trim_to_supervisions(), or name them alike with `languages` of the source"
+        )
     custom = {name: value for part in parts for name, value in part.custom.items()}
     return Writing(
         " ".join(one.writing.text for one in inside if one.writing.text),
-        next((one.writing.lang for one in said if one.writing.lang), None),
+        next((w.lang for w in writings if w.lang), None),
         writings[0].task,
         translation_of_all(inside, custom),
         next((w.target_lang for w in writings if w.target_lang), None),

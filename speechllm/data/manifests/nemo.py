@@ -85,12 +85,8 @@ def describe_nemo(line: dict, source: SourceConfig) -> Entry:
     Raises:
         KeyError, ValueError: a field is missing, has a wrong type or value, or is of a kind of line that is not used.
     """
-    for name, complaint in _UNSERVED.items():
-        if line.get(name) is not None:
-            raise ValueError(f"{name}: {complaint}")
+    _check_served(line)
     path = line[AUDIO_COMMAND] if AUDIO_COMMAND in line else line["audio_filepath"]
-    if isinstance(path, list):
-        raise ValueError(f"audio_filepath: a list of {len(path)} files; give a line for each, or a MultiCut of lhotse")
     if not isinstance(path, str) or not path:
         raise ValueError(f"audio_filepath: expected a path, found {path!r}")
     offset = seconds_of(line, "offset") if line.get("offset") is not None else 0.0
@@ -112,6 +108,18 @@ def describe_nemo(line: dict, source: SourceConfig) -> Entry:
         string_of(line, "previous"),
         hotwords_of(line),
     )
+
+
+def _check_served(line: dict) -> None:
+    """
+    Raises:
+        ValueError: it is of a kind of line that is not used.
+    """
+    for name, complaint in _UNSERVED.items():
+        if line.get(name) is not None:
+            raise ValueError(f"{name}: {complaint}")
+    if isinstance(path := line.get("audio_filepath"), list):
+        raise ValueError(f"audio_filepath: a list of {len(path)} files; give a line for each, or a MultiCut of lhotse")
 
 
 def _words(line: dict, offset: float, source: SourceConfig, lang: str | None) -> tuple[WordTime, ...] | None:
@@ -342,7 +350,7 @@ def tarred_shard_objects(shard: TarShard) -> Iterator[tuple[str, dict | Manifest
             continue
         name = next((name for name in (*_member_names(line), _whole_file(line)) if name in members), None)
         if name is None:
-            yield where, _no_member(where, line, shard)
+            yield from _no_member(where, line, shard)
             continue
         used.add(name)
         try:
@@ -369,8 +377,17 @@ def _whole_file(line: dict) -> str | None:
     return match and match[1] + (match[2] or "")
 
 
-def _no_member(where: str, line: dict, shard: TarShard) -> ManifestError:
-    return ManifestError(f"{where}: audio_filepath: {line.get('audio_filepath')!r} is not in {shard.tar}")
+def _no_member(where: str, line: dict, shard: TarShard) -> Iterator[tuple[str, ManifestError]]:
+    """What is wrong with a line whose audio is not in the tar file; nothing if it is to be skipped."""
+    try:
+        if is_skipped(line):
+            return
+        _check_served(line)
+    except ValueError as error:
+        yield where, ManifestError(f"{where}: {error}")
+        return
+    path = line.get("audio_filepath")
+    yield where, ManifestError(f"{where}: audio_filepath: {path!r} is not in {shard.tar}")
 
 
 def _no_line(name: str, shard: TarShard) -> tuple[str, ManifestError]:
@@ -410,7 +427,7 @@ def stream_tarred_shard(shard: TarShard, source: SourceConfig) -> Iterator[tuple
         if where in missing:
             yield from _cut_in_memory(where, missing.pop(where), source, data)
     for where, line in missing.items():
-        yield where, _no_member(where, line, shard)
+        yield from _no_member(where, line, shard)
 
 
 def _cut_in_memory(

@@ -31,7 +31,8 @@ _WORDS_BEYOND = 0.5
 @dataclass(frozen=True)
 class Supervision:
     """The `number`-th of a cut: `start` and `end` in seconds of the cut, which lasts from 0 to `duration`; `words`
-    likewise, as its alignment has them. The cut begins `offset` seconds into what it is a part of."""
+    likewise, as its alignment has them. The cut begins `offset` seconds into what it is a part of. `in_recording`: it
+    does not reach outside of the recording, or that is not known."""
 
     id: str
     start: float
@@ -44,6 +45,7 @@ class Supervision:
     number: int
     duration: float
     offset: float = 0.0
+    in_recording: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,10 @@ def part_of_json(obj: dict) -> Part:
     supervisions = obj.get("supervisions") or []
     if not all(isinstance(s, dict) for s in supervisions):
         raise ValueError("supervisions: expected a list of objects")
-    found = [_supervision(s, s.get("alignment"), i, obj["start"], obj["duration"]) for i, s in enumerate(supervisions)]
+    whole = (obj.get("recording") or {}).get("duration")
+    found = [
+        _supervision(s, s.get("alignment"), i, obj["start"], obj["duration"], whole) for i, s in enumerate(supervisions)
+    ]
     return Part(obj["duration"], _channels(obj.get("channel", 0)), obj.get("custom") or {}, tuple(found))
 
 
@@ -100,8 +105,11 @@ def parts_of(cut: Cut) -> list[Part]:
     names = ("id", "start", "duration", "text", "language", "channel", "custom")
     parts = []
     for part, offset in zip(data_cuts(cut), offsets, strict=False):
+        whole = part.recording.duration if part.has_recording else None
         found = [
-            _supervision({name: getattr(s, name) for name in names}, s.alignment, i, part.start, part.duration, offset)
+            _supervision(
+                {name: getattr(s, name) for name in names}, s.alignment, i, part.start, part.duration, whole, offset
+            )
             for i, s in enumerate(part.supervisions)
         ]
         parts.append(Part(part.duration, _channels(part.channel), part.custom or {}, tuple(found)))
@@ -109,8 +117,16 @@ def parts_of(cut: Cut) -> list[Part]:
 
 
 def _supervision(
-    fields: dict, alignment: dict | None, number: int, cut_start: float, duration: float, offset: float = 0.0
+    fields: dict,
+    alignment: dict | None,
+    number: int,
+    cut_start: float,
+    duration: float,
+    whole: float | None,
+    offset: float = 0.0,
 ) -> Supervision:
+    """`whole`: seconds of the recording, None where there is none."""
+    start, end = cut_start + fields["start"], cut_start + fields["start"] + fields["duration"]
     return Supervision(
         str(fields["id"]),
         fields["start"],
@@ -123,6 +139,7 @@ def _supervision(
         number,
         duration,
         offset,
+        whole is None or (start >= -_TOLERANCE and end <= whole + _TOLERANCE),
     )
 
 
@@ -247,11 +264,17 @@ def _inside(one: Said) -> Said:
             f"{where}: its text is not that of this audio. Cut between supervisions, as lhotse's trim_to_supervisions "
             "and, where speech overlaps, trim_to_supervision_groups do, or give the supervision a word alignment"
         )
+    if not supervision.in_recording:
+        # the times of the words may be those of a longer recording, out of which this one was cut
+        raise ValueError(
+            f"{where}, and outside of the recording: it cannot be told where the words of its alignment are. lhotse's "
+            "Shar of a part of a recording has them so: write whole recordings, or lhotse's JSON lines"
+        )
     first, last = min(word.start for word in words), max(word.end for word in words)
     if first < supervision.start - _WORDS_BEYOND or last > supervision.end + _WORDS_BEYOND:
         raise ValueError(
             f"{where}, and the words of its alignment are at {first:g} to {last:g} s: it cannot be told what is said. "
-            "Their times must be those of the recording (lhotse's Shar of a part of a recording has them wrong)"
+            "Their times must be those of the recording"
         )
     spans = _spans(writing.text, [word.word for word in words])
     if spans is None:
@@ -312,11 +335,19 @@ def translation_of_all(said: Sequence[Said], custom: dict) -> str:
     Raises:
         ValueError: some have none.
     """
-    if any(custom.get(name) is not None for name in TRANSLATIONS) and not any(
-        one.supervision.custom.get(name) is not None for one in said for name in TRANSLATIONS
-    ):
+    has_own = any(one.supervision.custom.get(name) is not None for one in said for name in TRANSLATIONS)
+    if any(custom.get(name) is not None for name in TRANSLATIONS) and not has_own:
         return said[0].writing.ast_text if said else ""
-    missing = [one.supervision.id for one in said if one.writing.task == "ast" and not one.writing.ast_text]
+    missing = [
+        one.supervision.id
+        for one in said
+        if one.writing.task == "ast"
+        and (
+            not one.writing.ast_text
+            # that of the others is not in the text, so that its text is none either
+            or (has_own and all(one.supervision.custom.get(name) is None for name in TRANSLATIONS))
+        )
+    ]
     if missing and len(missing) < len(said):
         raise ValueError(f"supervision {missing[0]} has no translation, and others of the cut have")
     return " ".join(one.writing.ast_text for one in said if one.writing.ast_text)

@@ -84,7 +84,7 @@ def test_bad_tables_are_named(data):
     (folder / "utt2lang").write_bytes(b"u6 \xff\n")
     found = problems(source)
     expected = ["wav.scp:8: u0 is in wav.scp twice", "text:8: u5 is in text twice", "wav.scp:2: ", "wav.scp:3: "]
-    expected += ["wav.scp:4: wav.scp has no audio of u3", "wav.scp:5: ", "wav.scp:7: not UTF-8"]
+    expected += ["wav.scp:4: wav.scp has no audio of u3", "wav.scp:5: ", "wav.scp:7: utt2lang of u6: not UTF-8"]
     assert len(found) == len(expected)
     assert all(message in problem for message, problem in zip(expected, found, strict=True))
     assert "inside a Kaldi archive" in found[3]
@@ -165,3 +165,12 @@ def test_fields_are_not_for_kaldi(data):
     source, _, _ = data
     with pytest.raises(ManifestError, match="text_field and lang_field are not for Kaldi"):
         iter_objects(replace(source, text_field="text"))
+
+
+def test_the_table_that_is_not_utf8_is_named(data):
+    source, _, folder = data
+    (folder / "text").write_bytes((folder / "text").read_bytes() + b"u99 caf\xe9\n")
+    (folder / "wav.scp").write_text((folder / "wav.scp").read_text() + "u99 a.wav\n")
+    (folder / "utt2dur").write_text((folder / "utt2dur").read_text() + "u99 1.0\n")
+    (message,) = problems(source)
+    assert "text of u99: not UTF-8: 'utf-8' codec can't decode byte 0xe9" in message

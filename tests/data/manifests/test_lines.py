@@ -100,6 +100,16 @@ def test_lines_that_are_to_be_skipped_are_left_out(kind, tmp_path):
     assert sorted(cut.id for cut in cuts) == used and not errors
 
 
+def test_lines_to_be_skipped_and_others_that_have_no_audio_in_their_tar_file(tmp_path):
+    lines = write_corpus(tmp_path)
+    source = write_kind("tarred", tmp_path, lines)
+    with open(tmp_path / "manifest_1.json", "a") as file:
+        for line in (LINE | {"_skipme": True}, {"conversations": [{"from": "User"}]}):
+            file.write(json.dumps(line) + "\n")
+    for errors in ([str(e) for _, e in iter_objects(source) if isinstance(e, ManifestError)], streamed(source)[1]):
+        assert len(errors) == 1 and "conversations of several turns" in errors[0]
+
+
 def test_a_skip_that_says_nothing_is_a_bad_line(tmp_path):
     path = write_manifest(tmp_path / "m.jsonl", [LINE, LINE | {"_skipme": "no"}])
     with pytest.raises(ManifestError, match="m.jsonl:2: _skipme: expected true or false, found 'no'"):

@@ -137,12 +137,24 @@ def test_the_tolerance_is_that_of_lhotse(recording, outside, is_refused, end):
     assert (outcome(cut.to_dict()) is None) == is_refused
 
 
+def test_supervisions_of_several_languages(recording):
+    cut = talk(recording, aligned=False)
+    for languages, lang in ((("de", "en"), None), (("English", "en-US"), "en-US"), ((None, "en"), "en")):
+        for one, language in zip(cut.supervisions, languages, strict=True):
+            one.language = language
+        found = outcome(cut.to_dict())
+        assert (found and found.lang) == lang
+    cut.supervisions[0].language, cut.supervisions[0].text = "de", None  # nothing is written in it
+    assert outcome(cut.to_dict()).lang == "en"
+
+
 def test_translations_of_several_supervisions(recording):
     cut = talk(recording, aligned=False)
     for one, text in zip(cut.supervisions, ("sechs", "eins"), strict=True):
         one.language, one.custom = "en", {"ast_text": text, "target_lang": "de", "task": "ast"}
     assert outcome(cut.to_dict()).target == "eins sechs"
     cut.supervisions[0].custom.pop("ast_text")
+    assert outcome(cut.to_dict()) is None  # its text is no translation where the other has one beside its text
     cut.supervisions[1].custom["task"] = "asr"
     assert outcome(cut.to_dict()) is None
     for one in cut.supervisions:
@@ -219,7 +231,20 @@ def test_shar_with_an_alignment_of_the_whole_recording_is_refused(recording, tmp
     windows.to_shar(tmp_path / "shar", fields={"recording": "wav"})
     source = SourceConfig(str(tmp_path / "shar"))
     entries = [outcome(obj, source) for _, obj in iter_objects(source)]
-    assert [entry and entry.text for entry in entries] == ["One, two three.", None, None, None]
+    assert [entry and entry.text for entry in entries] == [None] * 4
+
+
+def test_shar_of_a_part_has_an_alignment_that_is_off_by_little(recording, tmp_path):
+    """By so little that the times of its words might be right."""
+    (tmp_path / "shar").mkdir()
+    cut = recording.to_cut()
+    cut.supervisions = [supervision("a", FIRST, aligned=True)]
+    for start in (0.1, 0.4):  # before the supervision, and inside of it
+        part = cut.truncate(offset=start, duration=2.0)
+        assert outcome(part.to_dict()).text == "One, two"
+        CutSet.from_cuts([part]).to_shar(tmp_path / "shar", fields={"recording": "wav"})
+        source = SourceConfig(str(tmp_path / "shar"))
+        assert [outcome(obj, source) for _, obj in iter_objects(source)] == [None]
 
 
 @pytest.mark.parametrize(("convert", "output"), [(convert_to_cuts, "out.jsonl.gz"), (convert_to_shar, "out")])
