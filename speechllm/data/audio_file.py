@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class AudioNote:
     details: str
 
 
-class AudioFile:
+class AudioFile(ABC):
     """An opened file; made by `open_audio`.
 
     Attributes:
@@ -90,6 +91,7 @@ class AudioFile:
     channels: int
     frames: int | None
 
+    @abstractmethod
     def blocks(self, start: int = 0) -> Iterator[np.ndarray]:
         """(channels, num_samples) float32 blocks from sample `start` on, to the end of the stream. May be used once.
 
@@ -99,16 +101,15 @@ class AudioFile:
         Raises:
             UtteranceError: nothing can be decoded.
         """
-        raise NotImplementedError
 
     def count_frames(self) -> int:
         """Samples of each channel: as the header says where that is certain, or what decoding all of it finds. Takes
         the place of `blocks`."""
         return self.frames if self.frames is not None else sum(block.shape[1] for block in self.blocks())
 
+    @abstractmethod
     def close(self) -> None:
         """Close the file."""
-        raise NotImplementedError
 
 
 @contextmanager
