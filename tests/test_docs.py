@@ -51,8 +51,10 @@ def test_extras_that_commands_install_are_there():
     named = {
         (file.name, extra)
         for file in files
-        for extras_of_one in re.findall(r"(?:speechllm|['\" ]\.)\[([a-z,]+)\]", file.read_text(encoding="utf-8"))
-        for extra in extras_of_one.split(",")
+        for extras_of_one in re.findall(
+            r"(?:speechllm|['\" ]\.)\[([a-z,]+)\]|install_speechllm ([a-z,]+)", file.read_text(encoding="utf-8")
+        )
+        for extra in "".join(extras_of_one).split(",")
     }
     assert ("check_gpu.sh", "gpu") in named
     assert {(name, extra) for name, extra in named if extra not in extras} == set()

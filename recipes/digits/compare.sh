@@ -15,7 +15,7 @@ case ${1:-} in
     ;;
 esac
 . tools/venv.sh
-install_speechllm av
+install_speechllm plot
 python recipes/digits/prepare_corpus.py --output-dir recipes/digits/data
 python recipes/digits/train_tokenizer.py --data-dir recipes/digits/data --vocab-size 400
 python recipes/digits/compare.py "$@"

@@ -43,7 +43,7 @@ while [ $# -gt 0 ]; do
 done
 
 . tools/venv.sh
-install_speechllm av
+install_speechllm plot
 # configs/digits.yaml -> exp, configs/digits-ctc.yaml -> exp-ctc
 name=$(basename "$config" .yaml)
 name=${name#digits}
