@@ -99,12 +99,12 @@ def part_of_json(obj: dict) -> Part:
 
 def parts_of(cut: Cut) -> list[Part]:
     """All parts of a cut, padding and silence aside."""
-    offsets = [0.0]
+    offsets = [0.0] * len(data_cuts(cut))
     if isinstance(cut, MixedCut):
         offsets = [t.offset for t in cut.tracks if not t.mute and not isinstance(t.cut, PaddingCut)]
     names = ("id", "start", "duration", "text", "language", "channel", "custom")
     parts = []
-    for part, offset in zip(data_cuts(cut), offsets, strict=False):
+    for part, offset in zip(data_cuts(cut), offsets, strict=True):
         whole = part.recording.duration if part.has_recording else None
         found = [
             _supervision(
