@@ -1,4 +1,4 @@
-"""A stream read step by step, as `speechllm.prompt.interleave` says: slow, plain, and what recognizers are held against."""
+"""A stream read step by step, as `speechllm.prompt.interleave` says: slow and plain, to hold recognizers against."""
 
 from __future__ import annotations
 
