@@ -106,6 +106,11 @@ class SpeechModel(nn.Module, ABC):
         """The tokens of a label as it stands behind the prompt, without the end of text."""
         return self.tokenizer.encode(self.config.prompt.before_label + label)
 
+    def num_label_tokens(self, labels: Sequence[str], feature_lens: Tensor, chunk_seconds: float | None = None) -> int:
+        """How many tokens of the labels of a batch count in its loss, each label's end of text included, and in streams
+        (`chunk_seconds`) the end of each chunk."""
+        return sum(len(ids) + 1 for ids in map(self.label_ids, labels))
+
     def label_lengths(self, labels: Sequence[str]) -> list[int]:
         """How many tokens each label has behind the prompt, the end of text not counted."""
         return [len(self.label_ids(label)) for label in labels]

@@ -108,6 +108,8 @@ class EncoderModel(SpeechModel):
         target_languages: Sequence[str | None] | None = None,
         labels: Sequence[str] | None = None,
         contexts: Sequence[PromptContext] | None = None,
+        words: object = None,
+        chunk_seconds: None = None,
     ) -> dict[str, Tensor]:
         """Losses of a batch, SUMMED over its utterances; of two views of each, the mean of both is taken.
 
@@ -117,7 +119,7 @@ class EncoderModel(SpeechModel):
           texts: N transcripts.
           languages: not used.
           target_languages: None, or N times None.
-          labels: not used, as they are the texts; contexts: not used, as there is no prompt.
+          labels: not used, as they are the texts; contexts, words, chunk_seconds: not used, as there is no prompt.
 
         Returns:
           scalars: `loss` = ctc_weight * `ctc_loss` + cr_ctc.weight * `cr_ctc_loss` + transducer.weight *

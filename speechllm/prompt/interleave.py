@@ -11,26 +11,26 @@ The audio is cut into chunks of `chunk_seconds`, from its beginning on. A row th
 
 Chunks. The K whole chunks of an utterance are whole in the encoder's own frames, 20 ms each: K = frames // frames of
 a chunk (for a Zipformer frames = (T - 7) // 2, T frames of features). Each has the same number of positions. What is
-left, perhaps nothing, is the rest of the audio: the stream has ended, which `after` tells the model. A chunk that covers
-all of the audio is all rest: then the row is that of offline recognition, in the template `prompt.streaming`.
+left, perhaps nothing, is the rest of the audio: the stream has ended, which `after` tells the model. A chunk that
+covers all of the audio is all rest: then the row is that of offline recognition, in the template `prompt.streaming`.
 
-Text. The tokens are those of the offline label, `prompt.before_label` and text encoded as one, dealt out to the chunks: a
-chunk has the tokens of the words that end in it. A word ends in the chunk k (from 0) with k * chunk < end + delay <=
+Text. The tokens are those of the offline label, `prompt.before_label` and text encoded as one, dealt out to the chunks:
+a chunk has the tokens of the words that end in it. A word ends in the chunk k (from 0) with k * chunk < end + delay <=
 (k + 1) * chunk; what ends later is in the rest. Tokens between two words (a space by itself, `before_label`) belong to
 the second one, and a token that has parts of several words to the last of these. So the texts of all chunks and the
 rest, joined, are the offline label; a chunk may have no text at all.
 
-`next` says that the text of a chunk is complete and more audio is wanted. It is the tokenizer's end of text (`eos_id`), as in
-SpeechLLM-XL (arXiv 2410.03752): every tokenizer has one, every language model knows how to write it, also a frozen one,
-and no text can be taken for it, as a newline or a tag in pieces could. It is read like any token before the audio of the
-next chunk. After the rest of the text the same token ends the whole; it is predicted, never read.
+`next` says that the text of a chunk is complete and more audio is wanted. It is the tokenizer's end of text (`eos_id`),
+as in SpeechLLM-XL (arXiv 2410.03752): every tokenizer has one, every language model knows how to write it, also a
+frozen one, and no text can be taken for it, as a newline or a tag in pieces could. It is read like any token before the
+audio of the next chunk. After the rest of the text the same token ends the whole; it is predicted, never read.
 
-Loss. On text, `next` and the final end of text, each predicted at the position before it: the first token of a chunk's text,
-or `next`, at the chunk's last audio position; the first of the rest at the row's last position that is no label, which is
-the last `next` where rest, boundary and `after` are all empty. There is no loss where audio or prompt follow.
+Loss. On text, `next` and the final end of text, each predicted at the position before it: the first token of a chunk's
+text, or `next`, at the chunk's last audio position; the first of the rest at the row's last position that is no label,
+which is the last `next` where rest, boundary and `after` are all empty. There is no loss where audio or prompt follow.
 
-A recognizer reads `before`, then for each whole chunk its audio, writes greedily until `next`, and reads `next`; at the end
-it reads the rest of the audio, the boundary and `after`, and writes until the end of text.
+A recognizer reads `before`, then for each whole chunk its audio, writes greedily until `next`, and reads `next`; at the
+end it reads the rest of the audio, the boundary and `after`, and writes until the end of text.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
+import torch
 
+from speechllm.llm.interface import IGNORE
 from speechllm.prompt.label import WordTime
+from speechllm.prompt.template import Kind, PromptConfig, PromptContext, Spliced
 from speechllm.text.tokenizer import Tokenizer
 
 # Times are sums of floats: a word that ends with a chunk is in it.
@@ -77,8 +80,8 @@ class StreamingConfig:
             raise ValueError(f"delay_seconds must be at least 0, got {self.delay_seconds}")
         if not 0 < self.offline_share < 1:
             raise ValueError(
-                f"offline_share must be above 0 and below 1, got {self.offline_share}: validation is offline, and a model "
-                "that is to be offline alone needs no model.streaming"
+                f"offline_share must be above 0 and below 1, got {self.offline_share}: validation is offline, and a "
+                "model that is to be offline alone needs no model.streaming"
             )
 
     def draw(self, seed: int, epoch: int, number: int) -> float | None:
@@ -109,9 +112,7 @@ def deal_out(
         `num_chunks` + 1 lists, the last of them the rest; joined they are `token_ids`.
     """
     ends = list(accumulate(_letters(word.word) for word in words))
-    chunks = [
-        min(math.ceil((word.end + delay_seconds) / chunk_seconds - _TOLERANCE) - 1, num_chunks) for word in words
-    ]
+    chunks = [min(math.ceil((word.end + delay_seconds) / chunk_seconds - _TOLERANCE) - 1, num_chunks) for word in words]
     chunks = list(accumulate(chunks, max, initial=0))[1:]
     stream = tokenizer.stream()
     pieces = [_letters(stream.push(token)) for token in token_ids]
@@ -128,6 +129,62 @@ def deal_out(
             chunk = max(chunk, chunks[min(word, len(chunks) - 1)])
         dealt[chunk].append(token)
     return dealt
+
+
+def interleave(
+    prompt: PromptConfig,
+    tokenizer: Tokenizer,
+    audio_lens: Sequence[int],
+    languages: Sequence[str | None],
+    label_ids: Sequence[Sequence[Sequence[int]]],
+    chunk_seconds: float,
+    chunk_positions: int,
+    target_languages: Sequence[str | None] | None = None,
+    contexts: Sequence[PromptContext] | None = None,
+) -> Spliced:
+    """Lay out the rows of a batch of streams, built on the CPU.
+
+    Args:
+        audio_lens: positions of the audio of each row.
+        label_ids: the tokens of each row by chunk, the rest last (`deal_out`). A row with the rest alone has all of its
+            audio before its text; so must those with a target language, whose prompt is that of a translation.
+        chunk_positions: of the audio of a whole chunk.
+
+    Raises:
+        UserError: the prompt has a slot for what an utterance does not have, or a tag that the tokenizer must not
+            split.
+        ValueError: a row has less audio than its chunks.
+    """
+    n = len(languages)
+    target_languages, contexts = target_languages or [None] * n, contexts or [None] * n
+    rows: list[list[tuple[Kind, Sequence[int]]]] = []
+    for audio_len, tags, context, (*chunks, rest) in zip(
+        audio_lens, zip(languages, target_languages, strict=True), contexts, label_ids, strict=True
+    ):
+        left = audio_len - len(chunks) * chunk_positions
+        if left < 0:
+            raise ValueError(f"{len(chunks)} chunks of {chunk_positions} positions in audio of {audio_len}")
+        before, after = prompt.encoded(tokenizer, *tags, context, chunk_seconds)
+        row = [(Kind.SOFT, [0] * prompt.soft_tokens), (Kind.TEXT, before)]
+        boundary = (Kind.BOUNDARY, [0] * int(prompt.boundary))
+        row.append(boundary)
+        for chunk in chunks:
+            row += [(Kind.AUDIO, [0] * chunk_positions), (Kind.LABEL, [*chunk, tokenizer.eos_id])]
+        row += [(Kind.AUDIO, [0] * left), boundary, (Kind.TEXT, after), (Kind.LABEL, rest)]
+        rows.append(row)
+    lens = torch.tensor([sum(len(ids) for _, ids in row) for row in rows])
+    shape = (n, int(lens.max()))
+    token_ids = torch.zeros(shape, dtype=torch.long)
+    kinds = torch.full(shape, Kind.PADDING, dtype=torch.uint8)
+    for i, row in enumerate(rows):
+        token_ids[i, : lens[i]] = torch.tensor([token for _, ids in row for token in ids])
+        kinds[i, : lens[i]] = torch.tensor([kind for kind, ids in row for _ in ids], dtype=torch.uint8)
+    # Whatever is of a label is predicted by the position before it, and the end of text by the last one.
+    labels = torch.full(shape, IGNORE)
+    labels[:, :-1] = token_ids[:, 1:].masked_fill(kinds[:, 1:] != Kind.LABEL, IGNORE)
+    labels[torch.arange(n), lens - 1] = tokenizer.eos_id
+    audio_starts = torch.tensor([sum(len(ids) for _, ids in row[:3]) for row in rows])
+    return Spliced(token_ids, kinds, lens, labels, audio_starts)
 
 
 def _letters(text: str) -> int:
