@@ -280,6 +280,8 @@ class StreamableModel(Protocol):
 
     encoder: nn.Module
     """A `speechllm.encoder.Zipformer`; any other is refused."""
+    llm: LanguageModel | None
+    config: PromptHolder
     ctc_head: nn.Module | None
     blank_id: int
     tokenizer: Tokenizer
@@ -314,7 +316,6 @@ class StreamableSpeechLLM(StreamableModel, Protocol):
     """What `streaming_search.TextDecoder` asks of a model that has learned to write while it listens."""
 
     llm: LanguageModel
-    config: PromptHolder
     projector: nn.Module
     """encoder_out (N, T', D), (N,) of one chunk -> audio_embeds (N, T'', D_llm), (N,)."""
     ctc_tokenizer: Tokenizer

@@ -200,17 +200,18 @@ class StreamingRecognizer:
         context: PromptContext | None = None,
         options: StreamingOptions | None = None,
     ) -> None:
-        self.model, self.options = model, options or StreamingOptions()
-        self.language, self.context = language, context
-        llm = getattr(model, "llm", None)
+        self.model, self.language, self.context = model, language, context
+        options = options or StreamingOptions()
+        # of an encoder alone, what is for a language model is asked in vain
+        self.options = options if model.llm is not None else replace(options, ctc=True)
         if not isinstance(model.encoder, Zipformer) or not model.encoder.config.causal:
             raise UserError(
-                "the model cannot hear a stream: its encoder hears whole utterances. Streaming needs a causal Zipformer "
-                "(model.encoder.zipformer.causal: true in training)"
+                "the model cannot hear a stream, as its encoder hears whole utterances: streaming needs a causal "
+                "Zipformer (model.encoder.zipformer.causal: true in training)"
             )
-        if llm is None or self.options.ctc:
+        if self.options.ctc:
             self.chunk: StreamChunk = self._encoder_chunk(chunk_seconds)
-            self.decoder: ChunkDecoder = self._ctc_decoder(llm is None)
+            self.decoder: ChunkDecoder = self._ctc_decoder(model.llm is None)
         else:
             self.chunk = self._trained_chunk(chunk_seconds)
             self.decoder = TextDecoder(model, self.chunk, self.options)
@@ -329,9 +330,8 @@ class StreamingRecognizer:
         words: dict[int, list[StreamedWord]] = {id(stream): [] for stream in streams}
         rests: dict[int, Tensor] = {}
         while True:
-            windows = [
-                (stream, found) for s in streams if (found := (stream := s).next_window(self.window)) is not None
-            ]
+            ready = [(stream, stream.next_window(self.window)) for stream in streams]
+            windows = [(stream, features) for stream, features in ready if features is not None]
             if not windows:
                 break
             for first in range(0, len(windows), self.options.max_rows):
@@ -403,12 +403,10 @@ class StreamingRecognizer:
         left = [frames for frames in config.left_context_frames if frames > 0]
         if size not in sizes or abs(size * _FRAME_SECONDS - seconds) > 1e-6:
             able = ", ".join(f"{size * _FRAME_SECONDS:g}" for size in sizes) or "none, but the whole utterance"
-            raise UserError(
-                f"chunk_seconds: {seconds:g} is none of the encoder's chunks, which are (in seconds) {able}"
-            )
+            raise UserError(f"chunk_seconds: {seconds:g} is none of the encoder's chunks, in seconds {able}")
         if not left:
             raise UserError(
-                "the encoder was trained to see all that is before (left_context_frames: -1), which never ends"
+                "the encoder was trained to see all that is before (left_context_frames: -1), and a stream has no end"
             )
         return EncoderChunk(seconds, size, max(left))
 
@@ -416,13 +414,9 @@ class StreamingRecognizer:
         """A chunk that the language model writes after."""
         chunks: Mapping[float, StreamChunk] = self.model.chunks
         if not chunks:
+            way_out = "" if self.model.ctc_head is None else "; the CTC head can write what a stream says: ctc"
             raise UserError(
-                "the language model writes when all is heard: it was trained without model.streaming"
-                + (
-                    ". Its CTC head can write what a stream says: options ctc"
-                    if self.model.ctc_head is not None
-                    else ""
-                )
+                "the language model writes when all is heard, as it was trained without model.streaming" + way_out
             )
         if seconds not in chunks:
             raise UserError(
@@ -447,8 +441,8 @@ def _floating_point(samples: np.ndarray | Tensor) -> Tensor:
     samples = torch.as_tensor(samples)
     if samples.dim() != 1 or not (samples.is_floating_point() or samples.dtype == torch.int16):
         raise UserError(
-            f"samples of shape {tuple(samples.shape)}, type {samples.dtype}: give one channel (num_samples,) of 16 kHz, "
-            "floating point in [-1, 1] or int16"
+            f"samples of shape {tuple(samples.shape)}, type {samples.dtype}: give one channel, (num_samples,), of 16 "
+            "kHz, floating point in [-1, 1] or int16"
         )
     if samples.dtype == torch.int16:
         return samples.float() / 32768
