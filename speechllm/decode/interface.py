@@ -6,7 +6,8 @@ the recognizers knows how they are built.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -19,7 +20,7 @@ from speechllm.encoder.transducer import Transducer
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModel
 from speechllm.prompt.label import LabelTemplate, ReadLabel
-from speechllm.prompt.template import PromptContext, Spliced
+from speechllm.prompt.template import PromptConfig, PromptContext, Spliced
 from speechllm.text.tokenizer import Tokenizer
 
 # From one frame of features to the next.
@@ -80,6 +81,67 @@ class RecogniseOptions:
         if self.search.method == "sample":
             why = "has no part in sampling: search with method greedy or beam"
             found |= dict.fromkeys(("ctc_weight", "hotwords", "ngram"), why)
+        return found
+
+
+@dataclass(frozen=True)
+class StreamingOptions:
+    """How a stream is recognized.
+
+    Attributes:
+      beam: hypotheses that are followed, each with a state of its own; 1 is greedy search. A word is written when all
+        of them have it, so that none is ever taken back.
+      stable_seconds: with a beam, how long a word may wait for that; then it is written as the best hypothesis has it,
+        and the others are given up.
+      ctc: the CTC head writes, greedily, also where there is a language model.
+      hotwords: a file of phrases that the search prefers (see `context.Hotwords.from_file`), and their weight.
+      endpoint_seconds: after so much audio without a new word a segment ends; None: there is one. Nothing is lost: the
+        states go on.
+      fresh_segments: the language model reads a new segment from the prompt on, as if the stream began there. It then
+        knows nothing of what was before; a model of transformers has to, or its cache would grow without end.
+      tokens_per_second: longest text for a second of audio.
+      max_rows: of a step of the language model: hypotheses of all streams that are computed together.
+
+    Raises:
+      UserError: a value is out of range, or has no effect with the others.
+    """
+
+    beam: int = 1
+    stable_seconds: float = 1.0
+    ctc: bool = False
+    hotwords: str | None = None
+    hotword_weight: float = 1.0
+    endpoint_seconds: float | None = None
+    fresh_segments: bool = False
+    tokens_per_second: float = 12.5
+    max_rows: int = 64
+
+    def __post_init__(self) -> None:
+        for name, holds, what in (
+            ("beam", self.beam >= 1, "at least 1"),
+            ("stable_seconds", self.stable_seconds >= 0, "at least 0"),
+            ("endpoint_seconds", self.endpoint_seconds is None or self.endpoint_seconds > 0, "above 0"),
+            ("tokens_per_second", self.tokens_per_second > 0, "above 0"),
+            ("max_rows", self.max_rows >= self.beam, "at least the beam"),
+        ):
+            if not holds:
+                raise UserError(f"{name}: must be {what}, got {getattr(self, name)}")
+        for name, why in self.without_effect().items():
+            if getattr(self, name) != StreamingOptions.__dataclass_fields__[name].default:
+                raise UserError(f"{name}: {why}")
+
+    def without_effect(self) -> dict[str, str]:
+        """The names of the options that change nothing beside the others, and what is wrong with giving them."""
+        found = {}
+        if self.ctc:
+            why = "is for the language model's search, and the CTC head writes"
+            found |= dict.fromkeys(("beam", "hotwords", "fresh_segments", "tokens_per_second"), why)
+        if self.beam == 1:
+            found["stable_seconds"] = "is for a beam, and there is one hypothesis"
+        if self.hotwords is None:
+            found["hotword_weight"] = "is the weight of hotwords, and none are given"
+        if self.endpoint_seconds is None:
+            found["fresh_segments"] = "is for segments, and endpoint_seconds gives none"
         return found
 
 
@@ -210,6 +272,61 @@ class RecognizableSpeechLLM(Protocol):
     def label_ids(self, label: str) -> list[int]: ...
 
     def text(self, token_ids: Sequence[int]) -> str: ...
+
+
+class StreamableModel(Protocol):
+    """What `streaming.StreamingRecognizer` asks of a model: a causal encoder with a CTC head, or what
+    `StreamableSpeechLLM` has."""
+
+    encoder: nn.Module
+    """A `speechllm.encoder.Zipformer`; any other is refused."""
+    llm: LanguageModel | None
+    config: PromptHolder
+    ctc_head: nn.Module | None
+    blank_id: int
+    tokenizer: Tokenizer
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def frame_seconds(self) -> float:
+        """Of audio, one frame of the encoder's output."""
+        ...
+
+    def encoding(self) -> AbstractContextManager[object]:
+        """The context that the encoder computes in."""
+        ...
+
+
+class StreamChunk(Protocol):
+    """A chunk of audio that a model has learned to write after."""
+
+    seconds: float
+    encoder_frames: int
+    """Of 20 ms."""
+    left_context_frames: int
+
+
+class PromptHolder(Protocol):
+    prompt: PromptConfig
+
+
+class StreamableSpeechLLM(StreamableModel, Protocol):
+    """What `streaming_search.TextDecoder` asks of a model that has learned to write while it listens."""
+
+    llm: LanguageModel
+    projector: nn.Module
+    """encoder_out (N, T', D), (N,) of one chunk -> audio_embeds (N, T'', D_llm), (N,)."""
+    ctc_tokenizer: Tokenizer
+    chunks: Mapping[float, StreamChunk]
+    """By their seconds."""
+
+    def embed(self, spliced: Spliced, audio_embeds: Tensor, audio_lens: Tensor) -> Tensor:
+        """-> inputs_embeds (N, L, D_llm)."""
+        ...
+
+    def ctc_label_ids(self, text: str) -> list[int]: ...
 
 
 def check_length(model: RecognizableEncoder | RecognizableSpeechLLM, frames: int | None) -> None:

@@ -7,7 +7,7 @@ keys and values of any causal language model of transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -57,6 +57,15 @@ class LanguageModelState(Protocol):
     @staticmethod
     def cat(states: Sequence[LanguageModelState]) -> LanguageModelState:
         """The rows of all `states`, one state's after the other's: utterances that enter the batch."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it holds, by name, for `from_tensors` and for files."""
+        ...
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LanguageModelState:
+        """From what `tensors` gave."""
         ...
 
 
