@@ -14,7 +14,6 @@ own. --plot FILE.png draws both.
 from __future__ import annotations
 
 import argparse
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -161,6 +161,14 @@ def test_the_prompt_may_need_what_an_utterance_lacks():
     assert PromptConfig().fill("en", "de", chunk_seconds=0.64) == PromptConfig().fill("en", "de")
 
 
+def test_instructions_of_streams_alone():
+    prompt = PromptConfig(asr="Go {audio}", streaming="{instruction} {audio}", instructions=["a", "b"])
+    assert prompt.written_out() == prompt.written_out().written_out()
+    assert prompt.fill("en", None, PromptContext(draw=0.6), 0.64) == ("b ", "")
+    with pytest.raises(UserError, match=r"instructions: asr has no \{instruction\} slot"):
+        PromptConfig(asr="Go {audio}", instructions=["a", "b"])
+
+
 def test_what_ends_a_stream_is_known_from_the_prompt():
     assert PromptConfig().tells_end_of_stream()
     assert not PromptConfig(streaming="go {audio}{previous}").tells_end_of_stream()
