@@ -43,7 +43,7 @@ from speechllm.linear import INFERENCE_WEIGHTS
 from speechllm.log import setup_logging
 from speechllm.model.build import load_model, prepare_for_inference
 from speechllm.model.card import add_results
-from speechllm.model.speech_llm import load_model_config
+from speechllm.model.config import load_model_config
 from speechllm.scoring import (
     Transcript,
     characters,

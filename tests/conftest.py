@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from speechllm.encoder import ZipformerConfig
-from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, SpeechLLM
+from speechllm.model.config import EncoderSection, LLMSection, ModelConfig
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.rwkv7 import RWKV7Config
 from speechllm.text.tokenizer import train_sentencepiece
 

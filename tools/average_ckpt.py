@@ -29,7 +29,7 @@ from speechllm.config import from_dict
 from speechllm.errors import UserError
 from speechllm.files import describe_write_error
 from speechllm.model.build import build_model
-from speechllm.model.speech_llm import ModelConfig
+from speechllm.model.config import ModelConfig
 from speechllm.train.checkpoint import (
     average_between,
     average_state_dicts,

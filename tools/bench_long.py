@@ -28,7 +28,8 @@ from speechllm.decode.recognizer import RecogniseOptions, Recogniser, Speech
 from speechllm.decode.result import Recognition
 from speechllm.decode.search import SearchOptions
 from speechllm.encoder import ZipformerConfig
-from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, SpeechLLM
+from speechllm.model.config import EncoderSection, LLMSection, ModelConfig
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.rwkv7 import RWKV7Config
 from speechllm.transcribe.inputs import audio_input
 from speechllm.transcribe.segments import SegmentOptions, transcribe_inputs

@@ -80,7 +80,8 @@ from speechllm.encoder import ZipformerConfig, init_from_data
 from speechllm.encoder.pretrained import FULLY_TRAINED
 from speechllm.linear import has_onednn
 from speechllm.llm.adapters import TuneConfig, tune
-from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, SpeechLLM
+from speechllm.model.config import EncoderSection, LLMSection, ModelConfig
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import OptimConfig, build_optimizer
 from speechllm.rwkv7 import RWKV7Config
 from speechllm.text.tokenizer import train_sentencepiece

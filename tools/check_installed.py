@@ -15,7 +15,7 @@ import torch
 import speechllm
 from speechllm import SpeechLLM
 from speechllm.config import from_dict
-from speechllm.model.speech_llm import ModelConfig
+from speechllm.model.config import ModelConfig
 from speechllm.text.tokenizer import train_sentencepiece
 
 SENTENCES = ["one two three", "tres uno", "two", "uno dos tres"]

@@ -14,7 +14,8 @@ from speechllm.data.manifests.manifest import SourceConfig, describe_cut, read_m
 from speechllm.data.manifests.source import label_of
 from speechllm.llm.interface import IGNORE
 from speechllm.model.speech_llm import SpeechLLM
-from speechllm.prompt.template import Kind, PromptContext, Spliced
+from speechllm.prompt.splice import Kind, Spliced
+from speechllm.prompt.template import PromptContext
 from speechllm.text.normalize import normalize_text
 from speechllm.text.tokenizer import Tokenizer
 

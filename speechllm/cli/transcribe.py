@@ -105,8 +105,8 @@ def run_transcribe(args: argparse.Namespace) -> int:
 
     from speechllm.errors import UserError
     from speechllm.model.build import load_model, prepare_for_inference, usable_device
+    from speechllm.model.config import load_model_config
     from speechllm.model.request import asked_languages
-    from speechllm.model.speech_llm import load_model_config
     from speechllm.transcribe.inputs import Inputs
     from speechllm.transcribe.output import Output, transcribe_all
     from speechllm.transcribe.segments import SegmentOptions

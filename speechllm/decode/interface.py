@@ -19,7 +19,8 @@ from speechllm.encoder.transducer import Transducer
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModel
 from speechllm.prompt.label import LabelTemplate, ReadLabel
-from speechllm.prompt.template import PromptContext, Spliced
+from speechllm.prompt.splice import Spliced
+from speechllm.prompt.template import PromptContext
 from speechllm.text.tokenizer import Tokenizer
 
 # From one frame of features to the next.

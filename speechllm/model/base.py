@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,18 +15,15 @@ from torch import Tensor, nn
 
 from speechllm.decode.interface import RecogniseOptions, Recognizer, Speech
 from speechllm.decode.result import Recognition
-from speechllm.encoder import WhisperEncoder, Zipformer
 from speechllm.errors import UserError
+from speechllm.model.config import EncoderSection, ModelConfig
+from speechllm.model.parts import Encoder
 from speechllm.model.request import asked_languages
 from speechllm.prompt.label import LabelTemplate
 from speechllm.prompt.template import PromptContext
 from speechllm.text.tokenizer import Tokenizer
 from speechllm.transcribe.formats import Recording
 
-if TYPE_CHECKING:
-    from speechllm.model.speech_llm import EncoderSection, ModelConfig
-
-Encoder = Zipformer | WhisperEncoder
 Audio = str | os.PathLike | np.ndarray | Tensor  # a file, or samples
 
 
@@ -55,6 +52,10 @@ class SpeechModel(nn.Module, ABC):
         Raises:
           UserError: the options ask for what the model does not have.
         """
+
+    @abstractmethod
+    def card(self) -> str:
+        """The text of its folder's README.md, without results."""
 
     def train(self, mode: bool = True) -> SpeechModel:
         """Frozen parts stay in evaluation mode."""

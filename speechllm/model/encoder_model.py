@@ -26,10 +26,11 @@ from speechllm.encoder.ctc import consistency_losses, ctc_losses
 from speechllm.encoder.transducer import Transducer
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
-from speechllm.model.base import Encoder, SpeechModel
-from speechllm.model.card import encoder_card
+from speechllm.model.base import SpeechModel
+from speechllm.model.card import encoder_card, encoder_name
+from speechllm.model.config import EncoderSection, ModelConfig, load_model_config
 from speechllm.model.ctc_head import load_ctc_head
-from speechllm.model.speech_llm import EncoderSection, ModelConfig, build_encoder, load_model_config, saved_section
+from speechllm.model.parts import Encoder, build_encoder, saved_section
 from speechllm.prompt.label import LabelTemplate
 from speechllm.prompt.template import PromptContext
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
@@ -171,6 +172,18 @@ class EncoderModel(SpeechModel):
         """
         return EncoderRecogniser(self, options)
 
+    def card(self) -> str:
+        """The text of its folder's README.md, without results."""
+        parts: list[tuple[str, nn.Module]] = [(encoder_name(self.encoder), self.encoder)]
+        how = []
+        if self.ctc_head is not None:
+            parts.append(("CTC head", self.ctc_head))
+            how.append("CTC")
+        if self.transducer is not None:
+            parts.append(("transducer (decoder and joiner)", self.transducer))
+            how.append("a transducer")
+        return encoder_card(parts, " and ".join(how))
+
     def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
         """Write the whole model: config.yaml, model.safetensors, tokenizer, README.md; and config.json, with which
         `encoder.load_encoder` finds the encoder in it. Replaces `folder` in one move.
@@ -189,7 +202,7 @@ class EncoderModel(SpeechModel):
                 sizes = {"model_type": "whisper", **self.encoder.config.to_dict()}
             (tmp / "config.json").write_text(f"{json.dumps(sizes, indent=2)}\n", encoding="utf-8")
             save_file({k: v.contiguous() for k, v in self.state_dict().items()}, tmp / "model.safetensors")
-            (tmp / "README.md").write_text(encoder_card(self), encoding="utf-8")
+            (tmp / "README.md").write_text(self.card(), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> EncoderModel:

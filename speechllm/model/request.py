@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from speechllm.errors import UserError
+from speechllm.model.config import ModelConfig
 from speechllm.prompt.template import PromptContext
 from speechllm.text.languages import language_tag
-
-if TYPE_CHECKING:
-    from speechllm.model.speech_llm import ModelConfig
 
 
 def asked_languages(

@@ -8,7 +8,7 @@ from typing import Any
 
 from speechllm.config import load_config
 from speechllm.data import DataConfig
-from speechllm.model.speech_llm import ModelConfig
+from speechllm.model.config import ModelConfig
 from speechllm.optim.optimizer import OptimConfig
 from speechllm.train.stages import stages_of
 

@@ -12,7 +12,8 @@ from speechllm.llm.adapters import METHODS, TuneConfig, load_adapter, merge, mer
 from speechllm.llm.precision import base_dtype, convert
 from speechllm.llm.transformers import load_transformers_lm
 from speechllm.model.build import load_model, prepare_for_inference, usable_device
-from speechllm.model.speech_llm import LLMSection, ModelConfig, SpeechLLM
+from speechllm.model.config import LLMSection, ModelConfig
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.rwkv7 import load_rwkv7, save_rwkv7
 from speechllm.train.checkpoint import load_trained, trained_state_dict
 from speechllm.train.preflight import check_precision

@@ -21,7 +21,8 @@ from speechllm.linear import pack_for_inference
 from speechllm.llm.adapters import TuneConfig, merge, tune, unmerge
 from speechllm.llm.transformers import load_transformers_lm, new_transformers_lm
 from speechllm.llm.transformers_files import gpu_kernels_only_on_gpus
-from speechllm.model.speech_llm import LLMSection, ModelConfig, SpeechLLM
+from speechllm.model.config import LLMSection, ModelConfig
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import OptimConfig, build_optimizer
 from speechllm.rwkv7 import RWKV7Config
 from speechllm.text.tokenizer import load_tokenizer

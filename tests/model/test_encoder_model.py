@@ -14,8 +14,9 @@ from speechllm.encoder.ctc import CRCTCConfig
 from speechllm.encoder.transducer import TransducerConfig
 from speechllm.errors import UserError
 from speechllm.model.build import build_model, load_model
+from speechllm.model.config import EncoderSection, ModelConfig
 from speechllm.model.encoder_model import EncoderModel
-from speechllm.model.speech_llm import EncoderSection, ModelConfig, SpeechLLM
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import OptimConfig, build_optimizer
 from speechllm.projector import ProjectorConfig
 

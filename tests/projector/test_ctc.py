@@ -9,8 +9,9 @@ from speechllm.config import ConfigError, from_dict, override
 from speechllm.decode.recognizer import RecogniseOptions
 from speechllm.encoder import WhisperEncoderConfig
 from speechllm.errors import UserError
+from speechllm.model.config import EncoderSection, LLMSection, ModelConfig
 from speechllm.model.encoder_model import EncoderModel
-from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, SpeechLLM
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import OptimConfig, build_optimizer, parameter_groups
 from speechllm.projector import CTCProjector, ProjectorConfig
 from speechllm.projector.ctc import representative_frames

@@ -10,7 +10,8 @@ from speechllm.config import ConfigError, from_dict, override, to_dict
 from speechllm.encoder import init_from_data, save_encoder
 from speechllm.encoder.zipformer import PER_STACK
 from speechllm.llm.interface import IGNORE
-from speechllm.model.speech_llm import EncoderSection, ModelConfig, MoreEncoder, SpeechLLM
+from speechllm.model.config import EncoderSection, ModelConfig, MoreEncoder
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import OptimConfig, build_optimizer, parameter_groups
 from speechllm.projector import ProjectorConfig, build_projector, one_after_another
 from speechllm.rwkv7 import RWKV7, RWKV7Config

@@ -13,15 +13,8 @@ from speechllm.errors import UserError
 from speechllm.llm.interface import IGNORE
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import OptimConfig, build_optimizer, parameter_groups
-from speechllm.prompt.template import (
-    INSTRUCTIONS,
-    PRESETS,
-    Kind,
-    PromptConfig,
-    PromptContext,
-    PromptProjectorConfig,
-    splice,
-)
+from speechllm.prompt.splice import Kind, splice
+from speechllm.prompt.template import INSTRUCTIONS, PRESETS, PromptConfig, PromptContext, PromptProjectorConfig
 from speechllm.text.languages import NAMES_IN, language_name
 from speechllm.text.tokenizer import HFTokenizer, RWKVTokenizer, train_sentencepiece
 from tests.conftest import SENTENCES

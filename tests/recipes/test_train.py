@@ -17,8 +17,9 @@ from speechllm.data import Batch
 from speechllm.encoder import WhisperEncoderConfig, save_encoder
 from speechllm.errors import UserError
 from speechllm.llm.adapters import load_adapter
+from speechllm.model.config import EncoderSection, ModelConfig
 from speechllm.model.encoder_model import EncoderModel
-from speechllm.model.speech_llm import EncoderSection, ModelConfig, SpeechLLM
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7, save_rwkv7
 from speechllm.train import preflight
 from speechllm.train.checkpoint import load_checkpoint, save_checkpoint

@@ -12,7 +12,8 @@ from torch import nn
 
 from speechllm.config import to_dict
 from speechllm.llm.adapters import TuneConfig, load_adapter
-from speechllm.model.speech_llm import LLMSection, SpeechLLM
+from speechllm.model.config import LLMSection
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.rwkv7 import load_rwkv7, save_rwkv7
 from speechllm.train.checkpoint import RunningAverage, save_checkpoint, trained_state_dict
 from speechllm.weights import file_hash
