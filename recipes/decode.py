@@ -166,20 +166,18 @@ def decode(
 
 
 def speech_of(batch: Batch) -> Speech:
-    return Speech(batch.features, batch.feature_lens, batch.languages, batch.target_languages, batch.contexts)
+    return Speech(batch.features, batch.feature_lens, batch.requests)
 
 
 def recognizable_rows(recogniser: Recognizer, batch: Batch) -> list[int]:
     """The rows of a batch that the model can recognize; what the others lack is logged. They are left out, as are
     utterances whose audio cannot be read."""
     rows = []
-    contexts = batch.contexts or [None] * len(batch)
-    columns = zip(batch.languages, batch.target_languages, contexts, batch.feature_lens.tolist(), strict=True)
-    for row, (language, target_language, context, frames) in enumerate(columns):
+    for row, (request, frames) in enumerate(zip(batch.requests, batch.feature_lens.tolist(), strict=True)):
         try:
-            recogniser.check(language, target_language, context, frames)
+            recogniser.check(request, frames)
         except UserError as error:
-            logger.warning("left out: %s: %s", batch.ids[row], error)
+            logger.warning("left out: %s: %s", request.id, error)
         else:
             rows.append(row)
     return rows

@@ -30,6 +30,7 @@ from speechllm.decode.search import SearchOptions
 from speechllm.encoder import ZipformerConfig
 from speechllm.model.config import EncoderSection, LLMSection, ModelConfig
 from speechllm.model.speech_llm import SpeechLLM
+from speechllm.prompt.request import Request
 from speechllm.rwkv7 import RWKV7Config
 from speechllm.transcribe.inputs import audio_input
 from speechllm.transcribe.segments import SegmentOptions, transcribe_inputs
@@ -68,7 +69,8 @@ def measure(minutes: float, model_dir: Path | None, language: str, batch_seconds
 
         def run() -> None:
             nonlocal segments
-            ((_, recording),) = transcribe_inputs([audio_input(file, "long", language)], recognise, options)
+            inputs = [audio_input(file, "long", Request(language=language))]
+            ((_, recording),) = transcribe_inputs(inputs, recognise, options)
             segments = len(recording.segments)
 
         before, highest = memory_of(run)
@@ -84,7 +86,7 @@ def warm_up(
     recognise: Callable[[Iterable[Speech]], Iterator[list[Recognition]]], options: SegmentOptions, language: str
 ) -> None:
     samples = 0.1 * np.random.default_rng(0).standard_normal(5 * SAMPLE_RATE)
-    list(transcribe_inputs([audio_input(samples, "warm-up", language)], recognise, options))
+    list(transcribe_inputs([audio_input(samples, "warm-up", Request(language=language))], recognise, options))
 
 
 def write_speech_like(file: Path, seconds: float) -> None:

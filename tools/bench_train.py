@@ -222,7 +222,7 @@ def positions_of(model: SpeechLLM, batch: Batch) -> int:
     """How many positions the language model reads."""
     audio_lens = model.audio_lens(batch.feature_lens)
     label_ids = [model.label_ids(text) for text in batch.texts]
-    return int(model.spliced(audio_lens, batch.languages, label_ids).lens.sum())
+    return int(model.spliced(audio_lens, batch.requests, label_ids).lens.sum())
 
 
 # ---- The measurements -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from speechllm.decode.result import Hypothesis, Recognition, without_sound
 from speechllm.decode.timestamps import words_from_alignment
 from speechllm.decode.transducer import transducer_greedy
 from speechllm.errors import UserError
-from speechllm.prompt.template import PromptContext
+from speechllm.prompt.request import Request
 
 
 class EncoderRecogniser:
@@ -56,8 +56,8 @@ class EncoderRecogniser:
         """
         has_both = self.model.ctc_head is not None and self.model.transducer is not None
         for speech in batches:
-            for language in speech.target_languages:
-                self.check(None, language)
+            for request in speech.requests:
+                self.check(request)
             nothing = without_sound("" if has_both else None, self.options.timestamps)
             results = [nothing] * len(speech.feature_lens)
             heard = [i for i, frames in enumerate(speech.feature_lens.tolist()) if frames >= self.model.min_frames]
@@ -65,21 +65,15 @@ class EncoderRecogniser:
                 results[i] = result
             yield results
 
-    def check(
-        self,
-        language: str | None,
-        target_language: str | None = None,
-        context: PromptContext | None = None,
-        frames: int | None = None,
-    ) -> None:
+    def check(self, request: Request, frames: int | None = None) -> None:
         """Whether an utterance can be recognized; `frames`: of its features, where they are known.
 
         Raises:
           UserError: it is to be translated, or too long for the encoder.
         """
         check_length(self.model, frames)
-        if target_language is not None:
-            raise UserError(f"{target_language} is asked for, but an encoder alone (model.llm: null) cannot translate")
+        if (language := request.target_language) is not None:
+            raise UserError(f"{language} is asked for, but an encoder alone (model.llm: null) cannot translate")
 
     def _recognise(self, speech: Speech) -> list[Recognition]:
         model = self.model

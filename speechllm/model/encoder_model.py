@@ -26,13 +26,13 @@ from speechllm.encoder.ctc import consistency_losses, ctc_losses
 from speechllm.encoder.transducer import Transducer
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
-from speechllm.model.base import SpeechModel
+from speechllm.model.base import Losses, SpeechModel, takes_columns_too
 from speechllm.model.card import encoder_card, encoder_name
 from speechllm.model.config import EncoderSection, ModelConfig, load_model_config
 from speechllm.model.ctc_head import load_ctc_head
 from speechllm.model.parts import Encoder, build_encoder, saved_section
 from speechllm.prompt.label import LabelTemplate
-from speechllm.prompt.template import PromptContext
+from speechllm.prompt.request import Request
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
 from speechllm.weights import load_state_dict_strict
 
@@ -100,25 +100,23 @@ class EncoderModel(SpeechModel):
             encoder_out, lens = self.encoder(features, feature_lens)
         return encoder_out if self.autocast_dtype is None else encoder_out.float(), lens
 
+    @takes_columns_too
     def forward(
         self,
         features: Tensor,
         feature_lens: Tensor,
         texts: Sequence[str],
-        languages: Sequence[str | None],
-        target_languages: Sequence[str | None] | None = None,
+        requests: Sequence[Request],
         labels: Sequence[str] | None = None,
-        contexts: Sequence[PromptContext] | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Losses:
         """Losses of a batch, SUMMED over its utterances; of two views of each, the mean of both is taken.
 
         Args:
           features: (N, T, F) log-mel, right-padded, or (2 N, T, F) with the second views behind all the first, which
             CR-CTC is trained on; feature_lens: (N,) or (2 N,) frames.
           texts: N transcripts.
-          languages: not used.
-          target_languages: None, or N times None.
-          labels: not used, as they are the texts; contexts: not used, as there is no prompt.
+          requests: of the N utterances; it learns from none that asks for a translation.
+          labels: what is written of the texts; None: the texts themselves.
 
         Returns:
           scalars: `loss` = ctc_weight * `ctc_loss` + cr_ctc.weight * `cr_ctc_loss` + transducer.weight *
@@ -130,8 +128,8 @@ class EncoderModel(SpeechModel):
           ValueError: the number of views is not the one that the model is trained on.
         """
         config = self.config
-        for language in target_languages or ():
-            if language is not None:
+        for request in requests:
+            if (language := request.target_language) is not None:
                 raise UserError(
                     f"a translation into {language} is among the training or validation data, and model.llm is null: "
                     "an encoder alone learns transcripts"
@@ -142,7 +140,7 @@ class EncoderModel(SpeechModel):
                 f"{len(features)} rows of features for {len(texts)} texts: it takes {1 + self.needs_two_views} for "
                 f"each in training ({'with' if self.needs_two_views else 'without'} model.cr_ctc)"
             )
-        label_ids = [self.label_ids(text) for text in texts]
+        label_ids = [self.label_ids(label) for label in labels or texts]
         encoder_out, lens = self.encode(features, feature_lens)
         zero = torch.zeros((), device=encoder_out.device)
         ctc_loss = cr_ctc_loss = transducer_loss = loss = zero
@@ -184,15 +182,10 @@ class EncoderModel(SpeechModel):
             how.append("a transducer")
         return encoder_card(parts, " and ".join(how))
 
-    def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole model: config.yaml, model.safetensors, tokenizer, README.md; and config.json, with which
         `encoder.load_encoder` finds the encoder in it. Replaces `folder` in one move.
-
-        Raises:
-          UserError: `merged` is False, which is for a language model's adapter.
         """
-        if not merged:
-            raise UserError("merged=False: there is no language model that has an adapter (model.llm: null)")
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
             section = saved_section(self.encoder)

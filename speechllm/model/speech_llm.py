@@ -29,15 +29,16 @@ from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.llm.adapters import load_adapter, merged_state_dict, save_adapter, tune
 from speechllm.llm.interface import LanguageModel
-from speechllm.model.base import SpeechModel
+from speechllm.model.base import Losses, SpeechModel, takes_columns_too
 from speechllm.model.card import encoder_name, model_card
 from speechllm.model.config import EncoderSection, LLMSection, ModelConfig, MoreEncoder, load_model_config
 from speechllm.model.ctc_head import load_ctc_head, mean_embeddings
 from speechllm.model.parts import Encoder, build_encoder, build_language_model, saved_section
 from speechllm.projector import CTCProjector, Projector, WeightedStacks, build_projector, one_after_another
 from speechllm.prompt.label import LabelTemplate, ReadLabel
+from speechllm.prompt.request import Request
 from speechllm.prompt.splice import PromptEmbedder, Spliced, splice
-from speechllm.prompt.template import PromptConfig, PromptContext
+from speechllm.prompt.template import PromptConfig
 from speechllm.rwkv7 import RWKV7
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
 from speechllm.weights import load_state_dict_strict
@@ -49,6 +50,7 @@ _CTC_PREFIX = PromptConfig().written_out().before_label
 class SpeechLLM(SpeechModel):
     """See the module's docstring. Build one with `from_config` (training) or `from_pretrained` (use)."""
 
+    llm: LanguageModel
     needs_two_views = False
 
     def __init__(
@@ -192,15 +194,11 @@ class SpeechLLM(SpeechModel):
     def spliced(
         self,
         audio_lens: Tensor,
-        languages: Sequence[str | None],
+        requests: Sequence[Request],
         label_ids: Sequence[Sequence[int]] | None = None,
-        target_languages: Sequence[str | None] | None = None,
-        contexts: Sequence[PromptContext] | None = None,
     ) -> Spliced:
         """What the language model reads of each row (see `prompt.splice`), on the device of `audio_lens`."""
-        rows = splice(
-            self.config.prompt, self.tokenizer, audio_lens.tolist(), languages, label_ids, target_languages, contexts
-        )
+        rows = splice(self.config.prompt, self.tokenizer, audio_lens.tolist(), requests, label_ids)
         return rows.to(audio_lens.device)
 
     def embed(self, spliced: Spliced, audio_embeds: Tensor, audio_lens: Tensor) -> Tensor:
@@ -212,13 +210,11 @@ class SpeechLLM(SpeechModel):
         self,
         audio_embeds: Tensor,
         audio_lens: Tensor,
-        languages: Sequence[str | None],
+        requests: Sequence[Request],
         label_ids: Sequence[Sequence[int]] | None = None,
-        target_languages: Sequence[str | None] | None = None,
-        contexts: Sequence[PromptContext] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The audio in its prompt, and the label: inputs_embeds (N, L, D), lens (N,), labels (N, L)."""
-        spliced = self.spliced(audio_lens, languages, label_ids, target_languages, contexts)
+        spliced = self.spliced(audio_lens, requests, label_ids)
         return self.embed(spliced, audio_embeds, audio_lens), spliced.lens, spliced.labels
 
     def ctc_label_ids(self, text: str) -> list[int]:
@@ -243,46 +239,40 @@ class SpeechLLM(SpeechModel):
             return ReadLabel(self.label_template.read(self.text(token_ids)).text)  # what tags there are is no text
         return read
 
+    @takes_columns_too
     def forward(
         self,
         features: Tensor,
         feature_lens: Tensor,
         texts: Sequence[str],
-        languages: Sequence[str | None],
-        target_languages: Sequence[str | None] | None = None,
+        requests: Sequence[Request],
         labels: Sequence[str] | None = None,
-        contexts: Sequence[PromptContext] | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Losses:
         """Losses of a batch, SUMMED over its label tokens (each label's end of text included).
 
         Args:
           features: (N, T, F) log-mel, right-padded; feature_lens: (N,) frames.
-          texts: N transcripts or translations; languages: N tags for the prompt's `{lang}` slot, or None.
-          target_languages: N tags for `{target_lang}`, None in rows whose text is a transcript; None if all are.
+          texts: N transcripts or translations.
+          requests: what is asked for each of the N utterances: a transcript, or a translation into a language.
           labels: N labels of the texts (`label_template`); None: made of the above, which say no word times.
-          contexts: N times what the prompt's other slots need; None where it has no such slots.
 
         Returns:
           scalars: `loss` = `llm_loss` + ctc_weight * `ctc_loss`, to be divided by `tokens`; `llm_loss`;
           `ctc_loss` of the transcripts (0 without a head); `tokens` and `correct` (tokens predicted right) of the
           language model.
         """
-        target_languages = target_languages or [None] * len(texts)
         if labels is None:
-            rows = zip(texts, languages, target_languages, strict=True)
-            labels = [self.label_template.fill(*row) for row in rows]
+            labels = [self.label_template.fill(*row) for row in zip(texts, requests, strict=True)]
         label_ids = [self.label_ids(label) for label in labels]
         encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens)
-        inputs_embeds, lens, labels = self.prompted(
-            audio_embeds, audio_lens, languages, label_ids, target_languages, contexts
-        )
+        inputs_embeds, lens, labels = self.prompted(audio_embeds, audio_lens, requests, label_ids)
         (llm_loss, tokens, correct), _ = self.llm.loss(labels, inputs_embeds=inputs_embeds, lens=lens)
         ctc_loss = llm_loss.new_zeros(())
         if self.ctc_head is not None:
             transcripts = [self.ctc_label_ids(text) for text in texts]
             losses = ctc_losses(self.ctc_head(encoder_out), encoder_out_lens, transcripts, self.blank_id)
             # Of translations it counts nothing, but it is computed: every parameter gets a gradient in every batch.
-            is_transcript = torch.tensor([target is None for target in target_languages], device=losses.device)
+            is_transcript = torch.tensor([r.target_language is None for r in requests], device=losses.device)
             ctc_loss = (losses * is_transcript).sum()
         return {
             "loss": llm_loss + self.config.ctc_weight * ctc_loss,

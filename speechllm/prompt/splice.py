@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from speechllm.llm.interface import IGNORE, LanguageModel
-from speechllm.prompt.template import PromptConfig, PromptContext, PromptProjectorConfig, check_whole_tags
+from speechllm.prompt.request import Request
+from speechllm.prompt.template import PromptConfig, PromptProjectorConfig, check_whole_tags
 from speechllm.text.tokenizer import Tokenizer
 
 
@@ -42,14 +43,12 @@ def splice(
     prompt: PromptConfig,
     tokenizer: Tokenizer,
     audio_lens: Sequence[int],
-    languages: Sequence[str | None],
+    requests: Sequence[Request],
     label_ids: Sequence[Sequence[int]] | None = None,
-    target_languages: Sequence[str | None] | None = None,
-    contexts: Sequence[PromptContext] | None = None,
 ) -> Spliced:
     """Lay out [soft | text | boundary | audio | boundary | text | label] for each row; built on the CPU.
 
-    Rows with a target language have the prompt of a translation; without `target_languages` no row has one.
+    Rows with a target language have the prompt of a translation.
 
     With `label_ids` the last prompt position predicts the first label token and the last label token predicts
     the tokenizer's `eos_id`: loss on label and end of text only. Without, the rows end with the prompt, ready
@@ -58,15 +57,10 @@ def splice(
     Raises:
       UserError: the prompt has a slot for what an utterance does not have, or a tag that the tokenizer must not split.
     """
-    n = len(languages)
-    target_languages = target_languages or [None] * n
-    contexts = contexts or [PromptContext()] * n
     rows: list[list[tuple[Kind, Sequence[int]]]] = []
     boundary = (Kind.BOUNDARY, [0] * int(prompt.boundary))
-    for i, (audio_len, *tags, context) in enumerate(
-        zip(audio_lens, languages, target_languages, contexts, strict=True)
-    ):
-        texts = prompt.fill(*tags, context)
+    for i, (audio_len, request) in enumerate(zip(audio_lens, requests, strict=True)):
+        texts = prompt.fill(request)
         for text in texts if prompt.whole_tags else ():
             check_whole_tags("prompt", text, tokenizer, tokenizer.identity().split()[0], whole_tags=True)
         before, after = (tokenizer.encode(text) if text else [] for text in texts)
@@ -82,7 +76,7 @@ def splice(
             ]
         )
     lens = torch.tensor([sum(len(ids) for _, ids in row) for row in rows])
-    shape = (n, int(lens.max()))
+    shape = (len(rows), int(lens.max()))
     token_ids = torch.zeros(shape, dtype=torch.long)
     kinds = torch.full(shape, Kind.PADDING, dtype=torch.uint8)
     labels = torch.full(shape, IGNORE)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from speechllm.errors import UserError
+from speechllm.prompt.request import Request
 from speechllm.text.languages import NAMES_IN, language_name
 from speechllm.text.tokenizer import Tokenizer
 
@@ -104,24 +105,7 @@ _TAG = re.compile(r"<\|[^<>{}|]+\|>")
 _ALWAYS_WHOLE = ("<|im_start|>", "<|im_end|>")
 
 
-@dataclass(frozen=True)
-class PromptContext:
-    """What the prompt of one utterance may need besides its languages.
-
-    Attributes:
-      id: names the utterance in errors.
-      previous: the text before this utterance, for `{previous}`; "" at the beginning of a recording.
-      hotwords: phrases that may be said, for `{hotwords}`.
-      draw: in [0, 1), which of the instructions; 0 is the first.
-      key: what the random numbers of sampling follow from, besides the seed; None for the id, and without one the
-        features themselves.
-    """
-
-    id: str | None = None
-    previous: str | None = None
-    hotwords: tuple[str, ...] | None = None
-    draw: float = 0.0
-    key: str | None = None
+PromptContext = Request  # its name in 0.1
 
 
 @dataclass
@@ -212,34 +196,31 @@ class PromptConfig:
         }
         return dataclasses.replace(self, **texts, **pools)
 
-    def fill(
-        self, language: str | None, target_language: str | None = None, context: PromptContext | None = None
-    ) -> tuple[str, str]:
-        """The text before and after the audio of an utterance in `language`.
+    def fill(self, request: Request) -> tuple[str, str]:
+        """The text before and after the audio of an utterance.
 
-        With `target_language` the prompt is that for a translation into it.
+        With a target language the prompt is that for a translation into it.
 
         Raises:
           UserError: the prompt has a slot for what the utterance does not have.
         """
-        context = context or PromptContext()
-        name = "asr" if target_language is None else "ast"
+        name = "asr" if request.target_language is None else "ast"
         values = {
-            "lang": language,
-            "target_lang": target_language,
-            "language": language,
-            "target_language": target_language,
-            "previous": context.previous,
-            "hotwords": None if context.hotwords is None else ", ".join(context.hotwords),
+            "lang": request.language,
+            "target_lang": request.target_language,
+            "language": request.language,
+            "target_language": request.target_language,
+            "previous": request.previous,
+            "hotwords": None if request.hotwords is None else ", ".join(request.hotwords),
         }
 
         def value(slot: str, name_in: str) -> str:
             if slot == "instruction":
                 pool = self._pool(name)
-                return "".join(filled(pool[int(context.draw * len(pool))]))
+                return "".join(filled(pool[int(request.draw * len(pool))]))
             found = values[slot]
             if found is None or (not found and slot not in _CONTEXT_SLOTS):
-                who = "the utterance" if context.id is None else f"utterance {context.id}"
+                who = "the utterance" if request.id is None else f"utterance {request.id}"
                 kind, where = _LACKING[slot]
                 raise UserError(
                     f"the prompt has a {{{slot}}} slot but {who} has no {kind}: give {where}, or take the slot out of "

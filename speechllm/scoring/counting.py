@@ -18,6 +18,7 @@ from rapidfuzz.distance import Levenshtein
 
 from speechllm.decode.result import Word
 from speechllm.prompt.label import WordTime
+from speechllm.prompt.request import Request
 from speechllm.text.normalize import normalize_text
 
 if TYPE_CHECKING:
@@ -66,11 +67,9 @@ def transcripts(
     """
     unknown = [None] * len(batch)
     columns = (
-        batch.ids,
+        batch.requests,
         batch.texts,
         hyps,
-        batch.languages,
-        batch.target_languages,
         batch.durations,
         found_languages or unknown,
         batch.words or unknown,
@@ -78,16 +77,16 @@ def transcripts(
     )
     return [
         Transcript(
-            id,
-            normalize_text(ref, text_steps, target or language),
-            normalize_text(hyp, text_steps, target or language),
-            language_label(language, target),
+            request.id,
+            normalize_text(ref, text_steps, request.target_language or request.language),
+            normalize_text(hyp, text_steps, request.target_language or request.language),
+            language_label(request),
             duration=duration,
             found_language=found_language,
             words=_said(words, text_steps),
             found_words=_said(found and [WordTime(word.text, word.start, word.end) for word in found], text_steps),
         )
-        for id, ref, hyp, language, target, duration, found_language, words, found in zip(*columns, strict=True)
+        for request, ref, hyp, duration, found_language, words, found in zip(*columns, strict=True)
         if hyp is not None
     ]
 
@@ -100,9 +99,11 @@ def _said(words: Sequence[WordTime] | None, text_steps: Sequence[str]) -> tuple[
     return tuple(WordTime(*word) for word in normalized if word[0])
 
 
-def language_label(language: str | None, target: str | None) -> str | None:
+def language_label(request: Request) -> str | None:
     """The `language` of a transcript: that of the speech, or `en>zh` where it is translated."""
-    return language if target is None else f"{language or '-'}>{target}"
+    if request.target_language is None:
+        return request.language
+    return f"{request.language or '-'}>{request.target_language}"
 
 
 @dataclass(frozen=True)

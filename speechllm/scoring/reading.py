@@ -360,7 +360,7 @@ def _json_line(obj: dict, source: SourceConfig) -> Line:
         entry.id,
         entry.target if entry.target or any(obj.get(name) is not None for name in _HOLDS_TEXT) else None,
         string_of(obj, "pred_text"),
-        language_label(entry.lang, entry.target_lang if entry.task == "ast" else None),
+        language_label(entry.request),
         next(filter(None, speakers), None),
         entry.duration if complete is obj or "duration" in obj else None,
     )

@@ -157,7 +157,7 @@ class Output:
         return str(file.relative_to(self.folder))
 
     def _result(self, input: AudioInput, file: Path, sha256: str) -> _Result:
-        asked = repr((self.made_with, input.language, input.target_language, input.context))
+        asked = repr((self.made_with, input.request))
         return _Result(
             self._name(file),
             sha256,
@@ -233,7 +233,7 @@ def transcribe_all(
     options: SegmentOptions,
     output: Output,
     feature_kind: str = "fbank",
-    check: Check = lambda language, target_language, context: None,
+    check: Check = lambda request: None,
 ) -> int:
     """Transcribes what is not done yet, with a progress bar on a terminal; returns 1 when something failed, else 0.
 

@@ -18,14 +18,14 @@ from speechllm.data.manifests.source import DataError
 from speechllm.decode.recognizer import Speech
 from speechllm.decode.result import Recognition
 from speechllm.errors import UserError
-from speechllm.prompt.template import PromptContext
+from speechllm.prompt.request import Request
 from speechllm.transcribe.formats import Recording, Segment
 from speechllm.transcribe.inputs import AudioInput
 from speechllm.transcribe.overlap import without_overlap
 from speechllm.transcribe.pauses import SHORTEST_MAX_SECONDS, split_at_pauses
 
 Recogniser = Callable[[Iterable[Speech]], Iterator[list[Recognition]]]
-Check = Callable[[str | None, str | None, PromptContext], None]  # of language, target language and context
+Check = Callable[[Request], None]
 
 # Segments of similar length are looked for among those of so many batches.
 _WINDOW_BATCHES = 4
@@ -99,7 +99,7 @@ def transcribe_inputs(
     options: SegmentOptions | None = None,
     on_progress: Callable[[float], None] = lambda seconds: None,
     feature_kind: str = "fbank",
-    check: Check = lambda language, target_language, context: None,
+    check: Check = lambda request: None,
 ) -> Iterator[tuple[AudioInput, Recording | UserError]]:
     """Each input with its result, or why it has none, in order, as soon as all before it are done.
 
@@ -154,7 +154,7 @@ def _parts(
         try:
             if input.error is not None:
                 raise input.error
-            check(input.language, input.target_language, _context(input))
+            check(replace(input.request, id=input.name))
             for segment in split_at_pauses(_blocks(progress), max_seconds):
                 duration = len(segment.samples) / SAMPLE_RATE
                 features = extract_features(segment.samples, feature_kind)
@@ -213,14 +213,8 @@ def _speech(parts: list[_Part]) -> Speech:
     return Speech(
         pad_sequence(features, batch_first=True),
         torch.tensor([len(rows) for rows in features]),
-        [part.input.language for part in parts],
-        [part.input.target_language for part in parts],
-        [replace(_context(part.input), key=part.key) for part in parts],
+        [replace(part.input.request, id=part.input.name, key=part.key) for part in parts],
     )
-
-
-def _context(input: AudioInput) -> PromptContext:
-    return replace(input.context or PromptContext(), id=input.name)
 
 
 def _joined(parts: list[_Part]) -> list[Segment]:

@@ -171,12 +171,12 @@ def test_each_weight_is_stored_and_loaded_in_its_own_type(config, batch, tmp_pat
 
 def test_inference_on_the_cpu_is_float32_unless_asked(config, batch, tmp_path):
     trained(config, batch).save_pretrained(tmp_path / "model")
-    features, lens, _, languages = batch
+    features, lens, _, requests = batch
 
     def recognized(**how):
         model = load_model(tmp_path / "model")
         prepare_for_inference(model, "cpu", **how)
-        found = model.recognise(features, lens, languages, options=RecogniseOptions(timestamps=True))
+        found = model.recognize(features, lens, requests, options=RecogniseOptions(timestamps=True))
         return model, [(r.text, r.ctc_text) for r in found]
 
     model, expected = recognized()

@@ -24,6 +24,7 @@ from speechllm.llm.transformers_files import gpu_kernels_only_on_gpus
 from speechllm.model.config import LLMSection, ModelConfig
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import OptimConfig, build_optimizer
+from speechllm.prompt.request import Request
 from speechllm.rwkv7 import RWKV7Config
 from speechllm.text.tokenizer import load_tokenizer
 from speechllm.train.checkpoint import load_trained, trained_state_dict
@@ -188,9 +189,9 @@ def train(model, batch, steps, lr=5e-3):
 
 
 def texts(model, batch, **search):
-    features, lens, _, languages = batch
+    features, lens, _, requests = batch
     options = RecogniseOptions(SearchOptions(**search))
-    return [(r.text, r.nbest[0].score) for r in model.recognise(features, lens, languages, options=options)]
+    return [(r.text, r.nbest[0].score) for r in model.recognize(features, lens, requests, options=options)]
 
 
 def test_a_small_model_learns_and_is_saved_and_loaded(config, batch, tmp_path):
@@ -341,8 +342,8 @@ def test_what_only_rwkv7_has(tune_config, config, tmp_path):
             SpeechLLM.from_config(dataclasses.replace(config, llm=llm))
     model = SpeechLLM.from_config(config).eval()
     with pytest.raises(ValueError, match="state files are for RWKV-7; the language model is qwen3"):
-        model.recognise(
-            torch.randn(1, 100, 80), torch.tensor([100]), ["en"], options=RecogniseOptions(initial_state="x")
+        model.recognize(
+            torch.randn(1, 100, 80), torch.tensor([100]), [Request(language="en")], RecogniseOptions(initial_state="x")
         )
     with pytest.raises(ValueError, match="weights 'int8' are for RWKV-7"):
         pack_for_inference(model.llm, "int8")

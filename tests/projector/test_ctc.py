@@ -108,9 +108,9 @@ def ctc_model(request, llm_section, model_config, pieces_dir):
 
 def test_a_model_with_it_is_batch_invariant(ctc_model, batch):
     model = ctc_model.eval()
-    features, lens, texts, languages = batch
+    features, lens, texts, requests = batch
     rows = [
-        model(features[i : i + 1, : lens[i]], lens[i : i + 1], texts[i : i + 1], languages[i : i + 1]) for i in range(3)
+        model(features[i : i + 1, : lens[i]], lens[i : i + 1], texts[i : i + 1], requests[i : i + 1]) for i in range(3)
     ]
     for name, value in model(*batch).items():
         torch.testing.assert_close(value, sum(row[name] for row in rows), rtol=1e-5, atol=1e-4)
@@ -148,9 +148,9 @@ def test_a_model_with_it_learns_and_is_saved(ctc_model, batch, tmp_path):
     loaded = SpeechLLM.from_pretrained(tmp_path / "model")
     for name, value in loaded(*batch).items():
         assert torch.equal(value, model(*batch)[name])
-    features, lens, _, languages = batch
+    features, lens, _, requests = batch
     options = RecogniseOptions(timestamps=True)
-    for a, b in zip(*(m.recognise(features, lens, languages, options=options) for m in (model, loaded)), strict=True):
+    for a, b in zip(*(m.recognize(features, lens, requests, options=options) for m in (model, loaded)), strict=True):
         assert (a.text, a.ctc_text, a.words) == (b.text, b.ctc_text, b.words) and a.ctc_text is not None
 
 

@@ -14,6 +14,7 @@ import torch
 from speechllm.data import Batch
 from speechllm.decode.result import Word
 from speechllm.prompt.label import WordTime
+from speechllm.prompt.request import Request
 from speechllm.scoring import (
     ErrorReport,
     Transcript,
@@ -66,9 +67,12 @@ def test_transcripts_of_a_batch():
     batch = Batch(
         texts=["Hello, you", "你好！", "x", "Straße"],
         labels=["Hello, you", "你好！", "x", "Straße"],
-        languages=["en", "en", None, "de"],
-        target_languages=[None, "zh", "zh", None],
-        ids=["a", "b", "c", "d"],
+        requests=[
+            Request("a", language="en"),
+            Request("b", language="en", target_language="zh"),
+            Request("c", target_language="zh"),
+            Request("d", language="de"),
+        ],
         durations=[1.0, 2.0, 3.0, 4.0],
         features=torch.zeros(4, 1, 80),
         feature_lens=torch.ones(4, dtype=torch.long),
@@ -101,9 +105,8 @@ def test_exact_matches_and_identified_languages():
 def test_times_of_the_words_that_were_recognised_rightly():
     def batch(words):
         ids = ["a", "b"]
-        return Batch(
-            ids, ids, ["en"] * 2, [None] * 2, ids, [3.0] * 2, torch.zeros(2, 1, 80), torch.ones(2), words=words
-        )
+        requests = [Request(id, language="en") for id in ids]
+        return Batch(ids, ids, requests, [3.0] * 2, torch.zeros(2, 1, 80), torch.ones(2), words=words)
 
     said = (WordTime("<sil>", 0.0, 0.2), WordTime("One", 0.2, 0.5), WordTime("two", 0.9, 1.2), WordTime("six", 1.5, 2))
     found = [Word("oh", 0.0, 0.2, 1.0), Word("one", 0.3, 0.5, 1.0), Word("six,", 1.5, 2.5, 1.0)]

@@ -165,6 +165,10 @@ def test_what_cannot_be_averaged(exp, average, tmp_path):
         average("--exp-dir", exp.exp_dir, "--epoch", 4)
     path = exp.exp_dir / "epoch-2.pt"
     content = torch.load(path)
+    content["config"]["model"]["llm"] = None
+    torch.save(content, path)
+    with pytest.raises(SystemExit, match="error: --no-merge: there is no language model"):
+        average("--exp-dir", exp.exp_dir, "--epoch", 2, "--avg", 1, "--no-merge")
     del content["model_avg"]
     torch.save(content, path)
     with pytest.raises(SystemExit, match=r"error: \S*epoch-2.pt: holds no running average"):

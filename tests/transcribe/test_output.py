@@ -10,6 +10,7 @@ import pytest
 import soundfile
 
 from speechllm.errors import UserError
+from speechllm.prompt.request import Request
 from speechllm.transcribe.inputs import Inputs, audio_input
 from speechllm.transcribe.output import Output, transcribe_all
 from speechllm.transcribe.segments import SegmentOptions
@@ -123,10 +124,10 @@ def test_another_model_language_or_recording_is_not_done(days, tmp_path):
     assert transcribed([file], out) == (0, 1)
     assert transcribed([file], out) == (0, 0)
     assert transcribed([file], out, made_with="other model") == (0, 1)
-    assert transcribed([file], out, made_with="other model", language="en") == (0, 1)
-    assert transcribed([file], out, made_with="other model", language="en") == (0, 0)
+    assert transcribed([file], out, made_with="other model", request=Request(language="en")) == (0, 1)
+    assert transcribed([file], out, made_with="other model", request=Request(language="en")) == (0, 0)
     soundfile.write(file, melody(["fa", "la"], 0.2), RATE)
-    assert transcribed([file], out, made_with="other model", language="en") == (0, 1)
+    assert transcribed([file], out, made_with="other model", request=Request(language="en")) == (0, 1)
     assert (out / "rec001.txt").read_text() == "fa la\n"
 
 

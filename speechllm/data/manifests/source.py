@@ -12,6 +12,7 @@ from typing import Any
 
 from speechllm.errors import UserError
 from speechllm.prompt.label import LabelError, LabelTemplate, WordTime
+from speechllm.prompt.request import Request
 from speechllm.text.languages import is_language_tag, language_tag
 from speechllm.text.normalize import check_steps, normalize_text
 
@@ -156,6 +157,12 @@ class Entry:
     def target(self) -> str:
         """What the model is to write."""
         return self.ast_text if self.task == "ast" else self.text
+
+    @property
+    def request(self) -> Request:
+        """What is asked for the utterance."""
+        target_language = self.target_lang if self.task == "ast" else None
+        return Request(self.id, self.previous, self.hotwords, language=self.lang, target_language=target_language)
 
 
 def is_remote(path: str) -> bool:
@@ -323,5 +330,4 @@ def label_of(entry: Entry, template: LabelTemplate, text_steps: Sequence[str], s
                 )
             if said := normalize_text(word, text_steps, entry.lang):  # others are silence
                 words.append(WordTime(said, start / speed, end / speed))
-    target_language = entry.target_lang if entry.task == "ast" else None
-    return template.fill(target_text(entry, text_steps), entry.lang, target_language, words)
+    return template.fill(target_text(entry, text_steps), entry.request, words)
