@@ -46,7 +46,7 @@ def show_prompts(
 
     Args:
       seed: of the training run, whose first epoch draws the instructions.
-      text_steps: normalisation of the labels (`speechllm.text.normalize`).
+      text_steps: normalization of the labels (`speechllm.text.normalize`).
 
     Raises:
       UserError: an utterance lacks what the prompt needs; a line of a manifest cannot be used.

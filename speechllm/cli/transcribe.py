@@ -11,7 +11,7 @@ from speechllm.cli.search_options import add_search_options, check_without_langu
 
 # The rest of the library is imported where it is used: `speechllm --help` answers at once.
 if TYPE_CHECKING:
-    from speechllm.decode.interface import RecogniseOptions
+    from speechllm.decode.interface import RecognizeOptions
     from speechllm.transcribe.segments import SegmentOptions
 
 _FORMATS = ("txt", "json", "srt", "vtt", "ctm", "tsv")
@@ -133,11 +133,10 @@ def run_transcribe(args: argparse.Namespace) -> int:
     how = replace(how, timestamps=timestamps)
     if args.output is not None:
         output = replace(output, made_with=made_with(args, how, options))
-    recogniser = model.recogniser(how)
-    return transcribe_all(inputs, recogniser, options, output, model.feature_kind, recogniser.check)
+    return transcribe_all(inputs, model.recognizer(how), options, output, model.feature_kind)
 
 
-def made_with(args: argparse.Namespace, how: RecogniseOptions, options: SegmentOptions) -> str:
+def made_with(args: argparse.Namespace, how: RecognizeOptions, options: SegmentOptions) -> str:
     """A text that differs where the results of two runs may, though their audio and languages are the same."""
     from dataclasses import asdict, replace
 

@@ -184,7 +184,7 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     Args:
         corpus: where plans have numbers; None where they have cuts.
-        text_steps: normalisation of the targets (`speechllm.text.normalize`).
+        text_steps: normalization of the targets (`speechllm.text.normalize`).
         augmenter: for training; None leaves the audio as it is.
         seed: the augmentation of an utterance, and the instruction in its prompt, depend on this, the epoch, its
             passes and its id, on nothing else.

@@ -28,14 +28,14 @@ FRAME_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
-class RecogniseOptions:
-    """How speech is recognised.
+class RecognizeOptions:
+    """How speech is recognized.
 
     Attributes:
       search: of the language model.
       fallback: what becomes of a text that a guard has stopped, because it repeats itself or is longer than the audio
         can say: `cut`, it ends there; `ctc`, the text of the CTC head is taken instead, where there is one. None leaves
-        it to the caller: `transcribe` takes `ctc`, `recognise` and recipes/decode.py `cut`.
+        it to the caller: `transcribe` takes `ctc`, `recognize` and recipes/decode.py `cut`.
       ctc_weight: of the CTC head's scores in the search (arXiv 1609.06773); 0: they have no part in it.
       ctc_beam: of the CTC head's own search; 1 is greedy search.
       timestamps: find the words' times with the CTC head, where the model does not write them itself.
@@ -67,7 +67,7 @@ class RecogniseOptions:
         if self.ctc_beam < 1:
             raise UserError(f"ctc_beam: must be at least 1, got {self.ctc_beam}")
         for name, why in self.without_effect().items():
-            if getattr(self, name) != RecogniseOptions.__dataclass_fields__[name].default:
+            if getattr(self, name) != RecognizeOptions.__dataclass_fields__[name].default:
                 raise UserError(f"{name}: {why}")
 
     def without_effect(self) -> dict[str, str]:
@@ -82,6 +82,9 @@ class RecogniseOptions:
             why = "has no part in sampling: search with method greedy or beam"
             found |= dict.fromkeys(("ctc_weight", "hotwords", "ngram"), why)
         return found
+
+
+RecogniseOptions = RecognizeOptions  # its name in 0.1
 
 
 class Speech(NamedTuple):
@@ -99,7 +102,7 @@ class Speech(NamedTuple):
 
 
 class Recognizer(Protocol):
-    """Recognizes batches of speech: `Recogniser`, `EncoderRecogniser`."""
+    """Recognizes batches of speech: `SpeechLLMRecognizer`, `EncoderRecognizer`."""
 
     def __call__(self, batches: Iterable[Speech]) -> Iterator[list[Recognition]]:
         """The results of each batch, in order."""
@@ -139,7 +142,7 @@ class Recognizable(Protocol):
 
 
 class RecognizableEncoder(Recognizable, Protocol):
-    """What `EncoderRecogniser` asks of a model: an encoder with a CTC head, a transducer, or both."""
+    """What `EncoderRecognizer` asks of a model: an encoder with a CTC head, a transducer, or both."""
 
     transducer: Transducer | None
 
@@ -149,7 +152,7 @@ class RecognizableEncoder(Recognizable, Protocol):
 
 
 class RecognizableSpeechLLM(Recognizable, Protocol):
-    """What `Recogniser` asks of a model; the methods are described at `SpeechLLM`."""
+    """What `SpeechLLMRecognizer` asks of a model; the methods are described at `SpeechLLM`."""
 
     llm: LanguageModel
     label_template: LabelTemplate

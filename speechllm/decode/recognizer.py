@@ -17,7 +17,7 @@ from torch import Tensor
 
 from speechllm.decode.context import Hotwords, NGram
 from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, forced_align
-from speechllm.decode.interface import RecogniseOptions, RecognizableSpeechLLM, Speech, check_length
+from speechllm.decode.interface import RecognizableSpeechLLM, RecognizeOptions, Speech, check_length
 from speechllm.decode.result import Hypothesis, Recognition, Word, without_sound
 from speechllm.decode.search import Prompt, Scorer, search
 from speechllm.decode.timestamps import words_from_alignment, words_from_label
@@ -38,8 +38,8 @@ class _Utterance:
     ctc_log_probs: Tensor | None  # (T, V)
 
 
-class Recogniser:
-    """Recognises batches of speech; built once, for any number of them.
+class SpeechLLMRecognizer:
+    """Recognizes batches of speech; built once, for any number of them.
 
     Args:
       model: in evaluation mode.
@@ -48,8 +48,8 @@ class Recogniser:
       UserError: the options ask for what the model does not have; a file cannot be read.
     """
 
-    def __init__(self, model: RecognizableSpeechLLM, options: RecogniseOptions | None = None) -> None:
-        self.model, self.options = model, options or RecogniseOptions()
+    def __init__(self, model: RecognizableSpeechLLM, options: RecognizeOptions | None = None) -> None:
+        self.model, self.options = model, options or RecognizeOptions()
         label = model.label_template
         uses_ctc = {"ctc_weight": self.options.ctc_weight > 0, "timestamps": self.options.timestamps}
         for name, used in (*uses_ctc.items(), ("ctc_beam", self.options.ctc_beam > 1)):
@@ -237,3 +237,6 @@ class Recogniser:
         if spans is None:  # more tokens than frames: whatever it is, it was not said
             return None
         return words_from_alignment(spans, self.model.ctc_tokenizer, self.model.frame_seconds, len(log_probs))
+
+
+Recogniser = SpeechLLMRecognizer  # its name in 0.1

@@ -452,12 +452,12 @@ class _Utterance:
         ended = [hypothesis.score for hypothesis in self.stopped if hypothesis.stopped == "end"]
         if len(ended) < self.places:
             return False
-        return self._normalised(best.sums[-1], len(best.tokens)) <= heapq.nlargest(self.places, ended)[-1]
+        return self._normalized(best.sums[-1], len(best.tokens)) <= heapq.nlargest(self.places, ended)[-1]
 
     def _stop(
         self, tokens: tuple[int, ...], log_probs: tuple[float, ...], sums: tuple[float, ...], stopped: Stopped
     ) -> None:
-        self.stopped.append(Hypothesis(tokens, log_probs, self._normalised(sums[-1], len(log_probs)), stopped))
+        self.stopped.append(Hypothesis(tokens, log_probs, self._normalized(sums[-1], len(log_probs)), stopped))
 
-    def _normalised(self, total: float, length: int) -> float:
+    def _normalized(self, total: float, length: int) -> float:
         return total / length**self.options.length_penalty

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechllm.decode.interface import RecogniseOptions, Recognizer, Speech
+from speechllm.decode.interface import RecognizeOptions, Recognizer, Speech
 from speechllm.decode.result import Recognition
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModel
@@ -119,7 +119,7 @@ class SpeechModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def recogniser(self, options: RecogniseOptions | None = None) -> Recognizer:
+    def recognizer(self, options: RecognizeOptions | None = None) -> Recognizer:
         """What recognizes any number of batches: called with batches of speech, it gives the results of each.
 
         Raises:
@@ -129,6 +129,10 @@ class SpeechModel(nn.Module, ABC):
     @abstractmethod
     def card(self) -> str:
         """The text of its folder's README.md, without results."""
+
+    def recogniser(self, options: RecognizeOptions | None = None) -> Recognizer:
+        """`recognizer` by its name in 0.1."""
+        return self.recognizer(options)
 
     def train(self, mode: bool = True) -> SpeechModel:
         """Frozen parts stay in evaluation mode."""
@@ -197,16 +201,16 @@ class SpeechModel(nn.Module, ABC):
         features: Tensor,
         feature_lens: Tensor,
         requests: Sequence[Request],
-        options: RecogniseOptions | None = None,
+        options: RecognizeOptions | None = None,
     ) -> list[Recognition]:
-        """What is said in a batch; for more than one batch, a `recogniser` searches across them.
+        """What is said in a batch; for more than one batch, a `recognizer` searches across them.
 
         Args:
           features: (N, T, F), right-padded; feature_lens: (N,) frames.
           requests: of the N utterances. Those with a target language are translated; CTC cannot, and has no text for
             them.
         """
-        return next(self.recogniser(options)([Speech(features, feature_lens, requests)]))
+        return next(self.recognizer(options)([Speech(features, feature_lens, requests)]))
 
     def recognise(
         self,
@@ -215,9 +219,9 @@ class SpeechModel(nn.Module, ABC):
         languages: Sequence[str | None],
         target_languages: Sequence[str | None] | None = None,
         contexts: Sequence[Request] | None = None,
-        options: RecogniseOptions | None = None,
+        options: RecognizeOptions | None = None,
     ) -> list[Recognition]:
-        """`recognize`, as 0.1 has it."""
+        """`recognize` by its name in 0.1, with what is asked for in lists of their own."""
         requests = requests_of(languages, target_languages, contexts)
         return self.recognize(features, feature_lens, requests, options)
 
@@ -226,7 +230,7 @@ class SpeechModel(nn.Module, ABC):
         audio: Audio | Iterable[Audio],
         language: str | None = None,
         target_language: str | None = None,
-        options: RecogniseOptions | None = None,
+        options: RecognizeOptions | None = None,
         context: Request | None = None,
         *,
         sampling_rate: int = 16000,
@@ -263,9 +267,9 @@ class SpeechModel(nn.Module, ABC):
             raise UserError(f"on_error: unknown {on_error!r}, choose from raise, return")
         request = replace(context or Request(), language=language, target_language=target_language)
         request = checked_request(self.config, request)
-        options = options or RecogniseOptions()
-        recogniser = self.recogniser(replace(options, fallback=options.fallback or "ctc"))
-        recogniser.check(request)
+        options = options or RecognizeOptions()
+        recognizer = self.recognizer(replace(options, fallback=options.fallback or "ctc"))
+        recognizer.check(request)
         inputs = [
             audio_input(item, f"audio[{i}]", request, sampling_rate=sampling_rate)
             for i, item in enumerate(_as_list(audio))
@@ -274,7 +278,7 @@ class SpeechModel(nn.Module, ABC):
         was_training = self.training
         self.eval()
         try:
-            found = transcribe_inputs(inputs, recogniser, segments, feature_kind=self.feature_kind)
+            found = transcribe_inputs(inputs, recognizer, segments, feature_kind=self.feature_kind)
             results = [result for _, result in found]
         finally:
             self.train(was_training)

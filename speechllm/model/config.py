@@ -81,7 +81,7 @@ class EncoderSection:
 @dataclass
 class LLMSection:
     """`path`: an RWKV-7 checkpoint, a folder of any causal language model of Hugging Face transformers (of one that
-    also sees or hears, the text part is taken), or a GGUF file of a Llama or Qwen, whose weights are dequantised;
+    also sees or hears, the text part is taken), or a GGUF file of a Llama or Qwen, whose weights are dequantized;
     without it, one of the sizes in `rwkv7`, or of the `model_type` and settings in `transformers`, is trained from
     scratch.
 
@@ -168,7 +168,7 @@ class ModelConfig:
     It is put into a trained model's folder; where it is null, nothing is checked against it.
 
     Without a language model (`llm: null`) the encoder is trained by itself (`encoder_model.EncoderModel`), by CTC, with
-    consistency regularisation (`cr_ctc`) or not, by a `transducer`, or by several of these.
+    consistency regularization (`cr_ctc`) or not, by a `transducer`, or by several of these.
     """
 
     tokenizer: str

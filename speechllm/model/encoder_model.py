@@ -3,7 +3,7 @@
     features (N, T, F) -> encoder -> (N, T/4, D_enc), 25 Hz -> CTC head -> CTC loss [+ consistency of two views]
                                                             -> transducer (with the text so far) -> transducer loss
 
-It recognises speech, and a `SpeechLLM` takes its folder as `model.encoder.path`: so a language without a released
+It recognizes speech, and a `SpeechLLM` takes its folder as `model.encoder.path`: so a language without a released
 encoder can start here. What it hears it transcribes; it does not translate, and knows no languages.
 """
 
@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from speechllm.config import ConfigError, save_config
-from speechllm.decode.encoder_recognizer import EncoderRecogniser
-from speechllm.decode.recognizer import RecogniseOptions
+from speechllm.decode.encoder_recognizer import EncoderRecognizer
+from speechllm.decode.recognizer import RecognizeOptions
 from speechllm.encoder import WhisperEncoder
 from speechllm.encoder.ctc import consistency_losses, ctc_losses
 from speechllm.encoder.transducer import Transducer
@@ -162,13 +162,13 @@ class EncoderModel(SpeechModel):
             "tokens": zero + sum(len(ids) + 1 for ids in label_ids),
         }
 
-    def recogniser(self, options: RecogniseOptions | None = None) -> EncoderRecogniser:
-        """Recognises any number of batches.
+    def recognizer(self, options: RecognizeOptions | None = None) -> EncoderRecognizer:
+        """Recognizes any number of batches.
 
         Raises:
           UserError: the options ask for what the model does not have.
         """
-        return EncoderRecogniser(self, options)
+        return EncoderRecognizer(self, options)
 
     def card(self) -> str:
         """The text of its folder's README.md, without results."""

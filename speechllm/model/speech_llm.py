@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from speechllm.config import ConfigError, save_config
-from speechllm.decode.recognizer import RecogniseOptions, Recogniser
+from speechllm.decode.recognizer import RecognizeOptions, SpeechLLMRecognizer
 from speechllm.encoder.ctc import ctc_losses
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
@@ -43,7 +43,7 @@ from speechllm.rwkv7 import RWKV7
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
 from speechllm.weights import load_state_dict_strict
 
-# What stands before a transcript in a CTC head's own pieces: what an encoder alone has learnt to write.
+# What stands before a transcript in a CTC head's own pieces: what an encoder alone has learned to write.
 _CTC_PREFIX = PromptConfig().written_out().before_label
 
 
@@ -84,7 +84,7 @@ class SpeechLLM(SpeechModel):
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> SpeechLLM:
-        """Build the model; parts with a `path` are loaded, the others initialised for training from scratch.
+        """Build the model; parts with a `path` are loaded, the others initialized for training from scratch.
 
         Raises:
           UserError, FileNotFoundError: a part does not load, or two parts do not fit together.
@@ -282,13 +282,13 @@ class SpeechLLM(SpeechModel):
             "correct": correct,
         }
 
-    def recogniser(self, options: RecogniseOptions | None = None) -> Recogniser:
-        """Recognises any number of batches, which it searches together.
+    def recognizer(self, options: RecognizeOptions | None = None) -> SpeechLLMRecognizer:
+        """Recognizes any number of batches, which it searches together.
 
         Raises:
           UserError: the options ask for what the model does not have.
         """
-        return Recogniser(self, options)
+        return SpeechLLMRecognizer(self, options)
 
     def card(self) -> str:
         """The text of its folder's README.md, without results."""
@@ -306,8 +306,8 @@ class SpeechLLM(SpeechModel):
         What was tuned of the language model is in `adapter` by itself (see `rwkv7.save_adapter`).
 
         Args:
-          merged: the adapter is merged into the language model, all of which is in model.safetensors (a quantised base
-            in floating point, as it is after quantisation). Otherwise nothing of the base is in the folder: config.yaml
+          merged: the adapter is merged into the language model, all of which is in model.safetensors (a quantized base
+            in floating point, as it is after quantization). Otherwise nothing of the base is in the folder: config.yaml
             names its path.
 
         Raises:

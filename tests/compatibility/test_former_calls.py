@@ -2,6 +2,9 @@
 
 import torch
 
+from speechllm.decode.encoder_recognizer import EncoderRecogniser, EncoderRecognizer
+from speechllm.decode.interface import RecogniseOptions
+from speechllm.decode.recognizer import Recogniser
 from speechllm.prompt import PromptContext
 from speechllm.prompt.request import requests_of
 
@@ -21,3 +24,8 @@ def test_languages_targets_and_contexts_in_lists_of_their_own(model, batch):
         assert torch.equal(model(features, lens, texts, *given, **named)["loss"], expected)
     found = model.recognise(features, lens, languages, targets, contexts)
     assert found == model.recognize(features, lens, requests)
+
+
+def test_names_in_british_spelling(model):
+    assert isinstance(model.recogniser(RecogniseOptions(ctc_weight=0.3)), Recogniser)
+    assert issubclass(EncoderRecogniser, EncoderRecognizer)

@@ -300,7 +300,7 @@ def test_precomputed_features_are_those_of_the_worker(corpus, tmp_path):
         replace(stored, augment=AugmentConfig(volume=VolumeConfig()))
 
 
-def test_text_is_normalised_and_tasks_have_their_targets(tmp_path):
+def test_text_is_normalized_and_tasks_have_their_targets(tmp_path):
     write_tone(tmp_path / "x.wav", 1.0, seed=1)
     lines = [
         {"text": "Hello, World"},

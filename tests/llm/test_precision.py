@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from speechllm.config import from_dict, to_dict
-from speechllm.decode.recognizer import RecogniseOptions
+from speechllm.decode.recognizer import RecognizeOptions
 from speechllm.llm.adapters import METHODS, TuneConfig, load_adapter, merge, merged_state_dict, save_adapter, tune
 from speechllm.llm.precision import base_dtype, convert
 from speechllm.llm.transformers import load_transformers_lm
@@ -176,7 +176,7 @@ def test_inference_on_the_cpu_is_float32_unless_asked(config, batch, tmp_path):
     def recognized(**how):
         model = load_model(tmp_path / "model")
         prepare_for_inference(model, "cpu", **how)
-        found = model.recognize(features, lens, requests, options=RecogniseOptions(timestamps=True))
+        found = model.recognize(features, lens, requests, options=RecognizeOptions(timestamps=True))
         return model, [(r.text, r.ctc_text) for r in found]
 
     model, expected = recognized()

@@ -7,7 +7,7 @@ import torch
 
 from speechllm.config import from_dict, to_dict
 from speechllm.decode.ctc import forced_align
-from speechllm.decode.recognizer import RecogniseOptions
+from speechllm.decode.recognizer import RecognizeOptions
 from speechllm.decode.search import SearchOptions
 from speechllm.encoder import WhisperEncoderConfig, init_from_data, load_encoder
 from speechllm.encoder.ctc import CRCTCConfig
@@ -186,7 +186,7 @@ def test_words_have_times_where_ctc_hears_them(model_config, batch, beam):
     torch.manual_seed(0)
     model = EncoderModel.from_config(config_of(model_config, "ctc")).eval()
     torch.nn.init.normal_(model.ctc_head.weight, std=2.0)
-    options = RecogniseOptions(timestamps=True, ctc_beam=beam)
+    options = RecognizeOptions(timestamps=True, ctc_beam=beam)
     found = model.recognize(batch[0], batch[1], requests_of([None] * 3), options)
     encoder_out, lens = model.encode(*batch[:2])
     log_probs = model.ctc_head(encoder_out).log_softmax(-1)
@@ -213,7 +213,7 @@ def test_words_have_times_where_ctc_hears_them(model_config, batch, beam):
 def test_options_without_effect(model_config, kind, options, said):
     model = EncoderModel.from_config(config_of(model_config, kind))
     with pytest.raises(UserError, match=said):
-        model.recogniser(RecogniseOptions(**options))
+        model.recognizer(RecognizeOptions(**options))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from transformers import WhisperConfig, WhisperModel
 from speechllm.config import ConfigError, from_dict, to_dict
 from speechllm.data import DataError
 from speechllm.data.features import extract_features, extract_features_padded
-from speechllm.decode.interface import RecogniseOptions
-from speechllm.decode.recognizer import Recogniser
+from speechllm.decode.interface import RecognizeOptions
+from speechllm.decode.recognizer import SpeechLLMRecognizer
 from speechllm.decode.result import Hypothesis
 from speechllm.decode.search import SearchOptions
 from speechllm.encoder import WhisperEncoderConfig, ZipformerConfig, init_from_data, save_encoder
@@ -130,7 +130,7 @@ def test_checkpointed_encoder_layers_give_the_same_gradients(model_config, batch
     assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
 
 
-def test_recognise_is_batch_invariant(model, batch):
+def test_recognize_is_batch_invariant(model, batch):
     model.eval()
     features, lens, _, requests = batch
     found = model.recognize(features, lens, requests)
@@ -189,7 +189,7 @@ def test_transcribe_takes_files_arrays_and_tensors_of_any_length(model, tmp_path
         model.transcribe([tmp_path / "missing.wav"], "en")
 
 
-CUT = RecogniseOptions(fallback="cut")
+CUT = RecognizeOptions(fallback="cut")
 
 
 def test_one_bad_input_is_raised_or_returned_and_the_others_are_kept(model, tmp_path):
@@ -236,7 +236,7 @@ def test_a_loop_falls_back_to_ctc_as_on_the_command_line(model, monkeypatch):
     loop = (Hypothesis((5,) * 3, (-1.0,) * 3, -3.0, "loop"),)
     monkeypatch.setattr("speechllm.decode.recognizer.search", lambda llm, prompts, *_: enumerate(loop for _ in prompts))
     samples = 0.1 * torch.randn(16000, generator=torch.Generator().manual_seed(0))
-    for options, fallback in ((None, "ctc"), (RecogniseOptions(SearchOptions("beam")), "ctc"), (CUT, "cut")):
+    for options, fallback in ((None, "ctc"), (RecognizeOptions(SearchOptions("beam")), "ctc"), (CUT, "cut")):
         (found,) = model.transcribe([samples], "en", options=options)
         assert found.segments[0].recognition.fallback == fallback
 
@@ -246,7 +246,7 @@ def test_a_sample_is_the_same_whatever_else_is_transcribed(model):
     audio = [0.1 * torch.randn(n * 8000, generator=generator) for n in (2, 3, 4)]
 
     def tokens(audio, seed=3):
-        options = RecogniseOptions(SearchOptions("sample", seed=seed))
+        options = RecognizeOptions(SearchOptions("sample", seed=seed))
         return [found.segments[0].recognition.tokens for found in model.transcribe(audio, "en", options=options)]
 
     together = tokens(audio)
@@ -336,7 +336,7 @@ def test_the_label_is_for_the_language_model_alone(tasks_config, batch):
         tagged(*batch[:3], requests_of([None] * 3))
     for option in ("ctc_weight", "hotwords", "ngram"):
         with pytest.raises(UserError, match=rf"{option}: .* model.label: '<\|\{{lang"):
-            Recogniser(tagged, RecogniseOptions(**{option: 1}))
+            SpeechLLMRecognizer(tagged, RecognizeOptions(**{option: 1}))
 
 
 def test_a_prompt_that_tells_what_the_label_asks_is_an_error(model_config):

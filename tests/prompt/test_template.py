@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from speechllm.config import from_dict, to_dict
-from speechllm.decode.recognizer import Recogniser, Speech
+from speechllm.decode.recognizer import Speech, SpeechLLMRecognizer
 from speechllm.encoder import init_from_data
 from speechllm.errors import UserError
 from speechllm.llm.interface import IGNORE
@@ -289,14 +289,14 @@ def test_training_and_decoding_read_the_same(prompted_model, batch, options):
         _, _, audio_embeds, audio_lens = model.encode(features, lens)
         trained = model.spliced(audio_lens, REQUESTS, labels)
         logits, _ = model.llm(inputs_embeds=model.embed(trained, audio_embeds, audio_lens), lens=trained.lens)
-        recogniser = Recogniser(model)
-        for i, (_, prompt) in enumerate(recogniser._prompts(Speech(features, lens, REQUESTS))):
+        recognizer = SpeechLLMRecognizer(model)
+        for i, (_, prompt) in enumerate(recognizer._prompts(Speech(features, lens, REQUESTS))):
             read = torch.cat([prompt.inputs_embeds, model.llm.embed(torch.tensor(labels[i]))])
             decoded, _ = model.llm(inputs_embeds=read[None], state=prompt.state)
             count = len(labels[i]) + 1
             end = trained.lens[i]
             torch.testing.assert_close(decoded[0, -count:], logits[i, end - count : end], rtol=1e-4, atol=1e-4)
-    assert recogniser._states or options.get("preset") == "tags" and not options.get("soft_tokens")
+    assert recognizer._states or options.get("preset") == "tags" and not options.get("soft_tokens")
 
 
 def test_texts_of_their_own_do_not_fill_the_memory_with_states(prompted_model, batch, monkeypatch):
@@ -305,8 +305,8 @@ def test_texts_of_their_own_do_not_fill_the_memory_with_states(prompted_model, b
     speech = Speech(features, lens, requests_of(["en", "es", "en"], contexts=CONTEXTS))
     expected = [r.text for r in model.recognize(*speech)]
     monkeypatch.setattr("speechllm.decode.recognizer._MAX_STATES", 1)
-    recogniser = Recogniser(model)
-    assert [r.text for r in next(recogniser([speech]))] == expected and len(recogniser._states) == 1
+    recognizer = SpeechLLMRecognizer(model)
+    assert [r.text for r in next(recognizer([speech]))] == expected and len(recognizer._states) == 1
 
 
 @pytest.mark.parametrize("options", [VARIANTS["qwen"], VARIANTS["all"]], ids=["qwen", "all"])

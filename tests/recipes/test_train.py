@@ -363,7 +363,7 @@ def test_an_encoder_alone_is_trained_resumed_averaged_and_decoded(experiment, tm
     assert "encoder 0." in run(*command(experiment, tmp_path / "llm", *settings)).stderr
 
 
-def test_a_quantised_language_model_is_tuned_by_two_processes(experiment, tmp_path):
+def test_a_quantized_language_model_is_tuned_by_two_processes(experiment, tmp_path):
     torch.manual_seed(0)
     save_rwkv7(RWKV7(RWKV7Config(2, 32, 300, head_size=16)), tmp_path / "lm.pth")
     settings = [
@@ -382,7 +382,7 @@ def test_a_quantised_language_model_is_tuned_by_two_processes(experiment, tmp_pa
     merged = SpeechLLM.from_pretrained(folder).llm
     adapted = load_adapter(load_rwkv7(tmp_path / "lm.pth"), folder / "adapter")
     ids = torch.randint(0, 300, (1, 20))
-    # the merged weights are those of the quantised base
+    # the merged weights are those of the quantized base
     torch.testing.assert_close(merged(ids)[0], adapted(ids)[0], rtol=0.05, atol=0.05)
 
 

@@ -102,7 +102,7 @@ def test_exact_matches_and_identified_languages():
     assert exact_match([]) == 0 and language_accuracy(results[3:]) is None
 
 
-def test_times_of_the_words_that_were_recognised_rightly():
+def test_times_of_the_words_that_were_recognized_rightly():
     def batch(words):
         ids = ["a", "b"]
         requests = [Request(id, language="en") for id in ids]
@@ -174,7 +174,7 @@ def test_mixed_units_are_chinese_characters_and_other_words():
     assert score(english, mixed) == score(english)
 
 
-def spoken_and_recognised(count: int, rate: float) -> tuple[list[str], list[str]]:
+def spoken_and_recognized(count: int, rate: float) -> tuple[list[str], list[str]]:
     """Words as frequent as in speech, and the same with so many errors."""
     rng = random.Random(count)
     vocabulary = [f"w{int(rng.paretovariate(0.6))}" for _ in range(2000)]
@@ -186,7 +186,7 @@ def spoken_and_recognised(count: int, rate: float) -> tuple[list[str], list[str]
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.3])
 def test_long_texts_have_the_counts_of_kaldialign(rate):
-    ref, hyp = spoken_and_recognised(2500, rate)  # more than is aligned at once
+    ref, hyp = spoken_and_recognized(2500, rate)  # more than is aligned at once
     whole = [(r or None, h or None) for r, h in kaldialign.align(ref, hyp, "")]
     found = align(ref, hyp)
     assert count_pairs(found) == count_pairs(whole)
@@ -207,9 +207,9 @@ def test_an_hour_in_one_line_needs_little_memory():
     program = (
         "import random, resource\n"
         "from speechllm.scoring import Transcript, characters, score\n"
-        "from tests.scoring.test_counting import spoken_and_recognised\n"
+        "from tests.scoring.test_counting import spoken_and_recognized\n"
         "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "ref, hyp = map(' '.join, spoken_and_recognised(10_000, 0.2))\n"
+        "ref, hyp = map(' '.join, spoken_and_recognized(10_000, 0.2))\n"
         "before = used()\n"
         "score([Transcript('a', ref, hyp)]), score([Transcript('a', ref, hyp)], characters)\n"
         "print(used() - before)\n"

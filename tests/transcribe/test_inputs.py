@@ -133,12 +133,8 @@ def test_a_line_that_cannot_be_recognized_ends_nothing(audio, tmp_path, capsys):
     lines = [{"audio_filepath": str(audio / "a.wav"), "duration": 1.2, "id": str(i)} for i in range(3)]
     lines[1]["lang"] = "en"
 
-    def check(request):
-        if request.language is None:
-            raise UserError(f"{request.id} has no language")
-
     manifest = write_manifest(tmp_path / "m.jsonl", lines)
-    assert transcribe_all(Inputs([manifest]), Listener(), SegmentOptions(), Output(), check=check) == 1
+    assert transcribe_all(Inputs([manifest]), Listener(needs_language=True), SegmentOptions(), Output()) == 1
     out, err = capsys.readouterr()
     assert out == "1\tdo re\n" and "error: 0 has no language" in err and "error: 2 has no language" in err
 

@@ -62,15 +62,16 @@ def test_an_interrupted_run_leaves_whole_files_alone(audio, tmp_path):
     class Stopped(Exception):
         pass
 
-    def stops(batches):
-        for i, found in enumerate(Listener()(batches)):
-            if i == 2:
-                raise Stopped
-            yield found
+    class Stops(Listener):
+        def __call__(self, batches):
+            for i, found in enumerate(super().__call__(batches)):
+                if i == 2:
+                    raise Stopped
+                yield found
 
     output, options = Output("txt", tmp_path / "out"), SegmentOptions(batch_seconds=0.1)
     with pytest.raises(Stopped):
-        transcribe_all(Inputs([audio]), stops, options, output)
+        transcribe_all(Inputs([audio]), Stops(), options, output)
     assert 0 < len(files_in(tmp_path / "out")) < 4
     assert transcribe_all(Inputs([audio]), Listener(), options, output) == 1
     assert {id: (tmp_path / f"out/{id}.txt").read_text() for id in EXPECTED} == {
@@ -92,7 +93,7 @@ def test_results_stay_inside_their_folder(tmp_path):
 
 
 def transcribed(paths, folder, made_with="model", **more) -> tuple[int, int]:
-    """Exit status, and how many segments were recognised."""
+    """Exit status, and how many segments were recognized."""
     listener = Listener()
     output = Output("txt", folder, made_with=made_with)
     status = transcribe_all(Inputs(paths, **more), listener, SegmentOptions(), output)

@@ -12,8 +12,8 @@ from speechllm.transcribe.segments import SegmentOptions, transcribe_inputs
 from tests.transcribe.conftest import RATE, Listener, melody, random_words
 
 
-def result_of(samples: np.ndarray, recognise: Listener, max_seconds: float = 30.0) -> Recording:
-    ((_, found),) = transcribe_inputs([audio_input(samples, "a")], recognise, SegmentOptions(max_seconds=max_seconds))
+def result_of(samples: np.ndarray, recognize: Listener, max_seconds: float = 30.0) -> Recording:
+    ((_, found),) = transcribe_inputs([audio_input(samples, "a")], recognize, SegmentOptions(max_seconds=max_seconds))
     return found
 
 
@@ -39,7 +39,7 @@ def test_long_audio_has_each_word_once(seed, pause, timestamps):
         assert np.abs(np.array([word.start for word in timed]) - starts).max() < 0.35  # a word that was cut: its rest
 
 
-def test_silence_is_not_recognised():
+def test_silence_is_not_recognized():
     listener = Listener()
     found = result_of(np.zeros(RATE * 70, dtype=np.float32), listener)
     assert (found.segments, found.duration, listener.batches) == ([], 70.0, [])

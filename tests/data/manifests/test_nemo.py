@@ -197,7 +197,7 @@ def test_without_a_duration_it_is_the_whole_file(kind, missing, tmp_path):
     for cut in (*cuts, *(to_cut(obj, source) for _, obj in iter_objects(source) if obj["id"] != "u5")):
         samples, start = load_samples(true[cut.id]), 4000 if cut.id == "u3" else 0
         assert cut.duration == pytest.approx((len(samples) - start) / 16000, abs=1e-3)
-        if cut.id != "u3":  # at 8 kHz a part is resampled with other neighbours
+        if cut.id != "u3":  # at 8 kHz a part is resampled with other neighbors
             assert np.array_equal(load_samples(cut), samples)
     index = open_index(source)
     assert index.durations.tolist() == pytest.approx(
