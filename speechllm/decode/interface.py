@@ -39,7 +39,7 @@ class RecognizeOptions:
       ctc_weight: of the CTC head's scores in the search (arXiv 1609.06773); 0: they have no part in it.
       ctc_beam: of the CTC head's own search; 1 is greedy search.
       timestamps: find the words' times with the CTC head, where the model does not write them itself.
-      hotwords: a file of phrases that the search prefers (see `context.Hotwords.from_file`), and their weight.
+      hotwords: a file of phrases that the search prefers (see `hotwords.Hotwords.from_file`), and their weight.
       ngram: a kenlm model that takes part in the search, and its weight.
       initial_state: a state file of RWKV-7 (`RWKV7State.save`), tuned or of a text read before, that prompts go on
         from.

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speechllm.decode.context import Hotwords, NGram
 from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, forced_align
+from speechllm.decode.hotwords import Hotwords
 from speechllm.decode.interface import RecognizableSpeechLLM, RecognizeOptions, Speech, check_length
+from speechllm.decode.ngram import NGram
 from speechllm.decode.result import Hypothesis, Recognition, Word, without_sound
 from speechllm.decode.search import Prompt, Scorer, search
 from speechllm.decode.timestamps import words_from_alignment, words_from_label

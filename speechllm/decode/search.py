@@ -180,6 +180,13 @@ class Scorer(Protocol):
         ...
 
 
+def checked_weight(name: str, weight: float) -> float:
+    """The weight of a scorer, called `name`, if it can be one; else a `UserError`."""
+    if not 0 <= weight < inf:
+        raise UserError(f"{name}: must be at least 0 and finite, got {weight}")
+    return weight
+
+
 def loop_length(tokens: Sequence[int], max_repeats: int) -> int:
     """How many tokens at the end repeat what stands before them, if that is a loop; else 0.
 

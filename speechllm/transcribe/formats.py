@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from speechllm.decode.result import Hypothesis, Recognition, Word
-from speechllm.decode.timestamps import word_spans
+from speechllm.text.words import word_spans
 
 # A cue of subtitles: what can be read at a glance, and while it is shown.
 _LINE_COLUMNS = 42

@@ -16,7 +16,8 @@ from speechllm.data.check import CheckOptions, check_manifests
 from speechllm.data.convert import convert_to_cuts, convert_to_shar
 from speechllm.data.features import fbank, fbank_extractor
 from speechllm.data.index import open_index
-from speechllm.data.manifests.manifest import LINE_ERRORS, describe, describe_cut, iter_objects, stream_cuts, to_cut
+from speechllm.data.manifests.manifest import LINE_ERRORS, describe, describe_cut, iter_objects, to_cut
+from speechllm.data.manifests.stream import stream_cuts
 from tests.data.conftest import write_manifest, write_tone
 from tests.data.corpora import flat_name, streamed, true_cuts, write_corpus, write_kind, write_tar
 
