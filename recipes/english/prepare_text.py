@@ -10,7 +10,7 @@ PACKAGES holds, unpacked, the Debian packages
     dict-gcide   the Collaborative International Dictionary: quotations, many of them old
     fortunes     sayings, dialogues and jokes
 
-Every text is normalised as the transcripts are (english_text.py); sentences with words that are in no dictionary, or
+Every text is normalized as the transcripts are (english_text.py); sentences with words that are in no dictionary, or
 of fewer than four words, are left out, and so are those of the test sets. One in 200 texts is for validation, and the
 validation transcripts.
 
@@ -150,7 +150,7 @@ def sayings(folder: Path) -> Iterator[str]:
 
 
 def sentences(paragraph: str, text: EnglishText, held_out: set[str]) -> str:
-    """The usable sentences of a paragraph, normalised, one after another; empty where there are none."""
+    """The usable sentences of a paragraph, normalized, one after another; empty where there are none."""
     usable = []
     for sentence in _END_OF_SENTENCE.split(paragraph):
         words = text.normalize(sentence)

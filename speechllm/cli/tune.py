@@ -35,7 +35,7 @@ def add_tune(commands: argparse._SubParsersAction) -> None:
     tune.add_argument("--rank", type=int, help="of the adapter (default: 8)")
     tune.add_argument("--targets", nargs="+", help="matrices to adapt (default: receptance key value output)")
     tune.add_argument("--quantize", default="none", help="of the frozen base: none, int8 or nf4 (default: none)")
-    tune.add_argument("--steps", type=int, default=1000, help="optimiser steps (default: %(default)s)")
+    tune.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
     tune.add_argument("--tokens-per-step", type=int, default=4096, help="(default: %(default)s)")
     tune.add_argument(
         "--segment",

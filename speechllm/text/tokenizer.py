@@ -8,7 +8,7 @@ that reads them (`model.ctc_tokenizer`); what is said of all others does not hol
 
 All keep every character: decode(encode(text)) == text, spaces and newlines included, except that `decode`
 leaves out the end of text and, for sentencepiece, pieces of the form <|...|> such as language tags, unless it is told
-to keep these; of a Hugging Face model it leaves out all special tokens, and its normalisation of characters (NFC for
+to keep these; of a Hugging Face model it leaves out all special tokens, and its normalization of characters (NFC for
 Qwen) remains.
 
 A token may end inside a character. Text is shown while it is written with a `StreamDecoder`, which waits for the
@@ -554,7 +554,7 @@ def train_sentencepiece(
 ) -> SentencePieceTokenizer:
     """Train a unigram model on `texts`, write it into `folder` and return it.
 
-    Nothing is normalised and no space is added in front, so that a prompt keeps its spaces and newlines; what
+    Nothing is normalized and no space is added in front, so that a prompt keeps its spaces and newlines; what
     the texts do not contain is spelled in the 256 byte pieces. The same texts give the same model.
 
     Args:

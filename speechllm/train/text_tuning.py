@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TextTuning:
-    """`steps` optimiser steps over documents of `tokens_per_step` tokens together, at a peak learning rate of `lr`.
+    """`steps` optimizer steps over documents of `tokens_per_step` tokens together, at a peak learning rate of `lr`.
 
     A document longer than `segment` tokens is read a segment at a time, the state carried from one to the next (without
     its gradient, but in state tuning); shorter ones are packed without padding.
