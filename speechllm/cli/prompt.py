@@ -34,6 +34,12 @@ def add_prompt(commands: argparse._SubParsersAction) -> None:
     show.add_argument("--language", help="of a made-up utterance")
     show.add_argument("--target-language", help="that it is translated into")
     show.add_argument("--text", default="", help="its label")
+    show.add_argument(
+        "--chunk-seconds",
+        type=float,
+        metavar="S",
+        help="as streams of such chunks, for a model with model.streaming; words without times are spread evenly",
+    )
     add_prompt_options(show)
     show.set_defaults(run=run_prompt_show)
 
@@ -61,6 +67,10 @@ def run_prompt_show(args: argparse.Namespace) -> int:
     model = SpeechLLM.from_pretrained(args.model) if args.model else SpeechLLM.from_config(experiment.model)
     if args.language or not sources:
         sources = MadeUp(args.text, args.language, args.target_language, prompt_context(args))
-    for text in show_prompts(model, sources, count=args.n, seed=seed, text_steps=text_steps):
+    if args.chunk_seconds is not None and args.chunk_seconds not in model.chunks:
+        sizes = ", ".join(f"{seconds:g}" for seconds in model.chunks) or "none, as it has no model.streaming"
+        raise UserError(f"--chunk-seconds {args.chunk_seconds:g}: the model's chunks are (in seconds): {sizes}")
+    options = {"count": args.n, "seed": seed, "text_steps": text_steps, "chunk_seconds": args.chunk_seconds}
+    for text in show_prompts(model, sources, **options):
         print(text)
     return 0

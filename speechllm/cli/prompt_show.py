@@ -11,9 +11,10 @@ import torch
 from speechllm.data.dataset import instruction_draw
 from speechllm.data.features import FRAME_SHIFT
 from speechllm.data.manifests.manifest import SourceConfig, describe_cut, read_manifest
-from speechllm.data.manifests.source import label_of
+from speechllm.data.manifests.source import label_of, said_words
 from speechllm.llm.interface import IGNORE
 from speechllm.model.speech_llm import SpeechLLM
+from speechllm.prompt.label import WordTime
 from speechllm.prompt.template import Kind, PromptContext, Spliced
 from speechllm.text.normalize import normalize_text
 from speechllm.text.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ class MadeUp:
     target_language: str | None
     context: PromptContext
     seconds: float = 5.0
+    words: Sequence[WordTime] | None = None
 
 
 def show_prompts(
@@ -40,6 +42,7 @@ def show_prompts(
     count: int,
     seed: int,
     text_steps: Sequence[str],
+    chunk_seconds: float | None = None,
 ) -> Iterator[str]:
     """The first `count` utterances of the manifests, or the one that is made up, as training reads them.
 
@@ -48,6 +51,7 @@ def show_prompts(
     Args:
       seed: of the training run, whose first epoch draws the instructions.
       text_steps: normalisation of the labels (`speechllm.text.normalize`).
+      chunk_seconds: as streams of such chunks, one of the model's; None for all audio before the text.
 
     Raises:
       UserError: an utterance lacks what the prompt needs; a line of a manifest cannot be used.
@@ -55,13 +59,13 @@ def show_prompts(
     for name, utterance, label in _utterances(model, data, count, seed, text_steps):
         frames = torch.tensor([round(utterance.seconds / FRAME_SHIFT)])
         audio_lens = model.audio_lens(frames)
-        spliced = model.spliced(
-            audio_lens,
-            [utterance.language],
-            [model.label_ids(label)],
-            [utterance.target_language],
-            [utterance.context],
-        )
+        label_ids, asked = [model.label_ids(label)], ([utterance.target_language], [utterance.context])
+        if chunk_seconds is None:
+            spliced = model.spliced(audio_lens, [utterance.language], label_ids, *asked)
+        else:
+            words = [utterance.words or _spread(label, utterance.seconds)]
+            chunk = model.chunks[chunk_seconds]
+            spliced = model.streamed(chunk, frames, audio_lens, [utterance.language], label_ids, words, *asked)
         lines = [
             f"{name}: {utterance.seconds:.2f} s, {int(spliced.lens)} positions",
             *positions(spliced, model.tokenizer),
@@ -84,7 +88,15 @@ def _utterances(
         context = PromptContext(cut.id, entry.previous, entry.hotwords, draw)
         target_language = entry.target_lang if entry.task == "ast" else None
         label = label_of(entry, template, text_steps)
-        yield cut.id, MadeUp(entry.target, entry.lang, target_language, context, cut.duration), label
+        words = said_words(entry, text_steps) if target_language is None else None
+        yield cut.id, MadeUp(entry.target, entry.lang, target_language, context, cut.duration, words), label
+
+
+def _spread(text: str, seconds: float) -> list[WordTime]:
+    """The words of a text, evenly over the audio."""
+    words = text.split()
+    step = seconds / max(len(words), 1)
+    return [WordTime(word, i * step, (i + 1) * step) for i, word in enumerate(words)]
 
 
 def positions(spliced: Spliced, tokenizer: Tokenizer) -> Iterator[str]:

@@ -35,7 +35,8 @@ PRESETS = {
     "qwen": {
         "asr": "<|im_start|>user\n{audio}{instruction}<|im_end|>\n<|im_start|>assistant\n",
         "ast": "<|im_start|>user\n{audio}{instruction}<|im_end|>\n<|im_start|>assistant\n",
-        "streaming": "<|im_start|>user\n{instruction} {chunk_seconds} s: {audio}<|im_end|>\n<|im_start|>assistant\n",
+        "streaming": "<|im_start|>user\nTranscribe the {language} speech as you hear it, {chunk_seconds} s at a time."
+        "{audio}<|im_end|>\n<|im_start|>assistant\n",
         "before_label": "",
     },
     "tags": {
@@ -199,7 +200,7 @@ class PromptConfig:
             if "instruction" in found:
                 for number, instruction in enumerate(self._pool(name)):
                     _checked_slots(f"{pool}[{number}]", instruction, slots)
-            elif getattr(self, pool) is not None and name != "streaming":
+            elif getattr(self, pool) is not None and not self._uses(pool):
                 raise UserError(f"{pool}: {name} has no {{instruction}} slot to put them in: {template!r}")
 
     def tells_language(self) -> str | None:
@@ -227,10 +228,7 @@ class PromptConfig:
     def written_out(self) -> PromptConfig:
         """The same prompt with nothing left to a preset or a shipped pool, as it is saved with a model."""
         texts = {name: self._text(name) for name in ("asr", "ast", "streaming", "before_label")}
-        pools = {pool: None for pool in _POOLS.values()}
-        for name, pool in _POOLS.items():
-            if any(slot == "instruction" for _, slot, _ in _parsed(texts[name])):
-                pools[pool] = self._pool(name)
+        pools = {pool: self._pool(name) if self._uses(pool) else None for name, pool in _POOLS.items()}
         return dataclasses.replace(self, **texts, **pools)
 
     def fill(
@@ -315,6 +313,11 @@ class PromptConfig:
     def _text(self, name: str) -> str:
         given = getattr(self, name)
         return PRESETS[self.preset][name] if given is None else given
+
+    def _uses(self, pool: str) -> bool:
+        """Whether a template takes its instructions from there."""
+        texts = [self._text(name) for name, used in _POOLS.items() if used == pool]
+        return any(slot == "instruction" for text in texts for _, slot, _ in _parsed(text))
 
     def _pool(self, name: str) -> list[str]:
         key = _POOLS[name]
