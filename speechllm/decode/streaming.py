@@ -218,7 +218,6 @@ class StreamingRecognizer:
         if before_label := model.config.prompt.before_label.strip():
             raise UserError(f"prompt.before_label: {before_label!r} is no white space, and in a stream would be a word")
         self.window, self.shift = model.encoder.step_frames(self.chunk.encoder_frames)
-        self.decoder.start(language, context)
 
     def open(self, language: str | None = None, context: Request | None = None) -> Stream:
         """A new stream; its language and context are the recognizer's if not given.
@@ -438,7 +437,8 @@ def _floating_point(samples: np.ndarray | Tensor) -> Tensor:
     Raises:
       UserError: they have another type or shape, or are not finite.
     """
-    samples = torch.as_tensor(samples)
+    if isinstance(samples, np.ndarray):
+        samples = torch.from_numpy(np.array(samples))  # a copy: what comes from a pipe cannot be written to
     if samples.dim() != 1 or not (samples.is_floating_point() or samples.dtype == torch.int16):
         raise UserError(
             f"samples of shape {tuple(samples.shape)}, type {samples.dtype}: give one channel, (num_samples,), of 16 "

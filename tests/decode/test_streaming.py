@@ -17,7 +17,7 @@ from speechllm.decode.result import streamed_text
 from speechllm.decode.streaming import StreamingRecognizer
 from speechllm.errors import UserError
 from speechllm.model.encoder_model import EncoderModel
-from speechllm.model.speech_llm import SpeechLLM
+from speechllm.model.speech_llm import LLMSection, SpeechLLM
 from speechllm.prompt.interleave import StreamingConfig, interleave
 
 RATE = 16000
@@ -44,8 +44,9 @@ def talkative(model, end):
     if model.llm is not None:
         begin_words = [i for i in range(model.tokenizer.vocab_size) if model.tokenizer.piece(i).startswith("\u2581")]
         with torch.no_grad():
-            model.llm.head.weight[begin_words] *= 3.0
-            model.llm.head.weight[model.tokenizer.eos_id] *= end
+            head = model.llm.head.weight if hasattr(model.llm, "head") else model.llm.causal_lm.lm_head.weight
+            head[begin_words] *= 3.0
+            head[model.tokenizer.eos_id] *= end
     model.encoder.set_batch_count(1e5)
     return model.eval()
 
@@ -224,6 +225,29 @@ def test_greedy_search_is_the_row_that_the_model_was_trained_on(speech_llm):
     wrong = (best != labels).nonzero().flatten().tolist()
     assert wrong == [int(end) for end, is_cut in zip(ends, cut, strict=True) if is_cut and best[end] != eos]
     assert len(wrong) < len(written)
+
+
+def test_a_language_model_of_transformers(model_config, tmp_path):
+    """Its cache grows, unless segments begin anew; all else is the same."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llm = LLMSection(transformers={"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 300, **sizes})
+    streaming = StreamingConfig(chunk_seconds=[0.32])
+    model = talkative(SpeechLLM.from_config(causal(model_config, llm=llm, streaming=streaming)), end=3.0)
+    recognizer = StreamingRecognizer(model, 0.32, options=StreamingOptions(beam=2))
+    utterances = [noise(seconds, seed) for seed, seconds in enumerate((3.0, 1.1))]
+    expected = [streamed(recognizer, samples) for samples in utterances]
+    assert len(expected[0]) > 3
+    streams = [recognizer.open(), recognizer.open()]
+    words, sizes = [[], []], []
+    for at in range(0, len(utterances[0]), 4000):
+        for found, new in zip(words, recognizer.accept(streams, [x[at : at + 4000] for x in utterances]), strict=True):
+            found += new
+        streams[0].save(tmp_path / "stream.safetensors")
+        streams[0] = recognizer.load(tmp_path / "stream.safetensors")
+        sizes.append(streams[0].nbytes)
+    for i, found in enumerate(recognizer.finish(streams)):
+        assert_same(words[i] + found, expected[i])
+    assert sizes[-1] > sizes[1] + 20_000
 
 
 def test_ctc_of_a_stream_is_that_of_the_whole(encoder_model):
