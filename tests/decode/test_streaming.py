@@ -304,6 +304,18 @@ def test_memory_does_not_grow(recognizer):
     assert sizes[-1] < 400_000
 
 
+@pytest.mark.cuda
+def test_words_on_a_gpu(speech_llm):
+    """In float32 those of the CPU."""
+    utterances = [noise(seconds, seed) for seed, seconds in enumerate((3.0, 1.1))]
+    expected = [streamed(StreamingRecognizer(speech_llm, 0.32), samples) for samples in utterances]
+    recognizer = StreamingRecognizer(speech_llm.cuda(), 0.32)
+    streams = [recognizer.open(), recognizer.open()]
+    words = recognizer.accept(streams, utterances)
+    for found, rest, other in zip(words, recognizer.finish(streams), expected, strict=True):
+        assert [word.text for word in found + rest] == [word.text for word in other]
+
+
 def test_segments(speech_llm):
     """A new one begins after silence, the words stay those that they were."""
     samples = np.concatenate([noise(1.5, 1), np.zeros(3 * RATE, np.float32), noise(1.5, 2)])
