@@ -250,8 +250,11 @@ class StreamingRecognizer:
             return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
 
         chunk = self.chunk
-        left = chunk.left_context_frames // chunk.encoder_frames * chunk.encoder_frames
-        encoder = ZipformerState.from_tensors(part("encoder"), chunk.encoder_frames, left)
+        fresh = self.model.encoder.initial_state(1, chunk.encoder_frames, chunk.left_context_frames)
+        shapes = {name: x.shape for name, x in fresh.tensors().items()}
+        if {name: x.shape for name, x in part("encoder").items()} != shapes:
+            raise UserError(f"{path}: the stream was saved with another model")
+        encoder = ZipformerState.from_tensors(part("encoder"), fresh.chunk_size, fresh.left_context_frames)
         stream = Stream(self, self.decoder.load(part("text"), counts["text"]), encoder)
         stream.fbank = FbankStream.from_tensors({name: x.cpu() for name, x in part("fbank").items()})
         stream.features = tensors["features"].cpu()
