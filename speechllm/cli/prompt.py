@@ -9,9 +9,9 @@ from speechllm.cli.options import (
     MANIFEST_HELP,
     add_prompt_options,
     add_source_options,
+    command_line_request,
     command_line_sources,
     positive,
-    prompt_context,
 )
 
 
@@ -66,7 +66,7 @@ def run_prompt_show(args: argparse.Namespace) -> int:
         text_steps, seed = experiment.data.text, experiment.train.seed
     model = SpeechLLM.from_pretrained(args.model) if args.model else SpeechLLM.from_config(experiment.model)
     if args.language or not sources:
-        sources = MadeUp(args.text, args.language, args.target_language, prompt_context(args))
+        sources = MadeUp(args.text, command_line_request(args))
     if args.chunk_seconds is not None and args.chunk_seconds not in model.chunks:
         sizes = ", ".join(f"{seconds:g}" for seconds in model.chunks) or "none, as it has no model.streaming"
         raise UserError(f"--chunk-seconds {args.chunk_seconds:g}: the model's chunks are (in seconds): {sizes}")

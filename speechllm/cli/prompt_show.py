@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 
 import torch
@@ -15,7 +15,8 @@ from speechllm.data.manifests.source import label_of, said_words
 from speechllm.llm.interface import IGNORE
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.prompt.label import WordTime
-from speechllm.prompt.template import Kind, PromptContext, Spliced
+from speechllm.prompt.request import Request
+from speechllm.prompt.splice import Kind, Spliced
 from speechllm.text.normalize import normalize_text
 from speechllm.text.tokenizer import Tokenizer
 
@@ -28,9 +29,7 @@ class MadeUp:
     """An utterance without audio."""
 
     text: str
-    language: str | None
-    target_language: str | None
-    context: PromptContext
+    request: Request
     seconds: float = 5.0
     words: Sequence[WordTime] | None = None
 
@@ -50,7 +49,7 @@ def show_prompts(
 
     Args:
       seed: of the training run, whose first epoch draws the instructions.
-      text_steps: normalisation of the labels (`speechllm.text.normalize`).
+      text_steps: normalization of the labels (`speechllm.text.normalize`).
       chunk_seconds: as streams of such chunks, one of the model's; None for all audio before the text.
 
     Raises:
@@ -59,13 +58,12 @@ def show_prompts(
     for name, utterance, label in _utterances(model, data, count, seed, text_steps):
         frames = torch.tensor([round(utterance.seconds / FRAME_SHIFT)])
         audio_lens = model.audio_lens(frames)
-        label_ids, asked = [model.label_ids(label)], ([utterance.target_language], [utterance.context])
+        asked, label_ids = [utterance.request], [model.label_ids(label)]
         if chunk_seconds is None:
-            spliced = model.spliced(audio_lens, [utterance.language], label_ids, *asked)
+            spliced = model.spliced(audio_lens, asked, label_ids)
         else:
             words = [utterance.words or _spread(label, utterance.seconds)]
-            chunk = model.chunks[chunk_seconds]
-            spliced = model.streamed(chunk, frames, audio_lens, [utterance.language], label_ids, words, *asked)
+            spliced = model.streamed(model.chunks[chunk_seconds], frames, audio_lens, asked, label_ids, words)
         lines = [
             f"{name}: {utterance.seconds:.2f} s, {int(spliced.lens)} positions",
             *positions(spliced, model.tokenizer),
@@ -79,17 +77,15 @@ def _utterances(
     """Name, utterance and label."""
     template = model.label_template
     if isinstance(data, MadeUp):
-        text = normalize_text(data.text, text_steps, data.target_language or data.language)
-        yield "made up", data, template.fill(text, data.language, data.target_language)
+        text = normalize_text(data.text, text_steps, data.request.target_language or data.request.language)
+        yield "made up", data, template.fill(text, data.request)
         return
     for cut in islice(chain.from_iterable(map(read_manifest, data)), count):
         entry = describe_cut(cut)
         draw = instruction_draw(seed, epoch=1, times=0, id=cut.id)
-        context = PromptContext(cut.id, entry.previous, entry.hotwords, draw)
-        target_language = entry.target_lang if entry.task == "ast" else None
         label = label_of(entry, template, text_steps)
-        words = said_words(entry, text_steps) if target_language is None else None
-        yield cut.id, MadeUp(entry.target, entry.lang, target_language, context, cut.duration, words), label
+        words = said_words(entry, text_steps) if entry.task == "asr" else None
+        yield cut.id, MadeUp(entry.target, replace(entry.request, draw=draw), cut.duration, words), label
 
 
 def _spread(text: str, seconds: float) -> list[WordTime]:

@@ -67,7 +67,7 @@ def streamed_text(words: Iterable[StreamedWord]) -> str:
 
 @dataclass(frozen=True)
 class Recognition:
-    """What was recognised in one utterance.
+    """What was recognized in one utterance.
 
     Attributes:
       text: the result; that of `nbest[0]`, unless there was a `fallback`.

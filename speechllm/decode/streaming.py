@@ -36,7 +36,7 @@ from speechllm.encoder import Zipformer, subsampling
 from speechllm.encoder.zipformer_state import ZipformerState
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
-from speechllm.prompt.template import PromptContext
+from speechllm.prompt.request import Request
 
 _FRAME_SECONDS = 0.02  # of a Zipformer's own frames, in which its chunks are counted
 # Of the features, a window of 25 ms around the middle of each shift of 10 ms.
@@ -61,7 +61,7 @@ class DecoderState(Protocol):
 class ChunkDecoder(Protocol):
     """Writes texts, chunk by chunk: `streaming_search.TextDecoder`, `streaming_ctc.CTCDecoder`."""
 
-    def start(self, language: str | None, context: PromptContext | None) -> Any: ...
+    def start(self, language: str | None, context: Request | None) -> Any: ...
 
     def load(self, tensors: Mapping[str, Tensor], counts: dict[str, Any]) -> Any: ...
 
@@ -197,7 +197,7 @@ class StreamingRecognizer:
         chunk_seconds: float = 0.64,
         language: str | None = "en",
         *,
-        context: PromptContext | None = None,
+        context: Request | None = None,
         options: StreamingOptions | None = None,
     ) -> None:
         self.model, self.language, self.context = model, language, context
@@ -219,7 +219,7 @@ class StreamingRecognizer:
             raise UserError(f"prompt.before_label: {before_label!r} is no white space, and in a stream would be a word")
         self.window, self.shift = model.encoder.step_frames(self.chunk.encoder_frames)
 
-    def open(self, language: str | None = None, context: PromptContext | None = None) -> Stream:
+    def open(self, language: str | None = None, context: Request | None = None) -> Stream:
         """A new stream; its language and context are the recognizer's if not given.
 
         Raises:

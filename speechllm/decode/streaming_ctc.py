@@ -13,7 +13,7 @@ from speechllm.decode.interface import StreamableModel
 from speechllm.decode.result import StreamedWord
 from speechllm.decode.streaming_words import text_pieces, word_pieces
 from speechllm.decode.timestamps import TOKEN_SECONDS, words_from_alignment
-from speechllm.prompt.template import PromptContext
+from speechllm.prompt.request import Request
 from speechllm.text.tokenizer import Tokenizer
 
 
@@ -66,7 +66,7 @@ class CTCDecoder:
         # one at least: a token that the next frame may go on with is not done
         self._longest_token = max(1, round(TOKEN_SECONDS / model.frame_seconds))
 
-    def start(self, language: str | None, context: PromptContext | None) -> CTCText:
+    def start(self, language: str | None, context: Request | None) -> CTCText:
         """A head has no prompt, so neither of the two counts."""
         return CTCText()
 

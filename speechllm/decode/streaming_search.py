@@ -30,7 +30,7 @@ from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModelState
 from speechllm.llm.transformers_cache import TransformersState
 from speechllm.prompt.interleave import interleave
-from speechllm.prompt.template import PromptContext
+from speechllm.prompt.request import Request
 from speechllm.rwkv7 import RWKV7State
 
 # However short a chunk, a word that the tokenizer spells in bytes has room.
@@ -82,7 +82,7 @@ class StreamText:
     """
 
     language: str | None
-    context: PromptContext | None
+    context: Request | None
     llm: LanguageModelState | None
     hypotheses: list[_Hypothesis]
     heard: Tensor
@@ -150,9 +150,9 @@ class TextDecoder:
         seconds = chunk.seconds + _ALIGNED_SECONDS + (options.stable_seconds if options.beam > 1 else 0.0)
         self._most_heard = math.ceil(seconds / model.frame_seconds)
         # Of the prompt of each language and context: embeddings after the audio, and the state before it.
-        self._prompts: dict[tuple[str | None, PromptContext | None], tuple[Tensor, LanguageModelState | None]] = {}
+        self._prompts: dict[tuple[str | None, Request | None], tuple[Tensor, LanguageModelState | None]] = {}
 
-    def start(self, language: str | None, context: PromptContext | None) -> StreamText:
+    def start(self, language: str | None, context: Request | None) -> StreamText:
         """A stream that has not begun.
 
         Raises:
@@ -176,7 +176,7 @@ class TextDecoder:
         context = counts["context"]
         if context is not None:
             hotwords = context["hotwords"]
-            context = PromptContext(**context | {"hotwords": None if hotwords is None else tuple(hotwords)})
+            context = Request(**context | {"hotwords": None if hotwords is None else tuple(hotwords)})
         llm = None if counts["llm"] is None else _STATES[counts["llm"]].from_tensors(parts)
         return StreamText(
             **counts | {"context": context, "hypotheses": hypotheses, "llm": llm, "heard": tensors["heard"]}
@@ -214,13 +214,14 @@ class TextDecoder:
     def _empty(self) -> _Hypothesis:
         return _Hypothesis(hotwords=None if self.hotwords is None else self.hotwords.start(0))
 
-    def _prompt(self, language: str | None, context: PromptContext | None) -> tuple[Tensor, LanguageModelState | None]:
+    def _prompt(self, language: str | None, context: Request | None) -> tuple[Tensor, LanguageModelState | None]:
         """Embeddings (L, D) of what follows the audio, and the state after what is before it."""
         key = language, context
         if key not in self._prompts:
             model = self.model
+            request = replace(context or Request(), language=language)
             spliced = interleave(
-                model.config.prompt, model.tokenizer, [0], [language], [[[]]], self.chunk.seconds, 1, contexts=[context]
+                model.config.prompt, model.tokenizer, [0], [request], [[[]]], self.chunk.seconds, 1
             ).to(model.device)
             start = int(spliced.audio_starts[0])
             nothing = torch.zeros(1, 0, model.llm.hidden_size, device=model.device)

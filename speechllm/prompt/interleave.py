@@ -43,11 +43,11 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
-import torch
 
-from speechllm.llm.interface import IGNORE
 from speechllm.prompt.label import WordTime
-from speechllm.prompt.template import Kind, PromptConfig, PromptContext, Spliced
+from speechllm.prompt.request import Request
+from speechllm.prompt.splice import Kind, Segment, Spliced, packed
+from speechllm.prompt.template import PromptConfig
 from speechllm.text.tokenizer import Tokenizer
 
 # Times are sums of floats: a word that ends with a chunk is in it.
@@ -135,17 +135,16 @@ def interleave(
     prompt: PromptConfig,
     tokenizer: Tokenizer,
     audio_lens: Sequence[int],
-    languages: Sequence[str | None],
+    requests: Sequence[Request],
     label_ids: Sequence[Sequence[Sequence[int]]],
     chunk_seconds: float,
     chunk_positions: int,
-    target_languages: Sequence[str | None] | None = None,
-    contexts: Sequence[PromptContext] | None = None,
 ) -> Spliced:
     """Lay out the rows of a batch of streams, built on the CPU.
 
     Args:
         audio_lens: positions of the audio of each row.
+        requests: what is asked for each row.
         label_ids: the tokens of each row by chunk, the rest last (`deal_out`). A row with the rest alone has all of its
             audio before its text; so must those with a target language, whose prompt is that of a translation.
         chunk_positions: of the audio of a whole chunk.
@@ -155,36 +154,19 @@ def interleave(
             split.
         ValueError: a row has less audio than its chunks.
     """
-    n = len(languages)
-    target_languages, contexts = target_languages or [None] * n, contexts or [None] * n
-    rows: list[list[tuple[Kind, Sequence[int]]]] = []
-    for audio_len, tags, context, (*chunks, rest) in zip(
-        audio_lens, zip(languages, target_languages, strict=True), contexts, label_ids, strict=True
-    ):
+    rows: list[list[Segment]] = []
+    boundary = (Kind.BOUNDARY, [0] * int(prompt.boundary))
+    for audio_len, request, (*chunks, rest) in zip(audio_lens, requests, label_ids, strict=True):
         left = audio_len - len(chunks) * chunk_positions
         if left < 0:
             raise ValueError(f"{len(chunks)} chunks of {chunk_positions} positions in audio of {audio_len}")
-        before, after = prompt.encoded(tokenizer, *tags, context, chunk_seconds)
-        row = [(Kind.SOFT, [0] * prompt.soft_tokens), (Kind.TEXT, before)]
-        boundary = (Kind.BOUNDARY, [0] * int(prompt.boundary))
-        row.append(boundary)
+        before, after = prompt.encoded(tokenizer, request, chunk_seconds)
+        row: list[Segment] = [(Kind.SOFT, [0] * prompt.soft_tokens), (Kind.TEXT, before), boundary]
         for chunk in chunks:
             row += [(Kind.AUDIO, [0] * chunk_positions), (Kind.LABEL, [*chunk, tokenizer.eos_id])]
         row += [(Kind.AUDIO, [0] * left), boundary, (Kind.TEXT, after), (Kind.LABEL, rest)]
         rows.append(row)
-    lens = torch.tensor([sum(len(ids) for _, ids in row) for row in rows])
-    shape = (n, int(lens.max()))
-    token_ids = torch.zeros(shape, dtype=torch.long)
-    kinds = torch.full(shape, Kind.PADDING, dtype=torch.uint8)
-    for i, row in enumerate(rows):
-        token_ids[i, : lens[i]] = torch.tensor([token for _, ids in row for token in ids])
-        kinds[i, : lens[i]] = torch.tensor([kind for kind, ids in row for _ in ids], dtype=torch.uint8)
-    # Whatever is of a label is predicted by the position before it, and the end of text by the last one.
-    labels = torch.full(shape, IGNORE)
-    labels[:, :-1] = token_ids[:, 1:].masked_fill(kinds[:, 1:] != Kind.LABEL, IGNORE)
-    labels[torch.arange(n), lens - 1] = tokenizer.eos_id
-    audio_starts = torch.tensor([sum(len(ids) for _, ids in row[:3]) for row in rows])
-    return Spliced(token_ids, kinds, lens, labels, audio_starts)
+    return packed(rows, tokenizer.eos_id)
 
 
 def _letters(text: str) -> int:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from speechllm.config import ConfigError, from_dict, load_config, override, parse_overrides, to_dict
+from speechllm.model.config import ModelConfig
 from speechllm.model.encoder_model import EncoderModel
-from speechllm.model.speech_llm import ModelConfig, SpeechLLM
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.train.checkpoint import load_checkpoint, newest_checkpoint
 from speechllm.train.languages import languages_of
 from speechllm.weights import CheckpointError, load_state_dict_strict

@@ -10,15 +10,14 @@ from torch import Tensor
 from speechllm.llm.interface import LanguageModelState
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.prompt.interleave import interleave
-from speechllm.prompt.template import PromptContext
+from speechllm.prompt.request import Request
 
 
 def pieces(
     model: SpeechLLM,
     features: Tensor,
     chunk_seconds: float,
-    language: str | None,
-    context: PromptContext | None = None,
+    request: Request,
 ) -> Iterator[Tensor]:
     """What is read of features (T, F) before each text, (L, D): [prompt | audio 1], [next | audio 2], ..., and what is
     read before the rest of the text."""
@@ -29,14 +28,7 @@ def pieces(
     without_text = [[[] for _ in range(count + 1)]]
     prompt = model.config.prompt
     row = interleave(
-        prompt,
-        model.tokenizer,
-        audio_lens.tolist(),
-        [language],
-        without_text,
-        chunk_seconds,
-        chunk.positions,
-        contexts=[context],
+        prompt, model.tokenizer, audio_lens.tolist(), [request], without_text, chunk_seconds, chunk.positions
     )
     embeds = model.embed(row, audio_embeds, audio_lens)[0]
     ends = [int(row.audio_starts) + k * (chunk.positions + 1) + chunk.positions for k in range(count)]
@@ -49,14 +41,13 @@ def greedy(
     model: SpeechLLM,
     features: Tensor,
     chunk_seconds: float,
-    language: str | None,
-    context: PromptContext | None = None,
+    request: Request,
     max_tokens: int = 50,
 ) -> list[list[int]]:
     """The tokens that are written after each chunk of features (T, F), and after all of the audio."""
     state: LanguageModelState | None = None
     texts = []
-    for embeds in pieces(model, features, chunk_seconds, language, context):
+    for embeds in pieces(model, features, chunk_seconds, request):
         logits, state = model.llm(inputs_embeds=embeds[None], state=state)
         logits = logits[:, -1]
         text: list[int] = []

@@ -9,7 +9,8 @@ from speechllm.config import ConfigError, from_dict, to_dict
 from speechllm.encoder import WhisperEncoderConfig, Zipformer, ZipformerConfig, save_encoder
 from speechllm.errors import UserError
 from speechllm.llm.interface import IGNORE
-from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, MoreEncoder, SpeechLLM
+from speechllm.model.config import EncoderSection, LLMSection, ModelConfig, MoreEncoder
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.model.streaming import aligned_words, chunk_of
 from speechllm.projector import ProjectorConfig
 from speechllm.prompt.interleave import StreamingConfig
@@ -82,15 +83,15 @@ def test_read_step_by_step_a_stream_is_the_row_that_was_trained_on(model, batch)
     model.eval()
     tokenizer = model.tokenizer
     for i, words in enumerate(WORDS):
-        features, lens, (text,), (language,) = row(batch, i)
+        features, lens, (text,), requests = row(batch, i)
         with torch.no_grad():
             _, _, audio_embeds, audio_lens = model.encode(features, lens, model.chunks[0.16])
-            spliced = model.streamed(model.chunks[0.16], lens, audio_lens, [language], [model.label_ids(text)], [words])
+            spliced = model.streamed(model.chunks[0.16], lens, audio_lens, requests, [model.label_ids(text)], [words])
             whole, _ = model.llm(inputs_embeds=model.embed(spliced, audio_embeds, audio_lens), lens=spliced.lens)
             labels = spliced.labels[0]
             said = labels[labels != IGNORE].tolist()
             found, state = [], None
-            for embeds in streams.pieces(model, features[0], 0.16, language):
+            for embeds in streams.pieces(model, features[0], 0.16, requests[0]):
                 logits, state = model.llm(inputs_embeds=embeds[None], state=state)
                 found.append(logits[0, -1])
                 while (token := said[len(found) - 1]) != tokenizer.eos_id:
@@ -139,8 +140,8 @@ def test_words_without_times_are_aligned_by_the_ctc_head(model, batch):
 
 def test_a_transcript_that_does_not_fit_its_audio_has_no_loss(model, batch):
     model.eval()
-    features, lens, texts, languages = batch
-    long = features, lens, [texts[0], "three " * 30, texts[2]], languages
+    features, lens, texts, requests = batch
+    long = features, lens, [texts[0], "three " * 30, texts[2]], requests
     words = [WORDS[0], None, WORDS[2]]
     expected = sum(losses(model, row(batch, i), [words[i]])["llm_loss"] for i in (0, 2))
     torch.testing.assert_close(losses(model, long, words)["llm_loss"], expected, rtol=1e-5, atol=1e-4)
@@ -155,13 +156,12 @@ def test_without_times_and_without_a_ctc_head_there_is_no_stream(config, batch):
 
 def test_a_translation_is_read_when_all_of_it_was_heard(model, batch):
     model.eval()
-    targets = [None, "en", None]
-    mixed = losses(model, batch, [WORDS[0], None, WORDS[2]], target_languages=targets)
-    rows = [
-        losses(model, row(batch, i), [w], target_languages=[targets[i]])
-        for i, w in enumerate([WORDS[0], None, WORDS[2]])
-    ]
-    torch.testing.assert_close(mixed["llm_loss"], sum(r["llm_loss"] for r in rows), rtol=1e-5, atol=1e-4)
+    *said, requests = batch
+    mixed = *said, [requests[0], dataclasses.replace(requests[1], target_language="en"), requests[2]]
+    words = [WORDS[0], None, WORDS[2]]
+    rows = [losses(model, row(mixed, i), words[i : i + 1]) for i in range(3)]
+    llm_loss = losses(model, mixed, words)["llm_loss"]
+    torch.testing.assert_close(llm_loss, sum(row["llm_loss"] for row in rows), rtol=1e-5, atol=1e-4)
     assert rows[1]["tokens"] == len(model.label_ids("tres")) + 1
 
 
@@ -185,7 +185,7 @@ def test_saved_and_loaded_it_is_the_same(model, batch, tmp_path):
 
 def test_greedy_search_ends(model, batch):
     model.eval()
-    texts = streams.greedy(model, batch[0][0], 0.32, "en", max_tokens=3)
+    texts = streams.greedy(model, batch[0][0], 0.32, batch[3][0], max_tokens=3)
     assert len(texts) == 1 + int(model.chunks[0.32].count(torch.tensor(120))) and max(map(len, texts)) <= 3
 
 

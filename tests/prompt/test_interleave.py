@@ -12,13 +12,16 @@ from speechllm.errors import UserError
 from speechllm.llm.interface import IGNORE
 from speechllm.prompt.interleave import StreamingConfig, deal_out, interleave
 from speechllm.prompt.label import WordTime
-from speechllm.prompt.template import PRESETS, Kind, PromptConfig, PromptContext, splice
+from speechllm.prompt.request import Request, requests_of
+from speechllm.prompt.splice import Kind, splice
+from speechllm.prompt.template import PRESETS, PromptConfig
 from speechllm.text.tokenizer import HFTokenizer, RWKVTokenizer, load_tokenizer
 from tests.hf_tokenizers import train_byte_level
 
 RWKV = RWKVTokenizer()
 WORDS = [WordTime("one", 0.1, 0.4), WordTime("two", 0.5, 0.64), WordTime("three", 0.7, 0.9), WordTime("two", 1.9, 2.4)]
 TEXT = "one two three two"
+ENGLISH = [Request(language="en")]
 LEARNED = {"boundary": True, "soft_tokens": 2}
 
 
@@ -74,8 +77,8 @@ def test_every_tokenizer_gives_whole_words(tokenizer_dir, tmp_path):
             ]
 
 
-def rows_of(prompt, chunks, audio_len, positions, languages=("en",), tokenizer=RWKV, **options):
-    return interleave(prompt, tokenizer, [audio_len] * len(languages), languages, chunks, 0.64, positions, **options)
+def rows_of(prompt, chunks, audio_len, positions, requests=ENGLISH):
+    return interleave(prompt, RWKV, [audio_len] * len(requests), requests, chunks, 0.64, positions)
 
 
 def shown(row, i=0, tokenizer=RWKV):
@@ -113,11 +116,11 @@ def test_without_anything_after_the_audio_the_last_next_predicts_the_rest():
 @pytest.mark.parametrize("learned", [{}, LEARNED])
 def test_one_chunk_that_covers_all_is_the_offline_row(preset, learned):
     prompt = PromptConfig(preset=preset, **learned)
-    context = PromptContext("a", draw=0.6)
+    request = Request("a", draw=0.6, language="en")
     ids = RWKV.encode(" one two")
-    row = rows_of(prompt, [[ids]], 7, 99, contexts=[context])
+    row = rows_of(prompt, [[ids]], 7, 99, [request])
     offline_text = prompt.written_out().streaming.replace("{chunk_seconds}", "0.64")
-    offline = splice(dataclasses.replace(prompt, asr=offline_text), RWKV, [7], ["en"], [ids], contexts=[context])
+    offline = splice(dataclasses.replace(prompt, asr=offline_text), RWKV, [7], [request], [ids])
     assert all((a == b).all() for a, b in zip(row, offline, strict=True))
 
 
@@ -125,15 +128,15 @@ def test_a_row_of_a_batch_is_that_alone_and_translations_are_offline():
     prompt = PromptConfig(**LEARNED)
     ids = RWKV.encode(" one two")
     chunks = [[ids, ids[:1], []], [ids], [[], ids]]
-    options = {"languages": ("en", "es", "fr"), "target_languages": [None, "de", None]}
-    batch = rows_of(prompt, chunks, 11, 3, **options)
-    for i, targets in enumerate(options["target_languages"]):
-        alone = rows_of(prompt, chunks[i : i + 1], 11, 3, options["languages"][i : i + 1], target_languages=[targets])
+    requests = requests_of(["en", "es", "fr"], [None, "de", None])
+    batch = rows_of(prompt, chunks, 11, 3, requests)
+    for i in range(3):
+        alone = rows_of(prompt, chunks[i : i + 1], 11, 3, requests[i : i + 1])
         n = int(alone.lens)
         for name in ("token_ids", "kinds", "labels"):
             assert (getattr(alone, name)[0] == getattr(batch, name)[i, :n]).all()
         assert not batch.kinds[i, n:].any() and (batch.labels[i, n:] == IGNORE).all()
-    translation = splice(prompt, RWKV, [11], ["es"], [ids], ["de"])
+    translation = splice(prompt, RWKV, [11], requests[1:2], [ids])
     assert (batch.token_ids[1, : int(translation.lens)] == translation.token_ids[0]).all()
 
 
@@ -154,17 +157,18 @@ def test_less_audio_than_chunks_is_no_stream():
 
 def test_the_prompt_may_need_what_an_utterance_lacks():
     with pytest.raises(UserError, match=r"\{lang\} slot .*prompt\.streaming"):
-        PromptConfig().fill(None, chunk_seconds=0.64)
+        PromptConfig().fill(Request(), 0.64)
     with pytest.raises(UserError, match=r"unknown slot \{chunk_seconds\}"):
         PromptConfig(asr="{audio}{chunk_seconds}")
-    assert PromptConfig().fill("en", chunk_seconds=0.64) == ("User: <|en|>0.64 s: ", "\n\nAssistant:")
-    assert PromptConfig().fill("en", "de", chunk_seconds=0.64) == PromptConfig().fill("en", "de")
+    assert PromptConfig().fill(Request(language="en"), 0.64) == ("User: <|en|>0.64 s: ", "\n\nAssistant:")
+    translated = Request(language="en", target_language="de")
+    assert PromptConfig().fill(translated, 0.64) == PromptConfig().fill(translated)
 
 
 def test_instructions_of_streams_alone():
     prompt = PromptConfig(asr="Go {audio}", streaming="{instruction} {audio}", instructions=["a", "b"])
     assert prompt.written_out() == prompt.written_out().written_out()
-    assert prompt.fill("en", None, PromptContext(draw=0.6), 0.64) == ("b ", "")
+    assert prompt.fill(Request(draw=0.6), 0.64) == ("b ", "")
     with pytest.raises(UserError, match=r"instructions: asr has no \{instruction\} slot"):
         PromptConfig(asr="Go {audio}", instructions=["a", "b"])
 
