@@ -226,12 +226,11 @@ def streamed(recognizer: StreamingRecognizer, loader, count: int, text_steps: Se
 def utterances(recognizer: StreamingRecognizer, loader, measured: Measured) -> Iterator[Utterance]:
     """Those that the model can recognize, each with a stream that is open."""
     for batch in loader:
-        contexts = batch.contexts or [None] * len(batch)
-        for row, length in enumerate(batch.sample_lens.tolist()):
+        for row, (request, length) in enumerate(zip(batch.requests, batch.sample_lens.tolist(), strict=True)):
             try:
-                if (target := batch.target_languages[row]) is not None:
+                if (target := request.target_language) is not None:
                     raise UserError(f"{target} is asked for, but a stream is not translated")
-                stream = recognizer.open(batch.languages[row], contexts[row])
+                stream = recognizer.open(request.language, request)
             except UserError as error:
                 leave_out(batch, row, error, measured)
             else:
@@ -257,23 +256,20 @@ def count_result(measured: Measured, utterance: Utterance, text_steps: Sequence[
 def offline(model: SpeechLLM | EncoderModel, loader, text_steps: Sequence[str]) -> Measured:
     """Utterances that are heard whole; a word is written when its utterance has ended."""
     measured = Measured()
-    recognizer = model.recogniser()
+    recognizer = model.recognizer()
     for batch in loader:
         batch = batch.to(model.device)
-        contexts = batch.contexts or [None] * len(batch)
         rows = []
         for i, frames in enumerate(batch.feature_lens.tolist()):
             try:
-                recognizer.check(batch.languages[i], batch.target_languages[i], contexts[i], frames)
+                recognizer.check(batch.requests[i], frames)
             except UserError as error:
                 leave_out(batch, i, error, measured)
             else:
                 rows.append(i)
         if not rows:
             continue
-        speech = Speech(
-            batch.features, batch.feature_lens, batch.languages, batch.target_languages, batch.contexts
-        ).rows(rows)
+        speech = Speech(batch.features, batch.feature_lens, batch.requests).rows(rows)
         start = time.perf_counter()
         (found,) = recognizer([speech])
         measured.computing += time.perf_counter() - start

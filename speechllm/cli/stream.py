@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
-from speechllm.cli.options import add_device_option, add_dtype_option, add_prompt_options, prompt_context
+from speechllm.cli.options import add_device_option, add_dtype_option, add_prompt_options, command_line_request
 from speechllm.cli.streaming_options import add_streaming_options, streaming_options
 
 # The rest of the library is imported where it is used: `speechllm --help` answers at once.
@@ -73,7 +73,7 @@ def add_stream(commands: argparse._SubParsersAction) -> None:
     add_device_option(stream)
     add_dtype_option(stream)
     add_streaming_options(stream, endpoint=f"{_ENDPOINT:g}")
-    stream.set_defaults(run=run_stream)
+    stream.set_defaults(run=run_stream, target_language=None)
 
 
 def run_stream(args: argparse.Namespace) -> int:
@@ -85,8 +85,8 @@ def run_stream(args: argparse.Namespace) -> int:
     from speechllm.decode.streaming import StreamingRecognizer
     from speechllm.errors import UserError
     from speechllm.model.build import load_model, prepare_for_inference, usable_device
-    from speechllm.model.request import asked_languages
-    from speechllm.model.speech_llm import load_model_config
+    from speechllm.model.config import load_model_config
+    from speechllm.model.request import checked_request
 
     # What can be refused before the model is loaded is.
     options = streaming_options(args, endpoint_seconds=_ENDPOINT)
@@ -94,13 +94,13 @@ def run_stream(args: argparse.Namespace) -> int:
         raise UserError("--realtime: is for files; standard input comes as fast as it does")
     if args.input != "-" and not Path(args.input).is_file():
         raise FileNotFoundError(f"{args.input}: no such file")
-    context = prompt_context(args)
+    request = command_line_request(args)
     device = usable_device(args.device)
     config = load_model_config(args.model)
-    language, _ = asked_languages(config, args.language, None, context)
+    request = checked_request(config, request)
     model = load_model(args.model)
     prepare_for_inference(model, device, args.dtype, args.llm_weights)
-    recognizer = StreamingRecognizer(model, args.chunk_seconds, language, context=context, options=options)
+    recognizer = StreamingRecognizer(model, args.chunk_seconds, request.language, context=request, options=options)
     as_text = sys.stdout.isatty() if args.format is None else args.format == "text"
     writer = TextWriter(sys.stdout) if as_text else JSONWriter(sys.stdout)
     blocks = pcm_blocks(sys.stdin.buffer) if args.input == "-" else file_blocks(args.input, args.realtime)

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from speechllm.decode.context import Hotwords, HotwordState
 from speechllm.decode.ctc import forced_align
+from speechllm.decode.hotwords import Hotwords, HotwordState
 from speechllm.decode.interface import StreamableSpeechLLM, StreamChunk, StreamingOptions
 from speechllm.decode.result import StreamedWord, Word
 from speechllm.decode.search import SCORED_CANDIDATES, Prompt, read_prompts
@@ -150,7 +150,7 @@ class TextDecoder:
         seconds = chunk.seconds + _ALIGNED_SECONDS + (options.stable_seconds if options.beam > 1 else 0.0)
         self._most_heard = math.ceil(seconds / model.frame_seconds)
         # Of the prompt of each language and context: embeddings after the audio, and the state before it.
-        self._prompts: dict[tuple[str | None, Request | None], tuple[Tensor, LanguageModelState | None]] = {}
+        self._prompts: dict[Request, tuple[Tensor, LanguageModelState | None]] = {}
 
     def start(self, language: str | None, context: Request | None) -> StreamText:
         """A stream that has not begun.
@@ -216,10 +216,10 @@ class TextDecoder:
 
     def _prompt(self, language: str | None, context: Request | None) -> tuple[Tensor, LanguageModelState | None]:
         """Embeddings (L, D) of what follows the audio, and the state after what is before it."""
-        key = language, context
+        request = replace(context or Request(), language=language)
+        key = replace(request, id=None, key=None)  # what the prompt does not tell
         if key not in self._prompts:
             model = self.model
-            request = replace(context or Request(), language=language)
             spliced = interleave(
                 model.config.prompt, model.tokenizer, [0], [request], [[[]]], self.chunk.seconds, 1
             ).to(model.device)

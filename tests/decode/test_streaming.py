@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from speechllm.data.features import fbank
-from speechllm.decode.encoder_recognizer import EncoderRecogniser
-from speechllm.decode.interface import RecogniseOptions, Speech, StreamingOptions
+from speechllm.decode.encoder_recognizer import EncoderRecognizer
+from speechllm.decode.interface import RecognizeOptions, Speech, StreamingOptions
 from speechllm.decode.result import streamed_text
 from speechllm.decode.streaming import StreamingRecognizer
 from speechllm.errors import UserError
+from speechllm.model.config import LLMSection
 from speechllm.model.encoder_model import EncoderModel
-from speechllm.model.speech_llm import LLMSection, SpeechLLM
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.prompt.interleave import StreamingConfig, interleave
+from speechllm.prompt.request import Request
 
 RATE = 16000
 
@@ -211,7 +213,7 @@ def test_greedy_search_is_the_row_that_the_model_was_trained_on(speech_llm):
             speech_llm.config.prompt,
             speech_llm.tokenizer,
             audio_lens.tolist(),
-            ["en"],
+            [Request(language="en")],
             [written],
             0.32,
             chunk.positions,
@@ -260,8 +262,8 @@ def test_ctc_of_a_stream_is_that_of_the_whole(encoder_model):
     for seed, seconds in enumerate((5.0, 1.3, 0.4)):
         samples = noise(seconds, seed)
         features = fbank(samples)
-        speech = Speech(features[None], torch.tensor([len(features)]), [None], [None])
-        ((expected,),) = EncoderRecogniser(offline, RecogniseOptions(timestamps=True))([speech])
+        speech = Speech(features[None], torch.tensor([len(features)]), [Request()])
+        ((expected,),) = EncoderRecognizer(offline, RecognizeOptions(timestamps=True))([speech])
         words = streamed(recognizer, samples)
         assert streamed_text(words) == " ".join(expected.text.split())
         assert len(words) == len(expected.words)
