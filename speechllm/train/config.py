@@ -95,7 +95,7 @@ class Experiment:
             raise ValueError("train.fsdp: AdaLoRA looks at whole matrices; use another model.llm.tune.method")
 
 
-def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+def load_experiment(path: str | Path, overrides: Sequence[str] | None = None) -> Experiment:
     """The configuration of a YAML file, checked as a whole, with all of its stages.
 
     Args:
@@ -105,7 +105,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         ConfigError: it cannot be trained with; the message names the file, the key and what is allowed.
     """
     experiment = load_config(Experiment, path, overrides)
-    stages_of(str(path), experiment, overrides)
+    stages_of(str(path), experiment, overrides or ())
     return experiment
 
 

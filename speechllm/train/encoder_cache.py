@@ -21,7 +21,7 @@ from speechllm.data import SAMPLE_RATE, DataConfig, SourceConfig, UtteranceError
 from speechllm.data.convert import convert_to_cuts_in_parts
 from speechllm.data.features import extract_features
 from speechllm.encoder import WhisperEncoder
-from speechllm.model.base import Encoder, SpeechModel
+from speechllm.model.base import SpeechModel
 from speechllm.model.speech_llm import EncoderSection
 from speechllm.weights import file_hash
 
@@ -83,7 +83,7 @@ def use_encoder_cache(config: DataConfig, model: SpeechModel) -> DataConfig:
     return replace(config, train=train, valid=valid, features_on="precomputed", cache_encoder=None)
 
 
-def _only_encoder(model: SpeechModel) -> tuple[EncoderSection, Encoder]:
+def _only_encoder(model: SpeechModel) -> tuple[EncoderSection, WhisperEncoder]:
     (_, section, encoder), *others = model.encoders()
     if others or not isinstance(encoder, WhisperEncoder):
         raise ConfigError(

@@ -273,6 +273,7 @@ def _entry(name: str, duration: float, parts: Sequence[Part], source: SourceConf
     else:
         inside, writing = [], _without_supervisions(fields, source)
     words = [one.supervision.words for one in inside]
+    all_words = [word for of_one in words for word in of_one or ()]
     return Entry(
         name,
         duration,
@@ -281,7 +282,7 @@ def _entry(name: str, duration: float, parts: Sequence[Part], source: SourceConf
         writing.task,
         writing.ast_text,
         writing.target_lang,
-        None if None in words or not words else tuple(itertools.chain(*words)),
+        None if None in words or not words else tuple(all_words),
         string_of(fields, "previous"),
         hotwords_of(fields),
     )
@@ -473,7 +474,7 @@ def _shard_streams(
     """Lines that belong to no shard, and what opens the stream of each shard."""
     if _kind(source) == "tarred":
         found = tar_shards(source)
-        streams = [
+        streams: list[Callable[[], Iterator[Cut | ManifestError]]] = [
             partial(_cuts_in_place, tarred_shard_objects, shard, source)
             if _can_be_read_in_place(shard.tar)
             else partial(_cuts_in_memory, partial(stream_tarred_shard, shard, source), None)
