@@ -6,7 +6,7 @@ import json
 import math
 from array import array
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -154,7 +154,7 @@ class CheckReport:
         self.characters = 0
         self.tokens = 0
         self.languages: Counter[str] = Counter()
-        self.language_seconds: Counter[str] = Counter()
+        self.language_seconds: defaultdict[str, float] = defaultdict(float)
         self.tasks: Counter[str] = Counter()
         self.problem_counts: Counter[str] = Counter()
         self.problems: dict[str, list[Problem]] = {}

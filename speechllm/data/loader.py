@@ -101,19 +101,21 @@ class DataConfig:
         check_limits(self)
         if not 0 <= self.min_seconds < self.max_seconds:
             raise ValueError(f"min_seconds {self.min_seconds} and max_seconds {self.max_seconds}: need 0 <= min < max")
-        if self.curriculum_seconds is not None:
-            if not self.min_seconds < self.curriculum_seconds:
-                raise ValueError(
-                    f"curriculum_seconds {self.curriculum_seconds} is not above min_seconds {self.min_seconds}"
-                )
-            if self.curriculum_epochs < 1:
-                raise ValueError("curriculum_seconds needs curriculum_epochs of at least 1")
+        if self.curriculum_seconds is not None and not self.min_seconds < self.curriculum_seconds:
+            raise ValueError(
+                f"curriculum_seconds {self.curriculum_seconds} is not above min_seconds {self.min_seconds}"
+            )
+        if self.curriculum_seconds is not None and self.curriculum_epochs < 1:
+            raise ValueError("curriculum_seconds needs curriculum_epochs of at least 1")
         check_steps(self.text)
         if self.features_on not in FEATURES_ON:
             raise ValueError(f"features_on: {self.features_on!r} is none of {', '.join(FEATURES_ON)}")
         if self.augment.changes_waveform and (self.features_on == "precomputed" or self.cache_encoder is not None):
             key = "cache_encoder" if self.cache_encoder is not None else "features_on"
             raise ValueError(f"{key}: precomputed features can only have augment.spec_augment")
+        self._check_sources()
+
+    def _check_sources(self) -> None:
         for name, values in (("weight", [s.weight is None for s in self.train]), ("stream", self._streams)):
             if len(set(values)) > 1:
                 raise ValueError(f"train: give {name} to all sources or to none")
@@ -202,12 +204,13 @@ class PlannedEpochs:
         admitted, left_out = config.utterance_limits(epoch, self._labels).admit(self._lengths)
         notes = [f"left out {count} utterances: {reason}" for reason, count in left_out.items()]
         weighted = config.train[0].weight is not None
-        drawable, weights = [], []
+        drawable: list[np.ndarray] = []
+        weights: list[float] = []
         for source, (first, end) in zip(config.train, pairwise(corpus.starts), strict=True):
             group = first + np.flatnonzero(admitted[first:end])
             if len(group):
                 drawable.append(group)
-                weights.append(source.weight)
+                weights.append(1.0 if source.weight is None else source.weight)
             else:
                 notes.append(f"no utterance of {source.path} is within the limits")
         if not drawable:
@@ -413,6 +416,8 @@ class SpeechLoader:
         """Some batches as large as they get from this epoch on, the same on all ranks; where it is is not changed."""
         for plan in self._epochs.largest(self.epoch):
             batch, _, _ = self._dataset[plan]
+            if isinstance(batch, DataError):
+                raise batch
             if batch is not None:
                 yield batch
 
@@ -430,11 +435,11 @@ class SpeechLoader:
             if utterance.id not in self._logged:
                 self._logged.add(utterance.id)
                 logging.warning("skipped utterance %s: %s", utterance.id, utterance.details)
-        for utterance in noted:
-            self.noted[utterance.reason] += 1
-            if utterance.id not in self._logged:
-                self._logged.add(utterance.id)
-                logging.warning("utterance %s is used with %s: %s", utterance.id, utterance.reason, utterance.details)
+        for note in noted:
+            self.noted[note.reason] += 1
+            if note.id not in self._logged:
+                self._logged.add(note.id)
+                logging.warning("utterance %s is used with %s: %s", note.id, note.reason, note.details)
         # not before a sample is large enough to tell; the end of the epoch tells of small sets
         if self.seen >= 1000:
             self._check_share()
@@ -515,16 +520,18 @@ def build_train_loader(
     identity["two_views"] = two_views
     for name in ("valid", "test", "num_workers", "max_bad_share", "index_dir"):
         del identity[name]
+    epochs: Epochs
+    corpus: Corpus | None = None
     if config.train[0].stream:
-        corpus, epochs = None, StreamedEpochs(config, seed, rank, world_size, labels)
+        epochs = StreamedEpochs(config, seed, rank, world_size, labels)
         voices = list(islice(mix(config.train, seed, config.max_bad_share), _VOICES)) if config.augment.babble else []
     else:
         corpus = _corpus(config, config.train, labels)
         del identity["buffer_size"]  # of streams
         identity["manifests"] = [index.fingerprint for index in corpus.indexes]
         epochs = PlannedEpochs(config, corpus, seed, rank, world_size, labels)
-        chosen = np.random.default_rng([seed, 2]).permutation(len(corpus))[:_VOICES] if config.augment.babble else []
-        voices = [corpus[int(number)] for number in chosen]
+        order = np.random.default_rng([seed, 2]).permutation(len(corpus))
+        voices = [corpus[int(number)] for number in order[:_VOICES]] if config.augment.babble else []
     augmenter = Augmenter(config.augment, voices)
     if augmenter.fingerprints:
         identity["sounds"] = augmenter.fingerprints

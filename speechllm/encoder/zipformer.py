@@ -10,9 +10,10 @@ import dataclasses
 import difflib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +126,7 @@ class ZipformerConfig:
     chunk_size: list[int] = field(default_factory=lambda: [16, 32, 64, -1])
     left_context_frames: list[int] = field(default_factory=lambda: [64, 128, 256, -1])
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def check(ok: bool, key: str, allowed: str) -> None:
             if not ok:
                 raise ValueError(f"Zipformer configuration: {key} is {getattr(self, key)!r}, but must be {allowed}")
@@ -249,8 +250,8 @@ def keep_utterances(x: Tensor, skip_rate: float) -> Tensor | None:
     return (torch.rand(len(x), 1, 1, device=x.device) >= skip_rate).to(x.dtype)
 
 
-def whitening(limit: float, ratio: float = 2.0, **kwargs) -> Whiten:
-    return Whiten(ScheduledFloat((0.0, limit), (20000.0, ratio * limit)), **kwargs)
+def whitening(limit: float, ratio: float = 2.0, grad_scale: float = 0.01, groups: int = 1) -> Whiten:
+    return Whiten(ScheduledFloat((0.0, limit), (20000.0, ratio * limit)), grad_scale, groups)
 
 
 @contextmanager
@@ -268,7 +269,7 @@ def _contexts_with_the_same_draws() -> tuple[AbstractContextManager, AbstractCon
     return nullcontext(), _python_random_state(random.getstate())
 
 
-def run(module: nn.Module, *inputs, checkpointed: bool) -> Tensor:
+def run(module: Callable[..., Tensor], *inputs: Any, checkpointed: bool) -> Tensor:
     """module(*inputs); if `checkpointed`, its activations are computed again in the backward pass.
 
     Both times the module draws the same random numbers, from PyTorch's generators and from Python's, and the
@@ -415,7 +416,7 @@ class ChunkCausalConv(nn.Module):
     def __init__(self, dim: int, kernel: int):
         super().__init__()
         self.causal_conv = nn.Conv1d(dim, dim, (kernel + 1) // 2, groups=dim)
-        nn.init.uniform_(self.causal_conv.bias, -0.1, 0.1)
+        nn.init.uniform_(cast(Tensor, self.causal_conv.bias), -0.1, 0.1)
         self.chunkwise_conv = nn.Conv1d(dim, dim, kernel, groups=dim, padding=kernel // 2)
         self.chunkwise_conv_scale = nn.Parameter(torch.zeros(2, dim, kernel))
 
@@ -426,7 +427,8 @@ class ChunkCausalConv(nn.Module):
         causal = depthwise_conv(F.pad(x, (0, 0, kernel // 2, 0)), self.causal_conv, 0)
         within = depthwise_conv(x.reshape(-1, frames.chunk, c), self.chunkwise_conv, kernel // 2).reshape(n, t, c)
         # The tables, (2, C, K), get an entry of 0 for frames that are a kernel or more away from the edge.
-        from_left, from_right = (d.clamp(max=kernel) for d in frames.edge_distance)
+        edges = cast("tuple[Tensor, Tensor]", frames.edge_distance)  # which a causal model has
+        from_left, from_right = (d.clamp(max=kernel) for d in edges)
         left, right = self.chunkwise_conv_scale
         left = F.pad(left.T, (0, 0, 0, 1))
         right = F.pad(right.T.flip(0), (0, 0, 0, 1))
@@ -456,7 +458,7 @@ class ConvolutionModule(nn.Module):
         if frames.valid is not None:
             x = x * frames.valid
         conv = self.depthwise_conv
-        x = conv(x, frames) if isinstance(conv, ChunkCausalConv) else depthwise_conv(x, conv, conv.padding[0])
+        x = conv(x, frames) if isinstance(conv, ChunkCausalConv) else depthwise_conv(x, conv, conv.kernel_size[0] // 2)
         return self.out_proj(swoosh_r(self.whiten(self.balancer2(x))))
 
 
@@ -473,7 +475,7 @@ class Bypass(nn.Module):
 
     def forward(self, skipped: Tensor, x: Tensor) -> Tensor:
         """(N, T, C) twice -> (N, T, C)"""
-        scale = self.bypass_scale
+        scale: Tensor = self.bypass_scale
         if self.training:
             scale = limit_parameter(scale, self.scale_min.value, 1.0)
             keep = keep_utterances(x, self.skip_rate.value)
@@ -780,9 +782,10 @@ class Zipformer(nn.Module):
         self.num_stacks = len(config.encoder_dim)
         dropout = ScheduledFloat((0.0, 0.3), (20000.0, 0.1)) if config.dropout is None else constant(config.dropout)
         self.encoder_embed = subsampling.Conv2dSubsampling(
-            config.feature_dim, config.encoder_dim[0], tuple(config.subsampling_channels), dropout
+            config.feature_dim, config.encoder_dim[0], config.subsampling_channels, dropout
         )
         self.encoder = StackedEncoder(config, dropout)
+        self.model_batch_count: Tensor
         self.register_buffer("model_batch_count", torch.tensor(0.0))
         self.register_load_state_dict_post_hook(
             lambda module, _: module.set_batch_count(float(module.model_batch_count))

@@ -77,13 +77,16 @@ class TransformersState:
     def repeat(self, n: int) -> TransformersState:
         """Every row n times in succession: N rows become N * n."""
         layers = (
-            LayerState(*(tuple(None if x is None else x.repeat_interleave(n, dim=0) for x in part) for part in layer))
+            LayerState(
+                tuple(x.repeat_interleave(n, dim=0) for x in layer.attention),
+                tuple(None if x is None else x.repeat_interleave(n, dim=0) for x in layer.recurrent),
+            )
             for layer in self.layers
         )
         return TransformersState(tuple(layers), self.lens.repeat_interleave(n))
 
-    @staticmethod
-    def cat(states: Sequence[TransformersState]) -> TransformersState:
+    @classmethod
+    def cat(cls, states: Sequence[TransformersState]) -> TransformersState:
         """The rows of all `states`, one state's after the other's."""
         places = max(state.places for state in states)
         layers = []

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -131,14 +131,32 @@ def parameter_groups(model: nn.Module, config: OptimConfig, part: str = "") -> l
     ]
 
 
+@runtime_checkable
+class HasNoWeightDecay(Protocol):
+    """A module that names those of its own parameters that are not decayed."""
+
+    def no_weight_decay(self) -> Iterable[str]: ...
+
+    def get_parameter(self, target: str) -> nn.Parameter: ...
+
+
+@runtime_checkable
+class HasLrScale(Protocol):
+    """A module that has factors of the learning rate for parameters of its own, by name."""
+
+    def lr_scale(self) -> dict[str, float]: ...
+
+    def get_parameter(self, target: str) -> nn.Parameter: ...
+
+
 def _declared_rules(model: nn.Module) -> tuple[set[nn.Parameter], dict[nn.Parameter, float]]:
     """What the modules of a model say of their own parameters: which are not decayed, and factors of the rate."""
     not_decayed: set[nn.Parameter] = set()
     own_scale: dict[nn.Parameter, float] = {}
     for module in model.modules():
-        if hasattr(module, "no_weight_decay"):
+        if isinstance(module, HasNoWeightDecay):
             not_decayed |= {module.get_parameter(name) for name in module.no_weight_decay()}
-        if hasattr(module, "lr_scale"):
+        if isinstance(module, HasLrScale):
             own_scale |= {module.get_parameter(name): scale for name, scale in module.lr_scale().items()}
     return not_decayed, own_scale
 
@@ -151,9 +169,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig, part: str = "") -> Ad
     """
     freeze_parameters(model, config.freeze, part)
     groups = parameter_groups(model, config, part)
+    beta1, beta2 = config.betas
     if config.name == "scaled_adam":
-        return ScaledAdam(groups, betas=tuple(config.betas), clipping_scale=config.clipping_scale)
-    return AdamW(groups, betas=tuple(config.betas), fused=True)
+        return ScaledAdam(groups, betas=(beta1, beta2), clipping_scale=config.clipping_scale)
+    return AdamW(groups, betas=(beta1, beta2), fused=True)
 
 
 class Schedule:

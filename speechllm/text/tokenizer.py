@@ -28,7 +28,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
@@ -366,7 +366,7 @@ def _read_gguf_tokenizer(path: Path) -> tuple[bytes, str]:
         # It puts a space in front of a text without one only, so that a text that begins with one is read without it.
         # llama.cpp and Llama 2's own tokenizer.json put one in front of every text.
         if content["pre_tokenizer"]["prepend_scheme"] == "never":
-            steps = []
+            steps: list[dict[str, Any]] = []
         else:
             steps = [{"type": "Prepend", "prepend": _SPACE}]
         steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})

@@ -23,7 +23,6 @@ from speechllm.data.features import extract_features
 from speechllm.encoder import WhisperEncoder
 from speechllm.model.base import SpeechModel
 from speechllm.model.config import EncoderSection
-from speechllm.model.parts import Encoder
 from speechllm.weights import file_hash
 
 logger = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ def use_encoder_cache(config: DataConfig, model: SpeechModel) -> DataConfig:
     return replace(config, train=train, valid=valid, features_on="precomputed", cache_encoder=None)
 
 
-def _only_encoder(model: SpeechModel) -> tuple[EncoderSection, Encoder]:
+def _only_encoder(model: SpeechModel) -> tuple[EncoderSection, WhisperEncoder]:
     (_, section, encoder), *others = model.encoders()
     if others or not isinstance(encoder, WhisperEncoder):
         raise ConfigError(

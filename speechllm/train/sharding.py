@@ -87,7 +87,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The norm of all tensors together, a scalar; where some are sharded, all processes must call this."""
-    whole, shares = [], []
+    whole: list[Tensor] = []
+    shares: list[Tensor] = []
     for tensor in tensors:
         (shares if isinstance(tensor, DTensor) else whole).append(local(tensor.detach()))
     if not shares:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeGuard, TypeVar
 
 import numpy as np
 from lhotse.cut import Cut
@@ -187,12 +188,12 @@ class Augmenter:
     def __init__(self, config: AugmentConfig, corpus: Sequence[Cut] = ()) -> None:
         self.config = config
         self._noise = SoundBank.from_sources(config.noise.sources, "noise") if _on(config.noise) else None
-        self._rirs = None
+        self._rirs: SoundBank | None = None
         if _on(config.reverb) and config.reverb.sources:
             # An average of channels, as for speech, would hear the direct sound once per microphone.
             sources = [replace(s, channel=0 if s.channel is None else s.channel) for s in config.reverb.sources]
             self._rirs = SoundBank.from_sources(sources, "impulse response")
-        self._voices = None
+        self._voices: SoundBank | None = None
         if _on(config.babble):
             if not corpus:
                 raise DataError("augment.babble: there are no training utterances to take voices from")
@@ -214,12 +215,12 @@ class Augmenter:
             if rir is not None:
                 samples = reverberate(samples, rir)
         speech_power = mean_power(samples)
-        if _happens(config.noise, rng):
+        if self._noise is not None and _happens(config.noise, rng):
             snr = rng.uniform(config.noise.snr_low, config.noise.snr_high)
             noise = self._noise.draw(size, rng)
             if noise is not None:
                 samples = samples + noise_at_snr(noise, speech_power, snr)
-        if _happens(config.babble, rng):
+        if self._voices is not None and _happens(config.babble, rng):
             snr = rng.uniform(config.babble.snr_low, config.babble.snr_high)
             count = int(rng.integers(config.babble.voices_low, config.babble.voices_high + 1))
             samples = samples + noise_at_snr(babble(self._voices, count, size, rng), speech_power, snr)
@@ -228,7 +229,7 @@ class Augmenter:
         if _happens(config.codec, rng):
             samples = transcode(samples, str(rng.choice(config.codec.codecs)), rng)
         if _happens(config.volume, rng):
-            samples = samples * np.float32(rng.uniform(config.volume.low, config.volume.high))
+            samples = np.float32(rng.uniform(config.volume.low, config.volume.high)) * samples
         return samples
 
     def features(self, features: Tensor, rng: np.random.Generator, kind: str) -> Tensor:
@@ -238,7 +239,10 @@ class Augmenter:
 
     def two_views(self, features: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """(T, F) twice, with other masks of SpecAugment."""
-        return spec_augment_twice(features, self.config.spec_augment, rng)
+        config = self.config.spec_augment
+        if config is None:
+            raise DataError("augment.spec_augment: two views of an utterance would be the same without it")
+        return spec_augment_twice(features, config, rng)
 
 
 def _simulate(config: ReverbConfig, rng: np.random.Generator) -> np.ndarray:
@@ -247,11 +251,20 @@ def _simulate(config: ReverbConfig, rng: np.random.Generator) -> np.ndarray:
     return simulate_rir(t60, distance, rng.uniform(config.volume_low, config.volume_high), rng)
 
 
-def _on(section: object) -> bool:
+class _Chance(Protocol):
+    """A section that says how likely what it configures is."""
+
+    probability: float
+
+
+_Section = TypeVar("_Section", bound=_Chance)
+
+
+def _on(section: _Section | None) -> TypeGuard[_Section]:
     return section is not None and section.probability > 0
 
 
-def _happens(section: object, rng: np.random.Generator) -> bool:
+def _happens(section: _Section | None, rng: np.random.Generator) -> TypeGuard[_Section]:
     """Draws from `rng` where the section is on."""
     return _on(section) and rng.random() < section.probability
 

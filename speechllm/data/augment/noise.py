@@ -47,8 +47,8 @@ class SoundBank:
     ) -> None:
         self.fingerprints = list(fingerprints)
         self._cuts = cuts
-        weights = np.ones(len(cuts)) if weights is None else np.asarray(weights)
-        self._cumulative = np.cumsum(weights) / weights.sum()
+        shares = np.ones(len(cuts)) if weights is None else np.asarray(weights)
+        self._cumulative = np.cumsum(shares) / shares.sum()
         self._room = int(cache_seconds * SAMPLE_RATE)
         self._cache: dict[int, np.ndarray | None] = {}
 
