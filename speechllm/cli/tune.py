@@ -23,8 +23,10 @@ def add_tune(commands: argparse._SubParsersAction) -> None:
         "--new", metavar="LxD", help="a new model of L layers and width D, such as 8x384, is trained in full"
     )
     tune.add_argument(
-        "--text", nargs="+", type=Path, metavar="FILE", help='a document a line, or .jsonl with {"text": ...} lines'
-    )
+        "--text", nargs="+", type=Path, metavar="FILE",
+        help='a document a line, or .jsonl with {"text": ...} lines; with "prompt" beside "text", what comes before it '
+        "and is not learned",
+    )  # fmt: skip
     tune.add_argument("--valid", nargs="+", type=Path, metavar="FILE", help="text to measure the loss on")
     tune.add_argument("--output", type=Path, help="folder for the adapter (PEFT), the state, or the model (full)")
     tune.add_argument("--tokenizer", default="rwkv", help="rwkv, or a sentencepiece model (default: %(default)s)")
