@@ -87,7 +87,7 @@ def main() -> None:
         nargs="*",
         default=[],
         metavar="MANIFEST",
-        help="flite: what people say in training besides",
+        help="flite: other human training speech",
     )
     parser.add_argument("--hours", type=float, default=HOURS, help="flite: how much speech (default: %(default)s)")
     parser.add_argument("--dictionary", type=Path, help="as of prepare_corpus.py")
@@ -255,7 +255,7 @@ def find_flite(packages: Path) -> list[str]:
 
 
 def synthesize(chosen: Iterable[str], flite: Sequence[str], output: Path, hours: float) -> list[Utterance]:
-    """Let the voices speak the sentences in turn, until there are so many hours.
+    """Let the voices speak the sentences, until there are so many hours.
 
     A recording that is there already is not made again: its name says the voice, and the text by a hash.
 
@@ -265,14 +265,15 @@ def synthesize(chosen: Iterable[str], flite: Sequence[str], output: Path, hours:
     utterances: list[Utterance] = []
     seconds = 0.0
     with tqdm(total=hours, unit="hour", disable=None) as progress:
-        for index, words in enumerate(chosen):
+        for words in chosen:
             if seconds >= hours * 3600:
                 break
-            voice = VOICES[index % len(VOICES)]
+            # by its hash, so that another choice of sentences leaves the recordings of these as they are
             key = zlib.crc32(words.encode())
+            voice, stretch = VOICES[key % len(VOICES)], STRETCHES[key // len(VOICES) % len(STRETCHES)]
             path = output / "audio" / "flite" / voice / f"{key:08x}.flac"
             if not path.is_file():
-                samples = speak(words, [*flite, "-voice", voice], STRETCHES[key % len(STRETCHES)])
+                samples = speak(words, [*flite, "-voice", voice], stretch)
                 with replaced_file(path) as tmp:
                     soundfile.write(tmp, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
             duration = round(soundfile.info(path).duration, 4)

@@ -81,9 +81,7 @@ class Archive:
         content = index.read_bytes()
         count = int.from_bytes(content[:4], "little")
         if len(content) != 4 + count * _ENTRY_SIZE:
-            raise UserError(
-                f"{index}: has {len(content)} bytes, not those of a table of {count} files; is it complete?"
-            )
+            raise UserError(f"{index}: {len(content)} bytes are no table of {count} files; is it complete?")
         self._places: dict[int, tuple[int, int]] = {}
         for start in range(4, len(content), _ENTRY_SIZE):
             entry = content[start : start + _ENTRY_SIZE]
