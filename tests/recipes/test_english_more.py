@@ -240,17 +240,19 @@ def test_recordings_of_the_game(tmp_path, corpus, text, monkeypatch):
 
 def test_stamps(tmp_path, corpus, text):
     stamps = tmp_path / "packages" / "usr/share/tuxpaint/stamps"
-    for name in ("animals/frog", "animals/zebra", "robot"):
+    for name in ("animals/frog", "animals/zebra", "animals/chimp", "robot"):
         (stamps / name).parent.mkdir(parents=True, exist_ok=True)
         for language in ("", "_fr"):
             soundfile.write(stamps / f"{name}_desc{language}.ogg", 0.1 * np.sin(np.arange(22050) / 9), 22050)
     (stamps / "animals/frog.txt").write_text("A frog.\nfr.utf8=Une grenouille.\n", encoding="utf-8")
     (stamps / "animals/zebra.txt").write_text("A zebra.\n")
+    (stamps / "animals/chimp.txt").write_text("Hello.\n")
     recordings = prepare_more.tuxpaint_recordings(tmp_path / "packages")
     (made,) = prepare_more.build("tuxpaint", recordings, corpus, tmp_path / "tuxpaint", text)
-    assert (made.audio_filepath, made.text) == ("audio/tuxpaint/animals-frog.flac", "a frog")
+    assert (made.audio_filepath, made.text) == ("audio/tuxpaint/animals-frog.flac", "frog")
     assert {line["name"]: line["why"] for line in read(tmp_path / "tuxpaint/left_out_tuxpaint.jsonl")} == {
         "tuxpaint/animals-zebra": "unknown words",
+        "tuxpaint/animals-chimp": "other words than the text",
         "tuxpaint/robot": "no words",
     }
 
