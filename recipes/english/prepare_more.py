@@ -83,21 +83,17 @@ def main() -> None:
     parser.add_argument("--corpus-dir", type=Path, required=True, help="that prepare_corpus.py has written")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder of this source")
     parser.add_argument(
-        "--human",
-        type=Path,
-        nargs="*",
-        default=[],
-        metavar="MANIFEST",
-        help="flite: other human training speech",
+        "--human", type=Path, nargs="*", default=[], metavar="MANIFEST", help="further training speech of people"
     )
     parser.add_argument("--hours", type=float, default=HOURS, help="flite: how much speech (default: %(default)s)")
     parser.add_argument("--dictionary", type=Path, help="as of prepare_corpus.py")
     args = parser.parse_args()
+    training = [args.corpus_dir / "train.jsonl", *args.human]
     try:
         text = EnglishText.load(args.dictionary or installed_dictionary())
         if args.source == "flite":
-            human = {word for path in [args.corpus_dir / "train.jsonl", *args.human] for word in words_of(path)}
-            chosen = choose_sentences(written_sentences(args.packages_dir, args.corpus_dir, text), human)
+            known = set().union(*map(words_of, training))
+            chosen = choose_sentences(written_sentences(args.packages_dir, args.corpus_dir, text), known)
             utterances = synthesize(chosen, find_flite(args.packages_dir), args.output_dir, args.hours)
         else:
             recordings = {"steel-sky": steel_sky_recordings, "tuxpaint": tuxpaint_recordings}[args.source]
@@ -105,6 +101,10 @@ def main() -> None:
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     print(f"{args.source}: {describe(utterances)}")
+    heard = {word for utterance in utterances for word in utterance.text.split()}.union(*map(words_of, training))
+    for name in ("valid", "test", "other"):
+        words = [word for sentence in transcripts(args.corpus_dir, name) for word in sentence.split()]
+        print(f"{name}: {sum(word not in heard for word in words)} of its {len(words)} words are never in training")
     if len(utterances) != EXPECTED.get(args.source, len(utterances)):
         print(
             f"warning: {args.source} has {len(utterances)} utterances, where results are published for "
