@@ -6,7 +6,7 @@
     60600 to 60607   the texts of a section of the game in English, compressed with one Huffman code for all
 
 The number of a recording says which text of which section is spoken. The Huffman code is in the program, which is not
-distributed with the game; `CODES` was found by aligning texts with what a recogniser heard. All integers are
+distributed with the game; `CODES` was found by aligning texts with what a recognizer heard. All integers are
 little-endian.
 """
 

@@ -119,7 +119,7 @@ class LanguageModel(Protocol):
 
 
 class TunableModel(LanguageModel, Protocol):
-    """What adapters, quantisation and model folders ask of a language model besides; all are an ``nn.Module`` too.
+    """What adapters, quantization and model folders ask of a language model besides; all are an ``nn.Module`` too.
 
     The initial state is what every text starts from: a parameter of some models (RWKV-7), of others there is none.
     """

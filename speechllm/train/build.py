@@ -46,3 +46,10 @@ def init_new_encoders(model: SpeechLLM | EncoderModel, loader: SpeechLoader, loa
         first = next(iter(loader)).to("cpu")
         for encoder in new:
             init_from_data(encoder, model.features_of(encoder, first.features), first.feature_lens)
+
+
+def schedule_new_encoders(model: SpeechLLM | EncoderModel, step: int) -> None:
+    """Tell Zipformers that are trained from scratch how far they are; a released one has its schedules behind it."""
+    for _, section, encoder in model.encoders():
+        if section.is_new_zipformer:
+            encoder.set_batch_count(step * section.schedule_speed)

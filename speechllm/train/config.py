@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from speechllm.config import load_config
+from speechllm.config import ConfigError, load_config, override, parse_overrides, to_dict
 from speechllm.data import DataConfig
-from speechllm.model.speech_llm import ModelConfig
+from speechllm.model.config import ModelConfig
 from speechllm.optim.optimizer import OptimConfig
-from speechllm.train.stages import stages_of
 
 
 @dataclass
 class TrainConfig:
-    """`num_steps` optimiser steps in all, each over `accumulate` batches per process; no more than `num_epochs` epochs.
+    """`num_steps` optimizer steps in all, each over `accumulate` batches per process; no more than `num_epochs` epochs.
 
     Every `valid_every_n` steps the validation set is decoded, every `save_every_n` steps a checkpoint written, of which
     the last `keep_last_k` are kept, and every `save_every_n_epochs` epochs one that stays. `average_period`: steps from
@@ -94,7 +95,7 @@ class Experiment:
             raise ValueError("train.fsdp: AdaLoRA looks at whole matrices; use another model.llm.tune.method")
 
 
-def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """The configuration of a YAML file, checked as a whole, with all of its stages.
 
     Args:
@@ -104,5 +105,44 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         ConfigError: it cannot be trained with; the message names the file, the key and what is allowed.
     """
     experiment = load_config(Experiment, path, overrides)
-    stages_of(str(path), experiment, overrides or [])
+    stages_of(str(path), experiment, overrides)
     return experiment
+
+
+def stages_of(path: str, config: Experiment, overrides: Sequence[str]) -> dict[str, Experiment]:
+    """The configuration of each stage, in order, all of them checked before the first begins.
+
+    Args:
+      path: of the configuration file; overrides: of the command line, which count for all stages.
+
+    Raises:
+      ConfigError: a stage's changes are not right, or it cannot go on from the one before it.
+    """
+    base = load_config(Experiment, path)
+    stages = {
+        name: override(
+            override(base, changes, source=f"{path}: stages.{name}"), parse_overrides(overrides), source="command line"
+        )
+        for name, changes in config.stages.items()
+    }
+    for (name, stage), (then, next_stage) in pairwise(stages.items()):
+        check_same_projectors(path, f"stages.{name}", stage.model, f"stages.{then}", next_stage.model)
+    return stages
+
+
+def check_same_projectors(source: str, name: str, model: ModelConfig, then: str, next_model: ModelConfig) -> None:
+    """A stage goes on with the projectors of the one before it; it may have encoders more.
+
+    Raises:
+      ConfigError: names both stages, the key and what differs.
+    """
+    for key, projector in model.projectors.items():
+        if key not in next_model.projectors:
+            raise ConfigError(f"{source}: {name} trains model.{key}, but {then} has no such encoder")
+        before, after = to_dict(projector), to_dict(next_model.projectors[key])
+        for field_name, value in before.items():
+            if after[field_name] != value:
+                raise ConfigError(
+                    f"{source}: {then} has model.{key}.{field_name}: {after[field_name]}, but goes on from the "
+                    f"projector of {name}, which has {value}; use one for both, or train them as two experiments"
+                )

@@ -145,9 +145,16 @@ class RunLog:
         self._bar.update()
 
     def training(
-        self, epoch: int, step: int, averages: Averages, total: Averages, rows: int, scalars: dict[str, float]
+        self,
+        epoch: int,
+        step: int,
+        averages: Averages,
+        total: Averages,
+        batches: Sequence[Batch],
+        scalars: dict[str, float],
     ) -> None:
         """The losses of a step, `total` over the last ones, and more: `lr`, `grad_norm`, norms by part."""
+        rows = sum(len(batch) for batch in batches)
         speed = self.throughput.scalars(self._accelerator.num_processes)
         logger.info(
             "Epoch %d, step %d, loss%s, tot_loss%s, batch size: %d, lr: %.2e, grad norm: %.2f, %.0f audio s/s",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from speechllm.data import DataConfig, SpeechLoader
 from speechllm.errors import UserError
 from speechllm.model.encoder_model import EncoderModel
 from speechllm.model.speech_llm import SpeechLLM
+from speechllm.train.build import training_data
 from speechllm.train.checkpoint import rng_state, set_rng_state
 from speechllm.train.monitor import peak_memory_gb
 from speechllm.weights import file_hash
@@ -73,8 +74,13 @@ def check_precision(mixed_precision: str | None, model: SpeechLLM | EncoderModel
     )
 
 
-def frozen_base_weights(model: SpeechLLM | EncoderModel, carried: Sequence[str]) -> dict[str, dict[str, str]]:
+def frozen_base_weights(
+    model: SpeechLLM | EncoderModel, from_stage_before: Collection[str]
+) -> dict[str, dict[str, str]]:
     """Path and hash of the files that frozen weights are from: checkpoints do not have these.
+
+    Args:
+      from_stage_before: names of weights that were trained in a stage before: checkpoints have them.
 
     Raises:
       ConfigError: weights are frozen that come from no file.
@@ -82,7 +88,9 @@ def frozen_base_weights(model: SpeechLLM | EncoderModel, carried: Sequence[str])
     bases = {}
     language_model = [] if model.llm is None else [("llm", model.config.llm, model.llm)]
     for name, section, part in [*model.encoders(), *language_model]:
-        frozen = [n for n, p in part.named_parameters(prefix=name) if not p.requires_grad and n not in carried]
+        frozen = [
+            n for n, p in part.named_parameters(prefix=name) if not p.requires_grad and n not in from_stage_before
+        ]
         if frozen and section.path is None:
             raise ConfigError(f"optim.freeze: {frozen[0]} comes from no file (model.{name}.path) and no stage before")
         if frozen:
@@ -119,24 +127,21 @@ def scan_largest_batches(accelerator: Accelerator, model: torch.nn.Module, loade
     logger.info("the largest batches fit: at most %.2f GB", peak_memory_gb(accelerator.device))
 
 
-def largest_max_duration(
-    accelerator: Accelerator, model: torch.nn.Module, loader_of: Callable[[DataConfig], SpeechLoader], data: DataConfig
-) -> float:
+def largest_max_duration(accelerator: Accelerator, model: torch.nn.Module, data: DataConfig, seed: int) -> float:
     """The largest `data.max_duration` (seconds) whose largest batches fit into the memory of every process's GPU.
-
-    Args:
-      loader_of: makes the training data.
 
     Raises:
       UserError: there is no GPU, the language model is sharded, or not even one utterance of `data.max_seconds` fits.
     """
-    if isinstance(accelerator.unwrap_model(model), FSDPModule):
+    bare = accelerator.unwrap_model(model)
+    if isinstance(bare, FSDPModule):
         raise UserError("--max-duration auto: not with train.fsdp, where one process that fails holds up all")
     if accelerator.device.type != "cuda":
         raise UserError("--max-duration auto needs a GPU: a CPU's memory does not run out with a message")
 
     def fits(seconds: float) -> bool:
-        return fits_in_memory(accelerator, model, loader_of(replace(data, max_duration=seconds)))
+        loader = training_data(replace(data, max_duration=seconds), seed, bare, accelerator)
+        return fits_in_memory(accelerator, model, loader)
 
     largest = largest_that_fits(fits, data.max_seconds)
     logger.info("--max-duration auto: %g s", largest)

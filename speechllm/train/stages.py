@@ -3,60 +3,59 @@
 from __future__ import annotations
 
 import logging
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from speechllm.config import ConfigError, from_dict, load_config, override, parse_overrides, to_dict
+from speechllm.config import ConfigError, from_dict
+from speechllm.model.config import ModelConfig
 from speechllm.model.encoder_model import EncoderModel
-from speechllm.model.speech_llm import ModelConfig, SpeechLLM
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.train.checkpoint import load_checkpoint, newest_checkpoint
+from speechllm.train.config import Experiment, check_same_projectors, load_experiment, stages_of
 from speechllm.train.languages import languages_of
 from speechllm.weights import CheckpointError, load_state_dict_strict
 
 logger = logging.getLogger(__name__)
 
-Config = TypeVar("Config")  # of a whole experiment
+
+@dataclass(frozen=True)
+class Stage:
+    """One training: its configuration, its folder, and the folder of the stage that it goes on from."""
+
+    config: Experiment
+    exp_dir: Path
+    init_dir: Path | None = None
 
 
-def stages_of(path: str, config: Config, overrides: list[str]) -> dict[str, Config]:
-    """The configuration of each stage, in order, all of them checked before the first begins.
+def plan_stages(
+    path: str, overrides: Sequence[str], exp_dir: Path, only: str | None = None, start_from: str | None = None
+) -> list[Stage]:
+    """What is to be trained, in order; a configuration without stages is trained at once, in `exp_dir` itself.
 
     Args:
       path: of the configuration file; overrides: of the command line, which count for all stages.
+      only: train this stage alone.
+      start_from: the name of a checkpoint that one stage goes on from.
 
     Raises:
-      ConfigError: a stage's changes are not right, or it cannot go on from the one before it.
+      ConfigError: the configuration, or one of its stages, is not right; there is no such stage, or more than one where
+        one is wanted.
     """
-    changes_of = config.stages
-    base = load_config(type(config), path)
-    stages = {
-        name: override(
-            override(base, changes, source=f"{path}: stages.{name}"), parse_overrides(overrides), source="command line"
-        )
-        for name, changes in changes_of.items()
-    }
-    for (name, stage), (then, next_stage) in pairwise(stages.items()):
-        check_same_projectors(path, f"stages.{name}", stage.model, f"stages.{then}", next_stage.model)
-    return stages
-
-
-def check_same_projectors(source: str, name: str, model: ModelConfig, then: str, next_model: ModelConfig) -> None:
-    """A stage goes on with the projectors of the one before it; it may have encoders more.
-
-    Raises:
-      ConfigError: names both stages, the key and what differs.
-    """
-    for key, projector in model.projectors.items():
-        if key not in next_model.projectors:
-            raise ConfigError(f"{source}: {name} trains model.{key}, but {then} has no such encoder")
-        before, after = to_dict(projector), to_dict(next_model.projectors[key])
-        for field_name, value in before.items():
-            if after[field_name] != value:
-                raise ConfigError(
-                    f"{source}: {then} has model.{key}.{field_name}: {after[field_name]}, but goes on from the "
-                    f"projector of {name}, which has {value}; use one for both, or train them as two experiments"
-                )
+    config = load_experiment(path, overrides)
+    configs = stages_of(path, config, overrides)
+    if only is not None and only not in configs:
+        raise ConfigError(f"--stage: {only} is none of {', '.join(configs) or 'no stages at all'}")
+    if not configs:
+        return [Stage(config, exp_dir)]
+    folders = [exp_dir / name for name in configs]
+    stages = map(Stage, configs.values(), folders, [None, *folders])
+    chosen = [stage for name, stage in zip(configs, stages, strict=True) if only in (None, name)]
+    if len({stage.config.train.mixed_precision for stage in chosen}) > 1:
+        raise ConfigError(f"{path}: stages with another train.mixed_precision; run them one by one with --stage")
+    if start_from is not None and len(chosen) > 1:
+        raise ConfigError("--start-epoch and --start-batch are of one stage: name it with --stage")
+    return chosen
 
 
 def start_checkpoint(epoch: int | None, step: int | None) -> str | None:

@@ -14,9 +14,15 @@ from accelerate.utils import gather_object, set_seed
 from torch import nn
 from torch.optim import Optimizer
 
-from speechllm.data import Batch
+from speechllm.config import to_dict
+from speechllm.data import Batch, SpeechLoader
 from speechllm.errors import UserError
+from speechllm.llm.adapters import RankAllocation
+from speechllm.model.encoder_model import EncoderModel
+from speechllm.model.speech_llm import SpeechLLM
+from speechllm.optim.optimizer import build_scheduler
 from speechllm.train.checkpoint import (
+    RunningAverage,
     load_checkpoint,
     load_trained,
     remove_old_checkpoints,
@@ -26,7 +32,9 @@ from speechllm.train.checkpoint import (
     set_rng_state,
     trained_state_dict,
 )
+from speechllm.train.config import Experiment
 from speechllm.train.diagnostics import save_batches
+from speechllm.train.languages import TrainedLanguages
 from speechllm.train.monitor import Averages
 from speechllm.train.processes import failing_together
 from speechllm.train.sharding import describe_shares, load_optimizer_shares, optimizer_shares
@@ -44,34 +52,66 @@ class Stateful(Protocol):
 
 
 class TrainState:
-    """How far a run has come, and its parts, under the names that they have in a checkpoint.
+    """All of a run that goes on as it was: how far it has come, and the parts that a checkpoint holds besides.
 
     Attributes:
       step: optimizer steps that are done; epoch: the one that goes on, from 1.
       bad_steps: how many of the last steps had no finite gradient.
       best: the lowest loss and word error rate of the validation set so far.
       total: losses, an average over some 200 steps.
+      optimizer, scheduler, ranks: what a step moves, besides the weights.
+      average: of the weights; None in a process that writes no checkpoint.
+      loader, languages: this process's place in the training data, and what it has trained on.
 
     Args:
-      parts: what is one for all processes; None for what this run has not (fp16's scaler), or this process has not
-        (the running average).
-      of_each_process: what each process has of its own: its place in the data, its random generators.
-      identity: what a checkpoint must have in common with a run that goes on from it (`base_weights`), and what else is
-        to be found in it (`config`).
+      model: without its wrapping for several processes.
+      config: of the whole experiment, as it is saved.
+      from_stage_before: names of the weights that were trained in the stage before.
+      base_weights: the files of what is frozen, and their hashes: a run goes on with the same ones only.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        parts: dict[str, Stateful | None],
-        of_each_process: dict[str, Stateful],
-        identity: dict[str, Any],
+        model: SpeechLLM | EncoderModel,
+        optimizer: Optimizer,
+        loader: SpeechLoader,
+        config: Experiment,
+        from_stage_before: set[str],
+        base_weights: dict[str, dict[str, str]],
     ) -> None:
         self.step, self.epoch, self.bad_steps = 0, 1, 0
         self.best = {"loss": math.inf, "wer": math.inf}
         self.total = Averages()
+        self.optimizer, self.loader = optimizer, loader
+        self.scheduler = build_scheduler(optimizer, config.optim, config.train.num_steps)
+        self.ranks = RankAllocation(model.llm, config.train.num_steps)
+        # Process 0 writes the checkpoints; the others need no average, unless they have shares of their own.
+        averages_here = accelerator.is_main_process or config.train.fsdp
+        self.average = RunningAverage(model, config.train.average_period) if averages_here else None
+        self.languages = TrainedLanguages(model.config.languages or ())
+        # Trained in a stage before and frozen now: not in the files that bases come from, so every checkpoint has it.
+        carried = sorted(n for n, p in model.named_parameters() if not p.requires_grad and n in from_stage_before)
         self._accelerator = accelerator
-        self._parts, self._of_each_process, self._identity = parts, of_each_process, identity
+        # under the names that they have in a checkpoint; None is what this run or this process does not have
+        self._parts: dict[str, Stateful | None] = {
+            "model": TrainedWeights(model, carried),
+            "optimizer": OptimizerShares(optimizer),
+            "scaler": accelerator.scaler,
+            "model_avg": self.average,
+            "scheduler": self.scheduler,
+            "ranks": self.ranks,
+        }
+        self._of_each_process: dict[str, Stateful] = {
+            "loader": loader,
+            "languages": self.languages,
+            "rng": RandomGenerators(),
+        }
+        self._identity = {
+            "sharded": describe_shares(model, optimizer),
+            "base_weights": base_weights,
+            "config": to_dict(config),
+        }
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint.
@@ -205,37 +245,3 @@ class RandomGenerators:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_rng_state(state)
-
-
-def build_state(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    parts: dict[str, Stateful | None],
-    loader: Stateful,
-    languages: Stateful,
-    carried: list[str],
-    base_weights: dict[str, dict[str, str]],
-    config: dict[str, Any],
-) -> TrainState:
-    """The state of a run of recipes/train.py.
-
-    Args:
-      model: without its wrapping for several processes.
-      parts: those that are stateful by themselves: the schedule, the running average, ...
-      loader, languages: of this process, the place in the data and what it has trained on.
-      carried: names of what is frozen, but comes from a stage before and so is in no file.
-      base_weights: the files of what is frozen, and their hashes.
-      config: of the whole experiment, as it is saved.
-    """
-    return TrainState(
-        accelerator,
-        {
-            "model": TrainedWeights(model, carried),
-            "optimizer": OptimizerShares(optimizer),
-            "scaler": accelerator.scaler,
-            **parts,
-        },
-        {"loader": loader, "languages": languages, "rng": RandomGenerators()},
-        {"sharded": describe_shares(model, optimizer), "base_weights": base_weights, "config": config},
-    )
