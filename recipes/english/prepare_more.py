@@ -101,10 +101,12 @@ def main() -> None:
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     print(f"{args.source}: {describe(utterances)}")
-    heard = {word for utterance in utterances for word in utterance.text.split()}.union(*map(words_of, training))
+    before = set().union(*map(words_of, training))
+    after = before.union(*(utterance.text.split() for utterance in utterances))
     for name in ("valid", "test", "other"):
         words = [word for sentence in transcripts(args.corpus_dir, name) for word in sentence.split()]
-        print(f"{name}: {sum(word not in heard for word in words)} of its {len(words)} words are never in training")
+        unknown = [sum(word not in known for word in words) for known in (before, after)]
+        print(f"{name}: of {len(words)} words {unknown[0]} are nowhere in the training speech before, {unknown[1]} now")
     if len(utterances) != EXPECTED.get(args.source, len(utterances)):
         print(
             f"warning: {args.source} has {len(utterances)} utterances, where results are published for "
