@@ -36,14 +36,14 @@ from speechllm.cli.options import add_dtype_option
 from speechllm.cli.search_options import add_search_options, check_without_language_model, search_options
 from speechllm.config import ConfigError
 from speechllm.data import Batch, build_eval_loader
-from speechllm.decode.interface import RecogniseOptions, Recognizer, Speech
+from speechllm.decode.interface import RecognizeOptions, Recognizer, Speech
 from speechllm.decode.result import Recognition
 from speechllm.errors import UserError
 from speechllm.linear import INFERENCE_WEIGHTS
 from speechllm.log import setup_logging
 from speechllm.model.build import load_model, prepare_for_inference
 from speechllm.model.card import add_results
-from speechllm.model.speech_llm import load_model_config
+from speechllm.model.config import load_model_config
 from speechllm.scoring import (
     Transcript,
     characters,
@@ -99,14 +99,14 @@ def decode(
     model_dir: Path,
     dtype: str | None,
     llm_weights: str,
-    options: RecogniseOptions,
+    options: RecognizeOptions,
 ) -> None:
     if not config.data.test:
         raise ConfigError("data.test names no test set")
     setup_logging(exp_dir / "log", "log-decode")
     model = load_model(model_dir)
     prepare_for_inference(model, Accelerator().device, dtype, llm_weights)
-    recogniser = model.recogniser(options)
+    recognizer = model.recognizer(options)
     search, ctc_search = search_names(options)
     if model.llm is None and model.transducer is None:
         search = ctc_search
@@ -121,13 +121,13 @@ def decode(
             loader = build_eval_loader(config.data, sources, feature_kind=model.feature_kind)
             for batch in tqdm(loader, desc=name, unit="batch", disable=None):
                 batch = batch.to(model.device)
-                rows = recognizable_rows(recogniser, batch)
+                rows = recognizable_rows(recognizer, batch)
                 left_out += len(batch) - len(rows)
                 if rows:
                     batches.append((batch, rows))
                     yield speech_of(batch).rows(rows)
 
-        for recognitions in recogniser(speech()):
+        for recognitions in recognizer(speech()):
             batch, rows = batches.popleft()
             found: list[Recognition | None] = [None] * len(batch)
             for row, recognition in zip(rows, recognitions, strict=True):
@@ -166,26 +166,24 @@ def decode(
 
 
 def speech_of(batch: Batch) -> Speech:
-    return Speech(batch.features, batch.feature_lens, batch.languages, batch.target_languages, batch.contexts)
+    return Speech(batch.features, batch.feature_lens, batch.requests)
 
 
-def recognizable_rows(recogniser: Recognizer, batch: Batch) -> list[int]:
+def recognizable_rows(recognizer: Recognizer, batch: Batch) -> list[int]:
     """The rows of a batch that the model can recognize; what the others lack is logged. They are left out, as are
     utterances whose audio cannot be read."""
     rows = []
-    contexts = batch.contexts or [None] * len(batch)
-    columns = zip(batch.languages, batch.target_languages, contexts, batch.feature_lens.tolist(), strict=True)
-    for row, (language, target_language, context, frames) in enumerate(columns):
+    for row, (request, frames) in enumerate(zip(batch.requests, batch.feature_lens.tolist(), strict=True)):
         try:
-            recogniser.check(language, target_language, context, frames)
+            recognizer.check(request, frames)
         except UserError as error:
-            logger.warning("left out: %s: %s", batch.ids[row], error)
+            logger.warning("left out: %s: %s", request.id, error)
         else:
             rows.append(row)
     return rows
 
 
-def search_names(options: RecogniseOptions) -> tuple[str, str]:
+def search_names(options: RecognizeOptions) -> tuple[str, str]:
     """Names of the folders for what the language model's (or the transducer's) search and the CTC head's find."""
     search = options.search
     name = f"beam_search_{search.beam}" if search.method == "beam" else f"{search.method}_search"

@@ -275,7 +275,7 @@ def distribute(
     if config.train.fsdp:
         shard_language_model(model, accelerator.device)
         return model, accelerator.prepare_optimizer(build_optimizer(model, config.optim))
-    # Every process has the frozen weights from the same files: DDP need not send them, and cannot if quantised.
+    # Every process has the frozen weights from the same files: DDP need not send them, and cannot if quantized.
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     return accelerator.prepare(model, build_optimizer(model, config.optim))

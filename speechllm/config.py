@@ -211,7 +211,7 @@ def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for name in parents:
-        # A section that is absent (None) is made; an unknown one is reported by `from_dict`, with its neighbours.
+        # A section that is absent (None) is made; an unknown one is reported by `from_dict`, with its neighbors.
         child = tree.get(name)
         if not isinstance(child, dict):
             child = {}

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from speechllm.encoder import ZipformerConfig
-from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, SpeechLLM
+from speechllm.model.config import EncoderSection, LLMSection, ModelConfig
+from speechllm.model.speech_llm import SpeechLLM
+from speechllm.prompt.request import requests_of
 from speechllm.rwkv7 import RWKV7Config
 from speechllm.text.tokenizer import train_sentencepiece
 
@@ -71,10 +73,10 @@ def model(model_config):
 
 @pytest.fixture
 def batch():
-    """features (3, 120, 80) with garbage behind each length, lens, texts, languages."""
+    """features (3, 120, 80) with garbage behind each length, lens, texts, requests."""
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(3, 120, 80, generator=generator)
     feature_lens = torch.tensor([120, 77, 50])
     for i, n in enumerate(feature_lens):
         features[i, n:] = 1e4
-    return features, feature_lens, ["one two three", "tres", "two"], ["en", "es", "en"]
+    return features, feature_lens, ["one two three", "tres", "two"], requests_of(["en", "es", "en"])

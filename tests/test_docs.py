@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from speechllm.config import from_dict
-from speechllm.model.speech_llm import ModelConfig
+from speechllm.model.config import ModelConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted((DOCS / "coming-from").glob("*.md"))

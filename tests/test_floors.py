@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ LHOTSE = {"data", "transcribe"}
 def imported(path: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.lineno, node.module
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
@@ -54,6 +56,16 @@ def test_argparse_and_lhotse_are_where_they_belong(path: Path) -> None:
     names = {name.partition(".")[0] for _, name in imported(path)}
     assert "argparse" not in names or own_package(path) in ARGPARSE
     assert "lhotse" not in names or own_package(path) in LHOTSE
+
+
+def test_files_import_each_other_in_no_circle() -> None:
+    modules = {path.relative_to(ROOT.parent).with_suffix(""): path for path in FILES}
+    files = {".".join(module.parts).removesuffix(".__init__"): path for module, path in modules.items()}
+    graph = {
+        own: {name if name in files else name.rpartition(".")[0] for _, name in imported(path)}
+        for own, path in files.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle
 
 
 def test_every_package_has_a_floor() -> None:

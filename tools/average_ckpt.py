@@ -29,7 +29,7 @@ from speechllm.config import from_dict
 from speechllm.errors import UserError
 from speechllm.files import describe_write_error
 from speechllm.model.build import build_model
-from speechllm.model.speech_llm import ModelConfig
+from speechllm.model.config import ModelConfig
 from speechllm.train.checkpoint import (
     average_between,
     average_state_dicts,
@@ -116,7 +116,7 @@ def write_model(
 
     Raises:
       CheckpointError: the checkpoints were trained on different frozen weights, or on others than are there now.
-      UserError: the folder cannot be written.
+      UserError: the folder cannot be written; there is nothing to leave unmerged.
     """
     last = list(checkpoints)[-1]
     bases = {path: checkpoint.get("base_weights", {}) for path, checkpoint in checkpoints.items()}
@@ -128,10 +128,12 @@ def write_model(
             raise CheckpointError(f"{base['path']}: not the {part} that {last} was trained on: its SHA-256 is another")
     config = from_dict(ModelConfig, checkpoints[last]["config"]["model"], str(last))
     languages = languages_of(checkpoints[last])
+    if config.llm is None and not merged:
+        raise UserError("--no-merge: there is no language model that has an adapter (model.llm: null): leave it out")
     model = build_model(config if languages is None else replace(config, languages=languages))
     load_trained(model, trained, last)
     try:
-        model.save_pretrained(output, merged)
+        model.save_pretrained(output) if merged else model.save_pretrained(output, merged=False)
     except (OSError, SafetensorError) as e:
         raise UserError(describe_write_error(output, e)) from e
     print(f"wrote {output}")

@@ -15,7 +15,6 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +23,12 @@ import torch
 from bench_wkv import exit_status, in_own_process, memory_of, number, print_table
 
 from speechllm.data.features import SAMPLE_RATE
-from speechllm.decode.recognizer import RecogniseOptions, Recogniser, Speech
-from speechllm.decode.result import Recognition
+from speechllm.decode.recognizer import RecognizeOptions, SpeechLLMRecognizer
 from speechllm.decode.search import SearchOptions
 from speechllm.encoder import ZipformerConfig
-from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, SpeechLLM
+from speechllm.model.config import EncoderSection, LLMSection, ModelConfig
+from speechllm.model.speech_llm import SpeechLLM
+from speechllm.prompt.request import Request
 from speechllm.rwkv7 import RWKV7Config
 from speechllm.transcribe.inputs import audio_input
 from speechllm.transcribe.segments import SegmentOptions, transcribe_inputs
@@ -57,17 +57,18 @@ def main() -> int:
 def measure(minutes: float, model_dir: Path | None, language: str, batch_seconds: float) -> list[str]:
     model = random_model() if model_dir is None else SpeechLLM.from_pretrained(model_dir)
     # a random model never ends a text by itself: a few tokens a second, as speech has
-    recognise = Recogniser(model.eval(), RecogniseOptions(SearchOptions(tokens_per_second=4.0)))
+    recognizer = SpeechLLMRecognizer(model.eval(), RecognizeOptions(SearchOptions(tokens_per_second=4.0)))
     options = SegmentOptions(batch_seconds)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "long.flac"
         write_speech_like(file, minutes * 60)
-        warm_up(recognise, options, language)
+        warm_up(recognizer, options, language)
         segments, start = 0, time.perf_counter()
 
         def run() -> None:
             nonlocal segments
-            ((_, recording),) = transcribe_inputs([audio_input(file, "long", language)], recognise, options)
+            inputs = [audio_input(file, "long", Request(language=language))]
+            ((_, recording),) = transcribe_inputs(inputs, recognizer, options)
             segments = len(recording.segments)
 
         before, highest = memory_of(run)
@@ -79,11 +80,9 @@ def measure(minutes: float, model_dir: Path | None, language: str, batch_seconds
     ]  # fmt: skip
 
 
-def warm_up(
-    recognise: Callable[[Iterable[Speech]], Iterator[list[Recognition]]], options: SegmentOptions, language: str
-) -> None:
+def warm_up(recognizer: SpeechLLMRecognizer, options: SegmentOptions, language: str) -> None:
     samples = 0.1 * np.random.default_rng(0).standard_normal(5 * SAMPLE_RATE)
-    list(transcribe_inputs([audio_input(samples, "warm-up", language)], recognise, options))
+    list(transcribe_inputs([audio_input(samples, "warm-up", Request(language=language))], recognizer, options))
 
 
 def write_speech_like(file: Path, seconds: float) -> None:

@@ -8,7 +8,7 @@
     tools/bench_rwkv.py --device cuda                        # sizes of the published models
     tools/bench_rwkv.py --device cuda --sizes 0.1b 24x1024
 
-All have the same float32 weights, officially initialised but for the matrices that start at zero, which get small
+All have the same float32 weights, officially initialized but for the matrices that start at zero, which get small
 random values, so that every path counts. Each row has a process to itself; times are the median over the
 repetitions, the smallest in brackets, and ratios are to the first row.
 
@@ -388,7 +388,7 @@ def size_option(text: str) -> tuple[int, int]:
 
 @torch.no_grad()
 def random_model(config: RWKV7Config, dtype: torch.dtype, device: str) -> RWKV7:
-    """Made where it is used, in a moment: the official initialisation takes minutes for billions of weights."""
+    """Made where it is used, in a moment: the official initialization takes minutes for billions of weights."""
     with torch.device("meta"):
         model = RWKV7(config).to(dtype)
     model.to_empty(device=device)

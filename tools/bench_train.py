@@ -20,7 +20,7 @@ step: from asking for a batch to the gradients being cleared; median over the st
 audio s/s: seconds of audio over all steps, without padding, by their time.
 positions/s: positions that the language model reads (prompt, audio, label; no padding), trained or not.
 memory: the highest of the whole training process (on Linux, without the worker), or of what PyTorch has allocated on
-the GPU; weights, optimiser, and on the CPU the running average of the weights are part of it.
+the GPU; weights, optimizer, and on the CPU the running average of the weights are part of it.
 GFLOP/s: what torch.utils.flop_counter counts in a first step, for each second of audio in it, times audio s/s. The
 counter sees inside the package's autograd functions; two operators that it does not know are added to it here (oneDNN's
 linear product, the in-place batched product). It cannot see into Triton kernels, so that step runs the recurrence by
@@ -28,9 +28,9 @@ the `chunked` backend. Products that checkpointing computes again count.
 share: what part that is of the GFLOP/s of a square matrix product in the same precision and process, right after the
 steps, by torch.mm or by speechllm.linear.product, whichever is faster.
 
-Time by part is the mean over the same steps, with CUDA synchronised at each border. `data` is waiting for the loader
+Time by part is the mean over the same steps, with CUDA synchronized at each border. `data` is waiting for the loader
 and moving the batch; `language model` has the embeddings of the prompt and all losses; its backward pass ends when the
-gradient arrives at `audio_embeds`, and has that of the CTC head where there is one; `optimiser` is clipping, the step
+gradient arrives at `audio_embeds`, and has that of the CTC head where there is one; `optimizer` is clipping, the step
 and clearing the gradients; `other` is counting tokens and reading the losses. What is computed again by checkpointing
 is in the backward passes.
 """
@@ -80,7 +80,8 @@ from speechllm.encoder import ZipformerConfig, init_from_data
 from speechllm.encoder.pretrained import FULLY_TRAINED
 from speechllm.linear import has_onednn
 from speechllm.llm.adapters import TuneConfig, tune
-from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, SpeechLLM
+from speechllm.model.config import EncoderSection, LLMSection, ModelConfig
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import OptimConfig, build_optimizer
 from speechllm.rwkv7 import RWKV7Config
 from speechllm.text.tokenizer import train_sentencepiece
@@ -108,7 +109,7 @@ PARTS = (
     "language model",
     "backward: language model",
     "backward: projector, encoder",
-    "optimiser",
+    "optimizer",
     "other",
 )
 
@@ -118,7 +119,7 @@ NOTED = {
     "forward": "language model",
     "backward": "backward: projector, encoder",
     "losses": "other",
-    "step": "optimiser",
+    "step": "optimizer",
 }
 
 PRECISIONS = {"fp32": ("no", torch.float32), "bf16": ("bf16", torch.bfloat16), "fp16": ("fp16", torch.float16)}
@@ -221,7 +222,7 @@ def positions_of(model: SpeechLLM, batch: Batch) -> int:
     """How many positions the language model reads."""
     audio_lens = model.audio_lens(batch.feature_lens)
     label_ids = [model.label_ids(text) for text in batch.texts]
-    return int(model.spliced(audio_lens, batch.languages, label_ids).lens.sum())
+    return int(model.spliced(audio_lens, batch.requests, label_ids).lens.sum())
 
 
 # ---- The measurements -----------------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ def measure(
         )
         optimizer.zero_grad()
         average.update(1)
-        clock.note("optimiser")
+        clock.note("optimizer")
         return batch, result.grad_norm
 
     backend, model.llm.wkv_backend = model.llm.wkv_backend, "chunked"

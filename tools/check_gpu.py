@@ -33,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAST_LINES = 8  # of what a program printed before it failed
 STOPPING_SECONDS = 5.0  # for a program to end by itself
 SAVING_SECONDS = 20.0  # for a training run that is told to stop
+TUNING = "SPEECHLLM_FLA_TUNING"
+PARTS = ("tests", "wkv", "rwkv", "train", "digits")
 DECODING_SECONDS = 45.0  # kept for averaging and decoding after the training of the digits
 
 Row = dict[str, object]
@@ -168,6 +170,7 @@ def describe_environment(device: str) -> dict[str, str]:
     names = ("torch", "torchaudio", "triton", "fla-core", "k2", "transformers", "peft", "accelerate", "lhotse")
     environment["processor"] = f"{os.cpu_count()} CPUs, {platform.machine()}"
     environment["packages"] = ", ".join([f"Python {platform.python_version()}", *map(installed, names)])
+    environment["tuning of fla's kernels"] = "on" if os.environ.get(TUNING) == "1" else "off"
     environment["revision"] = revision()
     if outside:
         environment["outside the ranges of setup.cfg"] = ", ".join(outside)
@@ -287,16 +290,19 @@ def run_part(report: Report, part: Part, deadline: float) -> None:
 
 
 def cuda_tests() -> list[str]:
-    """The files that have tests marked for CUDA: others need packages that have no part in this."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(file.relative_to(ROOT)) for file in files if "pytest.mark.cuda" in file.read_text(encoding="utf-8")]
+    """The files that have tests marked for CUDA: others need packages that have no part in this. Those of whole
+    training runs, which take longest, come last."""
+    files = (ROOT / "tests").rglob("test_*.py")
+    marked = [file for file in files if "pytest.mark.cuda" in file.read_text(encoding="utf-8")]
+    return sorted((str(file.relative_to(ROOT)) for file in marked), key=lambda name: ("recipes" in name, name))
 
 
 def parts(device: str) -> list[Part]:
     """In the order of what matters most."""
     options: dict[str, str] = {
         # batch and heads of the 2.9B model
-        "wkv": "--batch 8 --length 2048 --heads 40 --repeat 5 --skip fla-pytorch --skip rwkv7-hf",
+        # without the loop over 2048 positions, which takes a minute
+        "wkv": "--batch 8 --length 2048 --heads 40 --repeat 5 --skip fla-pytorch --skip rwkv7-hf --skip plain-loop",
         "rwkv": "--batch 4 --length 1024 --batches 1 8 64 256",
         "train": "--sizes digits 0.1b 0.4b 1.5b --ways lora all --steps 4",
     }
@@ -428,9 +434,14 @@ def main() -> int:
                         help="folder for the table, the JSON file and the logs (default: %(default)s)")  # fmt: skip
     parser.add_argument("--sounds-dir", type=Path, default=ROOT / "recipes" / "digits" / "sounds", metavar="DIR",
                         help="recordings of the digits, downloaded if missing (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--skip", action="append", default=[], choices=PARTS, metavar="PART",
+                        help=f"leave a part out, may be repeated: {', '.join(PARTS)}")  # fmt: skip
+    parser.add_argument("--tune", action="store_true",
+                        help="let Triton tune the kernels of fla: minutes on a machine's first run")  # fmt: skip
     args = parser.parse_args()
     if args.minutes <= 0:
         parser.error(f"--minutes must be above 0, got {args.minutes:g}")
+    os.environ[TUNING] = str(int(args.tune))
     environment = describe_environment(args.device)
     folder = args.output.resolve()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -438,13 +449,16 @@ def main() -> int:
     whole = 60 * args.minutes - STOPPING_SECONDS  # what runs last must have time to stop
     # As a signal by default, SIGTERM would end this program and leave those that it has started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    digits = Digits(folder, args.device, args.sounds_dir.resolve())
+    digits = None if "digits" in args.skip else Digits(folder, args.device, args.sounds_dir.resolve())
     try:
         for part in parts(args.device):
-            run_part(report, part, start + part.until * whole)
-        digits.run(report, start + whole)
+            if part.name not in args.skip:
+                run_part(report, part, start + part.until * whole)
+        if digits:
+            digits.run(report, start + whole)
     finally:
-        digits.stop()
+        if digits:
+            digits.stop()
     print(f"{folder / 'check-gpu.md'}: {len(report.rows)} rows in {time.monotonic() - start:.0f} s", flush=True)
     return int(any(row["status"] == "failed" for row in report.rows))
 

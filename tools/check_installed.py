@@ -15,7 +15,8 @@ import torch
 import speechllm
 from speechllm import SpeechLLM
 from speechllm.config import from_dict
-from speechllm.model.speech_llm import ModelConfig
+from speechllm.model.config import ModelConfig
+from speechllm.prompt import Request
 from speechllm.text.tokenizer import train_sentencepiece
 
 SENTENCES = ["one two three", "tres uno", "two", "uno dos tres"]
@@ -57,7 +58,8 @@ def main() -> None:
         model = tiny_model(folder / "tokenizer")
 
         features, feature_lens = torch.randn(2, 300, 80), torch.tensor([300, 250])
-        out = model.train()(features, feature_lens, texts=["one two", "tres"], languages=["en", "es"])
+        requests = [Request(language="en"), Request(language="es")]
+        out = model.train()(features, feature_lens, ["one two", "tres"], requests)
         (out["loss"] / out["tokens"]).backward()
         assert torch.isfinite(out["loss"]) and all(p.grad is not None for p in model.parameters())
 

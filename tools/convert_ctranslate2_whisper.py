@@ -6,7 +6,7 @@
 SOURCE is a folder with model.bin and, as far as there are any, config.json (what the decoder may not write), and
 tokenizer.json. TARGET gets config.json, model.safetensors, preprocessor_config.json, generation_config.json and the
 tokenizer: `model.encoder.path` takes it, and transformers' WhisperForConditionalGeneration does. Weights stay in the
-precision they are in; those that are quantised become float32.
+precision they are in; those that are quantized become float32.
 
 The format, of which CTranslate2 (https://github.com/OpenNMT/CTranslate2) writes version 6 today, all little-endian:
 
@@ -14,7 +14,7 @@ The format, of which CTranslate2 (https://github.com/OpenNMT/CTranslate2) writes
     u32 count of variables; each: string name, u8 rank, u32 x rank shape, u8 type, u32 bytes, data
     u32 count of aliases; each: string alias, string name of a variable
 
-A string is u16 length and that many bytes, the last of them NUL. A quantised matrix has `NAME_scale` beside it: what it
+A string is u16 length and that many bytes, the last of them NUL. A quantized matrix has `NAME_scale` beside it: what it
 was multiplied by, a row or all of it.
 """
 
@@ -89,7 +89,7 @@ def convert(source: Path, target: Path) -> None:
 
 
 def read_variables(path: Path) -> dict[str, Tensor]:
-    """The variables of a model.bin; quantised ones as float32.
+    """The variables of a model.bin; quantized ones as float32.
 
     Raises:
         FileNotFoundError: no such file.
@@ -131,8 +131,8 @@ def read_variables(path: Path) -> dict[str, Tensor]:
     except (struct.error, UnicodeDecodeError) as e:
         raise UserError(f"{path}: is damaged after {len(variables)} variables, at byte {place} ({e})") from e
     for name in [name for name in variables if name.endswith("_scale")]:
-        scale, quantised = variables.pop(name).float(), name.removesuffix("_scale")
-        variables[quantised] = variables[quantised].float() / scale.reshape(-1, *[1] * (variables[quantised].dim() - 1))
+        scale, quantized = variables.pop(name).float(), name.removesuffix("_scale")
+        variables[quantized] = variables[quantized].float() / scale.reshape(-1, *[1] * (variables[quantized].dim() - 1))
     return variables
 
 

@@ -5,7 +5,7 @@
     tools/convert_gguf.py qwen2.5-0.5b-instruct-q8_0.gguf qwen2.5-0.5b-instruct --dtype float32
 
 TARGET gets config.json, model.safetensors (or its shards), the tokenizer and generation_config.json, as of a model that
-was never quantised: it can be trained, adapted and loaded like any other, as `model.llm.path`. What quantisation has
+was never quantized: it can be trained, adapted and loaded like any other, as `model.llm.path`. What quantization has
 lost stays lost. Needs the package gguf.
 """
 
@@ -63,7 +63,7 @@ def convert(source: Path, target: Path, dtype: torch.dtype) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except Exception as e:  # transformers raises many kinds for what it cannot read
         raise UserError(f"{source}: transformers cannot read it: {type(e).__name__}: {e}") from e
-    # Into one that is not marked as quantised: transformers refuses to train or to save those that are.
+    # Into one that is not marked as quantized: transformers refuses to train or to save those that are.
     values = model.config.to_dict()
     values.pop("quantization_config", None)
     config = type(model.config).from_dict(values)

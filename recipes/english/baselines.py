@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Recognise the test sets with Whisper's own decoder and with pocketsphinx, and score them, and other results, alike.
+"""Recognize the test sets with Whisper's own decoder and with pocketsphinx, and score them, and other results, alike.
 
     recipes/english/baselines.py --output-dir recipes/english/exp-baselines [RECOGS ...]
 
-RECOGS are recogs-SET-MODEL.txt as recipes/decode.py writes them. Of every recogniser, references and hypotheses are
-normalised as the corpus is (english_text.py), so that 1947 and nineteen forty seven, gonna and going to are the same.
+RECOGS are recogs-SET-MODEL.txt as recipes/decode.py writes them. Of every recognizer, references and hypotheses are
+normalized as the corpus is (english_text.py), so that 1947 and nineteen forty seven, gonna and going to are the same.
 OUTPUT/SYSTEM receives recogs-SET-SYSTEM.txt and the other files of recipes/decode.py; what is there is not done again.
 """
 
@@ -31,12 +31,12 @@ SAMPLE_RATE = 16000
 SETS = ("test", "other")
 
 # Utterances of float32 samples at 16 kHz in, their texts out, in order.
-Recogniser = Callable[[Iterable[np.ndarray]], Iterator[str]]
+Recognizer = Callable[[Iterable[np.ndarray]], Iterator[str]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recogs", nargs="*", type=Path, metavar="RECOGS", help="results of other recognisers")
+    parser.add_argument("recogs", nargs="*", type=Path, metavar="RECOGS", help="results of other recognizers")
     parser.add_argument("--data-dir", type=Path, default=Path("recipes/english/data"), help="where prepare.sh put it")
     parser.add_argument("--output-dir", type=Path, default=Path("recipes/english/exp-baselines"), help="for results")
     parser.add_argument("--systems", nargs="*", default=["whisper", "pocketsphinx"], help="(default: %(default)s)")
@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         text = EnglishText.load(args.dictionary or installed_dictionary())
-        makers: dict[str, Callable[[], Recogniser]] = {
+        makers: dict[str, Callable[[], Recognizer]] = {
             "whisper": lambda: whisper(args.data_dir / "encoder"),
             "pocketsphinx": lambda: pocketsphinx,
         }
@@ -55,14 +55,14 @@ def main() -> None:
             for name in SETS:
                 recogs = args.output_dir / system / f"recogs-{name}-{system}.txt"
                 if not recogs.is_file():
-                    recognise(makers[system](), args.data_dir / "corpus" / f"{name}.jsonl", recogs, text)
+                    recognize(makers[system](), args.data_dir / "corpus" / f"{name}.jsonl", recogs, text)
                 found.append(recogs)
         print(table([*found, *args.recogs], text), end="")
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
 
 
-def recognise(recogniser: Recogniser, manifest: Path, recogs: Path, text: EnglishText) -> None:
+def recognize(recognizer: Recognizer, manifest: Path, recogs: Path, text: EnglishText) -> None:
     """Write `recogs`, and what `write_reports` writes beside it.
 
     Raises:
@@ -71,7 +71,7 @@ def recognise(recogniser: Recogniser, manifest: Path, recogs: Path, text: Englis
     entries = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
     ids = list(read_lines(manifest))
     samples = (soundfile.read(manifest.parent / entry["audio_filepath"], dtype="float32")[0] for entry in entries)
-    texts = tqdm(recogniser(samples), desc=f"{recogs.stem}", total=len(entries), unit="utterance", disable=None)
+    texts = tqdm(recognizer(samples), desc=f"{recogs.stem}", total=len(entries), unit="utterance", disable=None)
     results = [
         Transcript(id, text.for_scoring(entry["text"]), text.for_scoring(said), "en")
         for id, entry, said in zip(ids, entries, texts, strict=True)
@@ -80,7 +80,7 @@ def recognise(recogniser: Recogniser, manifest: Path, recogs: Path, text: Englis
     write_reports(recogs.parent, name, system, results, setting="greedy_search")
 
 
-def whisper(folder: Path, batch_size: int = 8) -> Recogniser:
+def whisper(folder: Path, batch_size: int = 8) -> Recognizer:
     """Whisper with its own decoder, greedy, as transformers has it; audio is padded to 30 s.
 
     Raises:
@@ -119,7 +119,7 @@ def pocketsphinx(utterances: Iterable[np.ndarray]) -> Iterator[str]:
 
 
 def table(paths: Iterable[Path], text: EnglishText) -> str:
-    """Word errors of each file of results, as for `write_reports`, normalised here.
+    """Word errors of each file of results, as for `write_reports`, normalized here.
 
     Raises:
         UserError: a file cannot be read, or has no hypotheses.

@@ -4,7 +4,7 @@
 #   recipes/english/baselines.sh [RECOGS ...] [OPTION OF baselines.py ...]
 #
 # RECOGS are recogs-SET-MODEL.txt of recipes/decode.py, which are scored the same way and put into the same table.
-# What was recognised before is kept in recipes/english/exp-baselines.
+# What was recognized before is kept in recipes/english/exp-baselines.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . recipes/shared.sh

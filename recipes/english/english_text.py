@@ -3,7 +3,7 @@
     Dr. Ironstein paid $1,500 in 1947 -- "Nooo!"
     doctor ironstein paid one thousand five hundred dollars in nineteen forty seven no
 
-Transcripts are normalised for training; for scoring, references and what any recogniser has written are, alike.
+Transcripts are normalized for training; for scoring, references and what any recognizer has written are, alike.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ class EnglishText:
         return " ".join(self.same_in_scoring.get(word, word) for word in self.normalize(text).split())
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of a normalised text that the dictionary does not have."""
+        """The words of a normalized text that the dictionary does not have."""
         return [word for word in text.split() if word not in self.dictionary]
 
     def is_sounds_only(self, text: str) -> bool:
-        """Whether a normalised text has nothing but noises, or nothing."""
+        """Whether a normalized text has nothing but noises, or nothing."""
         return self.sounds.issuperset(text.split())
 
     def _without_long_runs(self, word: str) -> str:

@@ -278,7 +278,7 @@ def convert(recording: Recording, text: EnglishText, folder: Path, check: bool) 
 
 
 def wrong_text(words: str, text: EnglishText) -> str | None:
-    """Why a normalised text cannot be that of an utterance, if so."""
+    """Why a normalized text cannot be that of an utterance, if so."""
     if not words:
         return "no words"
     if text.unknown_words(words):

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Make English text to train a language model on: the training transcripts, and what people wrote and said.
+"""Make English text to train a language model on, the training transcripts and what people wrote and said, with phones.
 
     recipes/english/prepare_text.py --packages-dir PACKAGES --corpus-dir recipes/english/data/corpus \\
-        --output-dir recipes/english/data/text
+        --lexicon recipes/english/data/lexicon --output-dir recipes/english/data/text
 
 PACKAGES holds, unpacked, the Debian packages
 
@@ -10,10 +10,14 @@ PACKAGES holds, unpacked, the Debian packages
     dict-gcide   the Collaborative International Dictionary: quotations, many of them old
     fortunes     sayings, dialogues and jokes
 
-Every text is normalised as the transcripts are (english_text.py); sentences with words that are in no dictionary, or
-of fewer than four words, are left out, and so are those of the test sets. Result: OUTPUT/{train,valid}.txt, a document
-a line for `speechllm tune`, which begins with a space as labels do (`prompt.before_label`). One in 200 documents is for
-validation, and the validation transcripts.
+Every text is normalized as the transcripts are (english_text.py); sentences with words that are in no dictionary, or
+of fewer than four words, are left out, and so are those of the test sets. One in 200 texts is for validation, and the
+validation transcripts.
+
+The language model learns to write what a CTC head of phones hears before there is one: texts are cut into pieces as
+long as utterances, their words become phones, and some of these are wrong (phones.py). Result, for `speechllm tune`:
+OUTPUT/{train,valid}.jsonl, {"prompt": phones, "text": words} a line, each text --copies times, otherwise cut and
+misheard.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import random
 import re
 import sys
 import zlib
@@ -28,13 +33,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from english_text import EnglishText, installed_dictionary
+from phones import Mishearing
 from prepare_corpus import find
 from tqdm import tqdm
 
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
+from speechllm.text.tokenizer import LexiconTokenizer
 
 SENTENCE_WORDS = 4
+PIECE_WORDS = (2, 24)  # of an utterance of the training set, nearly always
 VALID_SHARE = 200
 # What is in quotation marks. With an author after it where marks are used for other things too, so that what lies
 # between two quotations is taken for none.
@@ -52,17 +60,21 @@ def main() -> None:
     parser.add_argument("--packages-dir", type=Path, required=True, help="where the packages are unpacked")
     parser.add_argument("--corpus-dir", type=Path, required=True, help="that prepare_corpus.py has written")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder of the text; replaced as a whole")
+    parser.add_argument("--lexicon", type=Path, required=True, help="folder that phones.py has written")
+    parser.add_argument("--copies", type=int, default=3, help="of each text (default: %(default)s)")
     parser.add_argument("--dictionary", type=Path, help="as of prepare_corpus.py")
     args = parser.parse_args()
     try:
         text = EnglishText.load(args.dictionary or installed_dictionary())
-        write_text(args.packages_dir, args.corpus_dir, args.output_dir, text)
+        documents = collect_text(args.packages_dir, args.corpus_dir, text)
+        write_readings(documents, LexiconTokenizer(args.lexicon), args.copies, args.output_dir)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
 
 
-def write_text(packages: Path, corpus: Path, output: Path, text: EnglishText) -> None:
-    """
+def collect_text(packages: Path, corpus: Path, text: EnglishText) -> dict[str, list[str]]:
+    """The texts for `train` and `valid`.
+
     Raises:
         UserError: a package is missing. FileNotFoundError: the corpus is.
     """
@@ -83,10 +95,35 @@ def write_text(packages: Path, corpus: Path, output: Path, text: EnglishText) ->
                 is_valid = zlib.crc32(document.encode()) % VALID_SHARE == 0
                 documents["valid" if is_valid else "train"].append(document)
         print(f"{name}: {len(seen)} documents, {sum(len(d.split()) for d in seen)} words")
+    return documents
+
+
+def write_readings(documents: dict[str, list[str]], lexicon: LexiconTokenizer, copies: int, output: Path) -> None:
     with replaced_folder(output) as folder:
         for name, lines in documents.items():
-            (folder / f"{name}.txt").write_text("".join(f" {line}\n" for line in lines), encoding="utf-8")
-            print(f"{name}: {len(lines)} documents, {sum(len(d.split()) for d in lines)} words")
+            count = copies if name == "train" else 1
+            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+                for copy in range(count):
+                    # Python's random numbers of one seed are the same everywhere
+                    misheard, cut = Mishearing(copy), random.Random(f"{name} {copy}")
+                    for piece in pieces(lines, cut):
+                        phones = misheard([lexicon.piece(i) for i in lexicon.encode(piece)])
+                        prompt = "".join(f"<|{phone.strip('<>')}|>" for phone in phones)
+                        # as in the prompt of configs/english-rwkv7.yaml, and a label begins with a space
+                        file.write(json.dumps({"prompt": prompt + "\n", "text": f" {piece}"}) + "\n")
+            print(f"{name}: {len(lines)} documents, {sum(len(d.split()) for d in lines)} words, {count} times")
+
+
+def pieces(documents: list[str], cut: random.Random) -> Iterator[str]:
+    """The documents, long ones cut anywhere into pieces of `PIECE_WORDS`."""
+    for document in documents:
+        words = document.split()
+        while words:
+            size = cut.randint(*PIECE_WORDS)
+            if len(words) <= PIECE_WORDS[1] and cut.random() < 0.5:
+                size = len(words)
+            yield " ".join(words[:size])
+            words = words[size:]
 
 
 def transcripts(corpus: Path, name: str) -> Iterator[str]:
@@ -113,7 +150,7 @@ def sayings(folder: Path) -> Iterator[str]:
 
 
 def sentences(paragraph: str, text: EnglishText, held_out: set[str]) -> str:
-    """The usable sentences of a paragraph, normalised, one after another; empty where there are none."""
+    """The usable sentences of a paragraph, normalized, one after another; empty where there are none."""
     usable = []
     for sentence in _END_OF_SENTENCE.split(paragraph):
         words = text.normalize(sentence)

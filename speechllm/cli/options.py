@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 # Importing this takes no time: `speechllm --help` answers at once.
 if TYPE_CHECKING:
     from speechllm.data import SourceConfig
-    from speechllm.prompt.template import PromptContext
+    from speechllm.prompt.request import Request
 
 MANIFEST_HELP = "NeMo JSON lines, lhotse cuts, or a directory in Kaldi's or lhotse's Shar form"
 
@@ -70,21 +70,21 @@ def add_dtype_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `prompt_context` reads."""
+    """Add what `command_line_request` reads besides `--language` and `--target-language`."""
     parser.add_argument("--previous", metavar="TEXT", help="the text before the audio, for the prompt's {previous}")
     parser.add_argument(
         "--prompt-hotwords", type=Path, metavar="FILE", help="phrases for the prompt's {hotwords}, one a line"
     )
 
 
-def prompt_context(args: argparse.Namespace) -> PromptContext:
-    """Of `--previous` and `--prompt-hotwords`.
+def command_line_request(args: argparse.Namespace) -> Request:
+    """What `--language`, `--target-language`, `--previous` and `--prompt-hotwords` ask for.
 
     Raises:
         UserError, FileNotFoundError: the file cannot be read.
     """
     from speechllm.errors import UserError
-    from speechllm.prompt.template import PromptContext
+    from speechllm.prompt.request import Request
 
     hotwords = None
     if args.prompt_hotwords is not None:
@@ -97,4 +97,5 @@ def prompt_context(args: argparse.Namespace) -> PromptContext:
         hotwords = tuple(line.strip() for line in lines if line.strip())
         if not hotwords:
             raise UserError(f"--prompt-hotwords: {args.prompt_hotwords}: there is no phrase in it")
-    return PromptContext(previous=args.previous, hotwords=hotwords)
+    languages = {"language": args.language, "target_language": args.target_language}
+    return Request(previous=args.previous, hotwords=hotwords, **languages)

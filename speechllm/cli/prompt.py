@@ -9,9 +9,9 @@ from speechllm.cli.options import (
     MANIFEST_HELP,
     add_prompt_options,
     add_source_options,
+    command_line_request,
     command_line_sources,
     positive,
-    prompt_context,
 )
 
 
@@ -60,7 +60,7 @@ def run_prompt_show(args: argparse.Namespace) -> int:
         text_steps, seed = experiment.data.text, experiment.train.seed
     model = SpeechLLM.from_pretrained(args.model) if args.model else SpeechLLM.from_config(experiment.model)
     if args.language or not sources:
-        sources = MadeUp(args.text, args.language, args.target_language, prompt_context(args))
+        sources = MadeUp(args.text, command_line_request(args))
     for text in show_prompts(model, sources, count=args.n, seed=seed, text_steps=text_steps):
         print(text)
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 
 import torch
@@ -14,7 +14,8 @@ from speechllm.data.manifests.manifest import SourceConfig, describe_cut, read_m
 from speechllm.data.manifests.source import label_of
 from speechllm.llm.interface import IGNORE
 from speechllm.model.speech_llm import SpeechLLM
-from speechllm.prompt.template import Kind, PromptContext, Spliced
+from speechllm.prompt.request import Request
+from speechllm.prompt.splice import Kind, Spliced
 from speechllm.text.normalize import normalize_text
 from speechllm.text.tokenizer import Tokenizer
 
@@ -27,9 +28,7 @@ class MadeUp:
     """An utterance without audio."""
 
     text: str
-    language: str | None
-    target_language: str | None
-    context: PromptContext
+    request: Request
     seconds: float = 5.0
 
 
@@ -47,7 +46,7 @@ def show_prompts(
 
     Args:
       seed: of the training run, whose first epoch draws the instructions.
-      text_steps: normalisation of the labels (`speechllm.text.normalize`).
+      text_steps: normalization of the labels (`speechllm.text.normalize`).
 
     Raises:
       UserError: an utterance lacks what the prompt needs; a line of a manifest cannot be used.
@@ -55,13 +54,7 @@ def show_prompts(
     for name, utterance, label in _utterances(model, data, count, seed, text_steps):
         frames = torch.tensor([round(utterance.seconds / FRAME_SHIFT)])
         audio_lens = model.audio_lens(frames)
-        spliced = model.spliced(
-            audio_lens,
-            [utterance.language],
-            [model.label_ids(label)],
-            [utterance.target_language],
-            [utterance.context],
-        )
+        spliced = model.spliced(audio_lens, [utterance.request], [model.label_ids(label)])
         lines = [
             f"{name}: {utterance.seconds:.2f} s, {int(spliced.lens)} positions",
             *positions(spliced, model.tokenizer),
@@ -75,16 +68,14 @@ def _utterances(
     """Name, utterance and label."""
     template = model.label_template
     if isinstance(data, MadeUp):
-        text = normalize_text(data.text, text_steps, data.target_language or data.language)
-        yield "made up", data, template.fill(text, data.language, data.target_language)
+        text = normalize_text(data.text, text_steps, data.request.target_language or data.request.language)
+        yield "made up", data, template.fill(text, data.request)
         return
     for cut in islice(chain.from_iterable(map(read_manifest, data)), count):
         entry = describe_cut(cut)
         draw = instruction_draw(seed, epoch=1, times=0, id=cut.id)
-        context = PromptContext(cut.id, entry.previous, entry.hotwords, draw)
-        target_language = entry.target_lang if entry.task == "ast" else None
         label = label_of(entry, template, text_steps)
-        yield cut.id, MadeUp(entry.target, entry.lang, target_language, context, cut.duration), label
+        yield cut.id, MadeUp(entry.target, replace(entry.request, draw=draw), cut.duration), label
 
 
 def positions(spliced: Spliced, tokenizer: Tokenizer) -> Iterator[str]:

@@ -12,7 +12,7 @@ def add_score(commands: argparse._SubParsersAction) -> None:
     score = commands.add_parser(
         "score",
         help="error rates of transcripts",
-        description="Compare what was recognised with what was said: WER, CER or mixed error rate with confidence "
+        description="Compare what was recognized with what was said: WER, CER or mixed error rate with confidence "
         "intervals and the share of exact matches, by group; two systems; BLEU and chrF of translations. Files are "
         "recogs-*.txt (which hold both sides); JSON with text and pred_text (NeMo manifests), lhotse cuts; Kaldi's "
         "text (an id and words); trn, ctm and stm of NIST; srt and vtt; csv and tsv with a header; plain texts, "

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 # Importing this takes no time: `speechllm --help` answers at once.
 if TYPE_CHECKING:
-    from speechllm.decode.recognizer import RecogniseOptions
+    from speechllm.decode.recognizer import RecognizeOptions
 
-# Field, type, help: of SearchOptions and of RecogniseOptions, which have the defaults.
+# Field, type, help: of SearchOptions and of RecognizeOptions, which have the defaults.
 _SEARCH = (
     ("beam", int, "hypotheses of an utterance that run side by side in beam search (default: 4)"),
     ("nbest", int, "how many results an utterance has in json, or how many samples the best is taken of (default: 1)"),
@@ -53,7 +53,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
             group.add_argument(_option(name), type=kind, metavar=_METAVARS[kind], help=what)
 
 
-def search_options(args: argparse.Namespace, *, shows_nbest: bool = True) -> RecogniseOptions:
+def search_options(args: argparse.Namespace, *, shows_nbest: bool = True) -> RecognizeOptions:
     """The options that were given.
 
     Args:
@@ -62,12 +62,12 @@ def search_options(args: argparse.Namespace, *, shows_nbest: bool = True) -> Rec
     Raises:
       UserError: a value is out of range, or an option that was given has no effect.
     """
-    from speechllm.decode.interface import RecogniseOptions
+    from speechllm.decode.interface import RecognizeOptions
     from speechllm.decode.search import SearchOptions
     from speechllm.errors import UserError
 
     of_search, of_recognizer = _given(args, _SEARCH), _given(args, _RECOGNISE)
-    options = RecogniseOptions(SearchOptions(args.search, **of_search), **of_recognizer)
+    options = RecognizeOptions(SearchOptions(args.search, **of_search), **of_recognizer)
     # A value that is the default has no effect either, but only here is it known that it was given.
     for name, why in (options.search.without_effect() | options.without_effect()).items():
         if name in of_search or name in of_recognizer:

@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speechllm.cli.options import add_device_option, add_dtype_option, add_prompt_options, prompt_context
+from speechllm.cli.options import add_device_option, add_dtype_option, add_prompt_options, command_line_request
 from speechllm.cli.search_options import add_search_options, check_without_language_model, search_options
 
 # The rest of the library is imported where it is used: `speechllm --help` answers at once.
 if TYPE_CHECKING:
-    from speechllm.decode.interface import RecogniseOptions
+    from speechllm.decode.interface import RecognizeOptions
     from speechllm.transcribe.segments import SegmentOptions
 
 _FORMATS = ("txt", "json", "srt", "vtt", "ctm", "tsv")
@@ -105,16 +105,16 @@ def run_transcribe(args: argparse.Namespace) -> int:
 
     from speechllm.errors import UserError
     from speechllm.model.build import load_model, prepare_for_inference, usable_device
-    from speechllm.model.request import asked_languages
-    from speechllm.model.speech_llm import load_model_config
+    from speechllm.model.config import load_model_config
+    from speechllm.model.request import checked_request
     from speechllm.transcribe.inputs import Inputs
     from speechllm.transcribe.output import Output, transcribe_all
     from speechllm.transcribe.segments import SegmentOptions
 
     # What can be refused before the model is loaded is.
     how = replace(search_options(args, shows_nbest=args.format == "json"), fallback="ctc")
-    context = prompt_context(args)
-    inputs = Inputs(args.inputs, args.language, args.target_language, args.task, context, args.channel, args.track)
+    request = command_line_request(args)
+    inputs = Inputs(args.inputs, request, args.task, args.channel, args.track)
     options = SegmentOptions(args.batch_duration, _MAX_SEGMENT if args.max_segment is None else args.max_segment)
     output = Output(args.format, args.output, args.overwrite)
     output.check(args.inputs)
@@ -122,8 +122,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
     config = load_model_config(args.model)
     if config.llm is None:
         check_without_language_model(args)
-    language, target_language = asked_languages(config, args.language, args.target_language, context)
-    inputs = replace(inputs, language=language, target_language=target_language)
+    inputs = replace(inputs, request=checked_request(config, request))
 
     model = load_model(args.model)
     prepare_for_inference(model, device, args.dtype, args.llm_weights)
@@ -134,11 +133,10 @@ def run_transcribe(args: argparse.Namespace) -> int:
     how = replace(how, timestamps=timestamps)
     if args.output is not None:
         output = replace(output, made_with=made_with(args, how, options))
-    recogniser = model.recogniser(how)
-    return transcribe_all(inputs, recogniser, options, output, model.feature_kind, recogniser.check)
+    return transcribe_all(inputs, model.recognizer(how), options, output, model.feature_kind)
 
 
-def made_with(args: argparse.Namespace, how: RecogniseOptions, options: SegmentOptions) -> str:
+def made_with(args: argparse.Namespace, how: RecognizeOptions, options: SegmentOptions) -> str:
     """A text that differs where the results of two runs may, though their audio and languages are the same."""
     from dataclasses import asdict, replace
 

@@ -22,8 +22,10 @@ def add_tune(commands: argparse._SubParsersAction) -> None:
         "--new", metavar="LxD", help="a new model of L layers and width D, such as 8x384, is trained in full"
     )
     tune.add_argument(
-        "--text", nargs="+", type=Path, metavar="FILE", help='a document a line, or .jsonl with {"text": ...} lines'
-    )
+        "--text", nargs="+", type=Path, metavar="FILE",
+        help='a document a line, or .jsonl with {"text": ...} lines; with "prompt" beside "text", what comes before it '
+        "and is not learned",
+    )  # fmt: skip
     tune.add_argument("--valid", nargs="+", type=Path, metavar="FILE", help="text to measure the loss on")
     tune.add_argument("--output", type=Path, help="folder for the adapter (PEFT), the state, or the model (full)")
     tune.add_argument("--tokenizer", default="rwkv", help="rwkv, or a sentencepiece model (default: %(default)s)")
@@ -33,7 +35,7 @@ def add_tune(commands: argparse._SubParsersAction) -> None:
     tune.add_argument("--rank", type=int, help="of the adapter (default: 8)")
     tune.add_argument("--targets", nargs="+", help="matrices to adapt (default: receptance key value output)")
     tune.add_argument("--quantize", default="none", help="of the frozen base: none, int8 or nf4 (default: none)")
-    tune.add_argument("--steps", type=int, default=1000, help="optimiser steps (default: %(default)s)")
+    tune.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
     tune.add_argument("--tokens-per-step", type=int, default=4096, help="(default: %(default)s)")
     tune.add_argument(
         "--segment",

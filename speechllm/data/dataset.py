@@ -28,7 +28,7 @@ from speechllm.data.index import Corpus
 from speechllm.data.manifests.manifest import describe_cut
 from speechllm.data.manifests.source import DataError, label_of, target_text
 from speechllm.prompt.label import LabelError, LabelTemplate, WordTime
-from speechllm.prompt.template import PromptContext
+from speechllm.prompt.request import Request
 
 FEATURES_ON = ("worker", "device", "precomputed")
 
@@ -36,21 +36,29 @@ FEATURES_ON = ("worker", "device", "precomputed")
 @dataclass
 class _Batch:
     """What is known of N utterances besides their audio: the `texts` that are said or their translations, the `labels`
-    to write (`speechllm.prompt.label`), `languages` (None where unknown), `target_languages` (None where nothing is
-    translated), `ids`, `durations` (seconds, after speed perturbation), `contexts`, for the prompt's other slots, and
-    the times of the `words` of `texts`, as the manifest has them (both None where nothing is known)."""
+    to write (`speechllm.prompt.label`), the `requests`, `durations` (seconds, after speed perturbation), and the times
+    of the `words` of `texts`, as the manifest has them (None where nothing is known)."""
 
     texts: list[str]
     labels: list[str]
-    languages: list[str | None]
-    target_languages: list[str | None]
-    ids: list[str]
+    requests: list[Request]
     durations: list[float]
-    contexts: list[PromptContext] | None = field(default=None, kw_only=True)
     words: list[tuple[WordTime, ...] | None] | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.requests)
+
+    @property
+    def ids(self) -> list[str]:
+        return [request.id or "" for request in self.requests]
+
+    @property
+    def languages(self) -> list[str | None]:
+        return [request.language for request in self.requests]
+
+    @property
+    def target_languages(self) -> list[str | None]:
+        return [request.target_language for request in self.requests]
 
     @property
     def audio_seconds(self) -> float:
@@ -72,8 +80,7 @@ class Batch(_Batch):
     @property
     def inputs(self) -> tuple[object, ...]:
         """The arguments of a model's `forward`, in its order."""
-        audio = self.features, self.feature_lens
-        return *audio, self.texts, self.languages, self.target_languages, self.labels, self.contexts
+        return self.features, self.feature_lens, self.texts, self.requests, self.labels
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`."""
@@ -177,7 +184,7 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     Args:
         corpus: where plans have numbers; None where they have cuts.
-        text_steps: normalisation of the targets (`speechllm.text.normalize`).
+        text_steps: normalization of the targets (`speechllm.text.normalize`).
         augmenter: for training; None leaves the audio as it is.
         seed: the augmentation of an utterance, and the instruction in its prompt, depend on this, the epoch, its
             passes and its id, on nothing else.
@@ -270,23 +277,10 @@ class SpeechDataset(torch.utils.data.Dataset):
             features, second_view = self._augmenter.two_views(features, rng)
         elif features is not None and self._augmenter is not None:
             features = self._augmenter.features(features, rng, self._feature_kind)
-        target_language = entry.target_lang if entry.task == "ast" else None
         draw = instruction_draw(self._seed, epoch, times, cut.id) if self._augmenter is not None else 0.0
-        context = PromptContext(cut.id, entry.previous, entry.hotwords, draw)
-        return Utterance(
-            cut.id,
-            samples,
-            features,
-            text,
-            label,
-            entry.lang,
-            target_language,
-            duration,
-            context,
-            entry.words if target_language is None else None,
-            rng,
-            second_view,
-        )
+        request = replace(entry.request, draw=draw)
+        words = entry.words if request.target_language is None else None
+        return Utterance(request, samples, features, text, label, duration, words, rng, second_view)
 
     def _collate(self, utterances: list[Utterance]) -> Batch | WaveformBatch:
         if self._features_on != "device":
@@ -311,7 +305,7 @@ def augmentation_rng(seed: int, epoch: int, times: int, id: str) -> np.random.Ge
 
 
 def instruction_draw(seed: int, epoch: int, times: int, id: str) -> float:
-    """`PromptContext.draw` of one utterance in training, as reproducible as `augmentation_rng`, and independent."""
+    """`Request.draw` of one utterance in training, as reproducible as `augmentation_rng`, and independent."""
     return float(np.random.default_rng([*_words(seed, epoch, times, id), 1]).random())
 
 
@@ -324,15 +318,12 @@ class Utterance:
     """One utterance before padding: `samples` (S,) or `features` (T, F), perhaps in a `second_view`, `duration` in
     seconds, and the generator from which SpecAugment draws."""
 
-    id: str
+    request: Request
     samples: np.ndarray | None
     features: Tensor | None
     text: str
     label: str
-    language: str | None
-    target_language: str | None
     duration: float
-    context: PromptContext = PromptContext()
     words: tuple[WordTime, ...] | None = None
     rng: np.random.Generator | None = None
     second_view: Tensor | None = None
@@ -351,11 +342,8 @@ def _fields(utterances: list[Utterance]) -> dict[str, list]:
     return {
         "texts": [u.text for u in utterances],
         "labels": [u.label for u in utterances],
-        "languages": [u.language for u in utterances],
-        "target_languages": [u.target_language for u in utterances],
-        "ids": [u.id for u in utterances],
+        "requests": [u.request for u in utterances],
         "durations": [u.duration for u in utterances],
-        "contexts": [u.context for u in utterances],
         "words": [u.words for u in utterances],
     }
 

@@ -2,7 +2,7 @@
 
 The plan of an epoch's batches (`plan.py`) is made from these few numbers, and a worker reads a line when its turn has
 come, at its byte offset. So a run starts, and resumes in the middle of an epoch, in seconds at millions of lines. The
-index is made once and kept on disk; it is made anew when the manifest, the text normalisation or the tokenizer change.
+index is made once and kept on disk; it is made anew when the manifest, the text normalization or the tokenizer change.
 What cannot be read by byte offset (compressed lines, Kaldi and Shar directories, tar shards) is written out as plain
 lines beside the index; audio stays where it is.
 """
@@ -84,7 +84,7 @@ class BadLines:
 class Index:
     """The usable lines of one source, numbered from 0.
 
-    `durations` (n,) float32 seconds, `characters` (n,) int32 of the normalised target without spaces, `tokens` (n,)
+    `durations` (n,) float32 seconds, `characters` (n,) int32 of the normalized target without spaces, `tokens` (n,)
     int32 or None; `bad_lines`; `unknown_languages`, how often each tag of a language that nobody knows is said;
     `fingerprint` of the lines' content.
     """
@@ -215,7 +215,7 @@ def open_index(
     """The index of `source`, made where there is none yet.
 
     Args:
-        text_steps: normalisation of the targets (`speechllm.text.normalize`).
+        text_steps: normalization of the targets (`speechllm.text.normalize`).
         labels: counts tokens; without it `Index.tokens` is None.
         folder: where indexes are kept; None for `default_index_dir()`.
 

@@ -46,7 +46,7 @@ class DataConfig:
 
     Sources: `train`, `valid`, and `test` by name of test set. An epoch has every training utterance once, or
     `epoch_cuts` of them; where the sources have weights, they are drawn in that proportion and come again where needed.
-    `text`: steps of normalisation (`speechllm.text.normalize`) that the targets go through.
+    `text`: steps of normalization (`speechllm.text.normalize`) that the targets go through.
 
     Used in training are utterances between `min_seconds` and `max_seconds`, with at most `max_chars_per_second`,
     `max_tokens_per_second`, `max_tokens_per_frame` (of the encoder's output; CTC needs at most 1) in their label.

@@ -16,7 +16,7 @@ from speechllm.data.manifests.nemo import AUDIO_COMMAND
 from speechllm.data.manifests.source import audio_path
 from speechllm.data.manifests.tar import TAR
 
-# So many seconds of the same recording make two utterances the same audio; neighbours may touch.
+# So many seconds of the same recording make two utterances the same audio; neighbors may touch.
 _SHARED_SECONDS = 0.1
 
 

@@ -27,15 +27,9 @@ from lhotse.lazy import Dillable
 
 from speechllm.data.augment.augmenter import AugmentConfig
 from speechllm.data.index import Labels
-from speechllm.data.manifests.manifest import (
-    DataError,
-    ManifestError,
-    SourceConfig,
-    describe_cut,
-    has_shards,
-    stream_cuts,
-)
+from speechllm.data.manifests.manifest import DataError, ManifestError, SourceConfig, describe_cut
 from speechllm.data.manifests.source import ShardError, planned_label, target_text
+from speechllm.data.manifests.stream import has_shards, stream_cuts
 from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits
 
 # Enough cuts to know the distribution of durations, few enough to read them before each epoch.

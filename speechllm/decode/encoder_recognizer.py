@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from speechllm.decode.ctc import ctc_greedy, ctc_prefix_beam_search, forced_align
-from speechllm.decode.interface import RecogniseOptions, RecognizableEncoder, Speech, check_length
+from speechllm.decode.interface import RecognizableEncoder, RecognizeOptions, Speech, check_length
 from speechllm.decode.result import Hypothesis, Recognition, without_sound
 from speechllm.decode.timestamps import words_from_alignment
 from speechllm.decode.transducer import transducer_greedy
 from speechllm.errors import UserError
-from speechllm.prompt.template import PromptContext
+from speechllm.prompt.request import Request
 
 
-class EncoderRecogniser:
-    """Recognises batches of speech, one after the other; built once, for any number of them.
+class EncoderRecognizer:
+    """Recognizes batches of speech, one after the other; built once, for any number of them.
 
     The text is that of the transducer's greedy search if there is a transducer, else that of CTC's greedy or, with
     `ctc_beam`, prefix beam search. A token's log probability is the transducer's, or CTC's mean over its frames.
@@ -31,10 +31,10 @@ class EncoderRecogniser:
       UserError: the options ask for what the model does not have.
     """
 
-    def __init__(self, model: RecognizableEncoder, options: RecogniseOptions | None = None) -> None:
-        self.model, self.options = model, options or RecogniseOptions()
+    def __init__(self, model: RecognizableEncoder, options: RecognizeOptions | None = None) -> None:
+        self.model, self.options = model, options or RecognizeOptions()
         given = self.options
-        without = RecogniseOptions(ctc_beam=given.ctc_beam, timestamps=given.timestamps, fallback=given.fallback)
+        without = RecognizeOptions(ctc_beam=given.ctc_beam, timestamps=given.timestamps, fallback=given.fallback)
         pairs = ((given.search, without.search), (replace(given, search=without.search), without))
         for ours, default in pairs:
             for field in fields(ours):
@@ -56,32 +56,26 @@ class EncoderRecogniser:
         """
         has_both = self.model.ctc_head is not None and self.model.transducer is not None
         for speech in batches:
-            for language in speech.target_languages:
-                self.check(None, language)
+            for request in speech.requests:
+                self.check(request)
             nothing = without_sound("" if has_both else None, self.options.timestamps)
             results = [nothing] * len(speech.feature_lens)
             heard = [i for i, frames in enumerate(speech.feature_lens.tolist()) if frames >= self.model.min_frames]
-            for i, result in zip(heard, self._recognise(speech.rows(heard)) if heard else [], strict=True):
+            for i, result in zip(heard, self._recognize(speech.rows(heard)) if heard else [], strict=True):
                 results[i] = result
             yield results
 
-    def check(
-        self,
-        language: str | None,
-        target_language: str | None = None,
-        context: PromptContext | None = None,
-        frames: int | None = None,
-    ) -> None:
+    def check(self, request: Request, frames: int | None = None) -> None:
         """Whether an utterance can be recognized; `frames`: of its features, where they are known.
 
         Raises:
           UserError: it is to be translated, or too long for the encoder.
         """
         check_length(self.model, frames)
-        if target_language is not None:
-            raise UserError(f"{target_language} is asked for, but an encoder alone (model.llm: null) cannot translate")
+        if (language := request.target_language) is not None:
+            raise UserError(f"{language} is asked for, but an encoder alone (model.llm: null) cannot translate")
 
-    def _recognise(self, speech: Speech) -> list[Recognition]:
+    def _recognize(self, speech: Speech) -> list[Recognition]:
         model = self.model
         encoder_out, lens = model.encode(speech.features.to(model.device), speech.feature_lens.to(model.device))
         log_probs = ctc = None
@@ -119,3 +113,6 @@ class EncoderRecogniser:
         is_frame = torch.arange(log_probs.shape[1], device=lens.device) < lens[:, None]
         scores = (log_probs.amax(-1) * is_frame).sum(1).tolist()
         return [(tuple(ids), s) for ids, s in zip(ctc_greedy(log_probs, lens, blank), scores, strict=True)]
+
+
+EncoderRecogniser = EncoderRecognizer  # its name in 0.1

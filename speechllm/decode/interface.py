@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from speechllm.encoder.transducer import Transducer
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModel
 from speechllm.prompt.label import LabelTemplate, ReadLabel
-from speechllm.prompt.template import PromptContext, Spliced
+from speechllm.prompt.request import Request
+from speechllm.prompt.splice import Spliced
 from speechllm.text.tokenizer import Tokenizer
 
 # From one frame of features to the next.
@@ -27,18 +28,18 @@ FRAME_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
-class RecogniseOptions:
-    """How speech is recognised.
+class RecognizeOptions:
+    """How speech is recognized.
 
     Attributes:
       search: of the language model.
       fallback: what becomes of a text that a guard has stopped, because it repeats itself or is longer than the audio
         can say: `cut`, it ends there; `ctc`, the text of the CTC head is taken instead, where there is one. None leaves
-        it to the caller: `transcribe` takes `ctc`, `recognise` and recipes/decode.py `cut`.
+        it to the caller: `transcribe` takes `ctc`, `recognize` and recipes/decode.py `cut`.
       ctc_weight: of the CTC head's scores in the search (arXiv 1609.06773); 0: they have no part in it.
       ctc_beam: of the CTC head's own search; 1 is greedy search.
       timestamps: find the words' times with the CTC head, where the model does not write them itself.
-      hotwords: a file of phrases that the search prefers (see `context.Hotwords.from_file`), and their weight.
+      hotwords: a file of phrases that the search prefers (see `hotwords.Hotwords.from_file`), and their weight.
       ngram: a kenlm model that takes part in the search, and its weight.
       initial_state: a state file of RWKV-7 (`RWKV7State.save`), tuned or of a text read before, that prompts go on
         from.
@@ -66,7 +67,7 @@ class RecogniseOptions:
         if self.ctc_beam < 1:
             raise UserError(f"ctc_beam: must be at least 1, got {self.ctc_beam}")
         for name, why in self.without_effect().items():
-            if getattr(self, name) != RecogniseOptions.__dataclass_fields__[name].default:
+            if getattr(self, name) != RecognizeOptions.__dataclass_fields__[name].default:
                 raise UserError(f"{name}: {why}")
 
     def without_effect(self) -> dict[str, str]:
@@ -83,44 +84,31 @@ class RecogniseOptions:
         return found
 
 
+RecogniseOptions = RecognizeOptions  # its name in 0.1
+
+
 class Speech(NamedTuple):
-    """A batch: features (N, T, F), feature_lens (N,), N languages and target languages (None where there is none), N
-    contexts of the prompt (None where it needs none)."""
+    """A batch: features (N, T, F), feature_lens (N,), and what is asked for each of the N utterances."""
 
     features: Tensor
     feature_lens: Tensor
-    languages: Sequence[str | None]
-    target_languages: Sequence[str | None]
-    contexts: Sequence[PromptContext] | None = None
+    requests: Sequence[Request]
 
     def rows(self, numbers: Sequence[int]) -> Speech:
         """The rows with these numbers, without padding that is not needed any more."""
         lens = self.feature_lens[list(numbers)]
-
-        def chosen(values: Sequence[Any] | None) -> list[Any] | None:
-            return None if values is None else [values[i] for i in numbers]
-
-        return Speech(
-            self.features[list(numbers), : max(lens.tolist(), default=0)],
-            lens,
-            *map(chosen, (self.languages, self.target_languages, self.contexts)),
-        )
+        features = self.features[list(numbers), : max(lens.tolist(), default=0)]
+        return Speech(features, lens, [self.requests[i] for i in numbers])
 
 
 class Recognizer(Protocol):
-    """Recognizes batches of speech: `Recogniser`, `EncoderRecogniser`."""
+    """Recognizes batches of speech: `SpeechLLMRecognizer`, `EncoderRecognizer`."""
 
     def __call__(self, batches: Iterable[Speech]) -> Iterator[list[Recognition]]:
         """The results of each batch, in order."""
         ...
 
-    def check(
-        self,
-        language: str | None,
-        target_language: str | None = None,
-        context: PromptContext | None = None,
-        frames: int | None = None,
-    ) -> None:
+    def check(self, request: Request, frames: int | None = None) -> None:
         """Whether an utterance can be recognized; `frames`: of its features, where they are known.
 
         Raises:
@@ -129,20 +117,19 @@ class Recognizer(Protocol):
         ...
 
 
-class RecognizableEncoder(Protocol):
-    """What `EncoderRecogniser` asks of a model: an encoder with a CTC head, a transducer, or both."""
+class Recognizable(Protocol):
+    """What recognizers ask of a model; the methods are described at `speechllm.model.base.SpeechModel`."""
 
     tokenizer: Tokenizer
     blank_id: int
     ctc_head: nn.Module | None
-    transducer: Transducer | None
 
     @property
     def device(self) -> torch.device: ...
 
     @property
     def seconds_per_position(self) -> float:
-        """Of audio, one frame of the encoder's output."""
+        """Of audio, one position of the language model; without one, one frame of the encoder's output."""
         ...
 
     @property
@@ -151,55 +138,37 @@ class RecognizableEncoder(Protocol):
     @property
     def max_seconds(self) -> float: ...
 
+    def text(self, token_ids: Sequence[int]) -> str: ...
+
+
+class RecognizableEncoder(Recognizable, Protocol):
+    """What `EncoderRecognizer` asks of a model: an encoder with a CTC head, a transducer, or both."""
+
+    transducer: Transducer | None
+
     def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
         """features (N, T, F), (N,) -> encoder_out (N, T', D), (N,)."""
         ...
 
-    def text(self, token_ids: Sequence[int]) -> str: ...
 
-
-class RecognizableSpeechLLM(Protocol):
-    """What `Recogniser` asks of a model; the methods are described at `SpeechLLM`."""
+class RecognizableSpeechLLM(Recognizable, Protocol):
+    """What `SpeechLLMRecognizer` asks of a model; the methods are described at `SpeechLLM`."""
 
     llm: LanguageModel
-    tokenizer: Tokenizer
     label_template: LabelTemplate
-    blank_id: int
-    ctc_head: nn.Module | None
     ctc_tokenizer: Tokenizer
     """Of the CTC head's pieces; mostly `tokenizer` itself."""
-
-    @property
-    def device(self) -> torch.device: ...
 
     @property
     def frame_seconds(self) -> float:
         """Of audio, one frame of the encoder's output."""
         ...
 
-    @property
-    def seconds_per_position(self) -> float:
-        """Of audio, one position of the language model."""
-        ...
-
-    @property
-    def min_frames(self) -> int: ...
-
-    @property
-    def max_seconds(self) -> float: ...
-
     def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """features (N, T, F), (N,) -> encoder_out (N, T', D), (N,), audio_embeds (N, T'', D_llm), (N,)."""
         ...
 
-    def spliced(
-        self,
-        audio_lens: Tensor,
-        languages: Sequence[str | None],
-        *,
-        target_languages: Sequence[str | None] | None = None,
-        contexts: Sequence[PromptContext] | None = None,
-    ) -> Spliced: ...
+    def spliced(self, audio_lens: Tensor, requests: Sequence[Request]) -> Spliced: ...
 
     def embed(self, spliced: Spliced, audio_embeds: Tensor, audio_lens: Tensor) -> Tensor:
         """-> inputs_embeds (N, L, D_llm)."""
@@ -207,12 +176,12 @@ class RecognizableSpeechLLM(Protocol):
 
     def read_label(self, token_ids: Sequence[int]) -> ReadLabel: ...
 
-    def label_ids(self, label: str) -> list[int]: ...
+    def ctc_label_ids(self, text: str) -> list[int]: ...
 
-    def text(self, token_ids: Sequence[int]) -> str: ...
+    def ctc_text(self, token_ids: Sequence[int]) -> str: ...
 
 
-def check_length(model: RecognizableEncoder | RecognizableSpeechLLM, frames: int | None) -> None:
+def check_length(model: Recognizable, frames: int | None) -> None:
     """
     Raises:
       UserError: features of so many frames are longer than the encoder can hear.

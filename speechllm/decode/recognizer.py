@@ -15,15 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speechllm.decode.context import Hotwords, NGram
 from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, forced_align
-from speechllm.decode.interface import RecogniseOptions, RecognizableSpeechLLM, Speech, check_length
+from speechllm.decode.hotwords import Hotwords
+from speechllm.decode.interface import RecognizableSpeechLLM, RecognizeOptions, Speech, check_length
+from speechllm.decode.ngram import NGram
 from speechllm.decode.result import Hypothesis, Recognition, Word, without_sound
 from speechllm.decode.search import Prompt, Scorer, search
 from speechllm.decode.timestamps import words_from_alignment, words_from_label
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModelState
-from speechllm.prompt.template import PromptContext
+from speechllm.prompt.request import Request
 from speechllm.rwkv7.initial_state import load_state
 
 # States that are kept. Where utterances have texts of their own before the audio, none would be used again.
@@ -38,8 +39,8 @@ class _Utterance:
     ctc_log_probs: Tensor | None  # (T, V)
 
 
-class Recogniser:
-    """Recognises batches of speech; built once, for any number of them.
+class SpeechLLMRecognizer:
+    """Recognizes batches of speech; built once, for any number of them.
 
     Args:
       model: in evaluation mode.
@@ -48,8 +49,8 @@ class Recogniser:
       UserError: the options ask for what the model does not have; a file cannot be read.
     """
 
-    def __init__(self, model: RecognizableSpeechLLM, options: RecogniseOptions | None = None) -> None:
-        self.model, self.options = model, options or RecogniseOptions()
+    def __init__(self, model: RecognizableSpeechLLM, options: RecognizeOptions | None = None) -> None:
+        self.model, self.options = model, options or RecognizeOptions()
         label = model.label_template
         uses_ctc = {"ctc_weight": self.options.ctc_weight > 0, "timestamps": self.options.timestamps}
         for name, used in (*uses_ctc.items(), ("ctc_beam", self.options.ctc_beam > 1)):
@@ -74,7 +75,7 @@ class Recogniser:
             self._initial_state = load_state(self.options.initial_state, model.llm)
         # Of the longest label: any token of its text may be a word, with a time before and behind it.
         encode, label = model.tokenizer.encode, model.label_template
-        self._tag_tokens = len(encode(label.fill("", "xx", "xx")))
+        self._tag_tokens = len(encode(label.fill("", Request(language="xx", target_language="xx"))))
         self._label_growth = 1 + 2 * len(encode("<88.88>")) if label.has_times else 1
         self._states: dict[tuple[int, ...], LanguageModelState | None] = {}  # by the tokens before the audio
 
@@ -113,8 +114,8 @@ class Recogniser:
             for speech in batches:
                 is_heard = [frames >= self.model.min_frames for frames in speech.feature_lens.tolist()]
                 result: list[Recognition | None] = [
-                    None if heard else self._without_sound(target)
-                    for heard, target in zip(is_heard, speech.target_languages, strict=True)
+                    None if heard else self._without_sound(request)
+                    for heard, request in zip(is_heard, speech.requests, strict=True)
                 ]
                 results.append(result)
                 rows = [i for i, heard in enumerate(is_heard) if heard]
@@ -134,13 +135,7 @@ class Recogniser:
             yield from finished()
         yield from finished()
 
-    def check(
-        self,
-        language: str | None,
-        target_language: str | None = None,
-        context: PromptContext | None = None,
-        frames: int | None = None,
-    ) -> None:
+    def check(self, request: Request, frames: int | None = None) -> None:
         """Whether an utterance can be recognized; `frames`: of its features, where they are known.
 
         Raises:
@@ -148,14 +143,17 @@ class Recogniser:
             to be translated with the scores of the CTC head; it is too long for the encoder.
         """
         check_length(self.model, frames)
-        if self.options.ctc_weight > 0 and target_language is not None:
-            raise _no_ctc_of_translation(target_language)
-        contexts = None if context is None else [context]
-        audio_lens = torch.ones(1, dtype=torch.long)
-        self.model.spliced(audio_lens, [language], target_languages=[target_language], contexts=contexts)
+        self._check_scores(request)
+        self.model.spliced(torch.ones(1, dtype=torch.long), [request])
 
-    def _without_sound(self, target_language: str | None) -> Recognition:
-        ctc_text = "" if self.model.ctc_head is not None and target_language is None else None
+    def _check_scores(self, request: Request) -> None:
+        if self.options.ctc_weight > 0 and request.target_language is not None:
+            raise UserError(
+                f"ctc_weight: the CTC head knows transcripts only, but {request.target_language} is asked for"
+            )
+
+    def _without_sound(self, request: Request) -> Recognition:
+        ctc_text = "" if self.model.ctc_head is not None and request.target_language is None else None
         has_words = self.options.timestamps or self.model.label_template.has_times
         return without_sound(ctc_text, has_words)
 
@@ -164,15 +162,12 @@ class Recogniser:
         features, feature_lens = speech.features.to(model.device), speech.feature_lens.to(model.device)
         encoder_out, encoder_out_lens, audio_embeds, audio_lens = model.encode(features, feature_lens)
         ctc_tokens, ctc_log_probs = self._ctc(encoder_out, encoder_out_lens)
-        spliced = model.spliced(
-            audio_lens, speech.languages, target_languages=speech.target_languages, contexts=speech.contexts
-        )
+        spliced = model.spliced(audio_lens, speech.requests)
         inputs_embeds = model.embed(spliced, audio_embeds, audio_lens)
         # Each utterance is read after what is before its audio, of which there are few, if more than one.
-        for i, target_language in enumerate(speech.target_languages):
-            is_transcript = target_language is None
-            if self.options.ctc_weight > 0 and not is_transcript:
-                raise _no_ctc_of_translation(target_language)
+        for i, request in enumerate(speech.requests):
+            self._check_scores(request)
+            is_transcript = request.target_language is None
             utterance = _Utterance(
                 ctc_tokens[i] if ctc_tokens is not None and is_transcript else None,
                 ctc_log_probs[i, : encoder_out_lens[i]].clone() if ctc_log_probs is not None else None,
@@ -186,8 +181,8 @@ class Recogniser:
     def _key(self, speech: Speech, row: int) -> str | None:
         if self.options.search.method != "sample":
             return None
-        context = speech.contexts[row] if speech.contexts else PromptContext()
-        if (key := context.key or context.id) is not None:
+        request = speech.requests[row]
+        if (key := request.key or request.id) is not None:
             return key
         features = speech.features[row, : speech.feature_lens[row]].float().cpu().contiguous()
         return hashlib.sha256(features.numpy().tobytes()).hexdigest()
@@ -245,5 +240,4 @@ class Recogniser:
         return words_from_alignment(spans, self.model.ctc_tokenizer, self.model.frame_seconds, len(log_probs))
 
 
-def _no_ctc_of_translation(target_language: str) -> UserError:
-    return UserError(f"ctc_weight: the CTC head knows transcripts only, but {target_language} is asked for")
+Recogniser = SpeechLLMRecognizer  # its name in 0.1

@@ -44,7 +44,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Recognition:
-    """What was recognised in one utterance.
+    """What was recognized in one utterance.
 
     Attributes:
       text: the result; that of `nbest[0]`, unless there was a `fallback`.

@@ -180,6 +180,13 @@ class Scorer(Protocol):
         ...
 
 
+def checked_weight(name: str, weight: float) -> float:
+    """The weight of a scorer, called `name`, if it can be one; else a `UserError`."""
+    if not 0 <= weight < inf:
+        raise UserError(f"{name}: must be at least 0 and finite, got {weight}")
+    return weight
+
+
 def loop_length(tokens: Sequence[int], max_repeats: int) -> int:
     """How many tokens at the end repeat what stands before them, if that is a loop; else 0.
 
@@ -452,12 +459,12 @@ class _Utterance:
         ended = [hypothesis.score for hypothesis in self.stopped if hypothesis.stopped == "end"]
         if len(ended) < self.places:
             return False
-        return self._normalised(best.sums[-1], len(best.tokens)) <= heapq.nlargest(self.places, ended)[-1]
+        return self._normalized(best.sums[-1], len(best.tokens)) <= heapq.nlargest(self.places, ended)[-1]
 
     def _stop(
         self, tokens: tuple[int, ...], log_probs: tuple[float, ...], sums: tuple[float, ...], stopped: Stopped
     ) -> None:
-        self.stopped.append(Hypothesis(tokens, log_probs, self._normalised(sums[-1], len(log_probs)), stopped))
+        self.stopped.append(Hypothesis(tokens, log_probs, self._normalized(sums[-1], len(log_probs)), stopped))
 
-    def _normalised(self, total: float, length: int) -> float:
+    def _normalized(self, total: float, length: int) -> float:
         return total / length**self.options.length_penalty

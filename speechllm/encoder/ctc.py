@@ -1,4 +1,4 @@
-"""CTC as a training loss (Graves et al. 2006), and consistency regularisation of it, CR-CTC (arXiv 2410.05101)."""
+"""CTC as a training loss (Graves et al. 2006), and consistency regularization of it, CR-CTC (arXiv 2410.05101)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading released encoders, saving ours, and initialising one from data."""
+"""Loading released encoders, saving ours, and initializing one from data."""
 
 import json
 import pickle
@@ -34,7 +34,7 @@ def load_encoder(
     """A released encoder, alone or out of a composite model, in eval mode and float32.
 
     A Zipformer may be under "state_dict" or "model" in its file, its names with "module.", "model." and the like in
-    front or not, beside optimiser, decoder and heads, as in icefall's `pretrained.pt` and `epoch-N.pt` of transducers,
+    front or not, beside optimizer, decoder and heads, as in icefall's `pretrained.pt` and `epoch-N.pt` of transducers,
     CTC, CR-CTC and attention models, and in PyTorch Lightning's `.ckpt`. Of a Whisper (config.json with `model_type:
     whisper`, as openai/whisper-small on the Hugging Face Hub) only the encoder's weights are read. Of a composite model
     the encoder's config.json and weights may also be in a folder of that name (`COMPOSITE_NAMES`), as Auden writes them
@@ -227,7 +227,7 @@ def init_from_data(encoder: Zipformer, features: Tensor, feature_lens: Tensor) -
     channel.
 
     Otherwise the signal of raw log-mel features, whose mean is far from 0, dies in the convolutions of a
-    small model and for minutes nothing is learnt. Nothing but weights and biases change, so the normalisation
+    small model and for minutes nothing is learned. Nothing but weights and biases change, so the normalization
     of the features ends up in the first convolution. As in Salimans & Kingma (arXiv 1602.07868, section 3)
     and Mishkin & Matas (arXiv 1511.06422).
 

@@ -1,7 +1,7 @@
-"""Zipformer's activations, its norm, and the regularisers that make it train from scratch.
+"""Zipformer's activations, its norm, and the regularizers that make it train from scratch.
 
 After "Zipformer: A faster and better encoder for automatic speech recognition" (Yao et al., arXiv 2310.11230)
-and its implementation in the icefall project. Channels are always the last dimension. The regularisers return
+and its implementation in the icefall project. Channels are always the last dimension. The regularizers return
 their input unchanged and only edit the gradient that passes back through them; they do so on a random part of
 the training batches, drawn with Python's `random`, and never in eval mode. None of them carries state from
 one batch to the next, so a resumed run needs the global random states and the batch count only.
@@ -148,7 +148,7 @@ class _BiasNorm(torch.autograd.Function):
 
 
 class BiasNorm(nn.Module):
-    """Zipformer's replacement for LayerNorm: the input's length survives through a learnt bias and scale."""
+    """Zipformer's replacement for LayerNorm: the input's length survives through a learned bias and scale."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -184,7 +184,7 @@ def limit_parameter(p: Tensor, low: float, high: float) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Regularisers that edit gradients
+# Regularizers that edit gradients
 
 
 class _ScaleGrad(torch.autograd.Function):

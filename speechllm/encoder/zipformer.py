@@ -410,7 +410,7 @@ def depthwise_conv(x: Tensor, conv: nn.Conv1d, padding: int) -> Tensor:
 class ChunkCausalConv(nn.Module):
     """A depthwise convolution that sees the past and its own chunk: one causal half, one within each chunk.
 
-    Near a chunk's edges the latter lacks neighbours; it is scaled there, by learnt amounts.
+    Near a chunk's edges the latter lacks neighbors; it is scaled there, by learned amounts.
     """
 
     def __init__(self, dim: int, kernel: int):
@@ -567,7 +567,7 @@ class Stack(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Each output frame is a weighted mean of `factor` input frames, the weights learnt."""
+    """Each output frame is a weighted mean of `factor` input frames, the weights learned."""
 
     def __init__(self, factor: int):
         super().__init__()
@@ -764,7 +764,7 @@ class Zipformer(nn.Module):
             memory that hardly grows with depth. Every number stays the same, random ones included, as long as
             the batch count and the training mode do from the forward pass to the backward pass.
 
-    In training call `set_batch_count` for every batch: dropout, layer skip and the other regularisers follow
+    In training call `set_batch_count` for every batch: dropout, layer skip and the other regularizers follow
     it.
     """
 

@@ -1,5 +1,5 @@
 """Parameter-efficient tuning of language models: adapters of the ``peft`` package, a trained initial state where the
-model has one, on bases that may be quantised (``speechllm.llm.quantize``).
+model has one, on bases that may be quantized (``speechllm.llm.quantize``).
 
     model = tune(load_rwkv7(path), TuneConfig(method="lora", rank=16))   # prepared in place: only the adapter trains
     ...                                                                  # train it like any model
@@ -133,9 +133,9 @@ class TuneConfig:
 
 
 def tune(model: TunableModel, config: TuneConfig) -> TunableModel:
-    """Prepares a model for training, in place: freezes it, quantises it and adds what trains.
+    """Prepares a model for training, in place: freezes it, quantizes it and adds what trains.
 
-    Without training it computes what it did before (quantised ones nearly so).
+    Without training it computes what it did before (quantized ones nearly so).
 
     Returns:
       the model itself; ``forward``, ``step`` and all else are called as before.
@@ -268,8 +268,8 @@ def merge(model: TunableModel) -> None:
     The original of each weight is kept until ``unmerge`` puts it back, bit for bit.
 
     Raises:
-      UserError: there is no adapter (a tuned state needs no merging), it is merged, or the base is quantised:
-        rounding the sum to the quantised type would lose most of the adapter.
+      UserError: there is no adapter (a tuned state needs no merging), it is merged, or the base is quantized:
+        rounding the sum to the quantized type would lose most of the adapter.
     """
     tuning = _tuning(model)
     if tuning.peft is None:
@@ -277,7 +277,7 @@ def merge(model: TunableModel) -> None:
     if tuning.originals:
         raise UserError("merge: the adapter is merged already")
     if tuning.quantized:
-        raise UserError("merge: the base is quantised; merged_state_dict gives the merged weights in floating point")
+        raise UserError("merge: the base is quantized; merged_state_dict gives the merged weights in floating point")
     tuning.originals = _merge_layers(model)
 
 
@@ -300,8 +300,8 @@ def unmerge(model: TunableModel) -> None:
 def merged_state_dict(model: TunableModel) -> dict[str, Tensor]:
     """The state dict of an untuned model that computes the same; the model stays as it is.
 
-    A tuned initial state is part of it (``initial_wkv``). Of a quantised base these are the weights that the adapter
-    was trained with, in floating point, not those of the file that was quantised. (The 8-bit products of bitsandbytes
+    A tuned initial state is part of it (``initial_wkv``). Of a quantized base these are the weights that the adapter
+    was trained with, in floating point, not those of the file that was quantized. (The 8-bit products of bitsandbytes
     round their inputs too, so there "the same" is within some percent.)
     """
     tuning = model.tuning
@@ -364,7 +364,7 @@ class RankAllocation:
 
     Args:
       model: a tuned model, or any other.
-      num_steps: optimiser steps in the whole training.
+      num_steps: optimizer steps in the whole training.
     """
 
     ORTHOGONALITY = 0.1  # weight of its loss, as in the paper's experiments
@@ -393,7 +393,7 @@ class RankAllocation:
         return self.ORTHOGONALITY * torch.stack(distances).mean()
 
     def step(self, step: int) -> None:
-        """To be called after the optimiser's step number ``step`` (from 1), with the gradients still there."""
+        """To be called after the optimizer's step number ``step`` (from 1), with the gradients still there."""
         if self.tuner is not None:
             self.tuner.update_and_allocate(step)
 
@@ -482,7 +482,7 @@ def _inject(model: TunableModel, config: PeftConfig) -> PeftModel:
     import peft
 
     with warnings.catch_warnings():
-        # said of quantised bases, which are not merged here
+        # said of quantized bases, which are not merged here
         warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
         # of Conv1D, whose weight is transposed: peft says that it heeds that
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")

@@ -37,7 +37,7 @@ def half_precision() -> str:
 def convert(model: TunableModel, dtype: torch.dtype) -> None:
     """Convert the weights of a model to another type, in place.
 
-    Those stay as they are that have another type than most: adapters, an initial state, quantised matrices, what a
+    Those stay as they are that have another type than most: adapters, an initial state, quantized matrices, what a
     checkpoint has in float32 among half precision; and what the model wants in float32 whatever the others are.
     """
     kept = model.kept_in_float32()

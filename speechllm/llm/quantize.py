@@ -1,6 +1,6 @@
 """Frozen matrices of a language model in 8 or 4 bits: by bitsandbytes on CUDA, by torchao on the CPU.
 
-The matrices of the layers are quantised, embedding and output layer stay as they are; so do biases and norms.
+The matrices of the layers are quantized, embedding and output layer stay as they are; so do biases and norms.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ QUANTIZED = ("none", "int8", "nf4")
 
 
 def quantize(model: TunableModel, kind: str) -> None:
-    """Replaces the matrices of a model's layers by quantised ones, in place.
+    """Replaces the matrices of a model's layers by quantized ones, in place.
 
     Args:
       kind: ``int8`` or ``nf4``.
 
     Raises:
-      UserError: the package is not installed; a matrix that cannot be quantised, which the message names.
+      UserError: the package is not installed; a matrix that cannot be quantized, which the message names.
     """
     make = _bitsandbytes_linear if torch.cuda.is_available() else _torchao_linear
     names = {module: name for name, module in model.named_modules()}
@@ -32,7 +32,7 @@ def quantize(model: TunableModel, kind: str) -> None:
         if name := _other_matrix(module):
             raise UserError(
                 f"tune.quantize: {names[module]}.{name} of {model.name} is no torch.nn.Linear, and no others are "
-                "quantised; leave out quantize"
+                "quantized; leave out quantize"
             )
     for module in modules:
         for name, child in list(module.named_children()):
@@ -44,7 +44,7 @@ def quantize(model: TunableModel, kind: str) -> None:
 
 
 class _DoesNotFit(ValueError):
-    """A matrix has a size that the package does not quantise."""
+    """A matrix has a size that the package does not quantize."""
 
 
 def _other_matrix(module: nn.Module) -> str | None:
@@ -55,7 +55,7 @@ def _other_matrix(module: nn.Module) -> str | None:
     return next(stacked_matrices(module), None)
 
 
-# 256 scales of 64 weights each are quantised together.
+# 256 scales of 64 weights each are quantized together.
 _NF4_BLOCK = 64 * 256
 
 
@@ -80,7 +80,7 @@ def _torchao_linear(linear: nn.Linear, kind: str) -> nn.Linear:
 
 
 def _bitsandbytes_linear(linear: nn.Linear, kind: str) -> nn.Linear:
-    """Quantised when it is moved to the GPU."""
+    """Quantized when it is moved to the GPU."""
     try:
         import bitsandbytes as bnb
     except ImportError as e:

@@ -404,7 +404,7 @@ class TransformersLM(TunableModel[TransformersState]):
 
 @quiet()
 def new_transformers_lm(config: dict[str, Any], attention: str | None = None) -> TransformersLM:
-    """A model with new weights, initialised as transformers does; where the default device is `meta` their values are
+    """A model with new weights, initialized as transformers does; where the default device is `meta` their values are
     not set, because they are about to be loaded.
 
     Args:
@@ -516,14 +516,14 @@ def load_transformers_lm(
 
     Args:
       path: a folder with `config.json` and `model.safetensors` or its shards, as they are on the Hugging Face hub; of a
-        model that also sees or hears, the text part is loaded. Or a GGUF file, whose weights are dequantised.
+        model that also sees or hears, the text part is loaded. Or a GGUF file, whose weights are dequantized.
       dtype: of the weights; None for that of the checkpoint.
       attention: an implementation of `ATTENTION`; None for the choice of transformers, which is sdpa where the model
         has it.
 
     Raises:
       FileNotFoundError: a file is missing.
-      UserError: it is not a causal language model that `TransformersLM` serves, is quantised in another format than
+      UserError: it is not a causal language model that `TransformersLM` serves, is quantized in another format than
         GGUF, or weights are missing, unexpected or of another shape; the message lists the names.
     """
     path = Path(path)
@@ -690,7 +690,7 @@ def _not_served(config: PreTrainedConfig) -> str | None:
     if getattr(config, "hidden_size_per_layer_input", None):
         return "its layers read token ids besides embeddings, and audio has none (hidden_size_per_layer_input)"
     if getattr(config, "quantization_config", None) is not None:
-        return "its weights are quantised; take the model as it was before"
+        return "its weights are quantized; take the model as it was before"
     if (need := update_needed(config, is_part=False)) is not None:
         return need
     served = ATTENTION_LAYERS | RECURRENT_LAYERS | STATELESS_LAYERS

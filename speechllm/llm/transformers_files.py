@@ -130,7 +130,7 @@ def gguf_source(path: str | Path) -> dict[str, Any]:
 
 
 def gguf_details(path: str | Path) -> tuple[torch.dtype, int | None]:
-    """What transformers does not ask a GGUF file for: the type of its weights, bfloat16 for quantised ones, which is
+    """What transformers does not ask a GGUF file for: the type of its weights, bfloat16 for quantized ones, which is
     precise enough for them; and the size of an attention head, where the file has it.
     """
     from gguf import GGMLQuantizationType, GGUFReader
@@ -145,7 +145,7 @@ def gguf_details(path: str | Path) -> tuple[torch.dtype, int | None]:
 
 @contextmanager
 def no_gguf_bar() -> Iterator[None]:
-    """Inside, transformers shows no progress of the tensors that it dequantises; no setting of it turns that off."""
+    """Inside, transformers shows no progress of the tensors that it dequantizes; no setting of it turns that off."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     bar = reader.tqdm

@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechllm.decode.interface import RecogniseOptions, Recognizer, Speech
+from speechllm.decode.interface import RecognizeOptions, Recognizer, Speech
 from speechllm.decode.result import Recognition
-from speechllm.encoder import WhisperEncoder, Zipformer
 from speechllm.errors import UserError
-from speechllm.model.request import asked_languages
+from speechllm.llm.interface import LanguageModel
+from speechllm.model.config import EncoderSection, ModelConfig
+from speechllm.model.parts import Encoder
+from speechllm.model.request import checked_request
 from speechllm.prompt.label import LabelTemplate
-from speechllm.prompt.template import PromptContext
+from speechllm.prompt.request import Request, requests_of
 from speechllm.text.tokenizer import Tokenizer
 from speechllm.transcribe.formats import Recording
 
-if TYPE_CHECKING:
-    from speechllm.model.speech_llm import EncoderSection, ModelConfig
-
-Encoder = Zipformer | WhisperEncoder
 Audio = str | os.PathLike | np.ndarray | Tensor  # a file, or samples
+
+
+Losses = dict[str, Tensor]
+
+
+def takes_columns_too(forward: Callable[..., Losses]) -> Callable[..., Losses]:
+    """Lets `forward` also take what it took in 0.1, (..., languages, target_languages, labels, contexts), for requests:
+    a way out for training loops of others, to be taken away in the release after the next one."""
+    names = ("languages", "target_languages", "labels", "contexts")
+
+    @wraps(forward)
+    def accepting(
+        self, features: Tensor, feature_lens: Tensor, texts: Sequence[str], *given: Any, **named: Any
+    ) -> Losses:
+        if "requests" in named or (given and all(isinstance(request, Request) for request in given[0])):
+            return forward(self, features, feature_lens, texts, *given, **named)
+        columns = dict(zip(names, given, strict=False)) | named
+        labels = columns.pop("labels", None)
+        return forward(self, features, feature_lens, texts, requests_of(**columns), labels)
+
+    return accepting
 
 
 class SpeechModel(nn.Module, ABC):
@@ -42,19 +63,76 @@ class SpeechModel(nn.Module, ABC):
     config: ModelConfig  # its prompt written out
     tokenizer: Tokenizer
     encoder: Encoder
+    llm: LanguageModel | None
+    ctc_head: nn.Linear | None
+    blank_id: int
     label_template: LabelTemplate
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: ModelConfig) -> SpeechModel:
+        """Build the model to train it."""
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, folder: str | Path) -> SpeechModel:
+        """Load what `save_pretrained` wrote; in evaluation mode, on the CPU."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the whole model. Replaces `folder` in one move."""
+
+    @property
+    @abstractmethod
+    def needs_two_views(self) -> bool:
+        """Whether it is trained on two views of each utterance."""
+
+    @property
+    @abstractmethod
+    def seconds_per_position(self) -> float:
+        """How much audio one of the positions that it writes from stands for."""
 
     @abstractmethod
     def encoders(self) -> list[tuple[str, EncoderSection, Encoder]]:
         """Name as a part of the model, configuration and module of each encoder, the first one first."""
 
     @abstractmethod
-    def recogniser(self, options: RecogniseOptions | None = None) -> Recognizer:
+    def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, ...]:
+        """features (N, T, F), (N,) -> encoder_out (N, T', D_enc), (N,), and what else the model makes of it."""
+
+    @abstractmethod
+    def forward(
+        self,
+        features: Tensor,
+        feature_lens: Tensor,
+        texts: Sequence[str],
+        requests: Sequence[Request],
+        labels: Sequence[str] | None = None,
+    ) -> Losses:
+        """Losses of a batch, SUMMED over its utterances; `loss` is the one to train with, divided by `tokens`.
+
+        Args:
+          features: (N, T, F), right-padded; feature_lens: (N,) frames.
+          texts: N transcripts or translations.
+          requests: what is asked for each of the N utterances.
+          labels: N labels of the texts (`label_template`); None: made of the above, which say no word times.
+        """
+
+    @abstractmethod
+    def recognizer(self, options: RecognizeOptions | None = None) -> Recognizer:
         """What recognizes any number of batches: called with batches of speech, it gives the results of each.
 
         Raises:
           UserError: the options ask for what the model does not have.
         """
+
+    @abstractmethod
+    def card(self) -> str:
+        """The text of its folder's README.md, without results."""
+
+    def recogniser(self, options: RecognizeOptions | None = None) -> Recognizer:
+        """`recognizer` by its name in 0.1."""
+        return self.recognizer(options)
 
     def train(self, mode: bool = True) -> SpeechModel:
         """Frozen parts stay in evaluation mode."""
@@ -118,29 +196,42 @@ class SpeechModel(nn.Module, ABC):
         """The text of the tokens of a transcript, such as CTC writes."""
         return self.tokenizer.decode(token_ids).removeprefix(self.config.prompt.before_label)
 
+    def recognize(
+        self,
+        features: Tensor,
+        feature_lens: Tensor,
+        requests: Sequence[Request],
+        options: RecognizeOptions | None = None,
+    ) -> list[Recognition]:
+        """What is said in a batch; for more than one batch, a `recognizer` searches across them.
+
+        Args:
+          features: (N, T, F), right-padded; feature_lens: (N,) frames.
+          requests: of the N utterances. Those with a target language are translated; CTC cannot, and has no text for
+            them.
+        """
+        return next(self.recognizer(options)([Speech(features, feature_lens, requests)]))
+
     def recognise(
         self,
         features: Tensor,
         feature_lens: Tensor,
         languages: Sequence[str | None],
         target_languages: Sequence[str | None] | None = None,
-        contexts: Sequence[PromptContext] | None = None,
-        options: RecogniseOptions | None = None,
+        contexts: Sequence[Request] | None = None,
+        options: RecognizeOptions | None = None,
     ) -> list[Recognition]:
-        """What is said in a batch; for more than one batch, a `recogniser` searches across them.
-
-        Rows with a target language are translated; CTC cannot, and has no text for them.
-        """
-        speech = Speech(features, feature_lens, languages, target_languages or [None] * len(languages), contexts)
-        return next(self.recogniser(options)([speech]))
+        """`recognize` by its name in 0.1, with what is asked for in lists of their own."""
+        requests = requests_of(languages, target_languages, contexts)
+        return self.recognize(features, feature_lens, requests, options)
 
     def transcribe(
         self,
         audio: Audio | Iterable[Audio],
         language: str | None = None,
         target_language: str | None = None,
-        options: RecogniseOptions | None = None,
-        context: PromptContext | None = None,
+        options: RecognizeOptions | None = None,
+        context: Request | None = None,
         *,
         sampling_rate: int = 16000,
         on_error: Literal["raise", "return"] = "raise",
@@ -155,7 +246,7 @@ class SpeechModel(nn.Module, ABC):
             (num_samples,), or with channels, of which the mean is taken, (channels, num_samples) or (num_samples,
             channels): the shorter side is that of the channels. A file or one-dimensional samples may stand alone.
           language, target_language: tags (`en`), or names in English (`English`).
-          context: for the prompt's slots of that kind, the same for all.
+          context: the `previous` text and the `hotwords` for the slots of the prompt, the same for all.
           sampling_rate: of the samples, in Hz; files say theirs.
           on_error: what becomes of audio that cannot be read: `raise` raises for the first, when all others are done;
             `return` puts the error in the place of its result.
@@ -174,19 +265,20 @@ class SpeechModel(nn.Module, ABC):
 
         if on_error not in ("raise", "return"):
             raise UserError(f"on_error: unknown {on_error!r}, choose from raise, return")
-        language, target_language = asked_languages(self.config, language, target_language, context)
-        options = options or RecogniseOptions()
-        recogniser = self.recogniser(dataclasses.replace(options, fallback=options.fallback or "ctc"))
-        recogniser.check(language, target_language, context)
+        request = replace(context or Request(), language=language, target_language=target_language)
+        request = checked_request(self.config, request)
+        options = options or RecognizeOptions()
+        recognizer = self.recognizer(replace(options, fallback=options.fallback or "ctc"))
+        recognizer.check(request)
         inputs = [
-            audio_input(item, f"audio[{i}]", language, target_language, context, sampling_rate=sampling_rate)
+            audio_input(item, f"audio[{i}]", request, sampling_rate=sampling_rate)
             for i, item in enumerate(_as_list(audio))
         ]
         segments = SegmentOptions(max_seconds=min(SegmentOptions.max_seconds, self.max_seconds))
         was_training = self.training
         self.eval()
         try:
-            found = transcribe_inputs(inputs, recogniser, segments, feature_kind=self.feature_kind)
+            found = transcribe_inputs(inputs, recognizer, segments, feature_kind=self.feature_kind)
             results = [result for _, result in found]
         finally:
             self.train(was_training)

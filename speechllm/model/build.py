@@ -9,8 +9,9 @@ import torch
 from speechllm.errors import UserError
 from speechllm.linear import pack_for_inference
 from speechllm.llm.precision import convert, half_precision
+from speechllm.model.config import ModelConfig, load_model_config
 from speechllm.model.encoder_model import EncoderModel
-from speechllm.model.speech_llm import ModelConfig, SpeechLLM, load_model_config
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.weights import file_hash
 
 

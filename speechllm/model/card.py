@@ -7,60 +7,50 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from speechllm.encoder import WhisperEncoder
 from speechllm.files import replaced_file
-
-if TYPE_CHECKING:
-    from speechllm.model.encoder_model import EncoderModel
-    from speechllm.model.speech_llm import SpeechLLM
+from speechllm.model.config import ModelConfig
 
 _RESULTS = "## Results"
 
 
-def model_card(model: SpeechLLM) -> str:
-    """The card of a model, without results."""
-    parts = [(_encoder_name(model.encoder), model.encoder), ("projector", model.projector)]
-    for i, more in enumerate(model.more_encoders, start=2):
-        parts += [(f"{_encoder_name(more['encoder'])} {i}", more["encoder"]), (f"projector {i}", more["projector"])]
-    parts.append((f"{model.llm.name} language model", model.llm))
-    if model.ctc_head is not None:
-        parts.append(("CTC head", model.ctc_head))
-    prompt = model.config.prompt
-    tune = model.config.llm.tune
+def model_card(config: ModelConfig, parts: Sequence[tuple[str, nn.Module]]) -> str:
+    """The card of a `SpeechLLM`, without results.
+
+    Args:
+      config: of the model, its prompt written out.
+      parts: what the card calls them, and the modules.
+    """
+    tune = config.llm.tune
     tuned = (
         "" if tune is None else f"The language model was tuned with {tune.method}; `adapter/` has that by itself.\n\n"
     )
     what = f"""Speech recognition with a language model: an encoder, a projector and a language model that reads
-`{prompt.asr!r}` and writes the text."""
-    languages = model.config.languages or ["en"]
-    needs_language = prompt.slots().intersection(("lang", "language"))
-    return _card(model, what, parts, tuned, languages[0].partition(">")[0] if needs_language else None)
+`{config.prompt.asr!r}` and writes the text."""
+    languages = config.languages or ["en"]
+    needs_language = config.prompt.slots().intersection(("lang", "language"))
+    language = languages[0].partition(">")[0] if needs_language else None
+    return _card("SpeechLLM", "speechllm", what, parts, tuned, language)
 
 
-def encoder_card(model: EncoderModel) -> str:
-    """The card of an encoder without a language model, without results."""
-    parts = [(_encoder_name(model.encoder), model.encoder)]
-    parts += [("CTC head", model.ctc_head)] if model.ctc_head is not None else []
-    parts += [("transducer (decoder and joiner)", model.transducer)] if model.transducer is not None else []
-    how = " and ".join(name for name, given in (("CTC", model.ctc_head), ("a transducer", model.transducer)) if given)
+def encoder_card(parts: Sequence[tuple[str, nn.Module]], how: str) -> str:
+    """The card of an `EncoderModel`, without results; `how` it recognizes speech, such as `CTC`."""
     what = f"""Speech recognition with {how}, without a language model. A `SpeechLLM` takes this folder as its
 `model.encoder.path`."""
-    return _card(model, what, parts)
+    return _card("EncoderModel", "speechllm.model.encoder_model", what, parts)
 
 
 def _card(
-    model: nn.Module,
+    name: str,
+    module: str,
     what: str,
     parts: Sequence[tuple[str, nn.Module]],
     note: str = "",
     language: str | None = None,
 ) -> str:
-    name = type(model).__name__
-    module = "speechllm" if name == "SpeechLLM" else "speechllm.model.encoder_model"
     argument, option = ("", "") if language is None else (f', language="{language}"', f" --language {language}")
     rows = "".join(f"| {part_name} | {_millions(part)} |\n" for part_name, part in parts)
     return f"""---
@@ -99,7 +89,8 @@ def add_results(folder: str | Path, table: str) -> None:
         tmp.write_text(f"{card}\n{_RESULTS}\n\n```\n{table.strip()}\n```\n", encoding="utf-8")
 
 
-def _encoder_name(encoder: nn.Module) -> str:
+def encoder_name(encoder: nn.Module) -> str:
+    """What the card calls an encoder."""
     return "Whisper encoder" if isinstance(encoder, WhisperEncoder) else "Zipformer encoder"
 
 

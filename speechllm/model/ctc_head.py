@@ -52,9 +52,7 @@ def mean_embeddings(llm: LanguageModel, tokenizer: Tokenizer, pieces: Tokenizer)
     rows = []
     with torch.no_grad():
         for i in range(pieces.vocab_size):
-            # The text that it has after another: at the start of a text some tokenizers leave out a space.
-            text = pieces.decode([i, i]).removeprefix(pieces.decode([i]))
-            ids = [tokenizer.eos_id] if i == pieces.eos_id else tokenizer.encode(text)
+            ids = [tokenizer.eos_id] if i == pieces.eos_id else tokenizer.encode(pieces.piece_text(i))
             embeds = llm.embed(torch.tensor(ids, dtype=torch.long))
             rows.append(embeds.float().mean(0) if ids else embeds.new_zeros(llm.hidden_size, dtype=torch.float32))
     return torch.stack(rows)

@@ -3,7 +3,7 @@
     features (N, T, F) -> encoder -> (N, T/4, D_enc), 25 Hz -> CTC head -> CTC loss [+ consistency of two views]
                                                             -> transducer (with the text so far) -> transducer loss
 
-It recognises speech, and a `SpeechLLM` takes its folder as `model.encoder.path`: so a language without a released
+It recognizes speech, and a `SpeechLLM` takes its folder as `model.encoder.path`: so a language without a released
 encoder can start here. What it hears it transcribes; it does not translate, and knows no languages.
 """
 
@@ -19,19 +19,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from speechllm.config import ConfigError, save_config
-from speechllm.decode.encoder_recognizer import EncoderRecogniser
-from speechllm.decode.recognizer import RecogniseOptions
+from speechllm.decode.encoder_recognizer import EncoderRecognizer
+from speechllm.decode.recognizer import RecognizeOptions
 from speechllm.encoder import WhisperEncoder
 from speechllm.encoder.ctc import consistency_losses, ctc_losses
 from speechllm.encoder.transducer import Transducer
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
-from speechllm.model.base import Encoder, SpeechModel
-from speechllm.model.card import encoder_card
+from speechllm.model.base import Losses, SpeechModel, takes_columns_too
+from speechllm.model.card import encoder_card, encoder_name
+from speechllm.model.config import EncoderSection, ModelConfig, load_model_config
 from speechllm.model.ctc_head import load_ctc_head
-from speechllm.model.speech_llm import EncoderSection, ModelConfig, build_encoder, load_model_config, saved_section
+from speechllm.model.parts import Encoder, build_encoder, saved_section
 from speechllm.prompt.label import LabelTemplate
-from speechllm.prompt.template import PromptContext
+from speechllm.prompt.request import Request
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
 from speechllm.weights import load_state_dict_strict
 
@@ -99,25 +100,23 @@ class EncoderModel(SpeechModel):
             encoder_out, lens = self.encoder(features, feature_lens)
         return encoder_out if self.autocast_dtype is None else encoder_out.float(), lens
 
+    @takes_columns_too
     def forward(
         self,
         features: Tensor,
         feature_lens: Tensor,
         texts: Sequence[str],
-        languages: Sequence[str | None],
-        target_languages: Sequence[str | None] | None = None,
+        requests: Sequence[Request],
         labels: Sequence[str] | None = None,
-        contexts: Sequence[PromptContext] | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Losses:
         """Losses of a batch, SUMMED over its utterances; of two views of each, the mean of both is taken.
 
         Args:
           features: (N, T, F) log-mel, right-padded, or (2 N, T, F) with the second views behind all the first, which
             CR-CTC is trained on; feature_lens: (N,) or (2 N,) frames.
           texts: N transcripts.
-          languages: not used.
-          target_languages: None, or N times None.
-          labels: not used, as they are the texts; contexts: not used, as there is no prompt.
+          requests: of the N utterances; it learns from none that asks for a translation.
+          labels: what is written of the texts; None: the texts themselves.
 
         Returns:
           scalars: `loss` = ctc_weight * `ctc_loss` + cr_ctc.weight * `cr_ctc_loss` + transducer.weight *
@@ -129,8 +128,8 @@ class EncoderModel(SpeechModel):
           ValueError: the number of views is not the one that the model is trained on.
         """
         config = self.config
-        for language in target_languages or ():
-            if language is not None:
+        for request in requests:
+            if (language := request.target_language) is not None:
                 raise UserError(
                     f"a translation into {language} is among the training or validation data, and model.llm is null: "
                     "an encoder alone learns transcripts"
@@ -141,7 +140,7 @@ class EncoderModel(SpeechModel):
                 f"{len(features)} rows of features for {len(texts)} texts: it takes {1 + self.needs_two_views} for "
                 f"each in training ({'with' if self.needs_two_views else 'without'} model.cr_ctc)"
             )
-        label_ids = [self.label_ids(text) for text in texts]
+        label_ids = [self.label_ids(label) for label in labels or texts]
         encoder_out, lens = self.encode(features, feature_lens)
         zero = torch.zeros((), device=encoder_out.device)
         ctc_loss = cr_ctc_loss = transducer_loss = loss = zero
@@ -163,23 +162,30 @@ class EncoderModel(SpeechModel):
             "tokens": zero + sum(len(ids) + 1 for ids in label_ids),
         }
 
-    def recogniser(self, options: RecogniseOptions | None = None) -> EncoderRecogniser:
-        """Recognises any number of batches.
+    def recognizer(self, options: RecognizeOptions | None = None) -> EncoderRecognizer:
+        """Recognizes any number of batches.
 
         Raises:
           UserError: the options ask for what the model does not have.
         """
-        return EncoderRecogniser(self, options)
+        return EncoderRecognizer(self, options)
 
-    def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
+    def card(self) -> str:
+        """The text of its folder's README.md, without results."""
+        parts: list[tuple[str, nn.Module]] = [(encoder_name(self.encoder), self.encoder)]
+        how = []
+        if self.ctc_head is not None:
+            parts.append(("CTC head", self.ctc_head))
+            how.append("CTC")
+        if self.transducer is not None:
+            parts.append(("transducer (decoder and joiner)", self.transducer))
+            how.append("a transducer")
+        return encoder_card(parts, " and ".join(how))
+
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole model: config.yaml, model.safetensors, tokenizer, README.md; and config.json, with which
         `encoder.load_encoder` finds the encoder in it. Replaces `folder` in one move.
-
-        Raises:
-          UserError: `merged` is False, which is for a language model's adapter.
         """
-        if not merged:
-            raise UserError("merged=False: there is no language model that has an adapter (model.llm: null)")
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
             section = saved_section(self.encoder)
@@ -189,7 +195,7 @@ class EncoderModel(SpeechModel):
                 sizes = {"model_type": "whisper", **self.encoder.config.to_dict()}
             (tmp / "config.json").write_text(f"{json.dumps(sizes, indent=2)}\n", encoding="utf-8")
             save_file({k: v.contiguous() for k, v in self.state_dict().items()}, tmp / "model.safetensors")
-            (tmp / "README.md").write_text(encoder_card(self), encoding="utf-8")
+            (tmp / "README.md").write_text(self.card(), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> EncoderModel:

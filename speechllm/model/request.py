@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from speechllm.errors import UserError
-from speechllm.prompt.template import PromptContext
+from speechllm.model.config import ModelConfig
+from speechllm.prompt.request import Request
 from speechllm.text.languages import language_tag
 
-if TYPE_CHECKING:
-    from speechllm.model.speech_llm import ModelConfig
 
-
-def asked_languages(
-    config: ModelConfig, language: str | None, target_language: str | None, context: PromptContext | None = None
-) -> tuple[str | None, str | None]:
-    """The tags of the languages that are asked for, by tag or by name (`English`).
+def checked_request(config: ModelConfig, request: Request) -> Request:
+    """The request with languages, given by tag or by name (`English`), as tags.
 
     Args:
       config: of the model.
-      context: that all inputs have in common.
+      request: what all inputs have in common.
 
     Raises:
-      UserError: the model takes no notice of one of them, or was not trained for it.
+      UserError: the model takes no notice of something that is asked for, or was not trained for it.
     """
+    language, target_language = request.language, request.target_language
     sources = targets = None
     if config.languages is not None:
         sources = {name.partition(">")[0] for name in config.languages} - {"-"}
@@ -39,12 +36,11 @@ def asked_languages(
         if targets is not None and target_language not in targets:
             into = f"to translate into {_listed(targets)}" if targets else f"on transcripts alone, {_listed(sources)}"
             raise UserError(f"target language {target_language}: the model was trained {into}")
-    given = context or PromptContext()
     slots = set() if config.llm is None else config.prompt.slots(target_language)
     for what, value, names in (
         ("language", language, ("lang", "language")),
-        ("previous text", given.previous, ("previous",)),
-        ("hotwords for the prompt", given.hotwords, ("hotwords",)),
+        ("previous text", request.previous, ("previous",)),
+        ("hotwords for the prompt", request.hotwords, ("hotwords",)),
     ):
         if value is not None and not slots.intersection(names):
             why = "it is an encoder alone" if config.llm is None else f"its prompt has no {{{names[0]}}} slot"
@@ -53,7 +49,7 @@ def asked_languages(
         language = _tag(language, sources)
         if sources and language not in sources:
             raise UserError(f"language {language}: the model was trained with {_listed(sources)}")
-    return language, target_language
+    return replace(request, language=language, target_language=target_language)
 
 
 def _tag(name: str, known: set[str] | None) -> str:

@@ -1,4 +1,4 @@
-"""Optimiser, parameter groups and learning-rate schedule of a training run."""
+"""Optimizer, parameter groups and learning-rate schedule of a training run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _READ_WITH = {
 
 @dataclass
 class OptimConfig:
-    """Optimiser and schedule. A setting that the chosen ones do not read must keep its default.
+    """Optimizer and schedule. A setting that the chosen ones do not read must keep its default.
 
     `name`: `adamw`, or `scaled_adam` (see `ScaledAdam`; its `lr` is much higher, 0.045 from scratch).
 
@@ -84,7 +84,7 @@ class OptimConfig:
 
     @property
     def max_grad_norm(self) -> float:
-        """What the training loop clips the gradient's norm to; infinite for an optimiser that clips by itself."""
+        """What the training loop clips the gradient's norm to; infinite for an optimizer that clips by itself."""
         return self.clip_grad_norm if self.name == "adamw" else math.inf
 
 
@@ -167,7 +167,7 @@ def _declared_rules(model: nn.Module) -> tuple[set[nn.Parameter], dict[nn.Parame
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, part: str = "") -> AdamW | ScaledAdam:
-    """Freeze what `config.freeze` lists, then the optimiser over what is left; AdamW in its fused form.
+    """Freeze what `config.freeze` lists, then the optimizer over what is left; AdamW in its fused form.
 
     Raises:
       ConfigError: a pattern matches nothing, or nothing is left to train.
@@ -183,7 +183,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, part: str = "") -> Ad
 class Schedule:
     """Sets the learning rate of each group to its rate at construction times `factor(batch, epoch)`.
 
-    `batch` counts the optimiser steps and `epoch` the epochs that are finished. The state is these two numbers: a run
+    `batch` counts the optimizer steps and `epoch` the epochs that are finished. The state is these two numbers: a run
     that goes on with another configuration has that one's rates.
     """
 
@@ -195,7 +195,7 @@ class Schedule:
         self._set_lr()
 
     def step_batch(self) -> None:
-        """To be called after each optimiser step."""
+        """To be called after each optimizer step."""
         self.batch += 1
         self._set_lr()
 
@@ -212,7 +212,7 @@ class Schedule:
         return {"batch": self.batch, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from there; load the optimiser's state before."""
+        """Goes on from there; load the optimizer's state before."""
         self.batch, self.epoch = state["batch"], state["epoch"]
         self._set_lr()
 
@@ -262,7 +262,7 @@ def lr_factor(step: int, warmup_steps: int, total_steps: int, final: float) -> f
 
 
 def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> Schedule:
-    """The schedule over `total_steps` optimiser steps; all of them have `step` and `step_epoch`."""
+    """The schedule over `total_steps` optimizer steps; all of them have `step` and `step_epoch`."""
     if config.schedule == "eden":
         return Eden(optimizer, config.lr_batches, config.lr_epochs, warmup_batches=config.warmup_steps)
     if config.schedule == "constant":

@@ -1,4 +1,4 @@
-"""ScaledAdam, the optimiser that Zipformer was trained with (arXiv 2310.11230, section 3.5; icefall's optim.py)."""
+"""ScaledAdam, the optimizer that Zipformer was trained with (arXiv 2310.11230, section 3.5; icefall's optim.py)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ScaledAdam(torch.optim.Optimizer):
 
     A parameter without a gradient takes the step of a gradient of zeros: the momentum goes on. Skip a step whose
     gradient is not finite. Clipping, after the first step, raises before anything is changed; otherwise NaN would
-    reach the parameters, as in every optimiser.
+    reach the parameters, as in every optimizer.
 
     `state_dict` is exact. What is kept by parameter and what is kept for a whole group (sizes, in the group's order)
     or for the model (norms) are both in torch's format, the latter at the group's and the model's first parameter.

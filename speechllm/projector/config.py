@@ -34,7 +34,7 @@ class ProjectorConfig:
       num_queries: of `qformer`, per window of num_queries * k frames; null for 1.
       bidirectional: of `rwkv`: a second stack of blocks reads the audio from its end.
       layer_weights: the input is not the encoder's output but a weighted sum of its stacks' outputs, the weights
-        learnt (SUPERB, arXiv 2105.01051).
+        learned (SUPERB, arXiv 2105.01051).
 
     Raises:
       ValueError: a value out of range; a setting that the kind does not have.

@@ -2,7 +2,7 @@
 
 Two things differ from the paper. Positions are sinusoids added to the input, as of the Transformer here. In the
 convolution a layer norm takes the place of the batch norm, which would make an utterance's output depend on its batch;
-and as every module normalises its input, the stack is normalised once at its end, not each block.
+and as every module normalizes its input, the stack is normalized once at its end, not each block.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from speechllm.projector.base import Projector
 class ConvProjector(Projector):
     """A convolution for each prime factor p of k, of stride p, then a linear layer. T' = ceil(T / k).
 
-    The kernels have 2p - 1 frames, 3 at least, centred on each p-th frame: a position sees its neighbours too.
+    The kernels have 2p - 1 frames, 3 at least, centered on each p-th frame: a position sees its neighbors too.
     """
 
     def __init__(self, input_dim: int, output_dim: int, downsample: int, hidden_dim: int) -> None:

@@ -19,7 +19,7 @@ class QFormerProjector(Projector):
     window that is not whole. The frames of a window have learned position embeddings, as a Zipformer's outputs have
     none of their own.
 
-    BLIP-2 normalises after each sum, but starts from BERT. From random numbers that did not learn to pass on what is
+    BLIP-2 normalizes after each sum, but starts from BERT. From random numbers that did not learn to pass on what is
     said (recipes/digits, short strings, 600 steps); the norm before each attention and feed-forward did.
     """
 

@@ -10,7 +10,7 @@ from speechllm.projector.base import Projector
 
 
 class TransformerProjector(Projector):
-    """k consecutive frames -> Linear -> Transformer encoder (arXiv 1706.03762), normalised first -> Linear.
+    """k consecutive frames -> Linear -> Transformer encoder (arXiv 1706.03762), normalized first -> Linear.
 
     T' = ceil(T / k). Positions are sinusoids, so that audio may be of any length.
     """

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from speechllm.errors import UserError
+from speechllm.prompt.request import Request
 
 _SLOTS = ("lang", "text", "timed_text")
 _MARK = re.compile(r"<(\d+\.\d\d)>")
@@ -108,30 +109,28 @@ class LabelTemplate:
     def fill(
         self,
         text: str,
-        language: str | None = None,
-        target_language: str | None = None,
+        request: Request = Request(),  # noqa: B008 - it is frozen
         words: Sequence[WordTime] | None = None,
     ) -> str:
         """The label of an utterance.
 
         Args:
             text: with single spaces, and none at the ends.
-            language: of the speech.
-            target_language: where `text` is a translation.
+            request: of the utterance; with a target language, `text` is a translation.
             words: of `text`, in its order.
 
         Raises:
             LabelError: no language, no word times, or those of other words, and the template needs them.
         """
-        if self.has_language and not language:
+        if self.has_language and not request.language:
             raise LabelError(
                 "no language",
                 "model.label has a {lang} slot but the utterance has no language: give `lang` in its manifest line "
                 "or data source, or take {lang} out of model.label",
             )
-        values = {"lang": language, "text": text}
+        values = {"lang": request.language, "text": text}
         if self.has_times:
-            values["timed_text"] = text if target_language is not None else self._timed(text, words)
+            values["timed_text"] = text if request.target_language is not None else self._timed(text, words)
         return self.template.format(**values)
 
     def _timed(self, text: str, words: Sequence[WordTime] | None) -> str:

@@ -1,4 +1,4 @@
-"""Prompts: templates with slots, learned parts, and the splice [soft | before | audio | after | label].
+"""Prompts: templates with slots that utterances fill, and how learned parts of the prompt are configured.
 
 The default is RWKV's chat form, as its official chat checkpoints were trained: `User: ... \\n\\nAssistant: ...`.
 Training and decoding lay out and embed prompts with the same functions, and a model is saved with the templates
@@ -12,14 +12,10 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Literal, NamedTuple
-
-import torch
-from torch import Tensor, nn
+from typing import Literal
 
 from speechllm.errors import UserError
-from speechllm.llm.interface import IGNORE, LanguageModel
+from speechllm.prompt.request import Request
 from speechllm.text.languages import NAMES_IN, language_name
 from speechllm.text.tokenizer import Tokenizer
 
@@ -109,24 +105,7 @@ _TAG = re.compile(r"<\|[^<>{}|]+\|>")
 _ALWAYS_WHOLE = ("<|im_start|>", "<|im_end|>")
 
 
-@dataclass(frozen=True)
-class PromptContext:
-    """What the prompt of one utterance may need besides its languages.
-
-    Attributes:
-      id: names the utterance in errors.
-      previous: the text before this utterance, for `{previous}`; "" at the beginning of a recording.
-      hotwords: phrases that may be said, for `{hotwords}`.
-      draw: in [0, 1), which of the instructions; 0 is the first.
-      key: what the random numbers of sampling follow from, besides the seed; None for the id, and without one the
-        features themselves.
-    """
-
-    id: str | None = None
-    previous: str | None = None
-    hotwords: tuple[str, ...] | None = None
-    draw: float = 0.0
-    key: str | None = None
+PromptContext = Request  # its name in 0.1
 
 
 @dataclass
@@ -217,34 +196,31 @@ class PromptConfig:
         }
         return dataclasses.replace(self, **texts, **pools)
 
-    def fill(
-        self, language: str | None, target_language: str | None = None, context: PromptContext | None = None
-    ) -> tuple[str, str]:
-        """The text before and after the audio of an utterance in `language`.
+    def fill(self, request: Request) -> tuple[str, str]:
+        """The text before and after the audio of an utterance.
 
-        With `target_language` the prompt is that for a translation into it.
+        With a target language the prompt is that for a translation into it.
 
         Raises:
           UserError: the prompt has a slot for what the utterance does not have.
         """
-        context = context or PromptContext()
-        name = "asr" if target_language is None else "ast"
+        name = "asr" if request.target_language is None else "ast"
         values = {
-            "lang": language,
-            "target_lang": target_language,
-            "language": language,
-            "target_language": target_language,
-            "previous": context.previous,
-            "hotwords": None if context.hotwords is None else ", ".join(context.hotwords),
+            "lang": request.language,
+            "target_lang": request.target_language,
+            "language": request.language,
+            "target_language": request.target_language,
+            "previous": request.previous,
+            "hotwords": None if request.hotwords is None else ", ".join(request.hotwords),
         }
 
         def value(slot: str, name_in: str) -> str:
             if slot == "instruction":
                 pool = self._pool(name)
-                return "".join(filled(pool[int(context.draw * len(pool))]))
+                return "".join(filled(pool[int(request.draw * len(pool))]))
             found = values[slot]
             if found is None or (not found and slot not in _CONTEXT_SLOTS):
-                who = "the utterance" if context.id is None else f"utterance {context.id}"
+                who = "the utterance" if request.id is None else f"utterance {request.id}"
                 kind, where = _LACKING[slot]
                 raise UserError(
                     f"the prompt has a {{{slot}}} slot but {who} has no {kind}: give {where}, or take the slot out of "
@@ -269,7 +245,7 @@ class PromptConfig:
         Tags that have slots are checked when they are filled.
         """
         for template in ("asr", "ast"):
-            _check_tags(f"prompt.{template}", self._text(template), tokenizer, name, self.whole_tags)
+            check_whole_tags(f"prompt.{template}", self._text(template), tokenizer, name, self.whole_tags)
 
     def _text(self, name: str) -> str:
         given = getattr(self, name)
@@ -314,7 +290,8 @@ def _checked_slots(name: str, template: str, allowed: Sequence[str]) -> list[str
     return [slot for _, slot, _, _ in parsed]
 
 
-def _check_tags(where: str, text: str, tokenizer: Tokenizer, name: str, whole_tags: bool) -> None:
+def check_whole_tags(where: str, text: str, tokenizer: Tokenizer, name: str, whole_tags: bool) -> None:
+    """Raise a `UserError` where a text has a tag that must be one token, and the tokenizer called `name` splits it."""
     for tag in _TAG.findall(text):
         if not (whole_tags or tag in _ALWAYS_WHOLE):
             continue
@@ -325,152 +302,3 @@ def _check_tags(where: str, text: str, tokenizer: Tokenizer, name: str, whole_ta
                 f"{where}: {tag} must be one token, but the tokenizer {name} splits it into {len(ids)}: {pieces}; take "
                 "a tokenizer that has it, or another prompt (prompt.preset, prompt.whole_tags)"
             )
-
-
-class Kind(IntEnum):
-    """What is at a position of what the language model reads."""
-
-    PADDING = 0
-    SOFT = 1
-    TEXT = 2  # of the prompt
-    BOUNDARY = 3
-    AUDIO = 4
-    LABEL = 5
-
-
-class Spliced(NamedTuple):
-    """What the language model reads; L positions, right-padded."""
-
-    token_ids: Tensor  # (N, L) int64, 0 where there is no token
-    kinds: Tensor  # (N, L) uint8, of `Kind`
-    lens: Tensor  # (N,) int64
-    labels: Tensor  # (N, L) int64: the token to predict AT each position, IGNORE where there is no loss
-    audio_starts: Tensor  # (N,) int64, the first position of the audio
-
-    def to(self, device: torch.device) -> Spliced:
-        return Spliced(*(t.to(device) for t in self))
-
-
-def splice(
-    prompt: PromptConfig,
-    tokenizer: Tokenizer,
-    audio_lens: Sequence[int],
-    languages: Sequence[str | None],
-    label_ids: Sequence[Sequence[int]] | None = None,
-    target_languages: Sequence[str | None] | None = None,
-    contexts: Sequence[PromptContext] | None = None,
-) -> Spliced:
-    """Lay out [soft | text | boundary | audio | boundary | text | label] for each row; built on the CPU.
-
-    Rows with a target language have the prompt of a translation; without `target_languages` no row has one.
-
-    With `label_ids` the last prompt position predicts the first label token and the last label token predicts
-    the tokenizer's `eos_id`: loss on label and end of text only. Without, the rows end with the prompt, ready
-    for decoding, and `labels` is IGNORE throughout.
-
-    Raises:
-      UserError: the prompt has a slot for what an utterance does not have, or a tag that the tokenizer must not split.
-    """
-    n = len(languages)
-    target_languages = target_languages or [None] * n
-    contexts = contexts or [PromptContext()] * n
-    rows: list[list[tuple[Kind, Sequence[int]]]] = []
-    boundary = (Kind.BOUNDARY, [0] * int(prompt.boundary))
-    for i, (audio_len, *tags, context) in enumerate(
-        zip(audio_lens, languages, target_languages, contexts, strict=True)
-    ):
-        texts = prompt.fill(*tags, context)
-        for text in texts if prompt.whole_tags else ():
-            _check_tags("prompt", text, tokenizer, tokenizer.identity().split()[0], whole_tags=True)
-        before, after = (tokenizer.encode(text) if text else [] for text in texts)
-        rows.append(
-            [
-                (Kind.SOFT, [0] * prompt.soft_tokens),
-                (Kind.TEXT, before),
-                boundary,
-                (Kind.AUDIO, [0] * int(audio_len)),
-                boundary,
-                (Kind.TEXT, after),
-                (Kind.LABEL, label_ids[i] if label_ids is not None else []),
-            ]
-        )
-    lens = torch.tensor([sum(len(ids) for _, ids in row) for row in rows])
-    shape = (n, int(lens.max()))
-    token_ids = torch.zeros(shape, dtype=torch.long)
-    kinds = torch.full(shape, Kind.PADDING, dtype=torch.uint8)
-    labels = torch.full(shape, IGNORE)
-    audio_starts = torch.tensor([sum(len(ids) for _, ids in row[:3]) for row in rows])
-    for i, row in enumerate(rows):
-        token_ids[i, : lens[i]] = torch.tensor([token for _, ids in row for token in ids])
-        kinds[i, : lens[i]] = torch.tensor([kind for kind, ids in row for _ in ids], dtype=torch.uint8)
-        if label_ids is not None:
-            labels[i, lens[i] - len(label_ids[i]) - 1 : lens[i]] = torch.tensor([*label_ids[i], tokenizer.eos_id])
-    return Spliced(token_ids, kinds, lens, labels, audio_starts)
-
-
-class PromptProjector(nn.Module):
-    """A small network on the embeddings of the prompt's text, trained while the language model may be frozen.
-
-    arXiv 2601.20898: which prompt is best differs from one data set to the next, and a learned projection of its
-    embeddings does better than the best of them. Here it is residual and begins as the identity, so that training
-    starts from the prompt as it is written.
-    """
-
-    def __init__(self, config: PromptProjectorConfig, dim: int) -> None:
-        super().__init__()
-        self.in_proj = nn.Linear(dim, config.hidden)
-        self.out_proj = nn.Linear(config.hidden, dim)
-        nn.init.zeros_(self.out_proj.weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, text_embeds: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        x = text_embeds.to(self.in_proj.weight.dtype)
-        return x + self.out_proj(nn.functional.silu(self.in_proj(x)))
-
-
-class PromptEmbedder(nn.Module):
-    """Embeds what `splice` laid out; has the prompt's learned parts, and no parameters where they are off.
-
-    Learned embeddings begin as those of tokens drawn at random, as the language model knows such (arXiv 2104.08691).
-    """
-
-    def __init__(self, config: PromptConfig, llm: LanguageModel) -> None:
-        super().__init__()
-
-        def embeddings(count: int) -> nn.Parameter | None:
-            if not count:
-                return None
-            return nn.Parameter(llm.embed(torch.randint(llm.vocab_size, (count,))).detach().float().clone())
-
-        self.soft = embeddings(config.soft_tokens)  # (n, D)
-        self.boundary = embeddings(2 * config.boundary)  # (2, D): before and after the audio
-        self.projector = PromptProjector(config.projector, llm.hidden_size) if config.projector is not None else None
-
-    def no_weight_decay(self) -> set[str]:
-        """Learned embeddings would go to zero where they are seldom used (see `optim.parameter_groups`)."""
-        return {name for name in ("soft", "boundary") if getattr(self, name) is not None}
-
-    def forward(self, spliced: Spliced, token_embeds: Tensor, audio_embeds: Tensor) -> Tensor:
-        """Put everything that is no plain token in its place.
-
-        Args:
-          spliced: of N rows and L positions, on the device of the embeddings.
-          token_embeds: (N, L, D), the language model's of `spliced.token_ids`.
-          audio_embeds: (M, D), those of all rows one after the other.
-
-        Returns:
-          inputs_embeds (N, L, D), of the type of `token_embeds`.
-        """
-        rows = len(spliced.lens)
-        parts = [(Kind.AUDIO, audio_embeds)]
-        if self.soft is not None:
-            parts.append((Kind.SOFT, self.soft.repeat(rows, 1)))
-        if self.boundary is not None:
-            parts.append((Kind.BOUNDARY, self.boundary.repeat(rows, 1)))
-        if self.projector is not None:
-            parts.append((Kind.TEXT, self.projector(token_embeds[spliced.kinds == Kind.TEXT])))
-        embeds = token_embeds
-        for kind, values in parts:
-            embeds = embeds.masked_scatter((spliced.kinds == kind)[..., None], values.to(embeds.dtype))
-        return embeds

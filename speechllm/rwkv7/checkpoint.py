@@ -88,7 +88,7 @@ def load_rwkv7(path: str | Path, dtype: torch.dtype | None = torch.float32, wkv_
 
     Raises:
       FileNotFoundError: there is no such file or folder, or a file of the folder is missing.
-      UserError: the file is not a checkpoint, is of another RWKV version or quantised, its names or shapes do not
+      UserError: the file is not a checkpoint, is of another RWKV version or quantized, its names or shapes do not
         fit, or the configuration asks for what this model does not have; the message lists the names.
     """
     path = Path(path)
@@ -108,7 +108,7 @@ def load_rwkv7(path: str | Path, dtype: torch.dtype | None = torch.float32, wkv_
         del weights[name]
     odd = [f"{name} ({x.dtype})" for name, x in weights.items() if x.dtype not in _DTYPES]
     if odd:
-        raise UserError(f"{source}: not floating-point weights (quantised?), not supported: {', '.join(odd[:5])}")
+        raise UserError(f"{source}: not floating-point weights (quantized?), not supported: {', '.join(odd[:5])}")
     if dtype is None:
         dtype = functools.reduce(torch.promote_types, {x.dtype for x in weights.values()})
     for name in list(weights):  # one tensor after another, so that there is never a second copy of all
@@ -127,7 +127,7 @@ def save_rwkv7(model: RWKV7, path: str | Path) -> None:
     Face transformers with flash-linear-attention. Each file appears complete or not at all; what else is in the
     folder stays.
 
-    Flash-linear-attention normalises each head with an eps of 1e-5 times its channels, official models with 64e-5.
+    Flash-linear-attention normalizes each head with an eps of 1e-5 times its channels, official models with 64e-5.
     The two agree for heads of 64 channels, as in all released models. For others, ``group_norm_eps`` in ``config.json``
     tells what the model was trained with; flash-linear-attention does not heed it.
 

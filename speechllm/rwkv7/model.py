@@ -1,6 +1,6 @@
 """RWKV-7 "Goose" (x070, arXiv 2503.14456) over token ids or embeddings.
 
-Parameter names, formulas and the initialisation are those of https://github.com/BlinkDL/RWKV-LM (RWKV-v7), so
+Parameter names, formulas and the initialization are those of https://github.com/BlinkDL/RWKV-LM (RWKV-v7), so
 that released checkpoints load as they are. All is a function of the inputs and a state given and returned.
 """
 
@@ -222,7 +222,7 @@ class TimeMix(nn.Module):
         return r, w, k, v, a, (a * rate).neg_(), gate, v_first
 
     def combine(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-        """The recurrence's (M, H, V) -> (M, D): normalised, with a direct path for each position, gated."""
+        """The recurrence's (M, H, V) -> (M, D): normalized, with a direct path for each position, gated."""
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
         return self.output((self.ln_x(y.flatten(1)) + bonus.flatten(1)) * gate)
 
@@ -317,7 +317,7 @@ class RWKV7Loss(NamedTuple):
 
 
 class RWKV7(TunableModel[RWKV7State]):
-    """The language model, officially initialised; ``speechllm.rwkv7.load_rwkv7`` reads released weights.
+    """The language model, officially initialized; ``speechllm.rwkv7.load_rwkv7`` reads released weights.
 
     Args:
       config: its sizes.
@@ -609,7 +609,7 @@ class RWKV7(TunableModel[RWKV7State]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The official initialisation (RWKV-LM, RWKV-v7/train_temp/src/model.py) of every parameter."""
+        """The official initialization (RWKV-LM, RWKV-v7/train_temp/src/model.py) of every parameter."""
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
@@ -625,7 +625,7 @@ class RWKV7Layers(nn.Module):
     Args:
       config: its sizes; ``vocab_size`` means nothing here.
 
-    Officially initialised, as ``RWKV7`` is.
+    Officially initialized, as ``RWKV7`` is.
     """
 
     def __init__(self, config: RWKV7Config):
@@ -664,7 +664,7 @@ def _not_decayed(model: nn.Module) -> set[str]:
 
 
 def _reset_block(block: Block, c: RWKV7Config, i: int) -> None:
-    """The official initialisation of block number ``i``, but for its LayerNorms, which have PyTorch's."""
+    """The official initialization of block number ``i``, but for its LayerNorms, which have PyTorch's."""
     D = c.n_embd
     channel = torch.arange(D) / D
     linear = torch.arange(D) / max(1, D - 1)  # 0 to 1

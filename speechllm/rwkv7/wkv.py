@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from speechllm.rwkv7.fla_tuning import prepare_kernels
+
 log = logging.getLogger(__name__)
 
 # exp(-c) must stay far from the largest float32, about exp(88), also when it is summed and multiplied.
@@ -272,6 +274,7 @@ def _why_no_fla_package() -> str | None:
         import fla.ops.rwkv7  # noqa: F401
     except Exception as e:  # not only ImportError: a Triton that does not fit the driver fails in many ways
         return f"fla-core cannot be imported ({type(e).__name__}: {e}); pip install 'speechllm[gpu]'"
+    prepare_kernels()
     return None
 
 

@@ -18,6 +18,7 @@ from rapidfuzz.distance import Levenshtein
 
 from speechllm.decode.result import Word
 from speechllm.prompt.label import WordTime
+from speechllm.prompt.request import Request
 from speechllm.text.normalize import normalize_text
 
 if TYPE_CHECKING:
@@ -31,11 +32,11 @@ _PAIRS_AT_ONCE = 1_000_000
 
 @dataclass(frozen=True)
 class Transcript:
-    """A reference and what was recognised instead.
+    """A reference and what was recognized instead.
 
     The others are None where unknown. `language` (`en`, or `en>zh` for a translation), `speaker` and `duration` (in
     seconds) group the results. `found_language`: of the speech, as the model has identified it. `words`: when the words
-    of the reference are said; `found_words`: when those recognised are, as was found.
+    of the reference are said; `found_words`: when those recognized are, as was found.
     """
 
     id: str
@@ -56,7 +57,7 @@ def transcripts(
     found_languages: Sequence[str | None] | None = None,
     found_words: Sequence[Sequence[Word] | None] | None = None,
 ) -> list[Transcript]:
-    """The references of a batch and what was recognised, both normalised alike.
+    """The references of a batch and what was recognized, both normalized alike.
 
     Args:
         hyps: N texts; the utterances of those that are None are left out.
@@ -66,11 +67,9 @@ def transcripts(
     """
     unknown = [None] * len(batch)
     columns = (
-        batch.ids,
+        batch.requests,
         batch.texts,
         hyps,
-        batch.languages,
-        batch.target_languages,
         batch.durations,
         found_languages or unknown,
         batch.words or unknown,
@@ -78,31 +77,33 @@ def transcripts(
     )
     return [
         Transcript(
-            id,
-            normalize_text(ref, text_steps, target or language),
-            normalize_text(hyp, text_steps, target or language),
-            language_label(language, target),
+            request.id,
+            normalize_text(ref, text_steps, request.target_language or request.language),
+            normalize_text(hyp, text_steps, request.target_language or request.language),
+            language_label(request),
             duration=duration,
             found_language=found_language,
             words=_said(words, text_steps),
             found_words=_said(found and [WordTime(word.text, word.start, word.end) for word in found], text_steps),
         )
-        for id, ref, hyp, language, target, duration, found_language, words, found in zip(*columns, strict=True)
+        for request, ref, hyp, duration, found_language, words, found in zip(*columns, strict=True)
         if hyp is not None
     ]
 
 
 def _said(words: Sequence[WordTime] | None, text_steps: Sequence[str]) -> tuple[WordTime, ...] | None:
-    """The words normalised; those of which nothing is left are silence."""
+    """The words normalized; those of which nothing is left are silence."""
     if words is None:
         return None
     normalized = ((normalize_text(word, text_steps), start, end) for word, start, end in words)
     return tuple(WordTime(*word) for word in normalized if word[0])
 
 
-def language_label(language: str | None, target: str | None) -> str | None:
+def language_label(request: Request) -> str | None:
     """The `language` of a transcript: that of the speech, or `en>zh` where it is translated."""
-    return language if target is None else f"{language or '-'}>{target}"
+    if request.target_language is None:
+        return request.language
+    return f"{request.language or '-'}>{request.target_language}"
 
 
 @dataclass(frozen=True)
@@ -151,12 +152,12 @@ def normalize(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """The words of a normalised text, for the word error rate (WER)."""
+    """The words of a normalized text, for the word error rate (WER)."""
     return normalize(text).split()
 
 
 def characters(text: str) -> list[str]:
-    """The characters of a normalised text without its spaces, for the character error rate (CER)."""
+    """The characters of a normalized text without its spaces, for the character error rate (CER)."""
     return list(normalize(text).replace(" ", ""))
 
 
@@ -187,7 +188,7 @@ UNITS = {
 def align(ref: Sequence[str], hyp: Sequence[str]) -> list[tuple[str | None, str | None]]:
     """Pairs of reference and hypothesis units with the fewest errors; None for the missing side.
 
-    Memory is linear in the lengths: long texts are cut in the middle of what was recognised rightly.
+    Memory is linear in the lengths: long texts are cut in the middle of what was recognized rightly.
     """
     pairs: list[tuple[str | None, str | None]] = []
     ref_start = hyp_start = 0
@@ -231,7 +232,7 @@ def score(results: Iterable[Transcript], units: Callable[[str], list[str]] = wor
     """Count errors over all results.
 
     Args:
-        results: references may be empty; what is recognised for them counts as insertions.
+        results: references may be empty; what is recognized for them counts as insertions.
         units: `words` for the word error rate, `characters` for the character error rate, `mixed` for the mixed one.
     """
     return sum(count_errors(results, units), ErrorReport())
@@ -253,7 +254,7 @@ def language_accuracy(results: Iterable[Transcript]) -> float | None:
 
 
 def word_time_error(results: Iterable[Transcript]) -> float | None:
-    """By how many seconds the times of words are off, the mean over the starts and the ends of all that were recognised
+    """By how many seconds the times of words are off, the mean over the starts and the ends of all that were recognized
     rightly; None where there are none with times."""
     off = []
     for result in results:

@@ -1,4 +1,4 @@
-"""The files that `speechllm score` reads: what was said, what was recognised, or both."""
+"""The files that `speechllm score` reads: what was said, what was recognized, or both."""
 
 from __future__ import annotations
 
@@ -233,13 +233,13 @@ def matched(
     text_steps: Sequence[str],
     missing_as_empty: bool,
 ) -> list[Transcript]:
-    """References with the hypotheses of the same id, normalised alike, in the order of the references.
+    """References with the hypotheses of the same id, normalized alike, in the order of the references.
 
     Args:
         refs, hyps: of `read_lines`; may be the same.
         names: the files that they are from, for errors.
         text_steps: see `speechllm.text.normalize`.
-        missing_as_empty: where there is no hypothesis, nothing was recognised.
+        missing_as_empty: where there is no hypothesis, nothing was recognized.
 
     Raises:
         UserError: a reference has no hypothesis, or the other way round.
@@ -254,11 +254,11 @@ def matched(
         id: text for id, line in hyps.items() if (text := line.predicted if has_predictions else line.text) is not None
     }
     complaints = []
-    unrecognised = [id for id in refs if id not in found]
-    if unrecognised and not missing_as_empty:
+    unrecognized = [id for id in refs if id not in found]
+    if unrecognized and not missing_as_empty:
         complaints.append(
-            f"{hyp_name}: no hypothesis for {len(unrecognised)} of the {len(refs)} utterances of {ref_name} "
-            f"(with --missing-as-empty all of their words are deletions): {listed(unrecognised)}"
+            f"{hyp_name}: no hypothesis for {len(unrecognized)} of the {len(refs)} utterances of {ref_name} "
+            f"(with --missing-as-empty all of their words are deletions): {listed(unrecognized)}"
         )
     if unknown := [id for id in found if id not in refs]:
         complaints.append(f"{hyp_name}: {len(unknown)} utterances that {ref_name} does not have: {listed(unknown)}")
@@ -366,7 +366,7 @@ def _json_line(obj: dict, source: SourceConfig) -> Line:
         entry.id,
         entry.target if entry.target or any(obj.get(name) is not None for name in _HOLDS_TEXT) else None,
         string_of(obj, "pred_text"),
-        language_label(entry.lang, entry.target_lang if entry.task == "ast" else None),
+        language_label(entry.request),
         next(filter(None, speakers), None),
         entry.duration if complete is obj or "duration" in obj else None,
     )

@@ -241,7 +241,7 @@ def errs_text(results: Iterable[Transcript], unit: str = "word") -> str:
 
 
 def _details(pairs: list[tuple[str | None, str | None]]) -> str:
-    """One utterance's alignment with neighbouring errors joined: `THE (A->B C) END (X->*)`."""
+    """One utterance's alignment with neighboring errors joined: `THE (A->B C) END (X->*)`."""
     shown: list[str] = []
     refs: list[str] = []
     hyps: list[str] = []

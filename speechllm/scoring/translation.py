@@ -20,10 +20,10 @@ class TranslationScores:
 
 
 def translation_scores(results: Sequence[Transcript]) -> TranslationScores | None:
-    """BLEU and chrF2 of one or more results, with sacrebleu's tokeniser for the language that they are translated into.
+    """BLEU and chrF2 of one or more results, with sacrebleu's tokenizer for the language that they are translated into.
 
     Returns:
-        None where there are several such languages, and so no one tokeniser.
+        None where there are several such languages, and so no one tokenizer.
 
     Raises:
         UserError: sacrebleu, or what it needs for the language, is not installed.

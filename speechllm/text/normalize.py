@@ -1,4 +1,4 @@
-"""Text normalisation: named steps in the order of the configuration (`data.text`), the same for training and scoring.
+"""Text normalization: named steps in the order of the configuration (`data.text`), the same for training and scoring.
 
     nfc, nfkc            Unicode normal forms (UAX #15); nfkc takes an acute accent that stands alone for an apostrophe
                          (l´amour), leaves other lone accents as they are, and drops the Arabic tatweel
@@ -20,7 +20,7 @@ White space is single afterwards, with none at the ends, and what nobody sees or
 zero-width spaces, soft hyphens, byte order marks, direction marks and other control characters. The joiners that say
 how letters are shaped (zero width non-joiner and joiner in Persian and in Indic scripts, joiners of emoji) stay where
 they do that. A step that is applied again changes nothing (the last two aside, in rare cases): a hypothesis can
-be normalised like its reference, which has been through the steps once already. No step raises for any string.
+be normalized like its reference, which has been through the steps once already. No step raises for any string.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Text to token ids and back: one interface, three tokenizers.
+"""Text to token ids and back: one interface, four tokenizers.
 
 `RWKVTokenizer` is the "World" vocabulary that the released RWKV-7 models were trained with (BlinkDL/RWKV-LM);
 it encodes with pyrwkv-tokenizer. `SentencePieceTokenizer` is for small models that are trained from scratch
 (Kudo and Richardson, arXiv 1808.06226). `HFTokenizer` is the tokenizer.json of a Hugging Face model (Qwen, Llama, ...),
-by their `tokenizers` library.
+by their `tokenizers` library. `LexiconTokenizer` has phones for tokens, as a CTC head may write for a language model
+that reads them (`model.ctc_tokenizer`); what is said of all others does not hold of it.
 
 All keep every character: decode(encode(text)) == text, spaces and newlines included, except that `decode`
 leaves out the end of text and, for sentencepiece, pieces of the form <|...|> such as language tags, unless it is told
-to keep these; of a Hugging Face model it leaves out all special tokens, and its normalisation of characters (NFC for
+to keep these; of a Hugging Face model it leaves out all special tokens, and its normalization of characters (NFC for
 Qwen) remains.
 
 A token may end inside a character. Text is shown while it is written with a `StreamDecoder`, which waits for the
@@ -34,6 +35,7 @@ from speechllm.errors import UserError
 from speechllm.files import replaced_file
 
 MODEL_FILE = "tokenizer.model"
+LEXICON_FILE = "lexicon.txt"
 KIND_FILE = "tokenizer.json"
 GGUF_SUFFIX = ".gguf"
 _TAG = re.compile(r"<\|.*\|>")
@@ -101,6 +103,10 @@ class Tokenizer(Protocol):
     def piece(self, index: int) -> str:
         """The token with this id as a person reads it, for logs and reports."""
         return self.decode([index])
+
+    def piece_text(self, index: int) -> str:
+        """The text that this token has behind another: at the start of a text some tokenizers leave out a space."""
+        return self.decode([index, index]).removeprefix(self.decode([index]))
 
     def identity(self) -> str:
         """The kind and a hash of the vocabulary: differs between tokenizers that encode some text differently."""
@@ -341,6 +347,102 @@ class HFTokenizer(Tokenizer):
             tmp.write_text(json.dumps({"eos_token": self._tokenizer.id_to_token(self.eos_id)}) + "\n", encoding="utf-8")
 
 
+class LexiconTokenizer(Tokenizer):
+    """Phones, by a pronunciation lexicon in icefall's form: `lexicon.txt`, a word and its phones a line.
+
+        hello HH AH L OW
+        world W ER L D
+
+    "hello world" is `HH AH L OW _ W ER L D`: between two words there is a token for their border. Of several
+    pronunciations of a word the first counts. A word that the lexicon does not have is the one token `<unk>`.
+
+    `decode` looks up what is between two borders, and writes the first word of the lexicon with these phones. Where
+    there is none it writes the phones as tags, `<|HH|><|AH|>`. These are also the tokens' own texts (`piece_text`), for
+    a language model that has them as special tokens and reads what a CTC head hears (`model.ctc_tokenizer`).
+
+    Args:
+        path: the folder of `lexicon.txt`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: a line without phones, or no line at all.
+    """
+
+    BORDER = "_"
+    UNKNOWN = "<unk>"
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path) / LEXICON_FILE
+        self._lexicon = path.read_bytes()
+        self._pronunciation: dict[str, list[str]] = {}
+        for number, line in enumerate(self._lexicon.decode("utf-8").splitlines(), start=1):
+            word, *phones = line.split() or [""]
+            if word and not phones:
+                raise UserError(f"{path}, line {number}: {word!r} has no phones; a line is a word and its phones")
+            if word:
+                self._pronunciation.setdefault(word, phones)
+        if not self._pronunciation:
+            raise UserError(f"{path}: no words")
+        phones = {phone for pronunciation in self._pronunciation.values() for phone in pronunciation}
+        self._names = ["<eos>", self.UNKNOWN, self.BORDER, *sorted(phones - {self.UNKNOWN, self.BORDER})]
+        self._ids_of = {name: i for i, name in enumerate(self._names)}
+        self.vocab_size = len(self._names)
+        self.eos_id = 0
+
+    @property
+    def tags(self) -> list[str]:
+        """The text of each token but the end of text, in the order of their ids, from 1 on."""
+        return [_tag(name) for name in self._names[1:]]
+
+    def encode(self, text: str) -> list[int]:
+        """The phones of the words between the spaces of `text`."""
+        ids: list[int] = []
+        for word in text.split():
+            if ids:
+                ids.append(self._ids_of[self.BORDER])
+            ids.extend(self._ids_of[phone] for phone in self._pronunciation.get(word, [self.UNKNOWN]))
+        return ids
+
+    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+        """Of tags: a word is known only when it is over."""
+        table = {i: tag.encode("utf-8") for i, tag in enumerate(self.tags, start=1)}
+        return StreamDecoder(table, table)
+
+    def decode(self, ids: Iterable[int], keep_tags: bool = False) -> str:
+        words: list[list[str]] = [[]]
+        for i in ids:
+            name = self._names[i] if 0 < i < self.vocab_size else ""
+            if name == self.BORDER:
+                words.append([])
+            elif name:
+                words[-1].append(name)
+        return " ".join(self._word_of.get(tuple(phones), "".join(map(_tag, phones))) for phones in words if phones)
+
+    @cached_property
+    def _word_of(self) -> dict[tuple[str, ...], str]:
+        found: dict[tuple[str, ...], str] = {}
+        for word, phones in self._pronunciation.items():
+            found.setdefault(tuple(phones), word)
+        return found
+
+    def piece(self, index: int) -> str:
+        return self._names[index]
+
+    def piece_text(self, index: int) -> str:
+        return "" if index == self.eos_id else _tag(self._names[index])
+
+    def identity(self) -> str:
+        return f"lexicon {hashlib.sha256(self._lexicon).hexdigest()}"
+
+    def save(self, folder: str | Path) -> None:
+        with replaced_file(Path(folder) / LEXICON_FILE) as tmp:
+            tmp.write_bytes(self._lexicon)
+
+
+def _tag(phone: str) -> str:
+    return f"<|{phone.strip('<>')}|>"
+
+
 def _read_gguf_tokenizer(path: Path) -> tuple[bytes, str]:
     """The tokenizer of a GGUF file in the form of a tokenizer.json, and the token that ends a text."""
     if not path.is_file():
@@ -452,7 +554,7 @@ def train_sentencepiece(
 ) -> SentencePieceTokenizer:
     """Train a unigram model on `texts`, write it into `folder` and return it.
 
-    Nothing is normalised and no space is added in front, so that a prompt keeps its spaces and newlines; what
+    Nothing is normalized and no space is added in front, so that a prompt keeps its spaces and newlines; what
     the texts do not contain is spelled in the 256 byte pieces. The same texts give the same model.
 
     Args:
@@ -516,8 +618,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """The tokenizer that a configuration names.
 
     Args:
-        spec: `rwkv`, a sentencepiece `.model` file, a `.gguf` file, the folder of a Hugging Face model, or one that
-            `Tokenizer.save` wrote.
+        spec: `rwkv`, a sentencepiece `.model` file, a `.gguf` file, the folder of a Hugging Face model, one with a
+            `lexicon.txt`, or one that `Tokenizer.save` wrote.
 
     Raises:
         FileNotFoundError: nothing of that name.
@@ -543,6 +645,10 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         if content["kind"] != "rwkv":
             raise UserError(f"{kind_file}: unknown tokenizer kind {content['kind']!r}; known: 'rwkv'")
         return RWKVTokenizer()
+    if (path / LEXICON_FILE).is_file():
+        return LexiconTokenizer(path)
     if not (path / MODEL_FILE).is_file():
-        raise FileNotFoundError(f"tokenizer '{spec}': the folder has neither {MODEL_FILE} nor {KIND_FILE}")
+        raise FileNotFoundError(
+            f"tokenizer '{spec}': the folder has none of {MODEL_FILE}, {KIND_FILE} and {LEXICON_FILE}"
+        )
     return SentencePieceTokenizer(path / MODEL_FILE)

@@ -75,7 +75,7 @@ def load_checkpoint(path: str | Path, rank: int | None = None) -> dict[str, Any]
     The whole file is read once to compare its checksums.
 
     Args:
-      rank: give process `rank`'s share of what is sharded; None for whole tensors, without the optimiser's.
+      rank: give process `rank`'s share of what is sharded; None for whole tensors, without the optimizer's.
 
     Raises:
       CheckpointError: no such file, or not a whole checkpoint.
@@ -248,7 +248,7 @@ class RunningAverage:
             self.average[name] = copies[id(t)]
 
     def update(self, step: int) -> None:
-        """To be called after the optimiser's step number `step` (from 1)."""
+        """To be called after the optimizer's step number `step` (from 1)."""
         if step % self.period:
             return
         weight = (step - self.step) / step

@@ -10,13 +10,13 @@ from typing import Any
 
 from speechllm.config import ConfigError, load_config, override, parse_overrides, to_dict
 from speechllm.data import DataConfig
-from speechllm.model.speech_llm import ModelConfig
+from speechllm.model.config import ModelConfig
 from speechllm.optim.optimizer import OptimConfig
 
 
 @dataclass
 class TrainConfig:
-    """`num_steps` optimiser steps in all, each over `accumulate` batches per process; no more than `num_epochs` epochs.
+    """`num_steps` optimizer steps in all, each over `accumulate` batches per process; no more than `num_epochs` epochs.
 
     Every `valid_every_n` steps the validation set is decoded, every `save_every_n` steps a checkpoint written, of which
     the last `keep_last_k` are kept, and every `save_every_n_epochs` epochs one that stays. `average_period`: steps from

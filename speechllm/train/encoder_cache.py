@@ -22,7 +22,7 @@ from speechllm.data.convert import convert_to_cuts_in_parts
 from speechllm.data.features import extract_features
 from speechllm.encoder import WhisperEncoder
 from speechllm.model.base import SpeechModel
-from speechllm.model.speech_llm import EncoderSection
+from speechllm.model.config import EncoderSection
 from speechllm.weights import file_hash
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,7 @@ class TrainedLanguages:
     def add(self, batches: Iterable[Batch]) -> None:
         """To be called with all batches that are trained on."""
         for batch in batches:
-            labels = map(language_label, batch.languages, batch.target_languages)
-            self._found.update(label for label in labels if label is not None)
+            self._found.update(label for label in map(language_label, batch.requests) if label is not None)
 
     def state_dict(self) -> list[str]:
         return sorted(self._found)

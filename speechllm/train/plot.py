@@ -75,7 +75,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def plot_runs(runs: Sequence[Run], output: Path) -> None:
-    """Loss and error rates over steps, a colour for each run, as PNG.
+    """Loss and error rates over steps, a color for each run, as PNG.
 
     Raises:
       UserError: matplotlib is not installed, or `output` cannot be written.

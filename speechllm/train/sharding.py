@@ -1,6 +1,6 @@
 """Training with the language model sharded over the processes: PyTorch's FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-For language models whose weights, gradients and optimiser state do not fit into one GPU's memory: each process keeps
+For language models whose weights, gradients and optimizer state do not fit into one GPU's memory: each process keeps
 its share of them, rows of every tensor, and the layers are gathered one by one when they compute. Encoder, projector
 and CTC head are small beside it, and whole on every process.
 """
@@ -31,19 +31,19 @@ def shard_language_model(model: SpeechLLM, device: torch.device) -> None:
     """Shard `model.llm` over all processes, in place, and move everything to `device`.
 
     Trained weights are those of process 0 from here on; frozen ones are taken to be equal, as read from files. To be
-    called before the optimiser is built. The forward pass is then a joint operation of all processes, and needs the
+    called before the optimizer is built. The forward pass is then a joint operation of all processes, and needs the
     same number of calls on each: `gathered` is for what they do by themselves.
 
     A process group of one process, as `torchrun --nproc-per-node 1` makes it, saves nothing but runs the same code: it
     is what one GPU can test.
 
     Raises:
-      ConfigError: there is no process group, or the language model is quantised.
+      ConfigError: there is no process group, or the language model is quantized.
     """
     if not dist.is_initialized():
         raise ConfigError("train.fsdp: there is one process only, so nothing to share out; see --world-size")
     if model.config.llm.tune is not None and model.config.llm.tune.quantize != "none":
-        raise ConfigError("train.fsdp: a quantised language model cannot be sharded; set model.llm.tune.quantize: none")
+        raise ConfigError("train.fsdp: a quantized language model cannot be sharded; set model.llm.tune.quantize: none")
     for part in model.children():
         if part is not model.llm:
             part.to(device)
@@ -137,7 +137,7 @@ def like(own: Tensor, share: Tensor) -> Tensor:
 
 
 def optimizer_shares(optimizer: Optimizer) -> dict[str, Any]:
-    """The optimiser's state dict with this process's shares of what is sharded."""
+    """The optimizer's state dict with this process's shares of what is sharded."""
     content = optimizer.state_dict()
     shares = {i: {name: _local_value(v) for name, v in state.items()} for i, state in content["state"].items()}
     return {**content, "state": shares}

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speechllm.config import ConfigError, from_dict
+from speechllm.model.config import ModelConfig
 from speechllm.model.encoder_model import EncoderModel
-from speechllm.model.speech_llm import ModelConfig, SpeechLLM
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.train.checkpoint import load_checkpoint, newest_checkpoint
 from speechllm.train.config import Experiment, check_same_projectors, load_experiment, stages_of
 from speechllm.train.languages import languages_of

@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from speechllm.errors import UserError
 from speechllm.llm.adapters import RankAllocation
+from speechllm.llm.interface import IGNORE
 from speechllm.optim.optimizer import OptimConfig, build_optimizer, build_scheduler
 from speechllm.rwkv7.model import RWKV7
 from speechllm.rwkv7.segments import backward_in_segments
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TextTuning:
-    """`steps` optimiser steps over documents of `tokens_per_step` tokens together, at a peak learning rate of `lr`.
+    """`steps` optimizer steps over documents of `tokens_per_step` tokens together, at a peak learning rate of `lr`.
 
     A document longer than `segment` tokens is read a segment at a time, the state carried from one to the next (without
     its gradient, but in state tuning); shorter ones are packed without padding.
@@ -54,8 +55,20 @@ class TextTuning:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def read_documents(paths: Sequence[str | Path], tokenizer: Tokenizer) -> list[list[int]]:
-    """The token ids of each document: a line of a text file, or `text` in a line of a .jsonl file.
+@dataclass(frozen=True)
+class Document:
+    """The token ids of a text; the first `given` of them are read and not learned."""
+
+    ids: list[int]
+    given: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_documents(paths: Sequence[str | Path], tokenizer: Tokenizer) -> list[Document]:
+    """A document is a line of a text file, or `text` in a line of a .jsonl file, where `prompt` may say what comes
+    before it and is not learned.
 
     Raises:
       FileNotFoundError: no such file.
@@ -70,21 +83,26 @@ def read_documents(paths: Sequence[str | Path], tokenizer: Tokenizer) -> list[li
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            prompt = ""
             if path.suffix == ".jsonl":
                 try:
-                    line = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError) as e:
+                    content = json.loads(line)
+                    line, prompt = content["text"], content.get("prompt", "")
+                    if not (isinstance(line, str) and isinstance(prompt, str)):
+                        raise TypeError("text and prompt are strings")
+                except (ValueError, KeyError, TypeError, AttributeError) as e:
                     raise UserError(f'{path}, line {number}: expected JSON like {{"text": "..."}} ({e!r})') from e
-            documents.append(tokenizer.encode(line))
+            given = tokenizer.encode(prompt) if prompt else []
+            documents.append(Document([*given, *tokenizer.encode(line)], len(given)))
     if not documents:
         raise UserError(f"no text in {', '.join(map(str, paths))}")
     return documents
 
 
-def batches(documents: Sequence[list[int]], tokens: int, seed: int) -> Iterator[list[list[int]]]:
+def batches(documents: Sequence[Document], tokens: int, seed: int) -> Iterator[list[Document]]:
     """Documents of about `tokens` tokens together, without end, in another order each time around."""
     order = random.Random(seed)
-    batch: list[list[int]] = []
+    batch: list[Document] = []
     size = 0
     while True:
         for document in order.sample(documents, len(documents)):
@@ -95,17 +113,17 @@ def batches(documents: Sequence[list[int]], tokens: int, seed: int) -> Iterator[
             size += len(document) + 1
 
 
-def inputs_and_labels(documents: Sequence[list[int]], eos_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Documents one after another: input_ids (1, L), labels (1, L), cu_seqlens (M + 1,).
+def inputs_and_labels(documents: Sequence[Document], eos_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Documents one after another: input_ids (1, L), labels (1, L), -100 where nothing is learned, cu_seqlens (M + 1,).
 
     A document begins after the end of the one before it, as in RWKV's pre-training.
     """
-    ids = torch.tensor([[i for document in documents for i in (eos_id, *document)]])
-    labels = torch.tensor([[i for document in documents for i in (*document, eos_id)]])
+    ids = torch.tensor([[i for document in documents for i in (eos_id, *document.ids)]])
+    labels = torch.tensor([[i for d in documents for i in (*[IGNORE] * d.given, *d.ids[d.given :], eos_id)]])
     return ids, labels, torch.tensor([0, *(len(document) + 1 for document in documents)]).cumsum(0)
 
 
-def text_loss(model: RWKV7, documents: Sequence[list[int]], options: TextTuning, eos_id: int) -> float:
+def text_loss(model: RWKV7, documents: Sequence[Document], options: TextTuning, eos_id: int) -> float:
     """Mean loss of a token, in nats, over whole documents."""
     device = model.emb.weight.device
     total = tokens = 0.0
@@ -123,8 +141,8 @@ def text_loss(model: RWKV7, documents: Sequence[list[int]], options: TextTuning,
 
 def tune_on_text(
     model: RWKV7,
-    documents: Sequence[list[int]],
-    valid_documents: Sequence[list[int]],
+    documents: Sequence[Document],
+    valid_documents: Sequence[Document],
     options: TextTuning,
     eos_id: int,
     save: Callable[[], None],
@@ -173,7 +191,7 @@ class _Run:
     def __init__(
         self,
         model: RWKV7,
-        documents: Sequence[list[int]],
+        documents: Sequence[Document],
         options: TextTuning,
         eos_id: int,
         unfinished: Path | None,
@@ -226,7 +244,7 @@ class _Run:
         if self._unfinished is not None:
             self._unfinished.unlink(missing_ok=True)
 
-    def train(self, batch: Sequence[list[int]]) -> float:
+    def train(self, batch: Sequence[Document]) -> float:
         """One step on some documents; their mean loss of a token.
 
         Raises:
@@ -245,9 +263,9 @@ class _Run:
         self.optimizer.zero_grad()
         return loss
 
-    def _backward(self, batch: Sequence[list[int]]) -> float:
+    def _backward(self, batch: Sequence[Document]) -> float:
         """The gradients of the mean loss of a token: of short documents packed, of long ones a segment at a time."""
-        tokens = sum(len(document) + 1 for document in batch)
+        tokens = sum(len(document) + 1 - document.given for document in batch)  # to learn
         short = [document for document in batch if len(document) < self.options.segment]
         autocast = torch.autocast(self.model.emb.weight.device.type, torch.bfloat16, enabled=self.options.bf16)
         total = 0.0
@@ -271,7 +289,7 @@ class _Run:
         return total / tokens
 
 
-def _identity(options: TextTuning, trained: Mapping[str, Tensor], documents: Sequence[list[int]]) -> str:
+def _identity(options: TextTuning, trained: Mapping[str, Tensor], documents: Sequence[Document]) -> str:
     """What makes two runs the same one: options, the parameters that are trained, and the text."""
     shapes = {name: tuple(p.shape) for name, p in trained.items()}
     return hashlib.sha256(repr((options, shapes, documents)).encode()).hexdigest()

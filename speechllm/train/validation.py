@@ -26,8 +26,7 @@ def validate(
         for batch in loader:
             batch = batch.to(accelerator.device)
             averages.add(Averages.of(bare(*batch.inputs)))
-            languages = batch.languages, batch.target_languages
-            found = bare.recognise(batch.features, batch.feature_lens, *languages, contexts=batch.contexts)
+            found = bare.recognize(batch.features, batch.feature_lens, batch.requests)
             results += transcripts(batch, [r.text for r in found], text_steps)
             ctc_results += transcripts(batch, [r.ctc_text for r in found], text_steps)
     model.train()

@@ -1,4 +1,4 @@
-"""What was recognised in one recording, as the text of a file.
+"""What was recognized in one recording, as the text of a file.
 
     txt    the text, a segment a line
     json   one object, in one line: text, times, confidences, alternatives
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from speechllm.decode.result import Hypothesis, Recognition, Word
-from speechllm.decode.timestamps import word_spans
+from speechllm.text.words import word_spans
 
 # A cue of subtitles: what can be read at a glance, and while it is shown.
 _LINE_COLUMNS = 42
@@ -37,7 +37,7 @@ _PAUSE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a recording: where it begins and how long it is, in seconds, and what was recognised in it."""
+    """A part of a recording: where it begins and how long it is, in seconds, and what was recognized in it."""
 
     offset: float
     duration: float
@@ -98,7 +98,7 @@ def format_txt(recording: Recording) -> str:
 def format_json(recording: Recording) -> str:
     """One JSON object in one line.
 
-    `id`, `audio`, `duration`, `text`, `confidence` (null where nothing was recognised), `language` (if the model says
+    `id`, `audio`, `duration`, `text`, `confidence` (null where nothing was recognized), `language` (if the model says
     it), `warnings` about the audio (if there are any) and `segments`, each of which has `start`, `end`, `text`,
     `confidence`, `stopped` (see `Hypothesis`) and, where there are any, `language`, `fallback`, `ctc_text`, `words` and
     (more than one hypothesis) `nbest`.
@@ -157,7 +157,7 @@ def format_ctm(recording: Recording) -> str:
     """`id 1 start duration word confidence` for each word.
 
     White space in the id becomes `_`. The words of a segment without times are spread evenly over it, with the
-    confidence of its text, after a comment line that says so: a scorer would otherwise count them as not recognised.
+    confidence of its text, after a comment line that says so: a scorer would otherwise count them as not recognized.
     """
     name = "_".join(recording.id.split())
     lines = []

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,7 +27,7 @@ from speechllm.data.manifests.manifest import LINE_ERRORS, SourceConfig, describ
 from speechllm.data.manifests.source import DataError
 from speechllm.data.manifests.tar import TAR
 from speechllm.errors import UserError
-from speechllm.prompt.template import PromptContext
+from speechllm.prompt.request import Request
 from speechllm.transcribe.samples import sample_blocks
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,7 @@ class AudioInput:
         audio: the file; "" where there is none.
         blocks: gives the audio, (num_samples,) float32 blocks of 16 kHz, and raises `UtteranceError` where it cannot;
             what is to be known of the audio is put into the list that it is called with.
-        language, target_language: for the prompt; with a target language it is translated.
-        context: for the prompt's other slots.
+        request: what is asked for; with a target language it is translated.
         files: what the audio is read from; None where it can be read once only, as a stream.
         part: which part of them it is, where it is not all.
         error: why there is no audio at all.
@@ -65,9 +64,7 @@ class AudioInput:
     name: str
     audio: str
     blocks: Callable[[list[AudioNote]], Iterator[np.ndarray]]
-    language: str | None = None
-    target_language: str | None = None
-    context: PromptContext | None = None
+    request: Request = Request()
     files: tuple[str, ...] | None = ()
     part: str = ""
     error: UserError | None = None
@@ -89,9 +86,7 @@ def _size_and_time(file: str) -> str:
 def audio_input(
     audio: str | os.PathLike | np.ndarray | Tensor | Sequence[float],
     id: str,
-    language: str | None = None,
-    target_language: str | None = None,
-    context: PromptContext | None = None,
+    request: Request = Request(),  # noqa: B008 - it is frozen
     *,
     sampling_rate: int = 16000,
     channel: int | None = None,
@@ -101,15 +96,15 @@ def audio_input(
 
     Args:
         audio: a path, or samples (see `samples.sample_blocks`).
+        request: what is asked for.
         sampling_rate: of samples.
         channel, track: of a file, which ones to take of several channels and audio tracks.
     """
-    asked = (language, target_language, context)
     if isinstance(audio, str | os.PathLike):
         file = os.fsdecode(audio)
         files = None if _is_fifo(file) else (file,)
-        return AudioInput(id, file, file, lambda notes: _file_blocks(file, channel, track, notes), *asked, files)
-    return AudioInput(id, id, "", lambda notes: sample_blocks(audio, sampling_rate, id, notes), *asked)
+        return AudioInput(id, file, file, lambda notes: _file_blocks(file, channel, track, notes), request, files)
+    return AudioInput(id, id, "", lambda notes: sample_blocks(audio, sampling_rate, id, notes), request)
 
 
 def _is_fifo(file: str) -> bool:
@@ -170,8 +165,8 @@ class Inputs:
 
     A folder is a manifest in Kaldi's or Shar's form, or it is searched for files with `AUDIO_SUFFIXES`, links followed;
     the path `-` is standard input. The id of a file is its path in the folder that is given, or, where several paths
-    are given, in the folder that they have in common. `language`, `target_language`, `task` and `context` are for
-    files, and for lines of manifests that do not say theirs. `channel`: which one to take of several; None takes their
+    are given, in the folder that they have in common. `request` and `task` are for files, and for what lines of
+    manifests do not say. `channel`: which one to take of several; None takes their
     mean, or those that speak. `track`: which one to take of several audio tracks; None for the default one.
 
     Raises:
@@ -180,20 +175,19 @@ class Inputs:
     """
 
     paths: Sequence[str | Path]
-    language: str | None = None
-    target_language: str | None = None
+    request: Request = Request()
     task: str | None = None
-    context: PromptContext | None = None
     channel: int | None = None
     track: int | None = None
     _warned: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.task == "asr" and self.target_language is not None:
-            raise UserError(f"--task asr: transcripts have no --target-language ({self.target_language})")
-        if self.task is None and self.target_language is not None:
+        target_language = self.request.target_language
+        if self.task == "asr" and target_language is not None:
+            raise UserError(f"--task asr: transcripts have no --target-language ({target_language})")
+        if self.task is None and target_language is not None:
             self.task = "ast"
-        if self.task == "ast" and self.target_language is None:
+        if self.task == "ast" and target_language is None:
             for path in self.paths:
                 if not is_manifest(path):
                     raise UserError(f"--task ast: give a --target-language to translate {path} into")
@@ -223,10 +217,7 @@ class Inputs:
         def blocks(notes: list[AudioNote]) -> Iterator[np.ndarray]:
             return _standard_input_blocks(self.channel, self.track, notes)
 
-        return AudioInput("stdin", STANDARD_INPUT, "", blocks, *self._asked(), files=None)
-
-    def _asked(self) -> tuple[str | None, str | None, PromptContext | None]:
-        return self.language, self.target_language, self.context
+        return AudioInput("stdin", STANDARD_INPUT, "", blocks, self.request, files=None)
 
     def _common_folder(self) -> str | None:
         """The folder that several files and folders are in."""
@@ -241,7 +232,7 @@ class Inputs:
     def _file(self, file: str, folder: str) -> AudioInput:
         name = os.path.relpath(os.path.abspath(file), os.path.abspath(folder))
         id = name.removesuffix(os.path.splitext(name)[1])
-        return audio_input(file, id, *self._asked(), channel=self.channel, track=self.track)
+        return audio_input(file, id, self.request, channel=self.channel, track=self.track)
 
     def _folder(self, folder: str, base: str) -> Iterator[AudioInput]:
         is_empty = True
@@ -282,9 +273,8 @@ class Inputs:
             logger.warning("%s", message)
 
     def _manifest(self, path: Path) -> Iterator[AudioInput]:
-        source = SourceConfig(
-            str(path), lang=self.language, target_lang=self.target_language, task=self.task, channel=self.channel
-        )
+        languages = {"lang": self.request.language, "target_lang": self.request.target_language}
+        source = SourceConfig(str(path), **languages, task=self.task, channel=self.channel)
         try:
             for where, found in iter_objects(source):
                 try:
@@ -314,18 +304,16 @@ class Inputs:
             cut.id,
             next(iter(files), ""),
             lambda notes: cut_blocks(cut, notes),
-            entry.lang,
-            entry.target_lang if entry.task == "ast" else None,
-            self._context(entry),
+            self._request(entry),
             (*files, *(member["path"] for member in members)),
             f"{cut.id}, {cut.start:g} s and {cut.duration:g} s from there",
         )
 
-    def _context(self, entry: Entry) -> PromptContext:
-        given = self.context or PromptContext()
-        return PromptContext(
-            previous=given.previous if entry.previous is None else entry.previous,
-            hotwords=given.hotwords if entry.hotwords is None else entry.hotwords,
+    def _request(self, entry: Entry) -> Request:
+        return replace(
+            entry.request,
+            previous=self.request.previous if entry.previous is None else entry.previous,
+            hotwords=self.request.hotwords if entry.hotwords is None else entry.hotwords,
         )
 
 

@@ -20,11 +20,12 @@ from pathlib import Path, PurePath
 
 from tqdm import tqdm
 
+from speechllm.decode.interface import Recognizer
 from speechllm.errors import UserError
 from speechllm.files import MAX_NAME_BYTES, describe_write_error, replaced_file, shortened
 from speechllm.transcribe.formats import FORMATS, Recording
 from speechllm.transcribe.inputs import STANDARD_INPUT, AudioInput, is_manifest
-from speechllm.transcribe.segments import Check, Recogniser, SegmentOptions, transcribe_inputs
+from speechllm.transcribe.segments import SegmentOptions, transcribe_inputs
 
 _INDEX = ".transcribed.jsonl"
 # What is wrong with the name of one result; all other errors would meet the next ones too.
@@ -157,7 +158,7 @@ class Output:
         return str(file.relative_to(self.folder))
 
     def _result(self, input: AudioInput, file: Path, sha256: str) -> _Result:
-        asked = repr((self.made_with, input.language, input.target_language, input.context))
+        asked = repr((self.made_with, input.request))
         return _Result(
             self._name(file),
             sha256,
@@ -229,11 +230,10 @@ def _fitting(name: str, max_bytes: int = MAX_NAME_BYTES) -> str:
 
 def transcribe_all(
     inputs: Iterable[AudioInput],
-    recognise: Recogniser,
+    recognizer: Recognizer,
     options: SegmentOptions,
     output: Output,
     feature_kind: str = "fbank",
-    check: Check = lambda language, target_language, context: None,
 ) -> int:
     """Transcribes what is not done yet, with a progress bar on a terminal; returns 1 when something failed, else 0.
 
@@ -274,13 +274,13 @@ def transcribe_all(
                     continue
             yield input
 
-    def on_progress(recognised: float) -> None:
+    def on_progress(recognized: float) -> None:
         nonlocal seconds
-        seconds += recognised
+        seconds += recognized
         bar.set_postfix_str(f"{seconds / 60:.1f} min of audio")
 
     with bar:
-        for input, found in transcribe_inputs(to_do(), recognise, options, on_progress, feature_kind, check):
+        for input, found in transcribe_inputs(to_do(), recognizer, options, on_progress, feature_kind):
             if isinstance(found, Exception):
                 report(found)
                 continue

@@ -6,7 +6,7 @@ from dataclasses import replace
 from difflib import SequenceMatcher
 
 from speechllm.decode.result import Recognition
-from speechllm.decode.timestamps import word_spans
+from speechllm.text.words import word_spans
 from speechllm.transcribe.formats import Segment
 
 

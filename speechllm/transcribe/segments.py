@@ -1,4 +1,4 @@
-"""Inputs to recordings: cut into segments, recognised in batches across inputs, put together again."""
+"""Inputs to recordings: cut into segments, recognized in batches across inputs, put together again."""
 
 from __future__ import annotations
 
@@ -15,17 +15,13 @@ from torch.nn.utils.rnn import pad_sequence
 from speechllm.data.audio_file import AudioNote, UtteranceError
 from speechllm.data.features import SAMPLE_RATE, extract_features
 from speechllm.data.manifests.source import DataError
-from speechllm.decode.recognizer import Speech
+from speechllm.decode.interface import Recognizer, Speech
 from speechllm.decode.result import Recognition
 from speechllm.errors import UserError
-from speechllm.prompt.template import PromptContext
 from speechllm.transcribe.formats import Recording, Segment
 from speechllm.transcribe.inputs import AudioInput
 from speechllm.transcribe.overlap import without_overlap
 from speechllm.transcribe.pauses import SHORTEST_MAX_SECONDS, split_at_pauses
-
-Recogniser = Callable[[Iterable[Speech]], Iterator[list[Recognition]]]
-Check = Callable[[str | None, str | None, PromptContext], None]  # of language, target language and context
 
 # Segments of similar length are looked for among those of so many batches.
 _WINDOW_BATCHES = 4
@@ -66,7 +62,7 @@ class SegmentOptions:
 
 @dataclass
 class _Part:
-    """A segment of an input, before and after it is recognised; the features only until it is in a batch."""
+    """A segment of an input, before and after it is recognized; the features only until it is in a batch."""
 
     offset: float
     duration: float
@@ -95,31 +91,28 @@ class _Progress:
 
 def transcribe_inputs(
     inputs: Iterable[AudioInput],
-    recognise: Recogniser,
+    recognizer: Recognizer,
     options: SegmentOptions | None = None,
     on_progress: Callable[[float], None] = lambda seconds: None,
     feature_kind: str = "fbank",
-    check: Check = lambda language, target_language, context: None,
 ) -> Iterator[tuple[AudioInput, Recording | UserError]]:
     """Each input with its result, or why it has none, in order, as soon as all before it are done.
 
-    Silence is not recognised: an input without sound has no segments. Where segments overlap, the words that both have
+    Silence is not recognized: an input without sound has no segments. Where segments overlap, the words that both have
     are in one of them (`without_overlap`).
 
     Args:
         inputs: drawn lazily.
-        recognise: such as a `speechllm.decode.recognizer.Recogniser`.
-        on_progress: called with the seconds of audio of each batch that is recognised.
+        recognizer: what it refuses (`check`) is the result of that input, and the others are done.
+        on_progress: called with the seconds of audio of each batch that is recognized.
         feature_kind: that of the model's encoder; see `speechllm.data.features.MEL_BINS`.
-        check: raises a `UserError` for an input that cannot be recognized, such as `Recogniser.check`: it is the result
-            of that input, and the others are done.
     """
     options = options or SegmentOptions()
     unfinished: deque[_Progress] = deque()
     in_work: deque[list[_Part]] = deque()
 
     def batches() -> Iterator[Speech]:
-        segments = _parts(inputs, unfinished, options.max_seconds, feature_kind, check)
+        segments = _parts(inputs, unfinished, options.max_seconds, feature_kind, recognizer)
         for parts in _batches(segments, options.batch_seconds):
             in_work.append(parts)
             yield _speech(parts)
@@ -134,7 +127,7 @@ def transcribe_inputs(
             segments = _joined(done.parts)
             yield done.input, Recording(done.input.id, done.input.audio, done.duration, segments, warnings)
 
-    for recognitions in recognise(batches()):
+    for recognitions in recognizer(batches()):
         parts = in_work.popleft()
         for part, recognition in zip(parts, recognitions, strict=True):
             part.recognition = recognition
@@ -144,7 +137,11 @@ def transcribe_inputs(
 
 
 def _parts(
-    inputs: Iterable[AudioInput], unfinished: deque[_Progress], max_seconds: float, feature_kind: str, check: Check
+    inputs: Iterable[AudioInput],
+    unfinished: deque[_Progress],
+    max_seconds: float,
+    feature_kind: str,
+    recognizer: Recognizer,
 ) -> Iterator[_Part]:
     """The segments with sound of all inputs. Each input is added to `unfinished` when it is opened."""
     for input in inputs:
@@ -154,7 +151,7 @@ def _parts(
         try:
             if input.error is not None:
                 raise input.error
-            check(input.language, input.target_language, _context(input))
+            recognizer.check(replace(input.request, id=input.name))
             for segment in split_at_pauses(_blocks(progress), max_seconds):
                 duration = len(segment.samples) / SAMPLE_RATE
                 features = extract_features(segment.samples, feature_kind)
@@ -213,14 +210,8 @@ def _speech(parts: list[_Part]) -> Speech:
     return Speech(
         pad_sequence(features, batch_first=True),
         torch.tensor([len(rows) for rows in features]),
-        [part.input.language for part in parts],
-        [part.input.target_language for part in parts],
-        [replace(_context(part.input), key=part.key) for part in parts],
+        [replace(part.input.request, id=part.input.name, key=part.key) for part in parts],
     )
-
-
-def _context(input: AudioInput) -> PromptContext:
-    return replace(input.context or PromptContext(), id=input.name)
 
 
 def _joined(parts: list[_Part]) -> list[Segment]:

@@ -3,7 +3,7 @@ import argparse
 import pytest
 
 from speechllm.cli.search_options import add_search_options, search_options
-from speechllm.decode.recognizer import RecogniseOptions
+from speechllm.decode.recognizer import RecognizeOptions
 from speechllm.decode.search import SearchOptions
 from speechllm.errors import UserError
 
@@ -15,12 +15,12 @@ def parse(*arguments):
 
 
 def test_defaults_are_those_of_the_library():
-    assert parse() == RecogniseOptions()
+    assert parse() == RecognizeOptions()
 
 
 def test_what_is_given_arrives():
     given = parse("--search", "beam", "--beam", "8", "--nbest", "3", "--ctc-weight", "0.3", "--hotwords", "f")
-    assert given == RecogniseOptions(SearchOptions("beam", beam=8, nbest=3), ctc_weight=0.3, hotwords="f")
+    assert given == RecognizeOptions(SearchOptions("beam", beam=8, nbest=3), ctc_weight=0.3, hotwords="f")
     assert parse("--search", "sample", "--top-p", "0.9", "--seed", "7").search.seed == 7
 
 

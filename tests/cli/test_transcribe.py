@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from speechllm.cli.main import main
-from speechllm.cli.options import prompt_context
+from speechllm.cli.options import command_line_request
 from speechllm.cli.transcribe import add_transcribe, run_transcribe
 from speechllm.errors import UserError
 from speechllm.model.encoder_model import EncoderModel
@@ -159,12 +159,12 @@ def test_manifests_and_options_say_what_the_prompt_needs(audio, tmp_path):
     (tmp_path / "phrases").write_text("New York\n\nBoston \n", encoding="utf-8-sig")
     options = ["--previous", "given", "--prompt-hotwords", str(tmp_path / "phrases")]
     for given, expected in (([], (None, None)), (options, ("given", ("New York", "Boston")))):
-        context = prompt_context(parsed("a.wav", *given))
+        request = command_line_request(parsed("a.wav", *given))
         listener = Listener()
-        inputs = Inputs([manifest, audio / "a.wav"], context=context)
+        inputs = Inputs([manifest, audio / "a.wav"], request)
         assert transcribe_all(inputs, listener, SegmentOptions(), Output()) == 0
-        found = {c.id: (c.previous, c.hotwords) for batch in listener.batches for c in batch.contexts}
+        found = {c.id: (c.previous, c.hotwords) for batch in listener.batches for c in batch.requests}
         assert found.pop(str(audio / "a.wav")) == expected
         assert found == {"0": expected, "1": ("before", expected[1]), "2": (expected[0], ("x", "y"))}
     with pytest.raises(FileNotFoundError, match="--prompt-hotwords: .*nothing: no such file"):
-        prompt_context(parsed("a.wav", "--prompt-hotwords", str(tmp_path / "nothing")))
+        command_line_request(parsed("a.wav", "--prompt-hotwords", str(tmp_path / "nothing")))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from speechllm import SpeechLLM
-from speechllm.decode.interface import RecogniseOptions
+from speechllm.decode.interface import RecognizeOptions
 from speechllm.train.checkpoint import load_checkpoint
 from tests.programs import REPOSITORY, run
 
@@ -39,7 +39,7 @@ def test_a_model_folder_computes_what_it_did(written, name):
     for key, value in {"encoder_out": encoder_out, "audio_embeds": audio_embeds, "logits": logits}.items():
         torch.testing.assert_close(value, expected[f"{name}.{key}"], rtol=1e-4, atol=1e-5)
     # The revision cut a text that a guard has stopped; today the default is the text of the CTC head.
-    options = RecogniseOptions(fallback="cut")
+    options = RecognizeOptions(fallback="cut")
     texts = [recording.text for recording in model.transcribe(["corpus/1.flac"], language="en", options=options)]
     assert texts == json.loads((written / "expected.json").read_text())[name]
 

@@ -10,14 +10,8 @@ from pathlib import Path
 
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
-from speechllm.data.manifests.manifest import (
-    ManifestError,
-    SourceConfig,
-    describe_cut,
-    iter_objects,
-    stream_cuts,
-    to_cut,
-)
+from speechllm.data.manifests.manifest import ManifestError, SourceConfig, describe_cut, iter_objects, to_cut
+from speechllm.data.manifests.stream import stream_cuts
 
 from .conftest import write_manifest, write_tone
 

@@ -34,7 +34,7 @@ from speechllm.data import (
 from speechllm.data.features import MEL_BINS, fbank_extractor, num_frames
 from speechllm.data.sampling import curriculum_limit
 from speechllm.prompt.label import LabelTemplate
-from speechllm.prompt.template import PromptContext
+from speechllm.prompt.request import Request
 from tests.data.corpora import KINDS, write_corpus, write_kind
 
 from .conftest import write_manifest, write_tone
@@ -64,8 +64,7 @@ def same(a, b) -> bool:
     return (
         torch.equal(a.features, b.features)
         and torch.equal(a.feature_lens, b.feature_lens)
-        and (a.ids, a.texts, a.languages, a.durations) == (b.ids, b.texts, b.languages, b.durations)
-        and a.contexts == b.contexts
+        and (a.texts, a.requests, a.durations) == (b.texts, b.requests, b.durations)
     )
 
 
@@ -301,7 +300,7 @@ def test_precomputed_features_are_those_of_the_worker(corpus, tmp_path):
         replace(stored, augment=AugmentConfig(volume=VolumeConfig()))
 
 
-def test_text_is_normalised_and_tasks_have_their_targets(tmp_path):
+def test_text_is_normalized_and_tasks_have_their_targets(tmp_path):
     write_tone(tmp_path / "x.wav", 1.0, seed=1)
     lines = [
         {"text": "Hello, World"},
@@ -339,20 +338,20 @@ def test_batches_have_what_prompts_need(tmp_path, features_on):
     source = SourceConfig(str(write_manifest(tmp_path / "m.jsonl", lines)))
     settings = DataConfig(train=[source], num_workers=0, features_on=features_on)
 
-    def contexts(loader, epoch=1):
+    def requests(loader, epoch=1):
         loader.set_epoch(epoch)
-        return {context.id: context for batch in loader for context in batch.to("cpu").contexts}
+        return {request.id: request for batch in loader for request in batch.to("cpu").requests}
 
-    evaluated = contexts(build_eval_loader(settings, [source]))
+    evaluated = requests(build_eval_loader(settings, [source]))
     expected = [(None, None), ("", None), ("before", ("New York", "x")), (None, ("a, b",))]
-    assert evaluated == {str(i): PromptContext(str(i), *values) for i, values in enumerate(expected)}
+    assert evaluated == {str(i): Request(str(i), *values) for i, values in enumerate(expected)}
     loader = build_train_loader(settings, seed=1)
-    first, second = contexts(loader), contexts(loader, epoch=2)
-    assert {id: replace(context, draw=0.0) for id, context in first.items()} == evaluated
-    draws = [context.draw for found in (first, second) for context in found.values()]
+    first, second = requests(loader), requests(loader, epoch=2)
+    assert {id: replace(request, draw=0.0) for id, request in first.items()} == evaluated
+    draws = [request.draw for found in (first, second) for request in found.values()]
     assert len(set(draws)) == 8 and all(0 < draw < 1 for draw in draws)
-    assert contexts(loader) == first  # nothing but seed, epoch and utterance decides
-    assert contexts(build_train_loader(settings, seed=2)) != first
+    assert requests(loader) == first  # nothing but seed, epoch and utterance decides
+    assert requests(build_train_loader(settings, seed=2)) != first
 
 
 def test_what_the_language_model_sees_is_limited(corpus):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from speechllm.decode.recognizer import RecogniseOptions, Recogniser, Speech
+from speechllm.decode.recognizer import RecognizeOptions, Speech, SpeechLLMRecognizer
 from speechllm.decode.result import Hypothesis
 from speechllm.decode.search import SearchOptions
 from speechllm.errors import UserError
 from speechllm.model.speech_llm import SpeechLLM
+from speechllm.prompt.request import requests_of
 
 
 @pytest.fixture
@@ -30,7 +31,11 @@ def speech(*durations, languages=("en", "es")):
         [torch.randn(n, 80, generator=torch.Generator().manual_seed(n)) for n in durations], batch_first=True
     )
     tags = [languages[i % len(languages)] for i in range(len(durations))]
-    return Speech(features, torch.tensor(durations), tags, [None] * len(durations))
+    return Speech(features, torch.tensor(durations), requests_of(tags))
+
+
+def translated(batch, language):
+    return batch._replace(requests=[dataclasses.replace(r, target_language=language) for r in batch.requests])
 
 
 def outcome(found):
@@ -40,9 +45,9 @@ def outcome(found):
 def test_it_is_what_the_whole_prompt_gives(talkative):
     """Reading the text before the audio once, and going on from its state, changes nothing."""
     batch = speech(120, 200, 90)
-    found = talkative.recognise(*batch)
+    found = talkative.recognize(*batch)
     _, _, audio_embeds, audio_lens = talkative.encode(batch.features, batch.feature_lens)
-    inputs_embeds, lens, _ = talkative.prompted(audio_embeds, audio_lens, batch.languages)
+    inputs_embeds, lens, _ = talkative.prompted(audio_embeds, audio_lens, batch.requests)
     for i, result in enumerate(found):
         logits, state = talkative.llm(inputs_embeds=inputs_embeds[i : i + 1, : lens[i]])
         tokens, best = [], logits[0, -1].argmax()
@@ -55,28 +60,28 @@ def test_it_is_what_the_whole_prompt_gives(talkative):
 
 def test_batches_are_searched_together_and_given_back_in_order(talkative):
     batches = [speech(120, 300), speech(90), speech(200, 150, 60)]
-    alone = [outcome(talkative.recognise(*batch)) for batch in batches]
+    alone = [outcome(talkative.recognize(*batch)) for batch in batches]
     for max_rows in (1, 2, 64):
-        recogniser = Recogniser(talkative, RecogniseOptions(SearchOptions(max_rows=max_rows)))
-        assert [outcome(found) for found in recogniser(iter(batches))] == alone
-        assert not recogniser._utterances  # nothing is held on to
-        assert [outcome(found) for found in recogniser(batches[:1])] == alone[:1]  # and it can be used again
+        recognizer = SpeechLLMRecognizer(talkative, RecognizeOptions(SearchOptions(max_rows=max_rows)))
+        assert [outcome(found) for found in recognizer(iter(batches))] == alone
+        assert not recognizer._utterances  # nothing is held on to
+        assert [outcome(found) for found in recognizer(batches[:1])] == alone[:1]  # and it can be used again
 
 
 @pytest.mark.parametrize("options", [{}, {"ctc_weight": 0.5}, {"timestamps": True, "ctc_beam": 4}])
 def test_beam_1_is_greedy_whatever_takes_part(talkative, options):
     batch = speech(120, 200, 90)
-    greedy = talkative.recognise(*batch, RecogniseOptions(**options))
-    beam = talkative.recognise(*batch, RecogniseOptions(SearchOptions("beam", beam=1), **options))
+    greedy = talkative.recognize(*batch, RecognizeOptions(**options))
+    beam = talkative.recognize(*batch, RecognizeOptions(SearchOptions("beam", beam=1), **options))
     assert outcome(beam) == outcome(greedy) and [r.words for r in beam] == [r.words for r in greedy]
 
 
 def test_a_heavy_ctc_weight_makes_the_text_that_of_ctc(talkative):
     batch = speech(120, 200, 90)
     # the search is over the language model's best tokens: let them be all
-    options = RecogniseOptions(SearchOptions("beam", beam=20), ctc_weight=1e3, ctc_beam=50)
-    found = talkative.recognise(*batch, options)
-    plain = talkative.recognise(*batch)
+    options = RecognizeOptions(SearchOptions("beam", beam=20), ctc_weight=1e3, ctc_beam=50)
+    found = talkative.recognize(*batch, options)
+    plain = talkative.recognize(*batch)
 
     def distance(texts):
         return sum(r.ctc_text != text for r, text in zip(found, texts, strict=True))
@@ -88,14 +93,15 @@ def test_a_heavy_ctc_weight_makes_the_text_that_of_ctc(talkative):
 def test_words_have_times_within_the_audio(talkative):
     batch = speech(120, 200, 90)
     for result, frames in zip(
-        talkative.recognise(*batch, RecogniseOptions(timestamps=True)), batch.feature_lens.tolist(), strict=True
+        talkative.recognize(*batch, RecognizeOptions(timestamps=True)), batch.feature_lens.tolist(), strict=True
     ):
         if result.words is not None:
             times = [t for word in result.words for t in (word.start, word.end)]
             assert times == sorted(times) and all(0 <= t <= frames / 100 for t in times)
             assert "".join(word.text for word in result.words) == "".join(result.text.split())
-    translated = batch._replace(target_languages=["fr"] * 3)
-    assert all(r.words is None for r in talkative.recognise(*translated, RecogniseOptions(timestamps=True)))
+    assert all(
+        r.words is None for r in talkative.recognize(*translated(batch, "fr"), RecognizeOptions(timestamps=True))
+    )
 
 
 @pytest.mark.parametrize("fallback", ["cut", "ctc"])
@@ -108,7 +114,7 @@ def test_what_a_guard_stops_falls_back(talkative, monkeypatch, fallback, stopped
             yield number, (Hypothesis(tokens, (-0.1,) * len(tokens), -0.1, stopped),)
 
     monkeypatch.setattr("speechllm.decode.recognizer.search", search)
-    (result,) = talkative.recognise(*speech(120), RecogniseOptions(fallback=fallback))
+    (result,) = talkative.recognize(*speech(120), RecognizeOptions(fallback=fallback))
     assert result.ctc_text and result.ctc_text != "one two"
     if stopped == "end":
         assert (result.text, result.fallback) == ("one two", None)
@@ -116,8 +122,8 @@ def test_what_a_guard_stops_falls_back(talkative, monkeypatch, fallback, stopped
         assert (result.text, result.fallback) == ("one two", "cut")
     else:
         assert (result.text, result.fallback) == (result.ctc_text, "ctc")
-    translation = speech(120)._replace(target_languages=["es"])
-    (result,) = talkative.recognise(*translation, RecogniseOptions(fallback=fallback))
+    translation = translated(speech(120), "es")
+    (result,) = talkative.recognize(*translation, RecognizeOptions(fallback=fallback))
     assert result.text == "one two" and result.ctc_text is None
 
 
@@ -126,7 +132,7 @@ def test_prompts_go_on_from_a_state(talkative, tmp_path):
     instruction = talkative.tokenizer.encode("these are digits")
     _, state = talkative.llm(input_ids=torch.tensor([instruction]))
     state.save(tmp_path / "state.safetensors")
-    found = talkative.recognise(*batch, RecogniseOptions(initial_state=str(tmp_path / "state.safetensors")))
+    found = talkative.recognize(*batch, RecognizeOptions(initial_state=str(tmp_path / "state.safetensors")))
     # a model that starts every text from what it has read of the instruction
     read = talkative.llm.forward
 
@@ -135,19 +141,19 @@ def test_prompts_go_on_from_a_state(talkative, tmp_path):
             _, state = read(input_ids=torch.tensor([instruction]))
         return read(*args, state=state, **kwargs)
 
-    plain = talkative.recognise(*batch)
+    plain = talkative.recognize(*batch)
     talkative.llm.forward = read_after_instruction
-    assert outcome(talkative.recognise(*batch)) == outcome(found) != outcome(plain)
+    assert outcome(talkative.recognize(*batch)) == outcome(found) != outcome(plain)
 
 
 def test_what_the_model_has_not_is_an_error(model_config, tmp_path):
     without = SpeechLLM.from_config(dataclasses.replace(model_config, ctc_weight=0.0)).eval()
     for options in ({"ctc_weight": 0.3}, {"timestamps": True}):
         with pytest.raises(UserError, match=f"{next(iter(options))}: the model has no CTC head"):
-            Recogniser(without, RecogniseOptions(**options))
-    assert without.recognise(*speech(120))[0].ctc_text is None
-    translation = speech(120)._replace(target_languages=["es"])
+            SpeechLLMRecognizer(without, RecognizeOptions(**options))
+    assert without.recognize(*speech(120))[0].ctc_text is None
+    translation = translated(speech(120), "es")
     with pytest.raises(UserError, match="ctc_weight: .* knows transcripts only"):
-        SpeechLLM.from_config(model_config).eval().recognise(*translation, RecogniseOptions(ctc_weight=0.3))
+        SpeechLLM.from_config(model_config).eval().recognize(*translation, RecognizeOptions(ctc_weight=0.3))
     with pytest.raises(UserError, match="fallback: unknown"):
-        RecogniseOptions(fallback="none")
+        RecognizeOptions(fallback="none")

@@ -73,11 +73,11 @@ def test_schedule():
     assert list(scaling.scheduled_floats(module)).count(schedule) == 1
 
 
-def descend(regulariser, x, steps=400, lr=0.03):
-    """Moves x along the regulariser's push alone: the gradient that arrives is noise of mean 0."""
+def descend(regularizer, x, steps=400, lr=0.03):
+    """Moves x along the regularizer's push alone: the gradient that arrives is noise of mean 0."""
     for _ in range(steps):
         x = x.detach().requires_grad_()
-        regulariser(x).backward(torch.randn_like(x))
+        regularizer(x).backward(torch.randn_like(x))
         x = x.detach() - lr * x.grad
     return x
 

@@ -10,7 +10,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration, Whisper
 
 from speechllm.encoder import WhisperEncoder, WhisperEncoderConfig, load_encoder
 from speechllm.errors import UserError
-from speechllm.model.speech_llm import EncoderSection
+from speechllm.model.config import EncoderSection
 
 TINY = WhisperEncoderConfig(
     d_model=16, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=32, max_source_positions=100

@@ -209,7 +209,7 @@ def test_training_is_reproducible_and_eval_deterministic():
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_checkpointed_layers_change_no_number(causal, autocast):
-    """Outputs, gradients and the random numbers that come next, bit for bit, with all regularisers at work."""
+    """Outputs, gradients and the random numbers that come next, bit for bit, with all regularizers at work."""
     encoder = seeded(tiny_config(causal=causal, chunk_size=[8, 16, -1])).train()
     features, lens = log_mel(), torch.tensor([120, 88, 60, 31])
     layers, calls = [m for m in encoder.modules() if isinstance(m, ZipformerLayer)], []
@@ -293,7 +293,7 @@ def test_checkpointed_layers_under_distributed_data_parallel():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_it_learns(causal):
-    """A frame-wise target that needs the features: the mean over the neighbourhood, delayed."""
+    """A frame-wise target that needs the features: the mean over the neighborhood, delayed."""
     encoder = seeded(tiny_config(causal=causal, chunk_size=[16])).train()
     features, lens = log_mel(8, 100), torch.full((8,), 100)
     init_from_data(encoder, features, lens)
@@ -465,7 +465,7 @@ def test_attention_is_at_times_made_constant_in_training():
     module.const_attention_rate = constant(1.0)
     assert torch.equal(module(x, weights), plain)  # never in evaluation
     for part in module.modules():
-        part.training = isinstance(part, NonlinAttention)  # not the regularisers
+        part.training = isinstance(part, NonlinAttention)  # not the regularizers
     torch.testing.assert_close(module(x, weights), expected)
     rate = NonlinAttention(8).const_attention_rate
     for batch, value in ((0, 0.25), (2000, 0.1375), (4000, 0.025), (1e5, 0.025)):
@@ -481,7 +481,7 @@ def test_gradients_of_the_first_convolution_are_scaled_in_training():
 
     def gradients(training):
         embed.eval().zero_grad()
-        embed.training = training  # alone, not its regularisers
+        embed.training = training  # alone, not its regularizers
         embed.project(embed.convolve(features, None)).square().mean().backward()
         return {name: p.grad.clone() for name, p in embed.named_parameters() if p.grad is not None}
 

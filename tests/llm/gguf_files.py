@@ -34,7 +34,7 @@ def write_gguf(path: Path, causal_lm: nn.Module, tokenizer_folder: Path, kind: s
     for name, weight in causal_lm.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if arch == "llama" and ("q_proj" in name or "k_proj" in name):  # llama.cpp rotates neighbours, not halves
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):  # llama.cpp rotates neighbors, not halves
             n = heads if "q_proj" in name else kv_heads
             weight = weight.view(n, 2, head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
         data = weight.detach().float().numpy()

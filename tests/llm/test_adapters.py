@@ -467,7 +467,7 @@ def test_other_methods_have_no_ranks_to_allocate(base):
         assert ranks.loss() == 0 and ranks.state_dict() == {}
 
 
-# ---- quantised bases --------------------------------------------------------------------------------------------
+# ---- quantized bases --------------------------------------------------------------------------------------------
 
 needs_torchao = pytest.mark.skipif(
     torch.cuda.is_available() or importlib.util.find_spec("torchao") is None, reason="torchao is an extra, for the CPU"
@@ -488,7 +488,7 @@ def wide():
 @needs_torchao
 @pytest.mark.parametrize("method", ["lora", "state"])
 @pytest.mark.parametrize("quantize, tolerance", [("int8", 0.02), ("nf4", 0.3)])
-def test_a_quantised_base(wide, method, quantize, tolerance, tmp_path):
+def test_a_quantized_base(wide, method, quantize, tolerance, tmp_path):
     model = tune(copy.deepcopy(wide), TuneConfig(method, quantize=quantize)).eval()
     expected = logits(wide)
     error = (logits(model) - expected).norm() / expected.norm()
@@ -498,7 +498,7 @@ def test_a_quantised_base(wide, method, quantize, tolerance, tmp_path):
     out = logits(model)
     assert_close(decoded(model), out)
     if method != "state":
-        with pytest.raises(UserError, match="the base is quantised"):
+        with pytest.raises(UserError, match="the base is quantized"):
             merge(model)
 
     plain = RWKV7(model.config).eval()
@@ -520,7 +520,7 @@ def test_a_quantised_base(wide, method, quantize, tolerance, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])  # with biases, with tied embeddings
 @pytest.mark.parametrize("quantize, tolerance", [("int8", 0.03), ("nf4", 0.4)])
-def test_a_quantised_transformers_model(kind, quantize, tolerance, dtype, tmp_path):
+def test_a_quantized_transformers_model(kind, quantize, tolerance, dtype, tmp_path):
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}
     base = tiny_llm(kind, **sizes, **({"head_dim": 32} if kind == "qwen3" else {})).to(dtype)
     for p in base.parameters():
@@ -531,7 +531,7 @@ def test_a_quantised_transformers_model(kind, quantize, tolerance, dtype, tmp_pa
     assert 0 < error < tolerance
     losses = train(model, 10)
     assert losses[-1] < losses[0]
-    with pytest.raises(UserError, match="the base is quantised"):
+    with pytest.raises(UserError, match="the base is quantized"):
         merge(model)
     weights = merged_state_dict(model)
     assert {x.dtype for x in weights.values()} == {dtype}
@@ -554,7 +554,7 @@ def test_a_quantised_transformers_model(kind, quantize, tolerance, dtype, tmp_pa
     ("qwen2", "nf4", r"layers.0.self_attn.q_proj of qwen2: nf4 needs a multiple of 16384 weights, it has \(32, 32\)"),
 ])  # fmt: skip
 @needs_torchao
-def test_matrices_that_are_not_quantised_are_named(kind, quantize, message):
+def test_matrices_that_are_not_quantized_are_named(kind, quantize, message):
     with pytest.raises(UserError, match=f"tune.quantize: .*{message}"):
         tune(tiny_llm(kind), TuneConfig("lora", quantize=quantize))
 

@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 from speechllm.config import from_dict, to_dict
-from speechllm.decode.recognizer import RecogniseOptions
+from speechllm.decode.recognizer import RecognizeOptions
 from speechllm.llm.adapters import METHODS, TuneConfig, load_adapter, merge, merged_state_dict, save_adapter, tune
 from speechllm.llm.precision import base_dtype, convert
 from speechllm.llm.transformers import load_transformers_lm
 from speechllm.model.build import load_model, prepare_for_inference, usable_device
-from speechllm.model.speech_llm import LLMSection, ModelConfig, SpeechLLM
+from speechllm.model.config import LLMSection, ModelConfig
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.rwkv7 import load_rwkv7, save_rwkv7
 from speechllm.train.checkpoint import load_trained, trained_state_dict
 from speechllm.train.preflight import check_precision
@@ -170,12 +171,12 @@ def test_each_weight_is_stored_and_loaded_in_its_own_type(config, batch, tmp_pat
 
 def test_inference_on_the_cpu_is_float32_unless_asked(config, batch, tmp_path):
     trained(config, batch).save_pretrained(tmp_path / "model")
-    features, lens, _, languages = batch
+    features, lens, _, requests = batch
 
     def recognized(**how):
         model = load_model(tmp_path / "model")
         prepare_for_inference(model, "cpu", **how)
-        found = model.recognise(features, lens, languages, options=RecogniseOptions(timestamps=True))
+        found = model.recognize(features, lens, requests, options=RecognizeOptions(timestamps=True))
         return model, [(r.text, r.ctc_text) for r in found]
 
     model, expected = recognized()

@@ -14,15 +14,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from speechllm.config import from_dict, to_dict
-from speechllm.decode.recognizer import RecogniseOptions
+from speechllm.decode.recognizer import RecognizeOptions
 from speechllm.decode.search import SearchOptions
 from speechllm.encoder import init_from_data
 from speechllm.linear import pack_for_inference
 from speechllm.llm.adapters import TuneConfig, merge, tune, unmerge
 from speechllm.llm.transformers import load_transformers_lm, new_transformers_lm
 from speechllm.llm.transformers_files import gpu_kernels_only_on_gpus
-from speechllm.model.speech_llm import LLMSection, ModelConfig, SpeechLLM
+from speechllm.model.config import LLMSection, ModelConfig
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import OptimConfig, build_optimizer
+from speechllm.prompt.request import Request
 from speechllm.rwkv7 import RWKV7Config
 from speechllm.text.tokenizer import load_tokenizer
 from speechllm.train.checkpoint import load_trained, trained_state_dict
@@ -64,7 +66,7 @@ def test_folders_that_do_not_load(tmp_path):
     refused("'qwen33' is no type of a causal .* did you mean qwen3", model_type="qwen33")
     refused("'own' .* for example: llama", model_type="own", auto_map={"AutoModelForCausalLM": "own.Model"})
     refused("hidden_size.*expected int, got str", hidden_size="wide")
-    refused("qwen3 is not supported: its weights are quantised", quantization_config={"quant_method": "gptq"})
+    refused("qwen3 is not supported: its weights are quantized", quantization_config={"quant_method": "gptq"})
     for model_type, message in (
         ("llama4_text", "layers of the type chunked_attention; those of the types conv, full_attention, .* are"),
         ("jamba", "its layers go on from what they have read one token at a time only"),
@@ -187,9 +189,9 @@ def train(model, batch, steps, lr=5e-3):
 
 
 def texts(model, batch, **search):
-    features, lens, _, languages = batch
-    options = RecogniseOptions(SearchOptions(**search))
-    return [(r.text, r.nbest[0].score) for r in model.recognise(features, lens, languages, options=options)]
+    features, lens, _, requests = batch
+    options = RecognizeOptions(SearchOptions(**search))
+    return [(r.text, r.nbest[0].score) for r in model.recognize(features, lens, requests, options=options)]
 
 
 def test_a_small_model_learns_and_is_saved_and_loaded(config, batch, tmp_path):
@@ -340,8 +342,8 @@ def test_what_only_rwkv7_has(tune_config, config, tmp_path):
             SpeechLLM.from_config(dataclasses.replace(config, llm=llm))
     model = SpeechLLM.from_config(config).eval()
     with pytest.raises(ValueError, match="state files are for RWKV-7; the language model is qwen3"):
-        model.recognise(
-            torch.randn(1, 100, 80), torch.tensor([100]), ["en"], options=RecogniseOptions(initial_state="x")
+        model.recognize(
+            torch.randn(1, 100, 80), torch.tensor([100]), [Request(language="en")], RecognizeOptions(initial_state="x")
         )
     with pytest.raises(ValueError, match="weights 'int8' are for RWKV-7"):
         pack_for_inference(model.llm, "int8")

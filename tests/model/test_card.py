@@ -1,6 +1,6 @@
 import dataclasses
 
-from speechllm.model.card import add_results, encoder_card, model_card
+from speechllm.model.card import add_results
 from speechllm.model.encoder_model import EncoderModel
 
 
@@ -14,8 +14,8 @@ def test_results_are_added_and_replaced(tmp_path):
 
 
 def test_the_use_that_a_card_shows_is_one_that_the_model_takes(model, model_config):
-    assert 'transcribe(["speech.wav"], language="en")' in model_card(model)
+    assert 'transcribe(["speech.wav"], language="en")' in model.card()
     model.config.languages = ["es", "es>en"]
-    assert "--model PATH --language es`" in model_card(model)
+    assert "--model PATH --language es`" in model.card()
     encoder = EncoderModel.from_config(dataclasses.replace(model_config, llm=None))
-    assert 'transcribe(["speech.wav"])' in encoder_card(encoder) and "--language" not in encoder_card(encoder)
+    assert 'transcribe(["speech.wav"])' in encoder.card() and "--language" not in encoder.card()

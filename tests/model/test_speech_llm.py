@@ -15,17 +15,19 @@ from transformers import WhisperConfig, WhisperModel
 from speechllm.config import ConfigError, from_dict, to_dict
 from speechllm.data import DataError
 from speechllm.data.features import extract_features, extract_features_padded
-from speechllm.decode.interface import RecogniseOptions
-from speechllm.decode.recognizer import Recogniser
+from speechllm.decode.interface import RecognizeOptions
+from speechllm.decode.recognizer import SpeechLLMRecognizer
 from speechllm.decode.result import Hypothesis
 from speechllm.decode.search import SearchOptions
 from speechllm.encoder import WhisperEncoderConfig, ZipformerConfig, init_from_data, save_encoder
 from speechllm.errors import UserError
 from speechllm.llm.adapters import TuneConfig, load_adapter
-from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, MoreEncoder, SpeechLLM
+from speechllm.model.config import EncoderSection, LLMSection, ModelConfig, MoreEncoder
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import OptimConfig, build_optimizer
 from speechllm.projector import ProjectorConfig
 from speechllm.prompt.label import WordTime
+from speechllm.prompt.request import Request, requests_of
 from speechllm.prompt.template import PromptConfig
 from speechllm.rwkv7 import RWKV7Config, RWKV7State, load_rwkv7, save_rwkv7
 from speechllm.train.checkpoint import average_state_dicts, load_trained, save_checkpoint, trained_state_dict
@@ -35,10 +37,10 @@ from speechllm.weights import CheckpointError
 
 def test_loss_of_a_batch_is_the_sum_of_its_rows(model, batch):
     model.eval()
-    features, lens, texts, languages = batch
+    features, lens, texts, requests = batch
     whole = model(*batch)
     rows = [
-        model(features[i : i + 1, : lens[i]], lens[i : i + 1], texts[i : i + 1], languages[i : i + 1]) for i in range(3)
+        model(features[i : i + 1, : lens[i]], lens[i : i + 1], texts[i : i + 1], requests[i : i + 1]) for i in range(3)
     ]
     for name, value in whole.items():
         torch.testing.assert_close(value, sum(row[name] for row in rows), rtol=1e-5, atol=1e-4)
@@ -48,21 +50,25 @@ def test_loss_of_a_batch_is_the_sum_of_its_rows(model, batch):
 def test_loss_is_on_the_label_only(model, batch):
     """Computed by hand from all logits of one row."""
     model.eval()
-    features, lens, texts, languages = (x[:1] for x in batch)
+    features, lens, texts, requests = (x[:1] for x in batch)
     _, _, audio_embeds, audio_lens = model.encode(features, lens)
-    inputs_embeds, _, _ = model.prompted(audio_embeds, audio_lens, languages, [model.label_ids(texts[0])])
+    inputs_embeds, _, _ = model.prompted(audio_embeds, audio_lens, requests, [model.label_ids(texts[0])])
     label = [*model.label_ids(texts[0]), model.tokenizer.eos_id]
     logits, _ = model.llm(inputs_embeds=inputs_embeds)
     log_probs = logits[0, -len(label) :].log_softmax(-1)
     expected = -log_probs[range(len(label)), label].sum()
-    torch.testing.assert_close(model(features, lens, texts, languages)["llm_loss"], expected)
+    torch.testing.assert_close(model(features, lens, texts, requests)["llm_loss"], expected)
+
+
+def transcripts_of(requests):
+    return [dataclasses.replace(request, target_language=None) for request in requests]
 
 
 @pytest.fixture
 def mixed_batch(batch):
     """The first and the last row are transcribed, the one between is translated."""
-    features, lens, texts, languages = batch
-    return features, lens, [texts[0], "one", texts[2]], languages, [None, "en", None]
+    features, lens, texts, _ = batch
+    return features, lens, [texts[0], "one", texts[2]], requests_of(["en", "es", "en"], [None, "en", None])
 
 
 def test_the_loss_of_transcripts_and_translations_is_the_sum_of_its_rows(model, mixed_batch):
@@ -71,14 +77,16 @@ def test_the_loss_of_transcripts_and_translations_is_the_sum_of_its_rows(model, 
     rows = [model(features[i : i + 1, : lens[i]], lens[i : i + 1], *(c[i : i + 1] for c in columns)) for i in range(3)]
     for name, value in model(*mixed_batch).items():
         torch.testing.assert_close(value, sum(row[name] for row in rows), rtol=1e-5, atol=1e-4)
-    transcribed = model(*mixed_batch[:-1])
+    transcribed = model(*mixed_batch[:3], transcripts_of(mixed_batch[3]))
     assert rows[1]["ctc_loss"] == 0 and transcribed["ctc_loss"] > sum(row["ctc_loss"] for row in rows)
-    assert transcribed["llm_loss"] != sum(row["llm_loss"] for row in rows)
+    ones = torch.ones(3, dtype=torch.long)
+    prompts = [model.spliced(ones, asked).token_ids for asked in (mixed_batch[3], transcripts_of(mixed_batch[3]))]
+    assert prompts[0].shape != prompts[1].shape or not torch.equal(*prompts)
 
 
 def test_every_parameter_gets_a_gradient_from_translations_alone(model, batch):
     model.train()
-    model(*batch, target_languages=["es", "en", "es"])["loss"].backward()
+    model(*batch[:3], requests_of(["en", "es", "en"], ["es", "en", "es"]))["loss"].backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
     assert not model.ctc_head.weight.grad.any()
 
@@ -122,12 +130,12 @@ def test_checkpointed_encoder_layers_give_the_same_gradients(model_config, batch
     assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
 
 
-def test_recognise_is_batch_invariant(model, batch):
+def test_recognize_is_batch_invariant(model, batch):
     model.eval()
-    features, lens, _, languages = batch
-    found = model.recognise(features, lens, languages)
+    features, lens, _, requests = batch
+    found = model.recognize(features, lens, requests)
     for i in range(3):
-        (alone,) = model.recognise(features[i : i + 1, : lens[i]], lens[i : i + 1], languages[i : i + 1])
+        (alone,) = model.recognize(features[i : i + 1, : lens[i]], lens[i : i + 1], requests[i : i + 1])
         assert (alone.text, alone.tokens, alone.ctc_text) == (found[i].text, found[i].tokens, found[i].ctc_text)
         assert alone.log_probs == pytest.approx(found[i].log_probs, abs=1e-4)
 
@@ -136,16 +144,16 @@ def test_recognise_is_batch_invariant(model, batch):
 def test_a_gpu_gives_what_the_cpu_gives(model, batch, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions in 11 bits, by default
     model.eval()
-    features, lens, texts, languages = batch
+    features, lens, texts, requests = batch
     results = []
     for device in ("cpu", "cuda"):
         model.to(device).zero_grad(set_to_none=True)
-        out = model(features.to(device), lens.to(device), texts, languages)
+        out = model(features.to(device), lens.to(device), texts, requests)
         out["loss"].backward()
         results.append((
             out["loss"].item(),
             torch.cat([p.grad.flatten() for p in model.parameters()]).cpu(),
-            model.recognise(features.to(device), lens.to(device), languages),
+            model.recognize(features.to(device), lens.to(device), requests),
         ))  # fmt: skip
     (loss, gradient, found), (gpu_loss, gpu_gradient, gpu_found) = results
     assert gpu_loss == pytest.approx(loss, rel=1e-4)
@@ -154,14 +162,14 @@ def test_a_gpu_gives_what_the_cpu_gives(model, batch, monkeypatch):
         assert (on_gpu.text, on_gpu.tokens, on_gpu.ctc_text) == (on_cpu.text, on_cpu.tokens, on_cpu.ctc_text)
 
 
-def test_recognise_translates_by_the_language_model_alone(model, mixed_batch):
+def test_recognize_translates_by_the_language_model_alone(model, mixed_batch):
     model.eval()
-    features, lens, _, languages, targets = mixed_batch
+    features, lens, _, requests = mixed_batch
     for p in model.llm.parameters():  # an untrained model writes the same whatever it reads
         if p.ndim == 2:
             nn.init.normal_(p, std=0.5)
-    found = model.recognise(features, lens, languages, targets)
-    transcribed = model.recognise(features, lens, languages)
+    found = model.recognize(features, lens, requests)
+    transcribed = model.recognize(features, lens, transcripts_of(requests))
     assert [i for i in range(3) if found[i].text != transcribed[i].text] == [1]
     assert [r.ctc_text for r in found] == [transcribed[0].ctc_text, None, transcribed[2].ctc_text]
 
@@ -181,7 +189,7 @@ def test_transcribe_takes_files_arrays_and_tensors_of_any_length(model, tmp_path
         model.transcribe([tmp_path / "missing.wav"], "en")
 
 
-CUT = RecogniseOptions(fallback="cut")
+CUT = RecognizeOptions(fallback="cut")
 
 
 def test_one_bad_input_is_raised_or_returned_and_the_others_are_kept(model, tmp_path):
@@ -228,7 +236,7 @@ def test_a_loop_falls_back_to_ctc_as_on_the_command_line(model, monkeypatch):
     loop = (Hypothesis((5,) * 3, (-1.0,) * 3, -3.0, "loop"),)
     monkeypatch.setattr("speechllm.decode.recognizer.search", lambda llm, prompts, *_: enumerate(loop for _ in prompts))
     samples = 0.1 * torch.randn(16000, generator=torch.Generator().manual_seed(0))
-    for options, fallback in ((None, "ctc"), (RecogniseOptions(SearchOptions("beam")), "ctc"), (CUT, "cut")):
+    for options, fallback in ((None, "ctc"), (RecognizeOptions(SearchOptions("beam")), "ctc"), (CUT, "cut")):
         (found,) = model.transcribe([samples], "en", options=options)
         assert found.segments[0].recognition.fallback == fallback
 
@@ -238,7 +246,7 @@ def test_a_sample_is_the_same_whatever_else_is_transcribed(model):
     audio = [0.1 * torch.randn(n * 8000, generator=generator) for n in (2, 3, 4)]
 
     def tokens(audio, seed=3):
-        options = RecogniseOptions(SearchOptions("sample", seed=seed))
+        options = RecognizeOptions(SearchOptions("sample", seed=seed))
         return [found.segments[0].recognition.tokens for found in model.transcribe(audio, "en", options=options)]
 
     together = tokens(audio)
@@ -249,12 +257,12 @@ def test_a_sample_is_the_same_whatever_else_is_transcribed(model):
 
 @pytest.mark.parametrize("frames", [1, 3, 8])
 def test_an_utterance_too_short_for_the_encoder_has_no_text(model, batch, frames):
-    features, lens, _, languages = batch
-    expected = model.recognise(features, lens, languages)
-    found = model.recognise(features, torch.tensor([120, frames, 50]), languages)
+    features, lens, _, requests = batch
+    expected = model.recognize(features, lens, requests)
+    found = model.recognize(features, torch.tensor([120, frames, 50]), requests)
     assert (found[1].text, found[1].ctc_text, found[1].tokens) == ("", "", ())
     assert [found[i].tokens for i in (0, 2)] == [expected[i].tokens for i in (0, 2)]
-    assert model.recognise(features[:1], torch.tensor([frames]), ["en"])[0].text == ""
+    assert model.recognize(features[:1], torch.tensor([frames]), [Request(language="en")])[0].text == ""
 
 
 def test_what_the_data_side_asks(model, model_config):
@@ -279,21 +287,21 @@ def tasks_config(model_config):
 def test_a_small_model_learns_tasks_languages_and_times(tasks_config, batch, tmp_path):
     torch.manual_seed(0)
     model = SpeechLLM.from_config(tasks_config)
-    features, lens, texts, languages = batch
+    features, lens, texts, requests = batch
     # the last utterance twice, to be transcribed and to be translated
     features, lens = features[[0, 1, 2, 2]], lens[[0, 1, 2, 2]]
-    texts, languages, targets = [*texts, "dos"], [*languages, "en"], [None, None, None, "es"]
+    texts, requests = [*texts, "dos"], [*requests, Request(language="en", target_language="es")]
     times = [[(0.08, 0.24), (0.32, 0.56), (0.56, 0.96)], [(0.16, 0.4)], [(0.0, 0.24)]]
     words = [
         [WordTime(w, *time) for w, time in zip(text.split(), spans, strict=True)]
         for text, spans in zip(texts[:3], times, strict=True)  # a translation has no times
     ]
-    labels = [model.label_template.fill(*row) for row in zip(texts, languages, targets, [*words, None], strict=True)]
+    labels = [model.label_template.fill(*row) for row in zip(texts, requests, [*words, None], strict=True)]
     init_from_data(model.encoder, features, lens)
     optimizer = build_optimizer(model, OptimConfig(lr=5e-3))
     for step in range(150):
         model.encoder.set_batch_count(step)
-        out = model(features, lens, texts, languages, targets, labels)
+        out = model(features, lens, texts, requests, labels)
         (out["loss"] / out["tokens"]).backward()
         assert step > 0 or all(p.grad is not None for p in model.parameters())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -301,15 +309,16 @@ def test_a_small_model_learns_tasks_languages_and_times(tasks_config, batch, tmp
         optimizer.zero_grad()
     model.eval().save_pretrained(tmp_path)
     model = SpeechLLM.from_pretrained(tmp_path)
-    found = model.recognise(features, lens, [None] * 4, targets)
+    unknown = [dataclasses.replace(request, language=None) for request in requests]
+    found = model.recognize(features, lens, unknown)
     assert [(r.text, r.texts, r.language) for r in found] == [
-        (text, (text,), language) for text, language in zip(texts, languages, strict=True)
+        (text, (text,), request.language) for text, request in zip(texts, requests, strict=True)
     ]
     assert [[(w.text, w.start, w.end) for w in r.words] for r in found[:3]] == words and found[3].words is None
     assert {r.fallback for r in found} == {None} and "<" not in found[0].ctc_text
     assert json.loads(format_json(Recording("a", "a", 1.0, [Segment(0.0, 1.0, found[1])])))["language"] == "es"
     for i, result in enumerate(found):
-        (alone,) = model.recognise(features[i : i + 1, : lens[i]], lens[i : i + 1], [None], targets[i : i + 1])
+        (alone,) = model.recognize(features[i : i + 1, : lens[i]], lens[i : i + 1], unknown[i : i + 1])
         assert (alone.text, alone.tokens, alone.language) == (result.text, result.tokens, result.language)
 
 
@@ -324,10 +333,10 @@ def test_the_label_is_for_the_language_model_alone(tasks_config, batch):
     assert one["ctc_loss"] == other["ctc_loss"] and one["llm_loss"] != other["llm_loss"]
     assert tagged.label_identity() != plain.label_identity()
     with pytest.raises(UserError, match="no language"):
-        tagged(*batch[:3], [None] * 3)
+        tagged(*batch[:3], requests_of([None] * 3))
     for option in ("ctc_weight", "hotwords", "ngram"):
         with pytest.raises(UserError, match=rf"{option}: .* model.label: '<\|\{{lang"):
-            Recogniser(tagged, RecogniseOptions(**{option: 1}))
+            SpeechLLMRecognizer(tagged, RecognizeOptions(**{option: 1}))
 
 
 def test_a_prompt_that_tells_what_the_label_asks_is_an_error(model_config):
@@ -340,21 +349,21 @@ def test_a_prompt_that_tells_what_the_label_asks_is_an_error(model_config):
 
 def test_a_small_model_learns_to_transcribe_and_to_translate(model, batch):
     torch.manual_seed(0)
-    features, lens, texts, languages = batch
+    features, lens, texts, requests = batch
     # the last utterance twice, to be transcribed and to be translated
     features, lens = features[[0, 1, 2, 2]], lens[[0, 1, 2, 2]]
-    texts, languages, targets = [*texts, "dos"], [*languages, "en"], [None, None, None, "es"]
+    texts, requests = [*texts, "dos"], [*requests, Request(language="en", target_language="es")]
     init_from_data(model.encoder, features, lens)
     optimizer = build_optimizer(model, OptimConfig(lr=5e-3))
     for step in range(100):
         model.encoder.set_batch_count(step)
-        out = model(features, lens, texts, languages, targets)
+        out = model(features, lens, texts, requests)
         (out["loss"] / out["tokens"]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    assert [r.text for r in model.recognise(features, lens, languages, targets)] == texts
+    assert [r.text for r in model.recognize(features, lens, requests)] == texts
 
 
 def test_frozen_means_frozen(model, model_config, batch, tmp_path):
@@ -447,7 +456,7 @@ def whisper_config(model_config):
 def test_a_whisper_encoder_takes_the_place_of_a_zipformer(whisper_config, batch, tmp_path):
     """It learns, a batch has what each utterance has alone, and it is the same after saving and loading."""
     torch.manual_seed(0)
-    features, lens, texts, languages = batch
+    features, lens, texts, requests = batch
     model = SpeechLLM.from_config(whisper_config)
     assert model.encoder.feature_kind == "whisper80"
     assert model.seconds_per_position == pytest.approx(0.02 * model.projector.downsample)
@@ -460,9 +469,9 @@ def test_a_whisper_encoder_takes_the_place_of_a_zipformer(whisper_config, batch,
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    assert [r.text for r in model.recognise(features, lens, languages)] == texts
+    assert [r.text for r in model.recognize(features, lens, requests)] == texts
     whole = model(*batch)["loss"]
-    rows = [model(features[i, None, :n], lens[i, None], [texts[i]], [languages[i]])["loss"] for i, n in enumerate(lens)]
+    rows = [model(features[i, None, :n], lens[i, None], [texts[i]], [requests[i]])["loss"] for i, n in enumerate(lens)]
     torch.testing.assert_close(whole, sum(rows), rtol=1e-4, atol=1e-4)
     for model.encoder.pad_to_max_seconds in (False, True):
         model.save_pretrained(tmp_path / "model")
@@ -601,8 +610,8 @@ def test_a_tuned_model_is_saved_merged_and_as_an_adapter(method, tune_config, ba
     expected = model(*batch)
     for name, value in loaded(*batch).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
-    features, lens, _, languages = batch
-    first, second = ([r.text for r in m.recognise(features, lens, languages)] for m in (loaded, model))
+    features, lens, _, requests = batch
+    first, second = ([r.text for r in m.recognize(features, lens, requests)] for m in (loaded, model))
     assert first == second
     adapter = tmp_path / "model" / "adapter"
     assert adapter.exists() == (method != "full")

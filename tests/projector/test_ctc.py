@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from speechllm.config import ConfigError, from_dict, override
-from speechllm.decode.recognizer import RecogniseOptions
+from speechllm.decode.recognizer import RecognizeOptions
 from speechllm.encoder import WhisperEncoderConfig
 from speechllm.errors import UserError
+from speechllm.model.config import EncoderSection, LLMSection, ModelConfig
 from speechllm.model.encoder_model import EncoderModel
-from speechllm.model.speech_llm import EncoderSection, LLMSection, ModelConfig, SpeechLLM
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import OptimConfig, build_optimizer, parameter_groups
 from speechllm.projector import CTCProjector, ProjectorConfig
 from speechllm.projector.ctc import representative_frames
@@ -107,9 +108,9 @@ def ctc_model(request, llm_section, model_config, pieces_dir):
 
 def test_a_model_with_it_is_batch_invariant(ctc_model, batch):
     model = ctc_model.eval()
-    features, lens, texts, languages = batch
+    features, lens, texts, requests = batch
     rows = [
-        model(features[i : i + 1, : lens[i]], lens[i : i + 1], texts[i : i + 1], languages[i : i + 1]) for i in range(3)
+        model(features[i : i + 1, : lens[i]], lens[i : i + 1], texts[i : i + 1], requests[i : i + 1]) for i in range(3)
     ]
     for name, value in model(*batch).items():
         torch.testing.assert_close(value, sum(row[name] for row in rows), rtol=1e-5, atol=1e-4)
@@ -147,9 +148,9 @@ def test_a_model_with_it_learns_and_is_saved(ctc_model, batch, tmp_path):
     loaded = SpeechLLM.from_pretrained(tmp_path / "model")
     for name, value in loaded(*batch).items():
         assert torch.equal(value, model(*batch)[name])
-    features, lens, _, languages = batch
-    options = RecogniseOptions(timestamps=True)
-    for a, b in zip(*(m.recognise(features, lens, languages, options=options) for m in (model, loaded)), strict=True):
+    features, lens, _, requests = batch
+    options = RecognizeOptions(timestamps=True)
+    for a, b in zip(*(m.recognize(features, lens, requests, options=options) for m in (model, loaded)), strict=True):
         assert (a.text, a.ctc_text, a.words) == (b.text, b.ctc_text, b.words) and a.ctc_text is not None
 
 
@@ -172,7 +173,7 @@ def test_own_pieces_start_as_the_mean_of_the_tokens_of_their_text(llm_section, m
         torch.testing.assert_close(model.projector.table[index], model.llm.embed(tokens).mean(0))
     eos = torch.tensor(model.tokenizer.eos_id)
     torch.testing.assert_close(model.projector.table[pieces.eos_id], model.llm.embed(eos))
-    # The same label, whatever the language model's prompt: what an encoder alone has learnt to write.
+    # The same label, whatever the language model's prompt: what an encoder alone has learned to write.
     alone = EncoderModel.from_config(
         ModelConfig(tokenizer=str(pieces_dir), encoder=config.encoder, llm=None, ctc_weight=1.0)
     )
@@ -183,7 +184,7 @@ def test_own_pieces_start_as_the_mean_of_the_tokens_of_their_text(llm_section, m
 def test_scores_of_other_pieces_cannot_join_a_search(llm_section, model_config, pieces_dir):
     model = SpeechLLM.from_config(dataclasses.replace(model_config, llm=llm_section, ctc_tokenizer=str(pieces_dir)))
     with pytest.raises(UserError, match="ctc_weight: the CTC head writes other pieces"):
-        model.recogniser(RecogniseOptions(ctc_weight=0.3))
+        model.recognizer(RecognizeOptions(ctc_weight=0.3))
 
 
 @pytest.mark.parametrize("own_pieces", [False, True])

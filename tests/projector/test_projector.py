@@ -10,7 +10,8 @@ from speechllm.config import ConfigError, from_dict, override, to_dict
 from speechllm.encoder import init_from_data, save_encoder
 from speechllm.encoder.zipformer import PER_STACK
 from speechllm.llm.interface import IGNORE
-from speechllm.model.speech_llm import EncoderSection, ModelConfig, MoreEncoder, SpeechLLM
+from speechllm.model.config import EncoderSection, ModelConfig, MoreEncoder
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import OptimConfig, build_optimizer, parameter_groups
 from speechllm.projector import ProjectorConfig, build_projector, one_after_another
 from speechllm.rwkv7 import RWKV7, RWKV7Config
@@ -169,10 +170,10 @@ def three_encoders(model_config):
 
 def test_more_encoders_are_batch_invariant_and_stand_one_after_another(three_encoders, batch):
     model = three_encoders.eval()
-    features, lens, texts, languages = batch
+    features, lens, texts, requests = batch
     whole = model(*batch)
     rows = [
-        model(features[i : i + 1, : lens[i]], lens[i : i + 1], texts[i : i + 1], languages[i : i + 1]) for i in range(3)
+        model(features[i : i + 1, : lens[i]], lens[i : i + 1], texts[i : i + 1], requests[i : i + 1]) for i in range(3)
     ]
     for name, value in whole.items():
         torch.testing.assert_close(value, sum(row[name] for row in rows), rtol=1e-5, atol=1e-4)

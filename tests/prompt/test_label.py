@@ -6,6 +6,7 @@ import pytest
 
 from speechllm.decode.timestamps import words_from_label
 from speechllm.prompt.label import LabelError, LabelTemplate, ReadLabel, WordTime
+from speechllm.prompt.request import Request
 from speechllm.text.tokenizer import RWKVTokenizer, SentencePieceTokenizer, train_sentencepiece
 
 TEMPLATES = [
@@ -43,7 +44,7 @@ def utterances(count):
 def test_what_is_filled_in_is_read_back(written, tokenizer):
     template = LabelTemplate(written)
     for text, language, words in utterances(30):
-        label = template.fill(text, language, None, words)
+        label = template.fill(text, Request(language=language), words)
         assert label == text or not template.is_plain
         ids = tokenizer.encode(label)
         read = template.read(tokenizer.decode(ids, keep_tags=True))
@@ -62,7 +63,7 @@ def test_times_are_whole_positions():
     words = [WordTime("one", 0.243, 0.66), WordTime("two", 0.81, 1.1)]
     assert LabelTemplate("{timed_text}", 0.08).fill("one two", words=words) == "<0.24>one<0.64><0.80> two<1.12>"
     assert LabelTemplate("{timed_text}", 0.16).fill("one two", words=words) == "<0.32>one<0.64><0.80> two<1.12>"
-    assert LabelTemplate("{timed_text}").fill("uno dos", "en", "es") == "uno dos"
+    assert LabelTemplate("{timed_text}").fill("uno dos", Request(language="en", target_language="es")) == "uno dos"
 
 
 def test_the_confidence_of_a_word_is_that_of_its_tokens(tokenizer):

@@ -1,27 +1,22 @@
 """Prompts: templates, the splice, learned parts; and that training and decoding read the same."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from speechllm.config import from_dict, to_dict
-from speechllm.decode.recognizer import Recogniser, Speech
+from speechllm.decode.recognizer import Speech, SpeechLLMRecognizer
 from speechllm.encoder import init_from_data
 from speechllm.errors import UserError
 from speechllm.llm.interface import IGNORE
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import OptimConfig, build_optimizer, parameter_groups
-from speechllm.prompt.template import (
-    INSTRUCTIONS,
-    PRESETS,
-    Kind,
-    PromptConfig,
-    PromptContext,
-    PromptProjectorConfig,
-    splice,
-)
+from speechllm.prompt.request import Request, requests_of
+from speechllm.prompt.splice import Kind, splice
+from speechllm.prompt.template import INSTRUCTIONS, PRESETS, PromptConfig, PromptProjectorConfig
 from speechllm.text.languages import NAMES_IN, language_name
 from speechllm.text.tokenizer import HFTokenizer, RWKVTokenizer, train_sentencepiece
 from tests.conftest import SENTENCES
@@ -30,9 +25,9 @@ from tests.hf_tokenizers import train_byte_level
 tokenizer = RWKVTokenizer()
 LEARNED = {"boundary": True, "soft_tokens": 3, "projector": PromptProjectorConfig(hidden=8)}
 CONTEXTS = [
-    PromptContext("a", "tres", ("uno",), 0.9),
-    PromptContext("b", "", (), 0.3),
-    PromptContext("c", "two two", ("three", "one")),
+    Request("a", "tres", ("uno",), 0.9),
+    Request("b", "", (), 0.3),
+    Request("c", "two two", ("three", "one")),
 ]
 WITH_CONTEXT = {
     "asr": "{previous}/{hotwords} {audio}{language:zh}<|{lang}|>{instruction}",
@@ -41,48 +36,58 @@ WITH_CONTEXT = {
 }
 
 
+def asked(language, target_language=None, context=Request()):  # noqa: B008 - it is frozen
+    return replace(context, language=language, target_language=target_language)
+
+
 # ---- templates ----
 
 
 def test_the_presets():
-    assert PromptConfig().fill("en") == ("User: ", "<|en|>\n\nAssistant:")
-    assert PromptConfig().fill("en", "zh") == ("User: ", "<|en|><|zh|>\n\nAssistant:")
-    assert PromptConfig(preset="tags").fill("en", "zh") == ("", "<|en|><|zh|>")
+    assert PromptConfig().fill(asked("en")) == ("User: ", "<|en|>\n\nAssistant:")
+    assert PromptConfig().fill(asked("en", "zh")) == ("User: ", "<|en|><|zh|>\n\nAssistant:")
+    assert PromptConfig(preset="tags").fill(asked("en", "zh")) == ("", "<|en|><|zh|>")
     qwen = PromptConfig(preset="qwen", instructions="zh", before_label="\n")
     before, after = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-    assert qwen.fill("en") == (before, f"请转录这段英语语音{after}")
-    assert qwen.fill("en", "de") == (before, f"Translate the English speech into German.{after}")
+    assert qwen.fill(asked("en")) == (before, f"请转录这段英语语音{after}")
+    assert qwen.fill(asked("en", "de")) == (
+        before,
+        f"Translate the English speech into German.{after}",
+    )
     assert qwen.written_out().before_label == "\n"
 
 
 @pytest.mark.parametrize("options", [{"preset": name} for name in PRESETS] + [WITH_CONTEXT])
 def test_written_out_it_is_the_same_prompt_whatever_the_library_ships(options, monkeypatch):
     prompt = PromptConfig(**options)
-    expected = [prompt.fill("en", target, context) for target in (None, "zh") for context in CONTEXTS]
+    expected = [prompt.fill(asked("en", target, context)) for target in (None, "zh") for context in CONTEXTS]
     saved = to_dict(prompt.written_out())
     monkeypatch.setitem(PRESETS, prompt.preset, {"asr": "?{audio}", "ast": "?{audio}", "before_label": "?"})
     monkeypatch.setitem(INSTRUCTIONS, "en", {"asr": ["?"], "ast": ["?"]})
     loaded = from_dict(PromptConfig, saved)
-    assert [loaded.fill("en", target, context) for target in (None, "zh") for context in CONTEXTS] == expected
+    assert [loaded.fill(asked("en", target, context)) for target in (None, "zh") for context in CONTEXTS] == expected
     assert loaded.written_out() == loaded
 
 
 def test_slots_take_what_the_utterance_has():
     prompt = PromptConfig(**WITH_CONTEXT)
-    assert prompt.fill("en", None, CONTEXTS[0]) == ("tres/uno ", "英语<|en|>three")
-    assert prompt.fill("en", None, CONTEXTS[1]) == ("/ ", "英语<|en|>one: ")
-    assert prompt.fill("es-MX", None, CONTEXTS[2]) == ("two two/three, one ", "西班牙语<|es-MX|>one: three, one")
-    assert prompt.fill("en", "fr", CONTEXTS[0]) == ("", "tres 英語 French")
+    assert prompt.fill(asked("en", None, CONTEXTS[0])) == ("tres/uno ", "英语<|en|>three")
+    assert prompt.fill(asked("en", None, CONTEXTS[1])) == ("/ ", "英语<|en|>one: ")
+    assert prompt.fill(asked("es-MX", None, CONTEXTS[2])) == (
+        "two two/three, one ",
+        "西班牙语<|es-MX|>one: three, one",
+    )
+    assert prompt.fill(asked("en", "fr", CONTEXTS[0])) == ("", "tres 英語 French")
     # neither braces in the template nor those of a value are slots
     braces = PromptConfig(asr="{{audio}} {audio}{previous}{{")
-    assert braces.fill(None, None, PromptContext(previous="{lang}")) == ("{audio} ", "{lang}{")
+    assert braces.fill(Request(previous="{lang}")) == ("{audio} ", "{lang}{")
 
 
 def test_every_instruction_is_drawn_and_the_first_is_the_default():
     prompt = PromptConfig(preset="qwen")
-    drawn = {prompt.fill("en", None, PromptContext(draw=i / 100)) for i in range(100)}
+    drawn = {prompt.fill(Request(language="en", draw=i / 100)) for i in range(100)}
     assert len(drawn) == len(INSTRUCTIONS["en"]["asr"])
-    assert prompt.fill("en", None, PromptContext()) == prompt.fill("en")
+    assert prompt.fill(Request(language="en", draw=0.0)) == prompt.fill(asked("en"))
 
 
 @pytest.mark.parametrize("pool", INSTRUCTIONS)
@@ -90,7 +95,7 @@ def test_the_shipped_instructions_can_be_filled(pool):
     prompt = PromptConfig(preset="qwen", instructions=pool, ast_instructions=pool)
     for target in (None, "ja"):
         for i in range(20):
-            _, after = prompt.fill("de", target, PromptContext(draw=i / 20))
+            _, after = prompt.fill(Request(language="de", target_language=target, draw=i / 20))
             assert language_name("de", pool) in after
             assert target is None or language_name("ja", pool) in after
 
@@ -138,11 +143,12 @@ def test_templates_that_make_no_sense(options, message):
     ],
 )
 def test_a_slot_without_data_names_slot_and_utterance(slot, tags, what):
+    (request,) = requests_of(*([tag] for tag in tags))
     prompt = PromptConfig(**{"ast" if len(tags) == 2 else "asr": f">{{audio}}{{{slot}}}"})
     with pytest.raises(UserError, match=f"the prompt has a {{{slot}}} slot but utterance u7 has {what}"):
-        prompt.fill(*tags, context=PromptContext("u7"))
+        prompt.fill(replace(request, id="u7"))
     with pytest.raises(UserError, match="but the utterance has no"):
-        splice(prompt, tokenizer, [2], [tags[0]], target_languages=[tags[1]] if len(tags) == 2 else None)
+        splice(prompt, tokenizer, [2], [request])
 
 
 # ---- the splice ----
@@ -151,7 +157,7 @@ def test_a_slot_without_data_names_slot_and_utterance(slot, tags, what):
 def test_layout_and_labels():
     prompt = PromptConfig()
     labels = [tokenizer.encode(" one two"), tokenizer.encode(" 三")]
-    out = splice(prompt, tokenizer, [3, 5], ["en", "zh"], labels)
+    out = splice(prompt, tokenizer, [3, 5], requests_of(["en", "zh"]), labels)
     for i, (audio_len, lang) in enumerate([(3, "en"), (5, "zh")]):
         before = tokenizer.encode("User: ")
         after = tokenizer.encode(f"<|{lang}|>\n\nAssistant:")
@@ -170,17 +176,17 @@ def test_layout_and_labels():
 
 def test_learned_parts_have_their_places():
     prompt = PromptConfig(asr="ab{audio}c", boundary=True, soft_tokens=2)
-    out = splice(prompt, tokenizer, [3], ["en"], [[7, 8]])
+    out = splice(prompt, tokenizer, [3], requests_of(["en"]), [[7, 8]])
     a, b, c = ("soft", "boundary", "audio")
     expected = [a, a, *["text"] * len(tokenizer.encode("ab")), b, c, c, c, b, "text", "label", "label"]
     assert [Kind(kind).name.lower() for kind in out.kinds[0].tolist()] == expected
     assert out.audio_starts.tolist() == [expected.index("audio")]
     alone = PromptConfig(asr="{audio}", ast="{audio}", soft_tokens=1)
-    assert splice(alone, tokenizer, [1], [None], [[]]).labels.tolist() == [[IGNORE, tokenizer.eos_id]]
+    assert splice(alone, tokenizer, [1], [Request()], [[]]).labels.tolist() == [[IGNORE, tokenizer.eos_id]]
 
 
 def test_without_labels_rows_end_with_the_prompt():
-    out = splice(PromptConfig(asr="{audio}>"), tokenizer, [2], [None])
+    out = splice(PromptConfig(asr="{audio}>"), tokenizer, [2], [Request()])
     assert out.token_ids.tolist() == [[0, 0, *tokenizer.encode(">")]]
     assert (out.labels == IGNORE).all()
 
@@ -188,14 +194,14 @@ def test_without_labels_rows_end_with_the_prompt():
 def test_a_row_is_laid_out_as_it_is_alone():
     prompt = PromptConfig(**WITH_CONTEXT, **LEARNED)
     labels = [tokenizer.encode(text) for text in (" one", " 一", " un")]
-    columns = [[2, 4, 3], ["en", "en", "fr"], labels, [None, "zh", None], CONTEXTS]
-    lens, languages, _, targets, contexts = columns
+    requests = requests_of(["en", "en", "fr"], [None, "zh", None], CONTEXTS)
+    columns = lens, _, _ = [2, 4, 3], requests, labels
     out = splice(prompt, tokenizer, *columns)
     for i in range(3):
         alone = splice(prompt, tokenizer, *(column[i : i + 1] for column in columns))
         for name in ("token_ids", "kinds", "labels"):
             assert torch.equal(getattr(out, name)[i, : out.lens[i]], getattr(alone, name)[0])
-        before, after = prompt.fill(languages[i], targets[i], contexts[i])
+        before, after = prompt.fill(requests[i])
         is_text = out.kinds[i] == Kind.TEXT
         assert out.token_ids[i, is_text].tolist() == tokenizer.encode(before) + tokenizer.encode(after)
         assert (out.kinds[i] == Kind.AUDIO).sum() == lens[i]
@@ -213,7 +219,7 @@ def test_tags_that_must_not_be_split(model_config, tokenizer_dir):
     whole = PromptConfig(preset="tags", whole_tags=True)
     whole.check_tags(tokenizer, "rwkv")  # it has no tag before its slots are filled
     with pytest.raises(UserError, match=r"<\|en\|> must be one token, but the tokenizer rwkv splits it into 5"):
-        splice(whole, tokenizer, [2], ["en"])
+        splice(whole, tokenizer, [2], requests_of(["en"]))
 
 
 def test_chat_markers_of_a_hugging_face_tokenizer(tmp_path):
@@ -221,7 +227,7 @@ def test_chat_markers_of_a_hugging_face_tokenizer(tmp_path):
     whole = HFTokenizer(train_byte_level(SENTENCES, tmp_path / "whole", special_tokens=["<|endoftext|>", *markers]))
     prompt = PromptConfig(preset="qwen")
     prompt.check_tags(whole, "whole")
-    (row,) = splice(prompt, whole, [1], ["en"]).token_ids.tolist()
+    (row,) = splice(prompt, whole, [1], requests_of(["en"])).token_ids.tolist()
     pieces = [whole.piece(i) for i in row]
     assert [pieces.count(marker) for marker in markers] == [2, 1] and pieces[0] == markers[0]
     split = HFTokenizer(train_byte_level(SENTENCES, tmp_path / "split"))
@@ -271,42 +277,42 @@ VARIANTS = {
     "projector": {"projector": PromptProjectorConfig(hidden=8)},
     "all": {**WITH_CONTEXT, **LEARNED},
 }
-TARGETS = [None, "es", None]
+REQUESTS = requests_of(["en", "es", "en"], [None, "es", None], CONTEXTS)
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_training_and_decoding_read_the_same(prompted_model, batch, options):
     model = prompted_model(**options).eval()
-    features, lens, texts, languages = batch
+    features, lens, texts, _ = batch
     labels = [model.label_ids(text) for text in texts]
     with torch.no_grad():
         _, _, audio_embeds, audio_lens = model.encode(features, lens)
-        trained = model.spliced(audio_lens, languages, labels, TARGETS, CONTEXTS)
+        trained = model.spliced(audio_lens, REQUESTS, labels)
         logits, _ = model.llm(inputs_embeds=model.embed(trained, audio_embeds, audio_lens), lens=trained.lens)
-        recogniser = Recogniser(model)
-        for i, (_, prompt) in enumerate(recogniser._prompts(Speech(features, lens, languages, TARGETS, CONTEXTS))):
+        recognizer = SpeechLLMRecognizer(model)
+        for i, (_, prompt) in enumerate(recognizer._prompts(Speech(features, lens, REQUESTS))):
             read = torch.cat([prompt.inputs_embeds, model.llm.embed(torch.tensor(labels[i]))])
             decoded, _ = model.llm(inputs_embeds=read[None], state=prompt.state)
             count = len(labels[i]) + 1
             end = trained.lens[i]
             torch.testing.assert_close(decoded[0, -count:], logits[i, end - count : end], rtol=1e-4, atol=1e-4)
-    assert recogniser._states or options.get("preset") == "tags" and not options.get("soft_tokens")
+    assert recognizer._states or options.get("preset") == "tags" and not options.get("soft_tokens")
 
 
 def test_texts_of_their_own_do_not_fill_the_memory_with_states(prompted_model, batch, monkeypatch):
     model = prompted_model(**WITH_CONTEXT).eval()
-    features, lens, _, languages = batch
-    speech = Speech(features, lens, languages, [None] * 3, CONTEXTS)
-    expected = [r.text for r in model.recognise(*speech)]
+    features, lens, *_ = batch
+    speech = Speech(features, lens, requests_of(["en", "es", "en"], contexts=CONTEXTS))
+    expected = [r.text for r in model.recognize(*speech)]
     monkeypatch.setattr("speechllm.decode.recognizer._MAX_STATES", 1)
-    recogniser = Recogniser(model)
-    assert [r.text for r in next(recogniser([speech]))] == expected and len(recogniser._states) == 1
+    recognizer = SpeechLLMRecognizer(model)
+    assert [r.text for r in next(recognizer([speech]))] == expected and len(recognizer._states) == 1
 
 
 @pytest.mark.parametrize("options", [VARIANTS["qwen"], VARIANTS["all"]], ids=["qwen", "all"])
 def test_a_padded_batch_gives_each_utterance_what_it_gets_alone(prompted_model, batch, options):
     model = prompted_model(**options).eval()
-    columns = [*batch, TARGETS, batch[2], CONTEXTS]  # the labels are the texts
+    columns = [*batch[:3], REQUESTS, batch[2]]  # the labels are the texts
     with torch.no_grad():
         whole = model(*columns)["llm_loss"]
         rows = [
@@ -319,7 +325,7 @@ def test_a_padded_batch_gives_each_utterance_what_it_gets_alone(prompted_model, 
 def test_every_learned_parameter_gets_a_gradient_from_a_frozen_language_model(prompted_model, batch):
     model = prompted_model(**WITH_CONTEXT, **LEARNED).train()
     model.llm.requires_grad_(False)
-    model(*batch, TARGETS, contexts=CONTEXTS)["loss"].backward()
+    model(*batch[:3], REQUESTS)["loss"].backward()
     learned = dict(model.prompt.named_parameters())
     assert set(learned) == {
         "soft", "boundary",
@@ -329,7 +335,7 @@ def test_every_learned_parameter_gets_a_gradient_from_a_frozen_language_model(pr
     # no text at all in a batch: still a gradient, so that all processes have one
     model.zero_grad()
     silent = prompted_model(asr="{audio}{previous}", ast="{audio}", **LEARNED)
-    silent(*batch, contexts=[PromptContext(previous="")] * 3)["loss"].backward()
+    silent(*batch[:3], [Request(previous="")] * 3)["loss"].backward()
     assert [name for name, p in silent.named_parameters() if p.grad is None] == []
 
 
@@ -359,8 +365,8 @@ def test_the_prompt_is_saved_with_the_model(prompted_model, batch, options, tmp_
     monkeypatch.setitem(INSTRUCTIONS, "en", {"asr": ["?"], "ast": ["?"]})
     loaded = SpeechLLM.from_pretrained(tmp_path / "model")
     assert loaded.config.prompt == model.config.prompt
-    expected = model(*batch, TARGETS, contexts=CONTEXTS)["llm_loss"]
-    assert torch.equal(loaded(*batch, TARGETS, contexts=CONTEXTS)["llm_loss"], expected)
+    expected = model(*batch[:3], REQUESTS)["llm_loss"]
+    assert torch.equal(loaded(*batch[:3], REQUESTS)["llm_loss"], expected)
 
 
 def test_a_small_model_learns_with_its_prompt(model_config, batch):
@@ -371,15 +377,15 @@ def test_a_small_model_learns_with_its_prompt(model_config, batch):
     features, lens = batch[0][[2, 2, 2], :30], torch.tensor([30, 30, 30])
     init_from_data(model.encoder, features, lens)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
-    texts = ["one", "two three", "tres"]
+    texts, requests = ["one", "two three", "tres"], requests_of(["en"] * 3, contexts=CONTEXTS)
     before = {name: p.detach().clone() for name, p in model.prompt.named_parameters()}
     for step in range(40):
         model.encoder.set_batch_count(step)
-        out = model(features, lens, texts, ["en"] * 3, contexts=CONTEXTS)
+        out = model(features, lens, texts, requests)
         (out["loss"] / out["tokens"]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         optimizer.zero_grad()
     assert all(not torch.equal(p, before[name]) for name, p in model.prompt.named_parameters())
-    found = model.eval().recognise(features, lens, ["en"] * 3, contexts=CONTEXTS)
+    found = model.eval().recognize(features, lens, requests)
     assert [r.text for r in found] == texts

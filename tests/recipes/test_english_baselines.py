@@ -1,4 +1,4 @@
-"""The table that compares recognisers: all results are normalised alike. The recognisers are stood in for."""
+"""The table that compares recognizers: all results are normalized alike. The recognizers are stood in for."""
 
 import json
 import sys
@@ -39,15 +39,15 @@ def data(tmp_path):
 
 @pytest.fixture
 def run(data, tmp_path, monkeypatch, capsys):
-    """Runs the program with a recogniser that writes by the length of the audio; what it printed."""
+    """Runs the program with a recognizer that writes by the length of the audio; what it printed."""
 
-    def recogniser(utterances):
+    def recognizer(utterances):
         for samples in utterances:
             assert samples.dtype == np.float32
             yield {1000: "I'm gonna go.", 2000: "In 1947!"}[len(samples)]
 
     def run(*args):
-        monkeypatch.setattr(baselines, "pocketsphinx", recogniser)
+        monkeypatch.setattr(baselines, "pocketsphinx", recognizer)
         options = ["--data-dir", data, "--output-dir", tmp_path / "exp", "--systems", "pocketsphinx"]
         words = tmp_path / "words.dict"
         words.write_text("the X\nof X\nyou X\n")
@@ -72,11 +72,11 @@ def test_table(run, tmp_path):
 
 def test_what_is_there_is_not_done_again(run, monkeypatch, tmp_path):
     first = run()
-    monkeypatch.setattr(baselines, "recognise", None)
+    monkeypatch.setattr(baselines, "recognize", None)
     assert run() == first
 
 
-def test_results_of_other_recognisers(run, tmp_path):
+def test_results_of_other_recognizers(run, tmp_path):
     recogs = tmp_path / "recogs-test-mine.txt"
     recogs.write_text("a:\tref=['i', 'am', 'gonna']\na:\thyp=['i', 'am', 'going', 'to']\n")
     assert rows(run(recogs))["recogs-test-mine.txt"] == ["1", "4", "0", "0", "0", "0.00"]

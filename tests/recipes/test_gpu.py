@@ -26,18 +26,6 @@ def mean_loss(exp_dir):
     return Averages(load_checkpoint(exp_dir / "checkpoint-12.pt")["total"]).items()["loss"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("device", DEVICES)
-def test_fsdp_in_a_process_group_of_one_learns_what_a_whole_model_learns(experiment, tmp_path, device):
-    one = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
-    train(experiment, tmp_path / "whole", device)
-    train(experiment, tmp_path / "shared", device, "--train.fsdp", "true", launcher=one)
-    whole, shared = (load_checkpoint(tmp_path / name / "checkpoint-12.pt") for name in ("whole", "shared"))
-    assert "llm.head.weight" in shared["sharded"]["names"]
-    assert whole["model"].keys() == shared["model"].keys()
-    assert mean_loss(tmp_path / "shared") == pytest.approx(mean_loss(tmp_path / "whole"), rel=2e-3)
-
-
 @pytest.mark.cuda
 def test_half_precision_learns_what_float32_learns(experiment, tmp_path):
     """In bf16 with the kernels of fla, where they are installed."""
@@ -58,3 +46,15 @@ def test_the_largest_batch_that_fits_is_found(experiment, tmp_path):
     log = train(experiment, tmp_path, "cuda", "--max-duration", "auto")
     found = re.search(r"--max-duration auto: (\d+) s", log)
     assert found and int(found[1]) >= 1 and "done: 12 steps" in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_fsdp_in_a_process_group_of_one_learns_what_a_whole_model_learns(experiment, tmp_path, device):
+    one = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
+    train(experiment, tmp_path / "whole", device)
+    train(experiment, tmp_path / "shared", device, "--train.fsdp", "true", launcher=one)
+    whole, shared = (load_checkpoint(tmp_path / name / "checkpoint-12.pt") for name in ("whole", "shared"))
+    assert "llm.head.weight" in shared["sharded"]["names"]
+    assert whole["model"].keys() == shared["model"].keys()
+    assert mean_loss(tmp_path / "shared") == pytest.approx(mean_loss(tmp_path / "whole"), rel=2e-3)

@@ -15,8 +15,10 @@ from speechllm.data import Batch
 from speechllm.encoder import WhisperEncoderConfig, save_encoder
 from speechllm.errors import UserError
 from speechllm.llm.adapters import load_adapter
+from speechllm.model.config import EncoderSection, ModelConfig
 from speechllm.model.encoder_model import EncoderModel
-from speechllm.model.speech_llm import EncoderSection, ModelConfig, SpeechLLM
+from speechllm.model.speech_llm import SpeechLLM
+from speechllm.prompt.request import Request
 from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7, save_rwkv7
 from speechllm.train import preflight
 from speechllm.train.checkpoint import load_checkpoint, save_checkpoint
@@ -223,7 +225,7 @@ def test_steps_without_a_finite_gradient_stop_the_run_with_the_batch(experiment,
     assert result.returncode == 1 and "2 steps in a row without a finite gradient" in result.stderr
     (path,) = tmp_path.glob("bad-batch-*-rank0.pt")
     (batch,) = torch.load(path, weights_only=True)
-    assert batch["features"].isfinite().all() and len(batch["ids"]) == len(batch["features"])
+    assert batch["features"].isfinite().all() and len(batch["requests"]) == len(batch["features"])
 
 
 def test_memory_that_runs_out_names_the_settings():
@@ -234,7 +236,7 @@ def test_memory_that_runs_out_names_the_settings():
     class Loader:
         def largest_batches(self):
             features, lens = torch.zeros(3, 250, 80), torch.tensor([250, 10, 10])
-            yield Batch(["a"] * 3, ["a"] * 3, [None] * 3, [None] * 3, ["x"] * 3, [2.5, 0.1, 0.1], features, lens)
+            yield Batch(["a"] * 3, ["a"] * 3, [Request("x")] * 3, [2.5, 0.1, 0.1], features, lens)
 
     accelerator, model = Accelerator(cpu=True), TooLarge(1, 1)
     with pytest.raises(preflight.MemoryRanOut, match="3 rows of 2.5 s: lower data.max_duration"):
@@ -351,7 +353,7 @@ def test_an_encoder_alone_is_trained_resumed_averaged_and_decoded(experiment, tm
     assert "encoder 0." in run(*command(experiment, tmp_path / "llm", *settings)).stderr
 
 
-def test_a_quantised_language_model_is_tuned_by_two_processes(experiment, tmp_path):
+def test_a_quantized_language_model_is_tuned_by_two_processes(experiment, tmp_path):
     torch.manual_seed(0)
     save_rwkv7(RWKV7(RWKV7Config(2, 32, 300, head_size=16)), tmp_path / "lm.pth")
     settings = [
@@ -370,7 +372,7 @@ def test_a_quantised_language_model_is_tuned_by_two_processes(experiment, tmp_pa
     merged = SpeechLLM.from_pretrained(folder).llm
     adapted = load_adapter(load_rwkv7(tmp_path / "lm.pth"), folder / "adapter")
     ids = torch.randint(0, 300, (1, 20))
-    # the merged weights are those of the quantised base
+    # the merged weights are those of the quantized base
     torch.testing.assert_close(merged(ids)[0], adapted(ids)[0], rtol=0.05, atol=0.05)
 
 

@@ -203,7 +203,7 @@ def test_a_configuration_may_leave_defaults_out_and_have_other_keys(hf):
     assert_same(load_rwkv7(hf), expected)
 
 
-def test_other_heads_than_fla_normalises_alike(tmp_path):
+def test_other_heads_than_fla_normalizes_alike(tmp_path):
     save_rwkv7(random_model(RWKV7Config(2, 64, 11, head_size=32)), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config.pop("group_norm_eps") == 64e-5

@@ -1,4 +1,4 @@
-"""The model: golden data, states, padding, initialisation, gradients."""
+"""The model: golden data, states, padding, initialization, gradients."""
 
 from pathlib import Path
 
@@ -197,7 +197,7 @@ def test_bfloat16_weights():
     assert model.step(torch.tensor([1, 2]), state)[1].wkv.dtype == torch.float32
 
 
-def test_official_initialisation():
+def test_official_initialization():
     torch.manual_seed(0)
     model = RWKV7(RWKV7Config(4, 128, 512))
     att, ffn = model.blocks[1].att, model.blocks[1].ffn

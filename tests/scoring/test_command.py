@@ -96,7 +96,7 @@ def test_translations_are_scored_against_the_translation(tmp_path):
     assert (found.text, found.language) == ("ja", "en>de")
 
 
-def test_normalised_alike(tmp_path):
+def test_normalized_alike(tmp_path):
     ref, hyp = write(tmp_path / "ref", ["a Hello, you"]), write(tmp_path / "hyp", ["a hello you!"])
     row = total_row(score_files(ref, hyp, text_steps=["lowercase", "remove_punctuation"]))
     assert row[3] == "0.00%"
@@ -210,7 +210,7 @@ def test_manifests_of_all_kinds_say_who_speaks(tmp_path):
     assert read_lines(kaldi) == {"a": expected}
 
 
-def test_text_is_normalised_by_the_rules_of_its_language(tmp_path):
+def test_text_is_normalized_by_the_rules_of_its_language(tmp_path):
     lines = [
         {"id": "1", "text": "IĞDIR", "pred_text": "ığdır", "lang": "tr", "duration": None},
         {"id": "2", "text": "IRIS", "pred_text": "iris", "lang": "Turkish", "target_lang": "en", "task": "ast"},

@@ -14,6 +14,7 @@ import torch
 from speechllm.data import Batch
 from speechllm.decode.result import Word
 from speechllm.prompt.label import WordTime
+from speechllm.prompt.request import Request
 from speechllm.scoring import (
     ErrorReport,
     Transcript,
@@ -66,9 +67,12 @@ def test_transcripts_of_a_batch():
     batch = Batch(
         texts=["Hello, you", "你好！", "x", "Straße"],
         labels=["Hello, you", "你好！", "x", "Straße"],
-        languages=["en", "en", None, "de"],
-        target_languages=[None, "zh", "zh", None],
-        ids=["a", "b", "c", "d"],
+        requests=[
+            Request("a", language="en"),
+            Request("b", language="en", target_language="zh"),
+            Request("c", target_language="zh"),
+            Request("d", language="de"),
+        ],
         durations=[1.0, 2.0, 3.0, 4.0],
         features=torch.zeros(4, 1, 80),
         feature_lens=torch.ones(4, dtype=torch.long),
@@ -98,12 +102,11 @@ def test_exact_matches_and_identified_languages():
     assert exact_match([]) == 0 and language_accuracy(results[3:]) is None
 
 
-def test_times_of_the_words_that_were_recognised_rightly():
+def test_times_of_the_words_that_were_recognized_rightly():
     def batch(words):
         ids = ["a", "b"]
-        return Batch(
-            ids, ids, ["en"] * 2, [None] * 2, ids, [3.0] * 2, torch.zeros(2, 1, 80), torch.ones(2), words=words
-        )
+        requests = [Request(id, language="en") for id in ids]
+        return Batch(ids, ids, requests, [3.0] * 2, torch.zeros(2, 1, 80), torch.ones(2), words=words)
 
     said = (WordTime("<sil>", 0.0, 0.2), WordTime("One", 0.2, 0.5), WordTime("two", 0.9, 1.2), WordTime("six", 1.5, 2))
     found = [Word("oh", 0.0, 0.2, 1.0), Word("one", 0.3, 0.5, 1.0), Word("six,", 1.5, 2.5, 1.0)]
@@ -171,7 +174,7 @@ def test_mixed_units_are_chinese_characters_and_other_words():
     assert score(english, mixed) == score(english)
 
 
-def spoken_and_recognised(count: int, rate: float) -> tuple[list[str], list[str]]:
+def spoken_and_recognized(count: int, rate: float) -> tuple[list[str], list[str]]:
     """Words as frequent as in speech, and the same with so many errors."""
     rng = random.Random(count)
     vocabulary = [f"w{int(rng.paretovariate(0.6))}" for _ in range(2000)]
@@ -183,7 +186,7 @@ def spoken_and_recognised(count: int, rate: float) -> tuple[list[str], list[str]
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.3])
 def test_long_texts_have_the_counts_of_kaldialign(rate):
-    ref, hyp = spoken_and_recognised(2500, rate)  # more than is aligned at once
+    ref, hyp = spoken_and_recognized(2500, rate)  # more than is aligned at once
     whole = [(r or None, h or None) for r, h in kaldialign.align(ref, hyp, "")]
     found = align(ref, hyp)
     assert count_pairs(found) == count_pairs(whole)
@@ -204,9 +207,9 @@ def test_an_hour_in_one_line_needs_little_memory():
     program = (
         "import random, resource\n"
         "from speechllm.scoring import Transcript, characters, score\n"
-        "from tests.scoring.test_counting import spoken_and_recognised\n"
+        "from tests.scoring.test_counting import spoken_and_recognized\n"
         "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "ref, hyp = map(' '.join, spoken_and_recognised(10_000, 0.2))\n"
+        "ref, hyp = map(' '.join, spoken_and_recognized(10_000, 0.2))\n"
         "before = used()\n"
         "score([Transcript('a', ref, hyp)]), score([Transcript('a', ref, hyp)], characters)\n"
         "print(used() - before)\n"

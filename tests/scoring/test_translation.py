@@ -1,4 +1,4 @@
-"""BLEU and chrF: those of sacrebleu, with the tokeniser of the language."""
+"""BLEU and chrF: those of sacrebleu, with the tokenizer of the language."""
 
 import sys
 

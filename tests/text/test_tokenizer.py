@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from speechllm.errors import UserError
 from speechllm.text.tokenizer import (
     HFTokenizer,
     RWKVTokenizer,
@@ -276,7 +277,7 @@ def test_identity_is_that_of_the_vocabulary(tmp_path, small):
 def test_load_errors_say_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder; give 'rwkv'"):
         load_tokenizer("wrkv")
-    with pytest.raises(FileNotFoundError, match="neither tokenizer.model nor tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match="none of tokenizer.model, tokenizer.json and lexicon.txt"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(ValueError, match="not a JSON object"):
@@ -290,3 +291,28 @@ def test_load_errors_say_what_is_wrong(tmp_path):
     (tmp_path / "bad.model").write_text("hello")
     with pytest.raises(ValueError, match="not a sentencepiece model"):
         load_tokenizer(tmp_path / "bad.model")
+
+
+def test_a_lexicon_makes_phones_of_words(tmp_path, small):
+    lines = "hello HH AH L OW\nhello HH EH L OW\n\nhelo HH AH L OW\nworld W ER L D\n"
+    (tmp_path / "lexicon.txt").write_text(lines, encoding="utf-8")
+    phones = load_tokenizer(tmp_path)
+    ids = phones.encode("  hello world there ")
+    assert " ".join(map(phones.piece, ids)) == "HH AH L OW _ W ER L D _ <unk>"
+    assert phones.decode(ids) == "hello world <|unk|>" and phones.decode(ids[1:4]) == "<|AH|><|L|><|OW|>"
+    assert phones.eos_id not in ids and phones.decode([phones.eos_id, -1, 10**6]) == ""
+    assert phones.decode(phones.encode("helo hello")) == "hello hello", "homophones: the first"
+    # a language model reads them as its special tokens, one each
+    llm = train_sentencepiece(["hello world"], tmp_path / "llm", 320, special_tokens=phones.tags)
+    heard = "".join(map(phones.piece_text, ids))
+    assert heard.startswith("<|HH|><|AH|><|L|><|OW|><|_|><|W|>") and phones.piece_text(phones.eos_id) == ""
+    assert llm.encode(heard) == [llm.encode(phones.tags[i - 1])[-1] for i in ids]
+    phones.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").identity() == phones.identity() != small.identity()
+
+
+@pytest.mark.parametrize("lines, message", [("hello\n", "line 1: 'hello' has no phones"), ("\n", "no words")])
+def test_a_lexicon_that_is_none(tmp_path, lines, message):
+    (tmp_path / "lexicon.txt").write_text(lines, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)

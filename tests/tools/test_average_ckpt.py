@@ -12,7 +12,8 @@ from torch import nn
 
 from speechllm.config import to_dict
 from speechllm.llm.adapters import TuneConfig, load_adapter
-from speechllm.model.speech_llm import LLMSection, SpeechLLM
+from speechllm.model.config import LLMSection
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.rwkv7 import load_rwkv7, save_rwkv7
 from speechllm.train.checkpoint import RunningAverage, save_checkpoint, trained_state_dict
 from speechllm.weights import file_hash
@@ -164,6 +165,10 @@ def test_what_cannot_be_averaged(exp, average, tmp_path):
         average("--exp-dir", exp.exp_dir, "--epoch", 4)
     path = exp.exp_dir / "epoch-2.pt"
     content = torch.load(path)
+    content["config"]["model"]["llm"] = None
+    torch.save(content, path)
+    with pytest.raises(SystemExit, match="error: --no-merge: there is no language model"):
+        average("--exp-dir", exp.exp_dir, "--epoch", 2, "--avg", 1, "--no-merge")
     del content["model_avg"]
     torch.save(content, path)
     with pytest.raises(SystemExit, match=r"error: \S*epoch-2.pt: holds no running average"):

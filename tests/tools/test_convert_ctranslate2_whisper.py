@@ -126,7 +126,7 @@ def test_the_same_model(convert, whisper, tmp_path):
     assert not list((tmp_path / "hf").glob("*.bin"))
 
 
-def test_half_precision_and_quantised_matrices(convert, whisper, tmp_path):
+def test_half_precision_and_quantized_matrices(convert, whisper, tmp_path):
     variables = {name: x.half() if x.is_floating_point() else x for name, x in variables_of(whisper).items()}
     convert(write(tmp_path / "half", variables), tmp_path / "half-hf")
     converted = WhisperForConditionalGeneration.from_pretrained(tmp_path / "half-hf", dtype="auto")

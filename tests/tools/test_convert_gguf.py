@@ -28,8 +28,8 @@ def convert(monkeypatch, capsys):
     return run
 
 
-def write(path: Path, architecture: str, quantised: bool) -> dict[str, np.ndarray]:
-    """Writes a model with random weights, its matrices in Q8_0 where `quantised`; the weights as they are read."""
+def write(path: Path, architecture: str, quantized: bool) -> dict[str, np.ndarray]:
+    """Writes a model with random weights, its matrices in Q8_0 where `quantized`; the weights as they are read."""
     rng = np.random.default_rng(0)
     head = WIDTH // HEADS
     writer = gguf.GGUFWriter(path, architecture)
@@ -70,7 +70,7 @@ def write(path: Path, architecture: str, quantised: bool) -> dict[str, np.ndarra
     weights = {}
     for name, shape in shapes.items():
         x = rng.standard_normal(shape).astype(np.float32) * 0.1
-        if quantised and len(shape) == 2:
+        if quantized and len(shape) == 2:
             packed = gguf.quants.quantize(x, gguf.GGMLQuantizationType.Q8_0)
             writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
             x = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
@@ -84,9 +84,9 @@ def write(path: Path, architecture: str, quantised: bool) -> dict[str, np.ndarra
     return weights
 
 
-@pytest.mark.parametrize(("architecture", "quantised"), [("llama", True), ("qwen2", True), ("qwen2", False)])
-def test_a_plain_folder(convert, tmp_path, architecture, quantised):
-    weights = write(tmp_path / "small.gguf", architecture, quantised)
+@pytest.mark.parametrize(("architecture", "quantized"), [("llama", True), ("qwen2", True), ("qwen2", False)])
+def test_a_plain_folder(convert, tmp_path, architecture, quantized):
+    weights = write(tmp_path / "small.gguf", architecture, quantized)
     printed = convert(tmp_path / "small.gguf", tmp_path / "hf", "--dtype", "float32")
     assert f"{'Llama' if architecture == 'llama' else 'Qwen2'}ForCausalLM" in printed
     assert "quantization_config" not in (tmp_path / "hf" / "config.json").read_text()
@@ -119,7 +119,7 @@ def test_a_plain_folder(convert, tmp_path, architecture, quantised):
 
 
 def test_precision(convert, tmp_path):
-    weights = write(tmp_path / "small.gguf", "llama", quantised=False)
+    weights = write(tmp_path / "small.gguf", "llama", quantized=False)
     assert "torch.bfloat16" in convert(tmp_path / "small.gguf", tmp_path / "hf")
     embedding = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").model.embed_tokens.weight
     assert torch.equal(embedding, torch.from_numpy(weights["token_embd.weight"]).bfloat16())

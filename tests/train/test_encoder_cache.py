@@ -11,8 +11,8 @@ import torch
 from speechllm.config import ConfigError
 from speechllm.data import AugmentConfig, DataConfig, SourceConfig, SpeedConfig, build_eval_loader, read_manifest
 from speechllm.encoder import WhisperEncoderConfig
+from speechllm.model.config import EncoderSection, ModelConfig
 from speechllm.model.encoder_model import EncoderModel
-from speechllm.model.speech_llm import EncoderSection, ModelConfig
 from speechllm.train.encoder_cache import use_encoder_cache
 
 

@@ -2,12 +2,12 @@
 
 from types import SimpleNamespace
 
+from speechllm.prompt.request import requests_of
 from speechllm.train.languages import TrainedLanguages, languages_of
 
 
 def batch(*pairs):
-    languages, targets = zip(*pairs, strict=True)
-    return SimpleNamespace(languages=languages, target_languages=targets)
+    return SimpleNamespace(requests=requests_of(*zip(*pairs, strict=True)))
 
 
 def test_transcripts_and_translations_of_all_processes_and_stages():

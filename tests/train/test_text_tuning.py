@@ -13,11 +13,19 @@ from speechllm.errors import UserError
 from speechllm.llm.adapters import TuneConfig, load_adapter, tune
 from speechllm.rwkv7 import RWKV7State, load_rwkv7, save_rwkv7
 from speechllm.text.tokenizer import load_tokenizer
-from speechllm.train.text_tuning import TextTuning, batches, inputs_and_labels, read_documents, text_loss, tune_on_text
+from speechllm.train.text_tuning import (
+    Document,
+    TextTuning,
+    batches,
+    inputs_and_labels,
+    read_documents,
+    text_loss,
+    tune_on_text,
+)
 from tests.rwkv7.small import small_model
 
 EOS = 1
-DOCUMENTS = [[5, 6, 7, 8] * n for n in (1, 2, 3, 5, 9)]  # one is longer than a segment
+DOCUMENTS = [Document([5, 6, 7, 8] * n) for n in (1, 2, 3, 5, 9)]  # one is longer than a segment
 
 
 def test_documents_of_text_and_json(tmp_path, tokenizer_dir):
@@ -25,7 +33,7 @@ def test_documents_of_text_and_json(tmp_path, tokenizer_dir):
     (tmp_path / "a.txt").write_text("one two\n\n  \ntres", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"text": "uno\\u2028dos"}\n', encoding="utf-8")
     documents = read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"], tokenizer)
-    assert [tokenizer.decode(x) for x in documents] == ["one two", "tres", "uno\u2028dos"]
+    assert [tokenizer.decode(x.ids) for x in documents] == ["one two", "tres", "uno\u2028dos"]
     (tmp_path / "b.jsonl").write_text('{"text": "uno"}\n{"txt": "dos"}\n')
     with pytest.raises(UserError, match="b.jsonl, line 2: expected JSON"):
         read_documents([tmp_path / "b.jsonl"], tokenizer)
@@ -47,9 +55,29 @@ def test_each_document_once_a_round_in_batches_that_fit():
 
 
 def test_labels_are_the_next_ids():
-    ids, labels, cu_seqlens = inputs_and_labels([[5, 6], [7]], EOS)
+    ids, labels, cu_seqlens = inputs_and_labels([Document([5, 6]), Document([7])], EOS)
     assert ids.tolist() == [[EOS, 5, 6, EOS, 7]] and labels.tolist() == [[5, 6, EOS, 7, EOS]]
     assert cu_seqlens.tolist() == [0, 3, 5]
+
+
+def test_a_prompt_is_read_and_not_learned(tmp_path, tokenizer_dir):
+    tokenizer = load_tokenizer(tokenizer_dir)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "one", "text": " two"}\n{"text": "tres"}\n', encoding="utf-8")
+    documents = read_documents([tmp_path / "a.jsonl"], tokenizer)
+    prompt, text = tokenizer.encode("one"), tokenizer.encode(" two")
+    assert documents == [Document(prompt + text, len(prompt)), Document(tokenizer.encode("tres"))]
+    _, labels, _ = inputs_and_labels(documents[:1], EOS)
+    assert labels.tolist() == [[-100] * len(prompt) + text + [EOS]]
+    model = small_model()
+    given = [Document([5, 6, 7, 8, 9], 4)]  # with a segment in which nothing is learned
+    losses = [text_loss(model, given, TextTuning(segment=n), EOS) for n in (2, 100)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    options = TextTuning(steps=2, tokens_per_step=40, segment=2, lr=1e-2, warmup_steps=1, valid_every_n=2)
+    _, after = tune_on_text(model, given, given, options, EOS, lambda: None)
+    assert after < losses[0]
+    (tmp_path / "a.jsonl").write_text('{"prompt": 3, "text": "two"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="a.jsonl, line 1"):
+        read_documents([tmp_path / "a.jsonl"], tokenizer)
 
 
 def test_the_loss_does_not_depend_on_segments():

@@ -1,4 +1,4 @@
-"""A recogniser that hears tones, each of which is a word, and files of them."""
+"""A recognizer that hears tones, each of which is a word, and files of them."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,8 @@ import torch
 
 from speechllm.data.features import fbank
 from speechllm.decode.result import Hypothesis, Recognition, Word
+from speechllm.errors import UserError
+from speechllm.prompt.request import Request
 
 RATE = 16000
 TONES = {"do": 300, "re": 500, "mi": 800, "fa": 1200, "sol": 1800, "la": 2600, "ti": 3600}
@@ -30,8 +32,8 @@ def random_words(count: int, seed: int) -> list[str]:
 class Listener:
     """Hears a word where one tone is the loudest for 0.1 s; keeps the batches that it was given."""
 
-    def __init__(self, timestamps: bool = False) -> None:
-        self.timestamps = timestamps
+    def __init__(self, timestamps: bool = False, needs_language: bool = False) -> None:
+        self.timestamps, self.needs_language = timestamps, needs_language
         self.batches = []
         bins = torch.tensor([self._bin(TONES[name]) for name in TONES])
         self.names = {int(bin): name for bin, name in zip(bins, TONES, strict=True)}
@@ -47,6 +49,10 @@ class Listener:
                 self._recognition(rows[:frames])
                 for rows, frames in zip(batch.features, batch.feature_lens.tolist(), strict=True)
             ]
+
+    def check(self, request: Request, frames: int | None = None) -> None:
+        if self.needs_language and request.language is None:
+            raise UserError(f"{request.id} has no language")
 
     def _recognition(self, features: torch.Tensor) -> Recognition:
         heard = [int(row.argmax()) if row.max() > -3 else None for row in features]

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from speechllm.decode.result import Hypothesis, Recognition, Word
-from speechllm.decode.timestamps import word_spans
+from speechllm.text.words import word_spans
 from speechllm.transcribe.formats import FORMATS, Recording, Segment, _columns
 
 

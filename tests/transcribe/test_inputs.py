@@ -10,6 +10,7 @@ import pytest
 from speechllm.data.audio_file import UtteranceError
 from speechllm.data.blocks import read_blocks
 from speechllm.errors import UserError
+from speechllm.prompt.request import Request
 from speechllm.transcribe.inputs import Inputs
 from speechllm.transcribe.output import Output, transcribe_all
 from speechllm.transcribe.segments import SegmentOptions
@@ -26,19 +27,23 @@ def test_manifests_say_languages_and_tasks(audio, tmp_path, capsys):
         {"audio_filepath": "audio/b.flac", "duration": -1},
     ]
     manifest = write_manifest(tmp_path / "m.jsonl", lines)
-    inputs = list(Inputs([manifest], language="en"))
-    assert [(i.language, i.target_language) for i in inputs[:3]] == [("de", None), ("en", None), ("en", "fr")]
+    inputs = list(Inputs([manifest], Request(language="en")))
+    assert [(i.request.language, i.request.target_language) for i in inputs[:3]] == [
+        ("de", None),
+        ("en", None),
+        ("en", "fr"),
+    ]
     listener = Listener()
-    assert transcribe_all(Inputs([manifest], language="en"), listener, SegmentOptions(), Output()) == 1
+    assert transcribe_all(Inputs([manifest], Request(language="en")), listener, SegmentOptions(), Output()) == 1
     out, err = capsys.readouterr()
     assert [line.split("\t")[1] for line in out.splitlines()] == ["do re", "re", "mi"]
     assert f"{manifest}:4: to be translated" in err and f"{manifest}:5: duration" in err
     batch = listener.batches[0]
-    assert sorted(zip(batch.languages, map(str, batch.target_languages), strict=True)) == [
+    assert sorted((request.language, str(request.target_language)) for request in batch.requests) == [
         ("de", "None"), ("en", "None"), ("en", "fr"),
     ]  # fmt: skip
-    translated = list(Inputs([manifest], "en", "zh"))
-    assert [i.target_language for i in translated[:4]] == ["zh", "zh", "fr", "zh"]
+    translated = list(Inputs([manifest], Request(language="en", target_language="zh")))
+    assert [i.request.target_language for i in translated[:4]] == ["zh", "zh", "fr", "zh"]
 
 
 def described(inputs):
@@ -128,12 +133,8 @@ def test_a_line_that_cannot_be_recognized_ends_nothing(audio, tmp_path, capsys):
     lines = [{"audio_filepath": str(audio / "a.wav"), "duration": 1.2, "id": str(i)} for i in range(3)]
     lines[1]["lang"] = "en"
 
-    def check(language, target_language, context):
-        if language is None:
-            raise UserError(f"{context.id} has no language")
-
     manifest = write_manifest(tmp_path / "m.jsonl", lines)
-    assert transcribe_all(Inputs([manifest]), Listener(), SegmentOptions(), Output(), check=check) == 1
+    assert transcribe_all(Inputs([manifest]), Listener(needs_language=True), SegmentOptions(), Output()) == 1
     out, err = capsys.readouterr()
     assert out == "1\tdo re\n" and "error: 0 has no language" in err and "error: 2 has no language" in err
 

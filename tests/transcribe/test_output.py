@@ -10,6 +10,7 @@ import pytest
 import soundfile
 
 from speechllm.errors import UserError
+from speechllm.prompt.request import Request
 from speechllm.transcribe.inputs import Inputs, audio_input
 from speechllm.transcribe.output import Output, transcribe_all
 from speechllm.transcribe.segments import SegmentOptions
@@ -61,15 +62,16 @@ def test_an_interrupted_run_leaves_whole_files_alone(audio, tmp_path):
     class Stopped(Exception):
         pass
 
-    def stops(batches):
-        for i, found in enumerate(Listener()(batches)):
-            if i == 2:
-                raise Stopped
-            yield found
+    class Stops(Listener):
+        def __call__(self, batches):
+            for i, found in enumerate(super().__call__(batches)):
+                if i == 2:
+                    raise Stopped
+                yield found
 
     output, options = Output("txt", tmp_path / "out"), SegmentOptions(batch_seconds=0.1)
     with pytest.raises(Stopped):
-        transcribe_all(Inputs([audio]), stops, options, output)
+        transcribe_all(Inputs([audio]), Stops(), options, output)
     assert 0 < len(files_in(tmp_path / "out")) < 4
     assert transcribe_all(Inputs([audio]), Listener(), options, output) == 1
     assert {id: (tmp_path / f"out/{id}.txt").read_text() for id in EXPECTED} == {
@@ -91,7 +93,7 @@ def test_results_stay_inside_their_folder(tmp_path):
 
 
 def transcribed(paths, folder, made_with="model", **more) -> tuple[int, int]:
-    """Exit status, and how many segments were recognised."""
+    """Exit status, and how many segments were recognized."""
     listener = Listener()
     output = Output("txt", folder, made_with=made_with)
     status = transcribe_all(Inputs(paths, **more), listener, SegmentOptions(), output)
@@ -123,10 +125,10 @@ def test_another_model_language_or_recording_is_not_done(days, tmp_path):
     assert transcribed([file], out) == (0, 1)
     assert transcribed([file], out) == (0, 0)
     assert transcribed([file], out, made_with="other model") == (0, 1)
-    assert transcribed([file], out, made_with="other model", language="en") == (0, 1)
-    assert transcribed([file], out, made_with="other model", language="en") == (0, 0)
+    assert transcribed([file], out, made_with="other model", request=Request(language="en")) == (0, 1)
+    assert transcribed([file], out, made_with="other model", request=Request(language="en")) == (0, 0)
     soundfile.write(file, melody(["fa", "la"], 0.2), RATE)
-    assert transcribed([file], out, made_with="other model", language="en") == (0, 1)
+    assert transcribed([file], out, made_with="other model", request=Request(language="en")) == (0, 1)
     assert (out / "rec001.txt").read_text() == "fa la\n"
 
 

@@ -5,14 +5,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from speechllm.prompt.request import Request
 from speechllm.transcribe.formats import Recording
 from speechllm.transcribe.inputs import audio_input
 from speechllm.transcribe.segments import SegmentOptions, transcribe_inputs
 from tests.transcribe.conftest import RATE, Listener, melody, random_words
 
 
-def result_of(samples: np.ndarray, recognise: Listener, max_seconds: float = 30.0) -> Recording:
-    ((_, found),) = transcribe_inputs([audio_input(samples, "a")], recognise, SegmentOptions(max_seconds=max_seconds))
+def result_of(samples: np.ndarray, recognize: Listener, max_seconds: float = 30.0) -> Recording:
+    ((_, found),) = transcribe_inputs([audio_input(samples, "a")], recognize, SegmentOptions(max_seconds=max_seconds))
     return found
 
 
@@ -38,7 +39,7 @@ def test_long_audio_has_each_word_once(seed, pause, timestamps):
         assert np.abs(np.array([word.start for word in timed]) - starts).max() < 0.35  # a word that was cut: its rest
 
 
-def test_silence_is_not_recognised():
+def test_silence_is_not_recognized():
     listener = Listener()
     found = result_of(np.zeros(RATE * 70, dtype=np.float32), listener)
     assert (found.segments, found.duration, listener.batches) == ([], 70.0, [])
@@ -48,11 +49,13 @@ def test_batches_are_full_of_segments_of_similar_length_and_results_in_order():
     rng = np.random.default_rng(0)
     texts = [random_words(int(rng.integers(1, 12)), i) for i in range(60)]
     listener = Listener()
-    inputs = [audio_input(melody(words, 0.2), str(i), f"l{i}", None) for i, words in enumerate(texts)]
+    inputs = [audio_input(melody(words, 0.2), str(i), Request(language=f"l{i}")) for i, words in enumerate(texts)]
     found = list(transcribe_inputs(iter(inputs), listener, SegmentOptions(batch_seconds=20.0)))
     assert [words_of(recording) for _, recording in found] == texts
     assert [recording.id for _, recording in found] == [str(i) for i in range(60)]
-    assert sorted(tag for batch in listener.batches for tag in batch.languages) == sorted(f"l{i}" for i in range(60))
+    assert sorted(request.language for batch in listener.batches for request in batch.requests) == sorted(
+        f"l{i}" for i in range(60)
+    )
     padded = [batch.features.shape[0] * batch.features.shape[1] for batch in listener.batches]
     assert max(padded) <= 2000 + 60
     assert sum(padded) < 1.15 * sum(int(batch.feature_lens.sum()) for batch in listener.batches)

@@ -12,6 +12,7 @@ from typing import Any
 
 from speechllm.errors import UserError
 from speechllm.prompt.label import LabelError, LabelTemplate, WordTime
+from speechllm.prompt.request import Request
 from speechllm.text.languages import is_language_tag, language_tag
 from speechllm.text.normalize import check_steps, normalize_text
 
@@ -68,7 +69,7 @@ class SourceConfig:
 
     `text_field`, `lang_field`: where the text, and the language of the speech, are, if not in `text` and `lang`: a
     field of the line, or of the supervision of a lhotse cut, with dots on the way to it (`custom.texts.0` in
-    Libriheavy, whose cuts have two texts). `text`: steps of normalisation for the texts of this source, before those of
+    Libriheavy, whose cuts have two texts). `text`: steps of normalization for the texts of this source, before those of
     `data.text`. `languages`: tags of your own, `{what the lines say: tag}`; other names and codes become tags of ISO
     639 (`speechllm.text.languages`).
     """
@@ -156,6 +157,12 @@ class Entry:
     def target(self) -> str:
         """What the model is to write."""
         return self.ast_text if self.task == "ast" else self.text
+
+    @property
+    def request(self) -> Request:
+        """What is asked for the utterance."""
+        target_language = self.target_lang if self.task == "ast" else None
+        return Request(self.id, self.previous, self.hotwords, language=self.lang, target_language=target_language)
 
 
 def is_remote(path: str) -> bool:
@@ -297,7 +304,7 @@ def planned_label(entry: Entry, template: LabelTemplate, text_steps: Sequence[st
 
 
 def target_text(entry: Entry, text_steps: Sequence[str]) -> str:
-    """What the model is to write, normalised by the rules of its language."""
+    """What the model is to write, normalized by the rules of its language."""
     return normalize_text(entry.target, text_steps, entry.target_lang if entry.task == "ast" else entry.lang)
 
 
@@ -305,7 +312,7 @@ def label_of(entry: Entry, template: LabelTemplate, text_steps: Sequence[str], s
     """The label of an utterance.
 
     Args:
-        text_steps: normalisation of its text, and of its words one by one (`speechllm.text.normalize`).
+        text_steps: normalization of its text, and of its words one by one (`speechllm.text.normalize`).
         speed: how many times faster it is played.
 
     Raises:
@@ -323,5 +330,4 @@ def label_of(entry: Entry, template: LabelTemplate, text_steps: Sequence[str], s
                 )
             if said := normalize_text(word, text_steps, entry.lang):  # others are silence
                 words.append(WordTime(said, start / speed, end / speed))
-    target_language = entry.target_lang if entry.task == "ast" else None
-    return template.fill(target_text(entry, text_steps), entry.lang, target_language, words)
+    return template.fill(target_text(entry, text_steps), entry.request, words)

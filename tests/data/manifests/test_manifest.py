@@ -19,9 +19,9 @@ from speechllm.data.manifests.manifest import (
     is_plain,
     iter_objects,
     manifest_files,
-    stream_cuts,
     to_cut,
 )
+from speechllm.data.manifests.stream import stream_cuts
 from tests.data.conftest import write_manifest
 from tests.data.corpora import KINDS, TARRED, entries, streamed, true_cuts, write_corpus, write_kind
 

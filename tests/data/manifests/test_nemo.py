@@ -16,7 +16,8 @@ from speechllm.data.check import CheckOptions, check_manifests
 from speechllm.data.convert import convert_to_cuts, convert_to_shar
 from speechllm.data.features import fbank, fbank_extractor
 from speechllm.data.index import open_index
-from speechllm.data.manifests.manifest import LINE_ERRORS, describe, describe_cut, iter_objects, stream_cuts, to_cut
+from speechllm.data.manifests.manifest import LINE_ERRORS, describe, describe_cut, iter_objects, to_cut
+from speechllm.data.manifests.stream import stream_cuts
 from tests.data.conftest import write_manifest, write_tone
 from tests.data.corpora import flat_name, streamed, true_cuts, write_corpus, write_kind, write_tar
 
@@ -197,7 +198,7 @@ def test_without_a_duration_it_is_the_whole_file(kind, missing, tmp_path):
     for cut in (*cuts, *(to_cut(obj, source) for _, obj in iter_objects(source) if obj["id"] != "u5")):
         samples, start = load_samples(true[cut.id]), 4000 if cut.id == "u3" else 0
         assert cut.duration == pytest.approx((len(samples) - start) / 16000, abs=1e-3)
-        if cut.id != "u3":  # at 8 kHz a part is resampled with other neighbours
+        if cut.id != "u3":  # at 8 kHz a part is resampled with other neighbors
             assert np.array_equal(load_samples(cut), samples)
     index = open_index(source)
     assert index.durations.tolist() == pytest.approx(

@@ -8,7 +8,8 @@ from lhotse import CutSet, Fbank
 
 from speechllm.data import ManifestError, SourceConfig, read_manifest
 from speechllm.data.audio import load_samples
-from speechllm.data.manifests.manifest import describe_cut, iter_objects, manifest_files, stream_cuts
+from speechllm.data.manifests.manifest import describe_cut, iter_objects, manifest_files
+from speechllm.data.manifests.stream import stream_cuts
 from speechllm.data.manifests.tar import TAR, with_tar_data
 from tests.data.corpora import streamed, true_cuts, write_corpus, write_kind
 

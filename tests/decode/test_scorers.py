@@ -10,7 +10,8 @@ import pytest
 import sentencepiece
 import torch
 
-from speechllm.decode.context import LEAST_LOG10, Hotwords, KenLM, NGram
+from speechllm.decode.hotwords import Hotwords
+from speechllm.decode.ngram import LEAST_LOG10, KenLM, NGram
 from speechllm.decode.search import Prompt, SearchOptions, search
 from speechllm.errors import UserError
 from speechllm.rwkv7 import RWKV7, RWKV7Config
