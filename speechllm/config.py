@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -40,6 +41,38 @@ class _UniqueKeys(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
+def setting(default: Any, hint: str = "", help: str = "", **bounds: float) -> Any:
+    """A field of a dataclass with the limits of its value, which `check_limits` holds, and its option's help.
+
+    Args:
+      default: also one that is outside of the limits and means something else, such as None.
+      hint: what to do, for the error.
+      help: of the option of a command line that is made of the field.
+      bounds: `at_least`, `above`, `at_most`, `below`; infinity is allowed unless a value must be `below` it.
+    """
+    return dataclasses.field(default=default, metadata={"bounds": bounds, "hint": hint, "help": help})
+
+
+def check_limits(config: Any) -> None:
+    """For the `__post_init__` of a dataclass whose fields are `setting`s.
+
+    Raises:
+      UserError: a value is out of its limits.
+    """
+    for field in dataclasses.fields(config):
+        value, bounds = getattr(config, field.name), field.metadata.get("bounds", {})
+        if value is None or not bounds:
+            continue
+        if not all(_BOUNDS[name](value, bound) for name, bound in bounds.items()):
+            words = (f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())
+            must = " and ".join(words).replace("below inf", "finite")
+            hint = f"; {field.metadata['hint']}" if field.metadata["hint"] else ""
+            raise UserError(f"{field.name} must be {must}, got {value}{hint}")
 
 
 def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] | None = None) -> T:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from speechllm.config import check_limits, setting
 from speechllm.data.augment.augmenter import AugmentConfig, Augmenter
 from speechllm.data.blocks import DURATION_TOLERANCE
 from speechllm.data.commands import share_command_output
@@ -72,44 +73,32 @@ class DataConfig:
     train: list[SourceConfig] = field(default_factory=list)
     valid: list[SourceConfig] = field(default_factory=list)
     test: dict[str, list[SourceConfig]] = field(default_factory=dict)
-    epoch_cuts: int | None = None
+    epoch_cuts: int | None = setting(None, "null is no limit", above=0)
     text: list[str] = field(default_factory=list)
     min_seconds: float = 0.1
-    max_seconds: float = 30.0
-    max_chars_per_second: float | None = None
-    max_tokens_per_second: float | None = None
-    max_tokens_per_frame: float | None = None
-    max_duration: float = 200.0
-    quadratic_duration: float | None = None
-    max_cuts: int | None = None
-    max_positions: int | None = None
-    num_buckets: int = 20
-    buffer_size: int = 20000
-    num_workers: int = 2
+    max_seconds: float = setting(30.0, above=0)
+    max_chars_per_second: float | None = setting(None, "null is no limit", above=0)
+    max_tokens_per_second: float | None = setting(None, "null is no limit", above=0)
+    max_tokens_per_frame: float | None = setting(None, "null is no limit", above=0)
+    max_duration: float = setting(200.0, above=0)
+    quadratic_duration: float | None = setting(None, "null is no limit", above=0)
+    max_cuts: int | None = setting(None, "null is no limit", above=0)
+    max_positions: int | None = setting(None, "null is no limit", above=0)
+    num_buckets: int = setting(20, above=0)
+    buffer_size: int = setting(20000, above=0)
+    num_workers: int = setting(2, at_least=0)
     features_on: str = "worker"
     cache_encoder: str | None = None
     index_dir: str | None = None
     curriculum_seconds: float | None = None
     curriculum_hold_epochs: int = 1
     curriculum_epochs: int = 0
-    duration_tolerance: float = DURATION_TOLERANCE
-    max_bad_share: float = 0.5
+    duration_tolerance: float = setting(DURATION_TOLERANCE, at_least=0)
+    max_bad_share: float = setting(0.5, at_least=0, at_most=1)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        for name in ("max_duration", "num_buckets", "buffer_size", "max_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is not more than 0")
-        for name in (
-            "epoch_cuts", "max_chars_per_second", "max_tokens_per_second", "max_tokens_per_frame", "quadratic_duration",
-            "max_cuts", "max_positions",
-        ):  # fmt: skip
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is not more than 0; null is no limit")
-        if self.duration_tolerance < 0:
-            raise ValueError(f"duration_tolerance: {self.duration_tolerance} is negative")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers: {self.num_workers} is negative")
+        check_limits(self)
         if not 0 <= self.min_seconds < self.max_seconds:
             raise ValueError(f"min_seconds {self.min_seconds} and max_seconds {self.max_seconds}: need 0 <= min < max")
         if self.curriculum_seconds is not None and not self.min_seconds < self.curriculum_seconds:
@@ -118,8 +107,6 @@ class DataConfig:
             )
         if self.curriculum_seconds is not None and self.curriculum_epochs < 1:
             raise ValueError("curriculum_seconds needs curriculum_epochs of at least 1")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share: {self.max_bad_share} is not between 0 and 1")
         check_steps(self.text)
         if self.features_on not in FEATURES_ON:
             raise ValueError(f"features_on: {self.features_on!r} is none of {', '.join(FEATURES_ON)}")

@@ -13,7 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from speechllm.config import ConfigError
+from speechllm.config import ConfigError, check_limits, setting
 from speechllm.optim.scaled_adam import ScaledAdam
 
 # Settings that are read only where another has this value.
@@ -46,27 +46,22 @@ class OptimConfig:
     """
 
     name: Literal["adamw", "scaled_adam"] = "adamw"
-    lr: float = 1e-3
+    lr: float = setting(1e-3, above=0)
     lr_scale: dict[str, float] = field(default_factory=dict)
     freeze: list[str] = field(default_factory=list)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    weight_decay: float = 0.01
+    weight_decay: float = setting(0.01, at_least=0)
     weight_decay_scale: dict[str, float] = field(default_factory=dict)
-    clip_grad_norm: float = 5.0
-    clipping_scale: float = 2.0
+    clip_grad_norm: float = setting(5.0, above=0)
+    clipping_scale: float = setting(2.0, above=0)
     schedule: Literal["cosine", "constant", "eden"] = "cosine"
-    warmup_steps: int = 1000
+    warmup_steps: int = setting(1000, at_least=0)
     final_lr_factor: float = 0.01
-    lr_batches: float = 7500.0
-    lr_epochs: float = 3.5
+    lr_batches: float = setting(7500.0, above=0)
+    lr_epochs: float = setting(3.5, above=0)
 
     def __post_init__(self) -> None:
-        for name in ("lr", "clip_grad_norm", "clipping_scale", "lr_batches", "lr_epochs"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_limits(self)
         for pattern, scale in self.lr_scale.items():
             if scale <= 0:
                 raise ValueError(f"lr_scale.{pattern} must be positive, got {scale}; to train nothing, use freeze")

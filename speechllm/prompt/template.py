@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from speechllm.config import check_limits, setting
 from speechllm.errors import UserError
 from speechllm.prompt.request import Request
 from speechllm.text.languages import NAMES_IN, language_name
@@ -112,11 +113,10 @@ PromptContext = Request  # its name in 0.1
 class PromptProjectorConfig:
     """`hidden`: the width between the two layers."""
 
-    hidden: int = 64
+    hidden: int = setting(64, at_least=1)
 
     def __post_init__(self) -> None:
-        if self.hidden < 1:
-            raise ValueError(f"hidden must be at least 1, got {self.hidden}")
+        check_limits(self)
 
 
 @dataclass
@@ -149,14 +149,13 @@ class PromptConfig:
     ast_instructions: list[str] | str | None = None
     whole_tags: bool = False
     boundary: bool = False
-    soft_tokens: int = 0
+    soft_tokens: int = setting(0, at_least=0)
     projector: PromptProjectorConfig | None = None
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise UserError(f"preset: unknown {self.preset!r}, choose from {', '.join(PRESETS)}")
-        if self.soft_tokens < 0:
-            raise UserError(f"soft_tokens must be at least 0, got {self.soft_tokens}")
+        check_limits(self)
         for name, slots in (("asr", _TRANSCRIPTION_SLOTS), ("ast", _TRANSLATION_SLOTS)):
             template = self._text(name)
             found = _checked_slots(name, template, ("audio", "instruction", *slots))

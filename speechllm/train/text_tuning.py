@@ -28,31 +28,9 @@ from speechllm.rwkv7.model import RWKV7
 from speechllm.rwkv7.segments import backward_in_segments
 from speechllm.text.tokenizer import Tokenizer
 from speechllm.train.checkpoint import load_checkpoint, save_checkpoint
+from speechllm.train.text_options import TextTuning
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TextTuning:
-    """`steps` optimizer steps over documents of `tokens_per_step` tokens together, at a peak learning rate of `lr`.
-
-    A document longer than `segment` tokens is read a segment at a time, the state carried from one to the next (without
-    its gradient, but in state tuning); shorter ones are packed without padding.
-    """
-
-    steps: int = 1000
-    tokens_per_step: int = 4096
-    segment: int = 1024
-    lr: float = 1e-4
-    warmup_steps: int = 50
-    valid_every_n: int = 200
-    bf16: bool = False
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "tokens_per_step", "segment", "valid_every_n"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import numpy as np
 from lhotse.cut import Cut
 from torch import Tensor
 
+from speechllm.config import check_limits, setting
 from speechllm.data.augment.codec import CODECS, check_codec, telephone_band, transcode
 from speechllm.data.augment.noise import SoundBank, babble, mean_power, noise_at_snr
 from speechllm.data.augment.reverb import reverberate, simulate_rir
-from speechllm.data.augment.specaugment import SpecAugmentConfig, check_probability, spec_augment, spec_augment_twice
+from speechllm.data.augment.specaugment import SpecAugmentConfig, spec_augment, spec_augment_twice
 from speechllm.data.manifests.manifest import DataError, SourceConfig
 
 
@@ -27,10 +28,10 @@ class SpeedConfig:
     """Played faster by one of `factors` with `probability`, pitch and all (Ko et al., Interspeech 2015)."""
 
     factors: list[float] = field(default_factory=lambda: [0.9, 1.0, 1.1])
-    probability: float = 1.0
+    probability: float = setting(1.0, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
-        check_probability(self.probability)
+        check_limits(self)
         if not self.factors or not all(0.5 <= factor <= 2.0 for factor in self.factors):
             raise ValueError(f"factors: need some, between 0.5 and 2.0, found {self.factors}")
 
@@ -44,22 +45,20 @@ class ReverbConfig:
     cubic metres whose reverberation decays by 60 dB in `t60_low` to `t60_high` seconds.
     """
 
-    probability: float = 0.3
+    probability: float = setting(0.3, at_least=0, at_most=1)
     sources: list[SourceConfig] = field(default_factory=list)
     t60_low: float = 0.1
-    t60_high: float = 0.8
+    t60_high: float = setting(0.8, "no room echoes longer", at_most=10)
     distance_low: float = 0.3
     distance_high: float = 3.0
     volume_low: float = 30.0
     volume_high: float = 500.0
 
     def __post_init__(self) -> None:
-        check_probability(self.probability)
+        check_limits(self)
         _check_weights(self.sources)
         for name in ("t60", "distance", "volume"):
             _check_range(self, name, above=0.0)
-        if self.t60_high > 10:
-            raise ValueError(f"t60_high: {self.t60_high} seconds; no room echoes longer than 10")
 
 
 @dataclass
@@ -68,14 +67,14 @@ class NoiseConfig:
     `snr_low` and `snr_high` dB."""
 
     sources: list[SourceConfig]
-    probability: float = 0.5
+    probability: float = setting(0.5, at_least=0, at_most=1)
     snr_low: float = 10.0
     snr_high: float = 20.0
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources: noise needs manifests; tools/prepare_noise.py makes one of a folder")
-        check_probability(self.probability)
+        check_limits(self)
         _check_weights(self.sources)
         _check_range(self, "snr")
 
@@ -85,14 +84,14 @@ class BabbleConfig:
     """`voices_low` to `voices_high` other utterances of the training data at once, added with `probability` at a
     signal-to-noise ratio between `snr_low` and `snr_high` dB."""
 
-    probability: float = 0.2
+    probability: float = setting(0.2, at_least=0, at_most=1)
     voices_low: int = 3
     voices_high: int = 7
     snr_low: float = 13.0
     snr_high: float = 20.0
 
     def __post_init__(self) -> None:
-        check_probability(self.probability)
+        check_limits(self)
         _check_range(self, "voices", above=0)
         _check_range(self, "snr")
 
@@ -101,21 +100,21 @@ class BabbleConfig:
 class TelephoneConfig:
     """The band of telephones alone, 300 to 3400 Hz, with `probability`."""
 
-    probability: float = 0.2
+    probability: float = setting(0.2, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
-        check_probability(self.probability)
+        check_limits(self)
 
 
 @dataclass
 class CodecConfig:
     """Encoded and decoded with one of `codecs` (mulaw, alaw, gsm, at 8 kHz; mp3, vorbis) with `probability`."""
 
-    probability: float = 0.2
+    probability: float = setting(0.2, at_least=0, at_most=1)
     codecs: list[str] = field(default_factory=lambda: list(CODECS))
 
     def __post_init__(self) -> None:
-        check_probability(self.probability)
+        check_limits(self)
         if not self.codecs:
             raise ValueError(f"codecs: need some of {', '.join(CODECS)}")
         for codec in self.codecs:
@@ -126,12 +125,12 @@ class CodecConfig:
 class VolumeConfig:
     """A gain between `low` and `high` with `probability`. Samples may leave [-1, 1]; they are not clipped."""
 
-    probability: float = 0.5
+    probability: float = setting(0.5, at_least=0, at_most=1)
     low: float = 0.125
     high: float = 2.0
 
     def __post_init__(self) -> None:
-        check_probability(self.probability)
+        check_limits(self)
         if not 0 < self.low <= self.high < math.inf:
             raise ValueError(f"low {self.low} and high {self.high}: need 0 < low <= high")
 
