@@ -28,7 +28,7 @@ from speechllm.data.audio import load_samples
 from speechllm.data.features import SAMPLE_RATE, extract_features
 from speechllm.data.manifests.manifest import describe_cut, read_manifest
 from speechllm.data.manifests.source import Entry, said_words
-from speechllm.decode.interface import StreamingOptions
+from speechllm.decode.options import StreamingOptions
 from speechllm.decode.result import StreamedWord, streamed_text
 from speechllm.decode.streaming import StreamingRecognizer
 from speechllm.errors import UserError

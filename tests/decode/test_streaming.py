@@ -12,7 +12,8 @@ from torch import nn
 
 from speechllm.data.features import fbank
 from speechllm.decode.encoder_recognizer import EncoderRecognizer
-from speechllm.decode.interface import RecognizeOptions, Speech, StreamingOptions
+from speechllm.decode.interface import Speech
+from speechllm.decode.options import RecognizeOptions, StreamingOptions
 from speechllm.decode.result import streamed_text
 from speechllm.decode.streaming import StreamingRecognizer
 from speechllm.errors import UserError
