@@ -42,8 +42,7 @@ def run_prompt_show(args: argparse.Namespace) -> int:
     from speechllm.cli.prompt_show import MadeUp, show_prompts
     from speechllm.errors import UserError
     from speechllm.model.speech_llm import SpeechLLM
-    from speechllm.train.config import load_experiment
-    from speechllm.train.stages import stages_of
+    from speechllm.train.config import load_experiment, stages_of
 
     if not (args.config or args.model):
         raise UserError("prompt show: give a configuration with --config, or a trained model with --model")
@@ -59,8 +58,7 @@ def run_prompt_show(args: argparse.Namespace) -> int:
         sources = sources or experiment.data.train
         text_steps, seed = experiment.data.text, experiment.train.seed
     model = SpeechLLM.from_pretrained(args.model) if args.model else SpeechLLM.from_config(experiment.model)
-    if args.language or not sources:
-        sources = MadeUp(args.text, command_line_request(args))
-    for text in show_prompts(model, sources, count=args.n, seed=seed, text_steps=text_steps):
+    made_up = MadeUp(args.text, command_line_request(args)) if args.language or not sources else None
+    for text in show_prompts(model, made_up or sources, count=args.n, seed=seed, text_steps=text_steps):
         print(text)
     return 0

@@ -12,8 +12,8 @@ import torch
 from lhotse.cut import Cut
 from torch import Tensor
 
-from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
-from speechllm.data.audio_file import AudioNote
+from speechllm.data.audio import load_precomputed, load_samples
+from speechllm.data.audio_file import AudioNote, UtteranceError
 from speechllm.data.augment.augmenter import Augmenter
 from speechllm.data.augment.specaugment import SpecAugmentConfig, spec_augment, spec_augment_twice
 from speechllm.data.blocks import DURATION_TOLERANCE

@@ -28,7 +28,7 @@ import numpy as np
 from lhotse.cut import Cut
 from tqdm import tqdm
 
-from speechllm.data.audio import UtteranceError
+from speechllm.data.audio_file import UtteranceError
 from speechllm.data.manifests.manifest import (
     LINE_ERRORS,
     DataError,

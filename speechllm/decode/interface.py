@@ -73,7 +73,9 @@ class Recognizable(Protocol):
 
     tokenizer: Tokenizer
     blank_id: int
-    ctc_head: nn.Module | None
+
+    @property
+    def ctc_head(self) -> nn.Module | None: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -95,7 +97,8 @@ class Recognizable(Protocol):
 class RecognizableEncoder(Recognizable, Protocol):
     """What `EncoderRecognizer` asks of a model: an encoder with a CTC head, a transducer, or both."""
 
-    transducer: Transducer | None
+    @property
+    def transducer(self) -> Transducer | None: ...
 
     def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
         """features (N, T, F), (N,) -> encoder_out (N, T', D), (N,)."""
@@ -105,10 +108,12 @@ class RecognizableEncoder(Recognizable, Protocol):
 class RecognizableSpeechLLM(Recognizable, Protocol):
     """What `SpeechLLMRecognizer` asks of a model; the methods are described at `SpeechLLM`."""
 
-    llm: LanguageModel
     label_template: LabelTemplate
     ctc_tokenizer: Tokenizer
     """Of the CTC head's pieces; mostly `tokenizer` itself."""
+
+    @property
+    def llm(self) -> LanguageModel: ...
 
     @property
     def frame_seconds(self) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from math import inf, isnan
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -143,7 +143,8 @@ def search(
     places = options.max_rows // options.width
     numbered = enumerate(prompts)
     utterances: list[_Utterance] = []
-    logits = state = None  # of the running hypotheses of all utterances, one after the other
+    logits: Tensor | None = None  # of the running hypotheses of all utterances, one after the other
+    state: LanguageModelState | None = None
     scorer_states: list[list[Any]] = [[] for _ in scorers]
     while True:
         if places - len(utterances) >= _REFILL * places:
@@ -156,13 +157,13 @@ def search(
                 rows = len(entered[0].running)
                 if rows > 1:
                     new_logits, new_state = new_logits.repeat_interleave(rows, dim=0), new_state.repeat(rows)
-                if utterances:
+                if utterances and logits is not None and state is not None:
                     new_logits, new_state = torch.cat([logits, new_logits]), type(state).cat([state, new_state])
                 logits, state = new_logits, new_state
                 utterances += entered
                 for states, scorer in zip(scorer_states, scorers, strict=True):
                     states += [scorer.start(utterance.number) for utterance in entered]
-        if not utterances:
+        if not utterances or logits is None or state is None:
             return
 
         candidates = _candidates(logits, utterances, options, scorers, scorer_states)
@@ -194,12 +195,13 @@ def _read(llm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Tensor, Langua
     """Logits (N, V) behind the prompts, and the states."""
     from_start = [i for i, prompt in enumerate(prompts) if prompt.state is None]
     from_state = [i for i, prompt in enumerate(prompts) if prompt.state is not None]
-    logits, states = [], []
+    logits: list[Tensor] = []
+    states: list[LanguageModelState] = []
     for group in (from_start, from_state):
         if not group:
             continue
         embeds = [prompts[i].inputs_embeds for i in group]
-        before = [prompts[i].state for i in group if prompts[i].state is not None]
+        before = [state for i in group if (state := prompts[i].state) is not None]
         lens = torch.tensor([len(x) for x in embeds], device=embeds[0].device)
         inputs_embeds = pad_sequence(embeds, batch_first=True)
         last = torch.arange(inputs_embeds.shape[1], device=lens.device) == lens[:, None] - 1
@@ -231,7 +233,11 @@ def _candidates(
     """What each row of `logits` (R, V) may go on with."""
     logits = logits.float()
     if options.method == "sample":
-        drawn = [hypothesis.random.random() for utterance in utterances for hypothesis in utterance.running]
+        drawn = [
+            cast(random.Random, hypothesis.random).random()
+            for utterance in utterances
+            for hypothesis in utterance.running
+        ]
         ids = _sample(logits, torch.tensor(drawn, dtype=torch.float64, device=logits.device), options)
         values = logits.gather(1, ids)
     else:

@@ -17,18 +17,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from speechllm.config import ConfigError, save_config
-from speechllm.decode.recognizer import RecognizeOptions, SpeechLLMRecognizer
+from speechllm.decode.options import RecognizeOptions
+from speechllm.decode.recognizer import SpeechLLMRecognizer
 from speechllm.encoder.ctc import ctc_losses
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.llm.adapters import load_adapter, merged_state_dict, save_adapter, tune
-from speechllm.llm.interface import LanguageModel
+from speechllm.llm.interface import TunableModel
+from speechllm.llm.transformers import TransformersLM
 from speechllm.model.base import Losses, SpeechModel, takes_columns_too
 from speechllm.model.card import encoder_name, model_card
 from speechllm.model.config import EncoderSection, LLMSection, ModelConfig, MoreEncoder, load_model_config
@@ -44,13 +47,13 @@ from speechllm.text.tokenizer import Tokenizer, load_tokenizer
 from speechllm.weights import load_state_dict_strict
 
 # What stands before a transcript in a CTC head's own pieces: what an encoder alone has learned to write.
-_CTC_PREFIX = PromptConfig().written_out().before_label
+_CTC_PREFIX = PromptConfig().label_prefix
 
 
 class SpeechLLM(SpeechModel):
     """See the module's docstring. Build one with `from_config` (training) or `from_pretrained` (use)."""
 
-    llm: LanguageModel
+    llm: TunableModel
     needs_two_views = False
 
     def __init__(
@@ -58,7 +61,7 @@ class SpeechLLM(SpeechModel):
         config: ModelConfig,
         encoder: Encoder,
         projector: Projector,
-        llm: LanguageModel,
+        llm: TunableModel,
         tokenizer: Tokenizer,
         more_encoders: Sequence[tuple[Encoder, Projector]] = (),
         ctc_tokenizer: Tokenizer | None = None,
@@ -77,7 +80,9 @@ class SpeechLLM(SpeechModel):
         self.blank_id = self.ctc_tokenizer.vocab_size
         self.ctc_head = nn.Linear(encoder.output_dim, self.blank_id + 1) if config.ctc_weight else None
         self.label_template = LabelTemplate(config.label, self.seconds_per_position)
-        for part, section in [(llm, config.llm), *((e, section) for _, section, e in self.encoders())]:
+        sections: list[tuple[nn.Module, EncoderSection | LLMSection]] = [(llm, self.llm_section)]
+        sections += [(part, section) for _, section, part in self.encoders()]
+        for part, section in sections:
             if section.freeze:
                 part.requires_grad_(False)
         self.train()
@@ -126,25 +131,31 @@ class SpeechLLM(SpeechModel):
         return model
 
     @property
+    def llm_section(self) -> LLMSection:
+        """The configuration of the language model."""
+        assert self.config.llm is not None  # see `from_config`
+        return self.config.llm
+
+    @property
     def seconds_per_position(self) -> float:
         """How much audio one position of the language model stands for, the positions of all encoders counted."""
         return 1 / sum(1 / (encoder.frame_seconds * projector.downsample) for encoder, projector in self._branches())
 
     def audio_lens(self, feature_lens: Tensor) -> Tensor:
         """How many positions of audio the language model reads for feature_lens (N,) frames: (N,)."""
-        return sum(projector.output_lens(encoder.output_lens(feature_lens)) for encoder, projector in self._branches())
+        lens = [projector.output_lens(encoder.output_lens(feature_lens)) for encoder, projector in self._branches()]
+        return torch.stack(lens).sum(0)
 
     def encoders(self) -> list[tuple[str, EncoderSection, Encoder]]:
         """Name as a part of the model, configuration and module of each encoder, the first one first."""
-        more = zip(self.config.more_encoders, self.more_encoders, strict=True)
-        return [
-            ("encoder", self.config.encoder, self.encoder),
-            *((f"more_encoders.{i}.encoder", c.encoder, part["encoder"]) for i, (c, part) in enumerate(more)),
-        ]
+        sections = [self.config.encoder, *(more.encoder for more in self.config.more_encoders)]
+        names = ["encoder", *(f"more_encoders.{i}.encoder" for i in range(len(self.more_encoders)))]
+        modules = [encoder for encoder, _ in self._branches()]
+        return list(zip(names, sections, modules, strict=True))
 
     def _branches(self) -> list[tuple[Encoder, Projector]]:
-        more = [(part["encoder"], part["projector"]) for part in self.more_encoders]
-        return [(self.encoder, self.projector), *more]
+        more = [cast("dict[str, Any]", part) for part in self.more_encoders]
+        return [(self.encoder, self.projector), *((part["encoder"], part["projector"]) for part in more)]
 
     def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """features (N, T, F), (N,) -> encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,).
@@ -152,10 +163,10 @@ class SpeechLLM(SpeechModel):
         encoder_out is the first encoder's; the audio is that of all.
         """
         with self.encoding():
-            encoder_out, *others = self._encode_all(features, feature_lens)
-        return encoder_out if self.autocast_dtype is None else encoder_out.float(), *others
+            encoder_out, encoder_out_lens, embeds, lens = self._encode_all(features, feature_lens)
+        return encoder_out if self.autocast_dtype is None else encoder_out.float(), encoder_out_lens, embeds, lens
 
-    def _encode_all(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, ...]:
+    def _encode_all(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `encode`."""
         if not self.more_encoders:
             return self._encode(self.encoder, self.projector, features, feature_lens)
@@ -181,6 +192,7 @@ class SpeechLLM(SpeechModel):
         if isinstance(projector, CTCProjector):
             tokens = torch.arange(self.blank_id, device=encoder_out.device)
             llm_embeds = self.llm.embed(tokens) if projector.table is None else None
+            assert self.ctc_head is not None  # `ModelConfig` sees to it
             return encoder_out, lens, *projector(self.ctc_head(encoder_out), lens, llm_embeds)
         return encoder_out, lens, *projector(projected, lens)
 
@@ -233,7 +245,7 @@ class SpeechLLM(SpeechModel):
         """What the language model says with the tokens of a label; the inverse of `label_ids` of `label_template`."""
         if self.label_template.is_plain:
             return ReadLabel(self.text(token_ids))
-        written, prefix = self.tokenizer.decode(token_ids, keep_tags=True), self.config.prompt.before_label
+        written, prefix = self.tokenizer.decode(token_ids, keep_tags=True), self.config.prompt.label_prefix
         read = self.label_template.read(written, len(prefix) if written.startswith(prefix) else 0)
         if self.label_template.has_language and read.language is None:
             return ReadLabel(self.label_template.read(self.text(token_ids)).text)  # what tags there are is no text
@@ -265,8 +277,8 @@ class SpeechLLM(SpeechModel):
             labels = [self.label_template.fill(*row) for row in zip(texts, requests, strict=True)]
         label_ids = [self.label_ids(label) for label in labels]
         encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens)
-        inputs_embeds, lens, labels = self.prompted(audio_embeds, audio_lens, requests, label_ids)
-        (llm_loss, tokens, correct), _ = self.llm.loss(labels, inputs_embeds=inputs_embeds, lens=lens)
+        inputs_embeds, lens, targets = self.prompted(audio_embeds, audio_lens, requests, label_ids)
+        (llm_loss, tokens, correct), _ = self.llm.loss(targets, inputs_embeds=inputs_embeds, lens=lens)
         ctc_loss = llm_loss.new_zeros(())
         if self.ctc_head is not None:
             transcripts = [self.ctc_label_ids(text) for text in texts]
@@ -313,13 +325,17 @@ class SpeechLLM(SpeechModel):
         Raises:
           UserError: there is no adapter to be kept apart from its base.
         """
-        has_adapter = self.config.llm.tune is not None and self.config.llm.tune.freezes_base
+        section = self.llm_section
+        has_adapter = section.tune is not None and section.tune.freezes_base
         if not merged and not has_adapter:
             raise UserError("merged=False: the language model has no adapter (model.llm.tune) beside a frozen base")
-        sizes = "rwkv7" if isinstance(self.llm, RWKV7) else "transformers"
-        llm = LLMSection(**{sizes: self.llm.config})
+        if isinstance(self.llm, RWKV7):
+            llm = LLMSection(rwkv7=self.llm.config)
+        else:
+            llm = LLMSection(transformers=cast(TransformersLM, self.llm).config)
         if not merged:
-            path, dtype = str(Path(self.config.llm.path).absolute()), str(self.llm.dtype).removeprefix("torch.")
+            base, dtype = cast(str, section.path), str(self.llm.dtype).removeprefix("torch.")
+            path = str(Path(base).absolute())
             llm = LLMSection(path=path, freeze=True, adapter="adapter", dtype=None if dtype == "float32" else dtype)
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
@@ -333,8 +349,8 @@ class SpeechLLM(SpeechModel):
                 encoder=saved_section(self.encoder),
                 llm=llm,
                 more_encoders=[
-                    MoreEncoder(saved_section(part["encoder"]), more.projector)
-                    for more, part in zip(self.config.more_encoders, self.more_encoders, strict=True)
+                    MoreEncoder(saved_section(encoder), more.projector)
+                    for more, (encoder, _) in zip(self.config.more_encoders, self._branches()[1:], strict=True)
                 ],
             )
             save_config(config, tmp / "config.yaml")
@@ -344,7 +360,7 @@ class SpeechLLM(SpeechModel):
                 weights |= {f"llm.{k}": v for k, v in merged_state_dict(self.llm).items() if k not in tied}
             save_file({k: v.contiguous() for k, v in weights.items()}, tmp / "model.safetensors")
             if has_adapter:
-                save_adapter(self.llm, tmp / "adapter", base=self.config.llm.path)
+                save_adapter(self.llm, tmp / "adapter", base=section.path)
             (tmp / "README.md").write_text(self.card(), encoding="utf-8")
 
     @classmethod
@@ -368,14 +384,14 @@ class SpeechLLM(SpeechModel):
                     f"{folder}: holds an adapter without its base, and {config.llm.path} is not there: set llm.path in "
                     f"{folder / 'config.yaml'} to where the checkpoint is"
                 )
-            config.llm = dataclasses.replace(config.llm, adapter=str(folder / config.llm.adapter))
+            config.llm = dataclasses.replace(config.llm, adapter=str(folder / (config.llm.adapter or "adapter")))
             model = cls.from_config(config)
             weights |= {name: t for name, t in model.state_dict().items() if name.startswith("llm.")}
         else:
             with torch.device("meta"):  # no time for initial values that are about to be replaced
                 model = cls.from_config(config)
                 if "llm.initial_wkv" in weights:
-                    model.llm.add_initial_state()
+                    model.llm.tune_initial_state()
             tied = model.llm.tied_weights()
             weights |= {f"llm.{name}": weights[f"llm.{first}"] for name, first in tied.items()}
         load_state_dict_strict(model, weights, path, assign=True)

@@ -12,7 +12,7 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from speechllm.config import check_limits, setting
 from speechllm.errors import UserError
@@ -181,10 +181,15 @@ class PromptConfig:
     def slots(self, target_language: str | None = None) -> set[str]:
         """The slots that utterances fill: of the prompt for translations, with a target language, else of both."""
         names = ("ast",) if target_language is not None else ("asr", "ast")
-        slots = {slot for name in names for _, slot, _ in _parsed(self._text(name))}
+        slots = {slot for name in names for _, slot, _ in _parsed(self._text(name)) if slot is not None}
         pools = [self._pool(name) for name in names if "instruction" in slots]
-        slots |= {slot for pool in pools for text in pool for _, slot, _ in _parsed(text)}
-        return slots - {None, "audio", "instruction"}
+        slots |= {slot for pool in pools for text in pool for _, slot, _ in _parsed(text) if slot is not None}
+        return slots - {"audio", "instruction"}
+
+    @property
+    def label_prefix(self) -> str:
+        """`before_label`, or what the preset has."""
+        return self._text("before_label")
 
     def written_out(self) -> PromptConfig:
         """The same prompt with nothing left to a preset or a shipped pool, as it is saved with a model."""
@@ -193,7 +198,8 @@ class PromptConfig:
             pool: self._pool(name) if any(slot == "instruction" for _, slot, _ in _parsed(texts[name])) else None
             for name, pool in _POOLS.items()
         }
-        return dataclasses.replace(self, **texts, **pools)
+        written: dict[str, Any] = {**texts, **pools}
+        return dataclasses.replace(self, **written)
 
     def fill(self, request: Request) -> tuple[str, str]:
         """The text before and after the audio of an utterance.
@@ -216,7 +222,7 @@ class PromptConfig:
         def value(slot: str, name_in: str) -> str:
             if slot == "instruction":
                 pool = self._pool(name)
-                return "".join(filled(pool[int(request.draw * len(pool))]))
+                return "".join(part or "" for part in filled(pool[int(request.draw * len(pool))]))
             found = values[slot]
             if found is None or (not found and slot not in _CONTEXT_SLOTS):
                 who = "the utterance" if request.id is None else f"utterance {request.id}"
@@ -229,14 +235,15 @@ class PromptConfig:
 
         def filled(template: str) -> list[str | None]:
             """Texts and values in order; the audio is None."""
-            parts = []
+            parts: list[str | None] = []
             for text, slot, name_in in _parsed(template):
                 parts += [text, None if slot == "audio" else value(slot, name_in)] if slot is not None else [text]
             return parts
 
         parts = filled(self._text(name))
         audio = parts.index(None)
-        return "".join(parts[:audio]), "".join(parts[audio + 1 :])
+        before, after = ("".join(part or "" for part in side) for side in (parts[:audio], parts[audio + 1 :]))
+        return before, after
 
     def check_tags(self, tokenizer: Tokenizer, name: str) -> None:
         """Raise a `UserError` where the templates have a tag that must be one token, and `name`'s tokenizer splits it.
@@ -286,7 +293,7 @@ def _checked_slots(name: str, template: str, allowed: Sequence[str]) -> list[str
                 f"{name}: {{{slot}}} is not to be formatted; only names of languages are, with {', '.join(NAMES_IN)}, "
                 "as in {language:zh}"
             )
-    return [slot for _, slot, _, _ in parsed]
+    return [slot for _, slot, _, _ in parsed if slot is not None]
 
 
 def check_whole_tags(where: str, text: str, tokenizer: Tokenizer, name: str, whole_tags: bool) -> None:

@@ -383,8 +383,8 @@ class LexiconTokenizer(Tokenizer):
                 self._pronunciation.setdefault(word, phones)
         if not self._pronunciation:
             raise UserError(f"{path}: no words")
-        phones = {phone for pronunciation in self._pronunciation.values() for phone in pronunciation}
-        self._names = ["<eos>", self.UNKNOWN, self.BORDER, *sorted(phones - {self.UNKNOWN, self.BORDER})]
+        known = {phone for pronunciation in self._pronunciation.values() for phone in pronunciation}
+        self._names = ["<eos>", self.UNKNOWN, self.BORDER, *sorted(known - {self.UNKNOWN, self.BORDER})]
         self._ids_of = {name: i for i, name in enumerate(self._names)}
         self.vocab_size = len(self._names)
         self.eos_id = 0

@@ -17,7 +17,7 @@ import json
 import math
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -83,11 +83,11 @@ class Recording:
     @property
     def language(self) -> str | None:
         """That of most of the speech, by its duration; None if the model does not say it."""
-        seconds: Counter[str] = Counter()
+        seconds: defaultdict[str, float] = defaultdict(float)
         for segment in _spoken(self):
             if segment.recognition.language is not None:
                 seconds[segment.recognition.language] += segment.duration
-        return max(seconds, key=seconds.get, default=None)
+        return max(seconds, key=lambda language: seconds[language], default=None)
 
 
 def format_txt(recording: Recording) -> str:
@@ -162,7 +162,7 @@ def format_ctm(recording: Recording) -> str:
     name = "_".join(recording.id.split())
     lines = []
     for segment in _spoken(recording):
-        words = segment.words
+        words: Sequence[Word] = segment.words or ()
         if not words:
             words = _spread(segment)
             lines.append(f";; {name} {segment.offset:.3f}: no word times, {len(words)} words spread evenly\n")
