@@ -317,7 +317,7 @@ def train_step(
     """
     bare = accelerator.unwrap_model(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    tokens = sum(len(bare.label_ids(label)) + 1 for batch in batches for label in batch.labels)
+    tokens = sum(bare.num_label_tokens(batch.labels, batch.feature_lens, batch.chunk_seconds) for batch in batches)
     tokens = accelerator.reduce(torch.tensor(float(tokens), device=accelerator.device)).item()
     note("labels")
     losses = Averages()

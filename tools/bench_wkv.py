@@ -116,12 +116,12 @@ def memory_of(run: Callable[[], object], device: str = "cpu") -> tuple[int, int]
         return held, torch.cuda.max_memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)  # what is free now would hide what the run takes
     Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
-    held = _resident("VmRSS")
+    held = resident("VmRSS")
     run()
-    return held, _resident("VmHWM")
+    return held, resident("VmHWM")
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 

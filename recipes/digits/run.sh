@@ -71,3 +71,9 @@ python tools/average_ckpt.py --exp-dir "$exp" --iter "$num_steps" --avg $avg
 
 echo "== 5. decoding"
 python recipes/decode.py --config "$config" --exp-dir "$exp" --model "$exp/iter-$num_steps-avg-$avg"
+
+if grep -q '^  streaming:' "$config"; then
+    echo "== 6. streams"
+    python recipes/streaming_decode.py --config "$config" --exp-dir "$exp" --model "$exp/iter-$num_steps-avg-$avg" \
+        --chunk-seconds 0.32 0.64 1.28 offline
+fi

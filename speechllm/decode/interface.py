@@ -6,7 +6,8 @@ the recognizers knows how they are built.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from speechllm.llm.interface import LanguageModel
 from speechllm.prompt.label import LabelTemplate, ReadLabel
 from speechllm.prompt.request import Request
 from speechllm.prompt.splice import Spliced
+from speechllm.prompt.template import PromptConfig
 from speechllm.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -135,6 +137,61 @@ class RecognizableSpeechLLM(Recognizable, Protocol):
     def ctc_label_ids(self, text: str) -> list[int]: ...
 
     def ctc_text(self, token_ids: Sequence[int]) -> str: ...
+
+
+class StreamableModel(Protocol):
+    """What `streaming.StreamingRecognizer` asks of a model: a causal encoder with a CTC head, or what
+    `StreamableSpeechLLM` has."""
+
+    encoder: nn.Module
+    """A `speechllm.encoder.Zipformer`; any other is refused."""
+    llm: LanguageModel | None
+    config: PromptHolder
+    ctc_head: nn.Module | None
+    blank_id: int
+    tokenizer: Tokenizer
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def frame_seconds(self) -> float:
+        """Of audio, one frame of the encoder's output."""
+        ...
+
+    def encoding(self) -> AbstractContextManager[object]:
+        """The context that the encoder computes in."""
+        ...
+
+
+class StreamChunk(Protocol):
+    """A chunk of audio that a model has learned to write after."""
+
+    seconds: float
+    encoder_frames: int
+    """Of 20 ms."""
+    left_context_frames: int
+
+
+class PromptHolder(Protocol):
+    prompt: PromptConfig
+
+
+class StreamableSpeechLLM(StreamableModel, Protocol):
+    """What `streaming_search.TextDecoder` asks of a model that has learned to write while it listens."""
+
+    llm: LanguageModel
+    projector: nn.Module
+    """encoder_out (N, T', D), (N,) of one chunk -> audio_embeds (N, T'', D_llm), (N,)."""
+    ctc_tokenizer: Tokenizer
+    chunks: Mapping[float, StreamChunk]
+    """By their seconds."""
+
+    def embed(self, spliced: Spliced, audio_embeds: Tensor, audio_lens: Tensor) -> Tensor:
+        """-> inputs_embeds (N, L, D_llm)."""
+        ...
+
+    def ctc_label_ids(self, text: str) -> list[int]: ...
 
 
 def check_length(model: Recognizable, frames: int | None) -> None:

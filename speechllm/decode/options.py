@@ -152,3 +152,65 @@ def _check_effects(options: SearchOptions | RecognizeOptions) -> None:
     for name, why in options.without_effect().items():
         if getattr(options, name) != defaults[name]:
             raise UserError(f"{name}: {why}")
+
+
+@dataclass(frozen=True)
+class StreamingOptions:
+    """How a stream is recognized.
+
+    Attributes:
+      beam: hypotheses that are followed, each with a state of its own; 1 is greedy search. A word is written when all
+        of them have it, so that none is ever taken back.
+      stable_seconds: with a beam, how long a word may wait for that; then it is written as the best hypothesis has it,
+        and the others are given up.
+      ctc: the CTC head writes, greedily, also where there is a language model.
+      hotwords: a file of phrases that the search prefers (`speechllm.decode.hotwords.Hotwords.from_file`), and their
+        weight.
+      endpoint_seconds: after so much audio without a new word a segment ends; None: there is one. Nothing is lost: the
+        states go on.
+      fresh_segments: the language model reads a new segment from the prompt on, as if the stream began there. It then
+        knows nothing of what was before; a model of transformers has to, or its cache would grow without end.
+      tokens_per_second: longest text for a second of audio.
+      max_rows: of a step of the language model: hypotheses of all streams that are computed together.
+
+    Raises:
+      UserError: a value is out of range, or has no effect with the others.
+    """
+
+    beam: int = 1
+    stable_seconds: float = 1.0
+    ctc: bool = False
+    hotwords: str | None = None
+    hotword_weight: float = 1.0
+    endpoint_seconds: float | None = None
+    fresh_segments: bool = False
+    tokens_per_second: float = 12.5
+    max_rows: int = 64
+
+    def __post_init__(self) -> None:
+        for name, holds, what in (
+            ("beam", self.beam >= 1, "at least 1"),
+            ("stable_seconds", self.stable_seconds >= 0, "at least 0"),
+            ("endpoint_seconds", self.endpoint_seconds is None or self.endpoint_seconds > 0, "above 0"),
+            ("tokens_per_second", self.tokens_per_second > 0, "above 0"),
+            ("max_rows", self.max_rows >= self.beam, "at least the beam"),
+        ):
+            if not holds:
+                raise UserError(f"{name}: must be {what}, got {getattr(self, name)}")
+        for name, why in self.without_effect().items():
+            if getattr(self, name) != StreamingOptions.__dataclass_fields__[name].default:
+                raise UserError(f"{name}: {why}")
+
+    def without_effect(self) -> dict[str, str]:
+        """The names of the options that change nothing beside the others, and what is wrong with giving them."""
+        found = {}
+        if self.ctc:
+            why = "is for the language model's search, and the CTC head writes"
+            found |= dict.fromkeys(("beam", "hotwords", "fresh_segments", "tokens_per_second"), why)
+        if self.beam == 1:
+            found["stable_seconds"] = "is for a beam, and there is one hypothesis"
+        if self.hotwords is None:
+            found["hotword_weight"] = "is the weight of hotwords, and none are given"
+        if self.endpoint_seconds is None:
+            found["fresh_segments"] = "is for segments, and endpoint_seconds gives none"
+        return found

@@ -27,7 +27,7 @@ from speechllm.llm.interface import LanguageModel, LanguageModelState
 
 # With scorers so many of the language model's best tokens are candidates at least. Each one left out has a probability
 # below 1/32: only a scorer that outweighs that could want it.
-_SCORED_CANDIDATES = 32
+SCORED_CANDIDATES = 32
 
 # Prompts are read when this share of the places is free: reading one takes as long as several steps, reading several
 # together hardly longer.
@@ -153,7 +153,7 @@ def search(
                 entered = [
                     _Utterance(number, prompt.max_tokens, options, eos_id, prompt.key) for number, prompt in entering
                 ]
-                new_logits, new_state = _read(llm, [prompt for _, prompt in entering])
+                new_logits, new_state = read_prompts(llm, [prompt for _, prompt in entering])
                 rows = len(entered[0].running)
                 if rows > 1:
                     new_logits, new_state = new_logits.repeat_interleave(rows, dim=0), new_state.repeat(rows)
@@ -191,7 +191,7 @@ def search(
         ]
 
 
-def _read(llm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Tensor, LanguageModelState]:
+def read_prompts(llm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Tensor, LanguageModelState]:
     """Logits (N, V) behind the prompts, and the states."""
     from_start = [i for i, prompt in enumerate(prompts) if prompt.state is None]
     from_state = [i for i, prompt in enumerate(prompts) if prompt.state is not None]
@@ -244,7 +244,7 @@ def _candidates(
         # Without scorers more than these cannot be chosen: one of them may be the end, and with a beam of 1 this is it.
         count = options.width + 1 if options.width > 1 else 1
         if scorers:
-            count = max(2 * options.width, _SCORED_CANDIDATES)
+            count = max(2 * options.width, SCORED_CANDIDATES)
         values, ids = logits.topk(min(count, logits.shape[1]))
     log_probs = values - logits.logsumexp(-1, keepdim=True)
     scores = log_probs

@@ -109,6 +109,8 @@ class EncoderModel(SpeechModel):
         texts: Sequence[str],
         requests: Sequence[Request],
         labels: Sequence[str] | None = None,
+        words: object = None,
+        chunk_seconds: None = None,
     ) -> Losses:
         """Losses of a batch, SUMMED over its utterances; of two views of each, the mean of both is taken.
 
@@ -118,6 +120,7 @@ class EncoderModel(SpeechModel):
           texts: N transcripts.
           requests: of the N utterances; it learns from none that asks for a translation.
           labels: what is written of the texts; None: the texts themselves.
+          words, chunk_seconds: not used, as there is no language model to read streams.
 
         Returns:
           scalars: `loss` = ctc_weight * `ctc_loss` + cr_ctc.weight * `cr_ctc_loss` + transducer.weight *

@@ -30,15 +30,17 @@ from speechllm.encoder.ctc import ctc_losses
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.llm.adapters import load_adapter, merged_state_dict, save_adapter, tune
-from speechllm.llm.interface import TunableModel
+from speechllm.llm.interface import IGNORE, TunableModel
 from speechllm.llm.transformers import TransformersLM
 from speechllm.model.base import Losses, SpeechModel, takes_columns_too
 from speechllm.model.card import encoder_name, model_card
 from speechllm.model.config import EncoderSection, LLMSection, ModelConfig, MoreEncoder, load_model_config
 from speechllm.model.ctc_head import load_ctc_head, mean_embeddings
 from speechllm.model.parts import Encoder, build_encoder, build_language_model, saved_section
+from speechllm.model.streaming import Chunk, aligned_words, chunks_of
 from speechllm.projector import CTCProjector, Projector, WeightedStacks, build_projector, one_after_another
-from speechllm.prompt.label import LabelTemplate, ReadLabel
+from speechllm.prompt.interleave import StreamingConfig, deal_out, interleave
+from speechllm.prompt.label import LabelTemplate, ReadLabel, WordTime
 from speechllm.prompt.request import Request
 from speechllm.prompt.splice import PromptEmbedder, Spliced, splice
 from speechllm.prompt.template import PromptConfig
@@ -80,6 +82,7 @@ class SpeechLLM(SpeechModel):
         self.blank_id = self.ctc_tokenizer.vocab_size
         self.ctc_head = nn.Linear(encoder.output_dim, self.blank_id + 1) if config.ctc_weight else None
         self.label_template = LabelTemplate(config.label, self.seconds_per_position)
+        self.chunks = chunks_of(config.streaming, encoder, config.projector) if config.streaming is not None else {}
         sections: list[tuple[nn.Module, EncoderSection | LLMSection]] = [(llm, self.llm_section)]
         sections += [(part, section) for _, section, part in self.encoders()]
         for part, section in sections:
@@ -137,6 +140,11 @@ class SpeechLLM(SpeechModel):
         return self.config.llm
 
     @property
+    def streaming(self) -> StreamingConfig | None:
+        """How it writes while it listens; None if it does not."""
+        return self.config.streaming
+
+    @property
     def seconds_per_position(self) -> float:
         """How much audio one position of the language model stands for, the positions of all encoders counted."""
         return 1 / sum(1 / (encoder.frame_seconds * projector.downsample) for encoder, projector in self._branches())
@@ -157,19 +165,24 @@ class SpeechLLM(SpeechModel):
         more = [cast("dict[str, Any]", part) for part in self.more_encoders]
         return [(self.encoder, self.projector), *((part["encoder"], part["projector"]) for part in more)]
 
-    def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def encode(
+        self, features: Tensor, feature_lens: Tensor, chunk: Chunk | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """features (N, T, F), (N,) -> encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,).
 
-        encoder_out is the first encoder's; the audio is that of all.
+        encoder_out is the first encoder's; the audio is that of all. With a `chunk` it is what a stream of such chunks
+        hears.
         """
         with self.encoding():
-            encoder_out, encoder_out_lens, embeds, lens = self._encode_all(features, feature_lens)
+            encoder_out, encoder_out_lens, embeds, lens = self._encode_all(features, feature_lens, chunk)
         return encoder_out if self.autocast_dtype is None else encoder_out.float(), encoder_out_lens, embeds, lens
 
-    def _encode_all(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _encode_all(
+        self, features: Tensor, feature_lens: Tensor, chunk: Chunk | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `encode`."""
         if not self.more_encoders:
-            return self._encode(self.encoder, self.projector, features, feature_lens)
+            return self._encode(self.encoder, self.projector, features, feature_lens, self._encoder_context(chunk))
         (encoder_out, encoder_out_lens, *first), *parts = (
             self._encode(encoder, projector, self.features_of(encoder, features), feature_lens)
             for encoder, projector in self._branches()
@@ -179,15 +192,33 @@ class SpeechLLM(SpeechModel):
             lens = self._with_encoder_dropout(torch.stack(lens))
         return encoder_out, encoder_out_lens, *one_after_another(embeds, lens)
 
+    def _encoder_context(self, chunk: Chunk | None) -> dict[str, int]:
+        """What an encoder is told about the context that it hears in."""
+        if chunk is not None:
+            return chunk.encoder_context
+        if self.config.streaming is None:
+            return {}
+        # By itself it would draw one in training: but for streams there are batches of their own.
+        sizes, left = self.encoder.config.chunk_size, self.encoder.config.left_context_frames
+        return {
+            "chunk_size": -1 if -1 in sizes else max(sizes),
+            "left_context_frames": -1 if -1 in left else max(left),
+        }
+
     def _encode(
-        self, encoder: Encoder, projector: Projector, features: Tensor, feature_lens: Tensor
+        self,
+        encoder: Encoder,
+        projector: Projector,
+        features: Tensor,
+        feature_lens: Tensor,
+        context: dict[str, int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,) of one encoder and its projector."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())):
             if isinstance(projector, WeightedStacks):
                 encoder_out, lens, projected = encoder(features, feature_lens, return_stacks=True)
             else:
-                encoder_out, lens = encoder(features, feature_lens)
+                encoder_out, lens = encoder(features, feature_lens, **(context or {}))
                 projected = encoder_out
         if isinstance(projector, CTCProjector):
             tokens = torch.arange(self.blank_id, device=encoder_out.device)
@@ -229,6 +260,62 @@ class SpeechLLM(SpeechModel):
         spliced = self.spliced(audio_lens, requests, label_ids)
         return self.embed(spliced, audio_embeds, audio_lens), spliced.lens, spliced.labels
 
+    def streamed(
+        self,
+        chunk: Chunk,
+        feature_lens: Tensor,
+        audio_lens: Tensor,
+        requests: Sequence[Request],
+        label_ids: Sequence[Sequence[int]],
+        words: Sequence[Sequence[WordTime] | None],
+    ) -> Spliced:
+        """What the language model reads of each row of a batch of streams (see `prompt.interleave`), on the device of
+        `audio_lens`.
+
+        Args:
+          label_ids: the tokens of N labels; words: those of N transcripts, with their times. Where these are None,
+            there is no loss; translations need none.
+        """
+        is_stream = [request.target_language is None for request in requests]
+        dealt = [
+            deal_out(
+                ids,
+                said or (),
+                self.tokenizer,
+                before_label=self.config.prompt.before_label,
+                num_chunks=count if streams else 0,
+                chunk_seconds=chunk.seconds,
+                delay_seconds=self.config.streaming.delay_seconds,
+            )
+            for ids, said, count, streams in zip(
+                label_ids, words, chunk.count(feature_lens).tolist(), is_stream, strict=True
+            )
+        ]
+        prompt, seconds, positions = self.config.prompt, chunk.seconds, chunk.positions
+        spliced = interleave(prompt, self.tokenizer, audio_lens.tolist(), requests, dealt, seconds, positions)
+        for i, (said, streams) in enumerate(zip(words, is_stream, strict=True)):
+            if said is None and streams:
+                spliced.labels[i] = IGNORE
+        return spliced.to(audio_lens.device)
+
+    def _aligned(
+        self, ctc_logits: Tensor | None, lens: Tensor, transcripts: Sequence[Sequence[int]], rows: Sequence[int]
+    ) -> list[tuple[WordTime, ...] | None]:
+        """When the words of the transcripts of some rows are said, as the CTC head hears them now."""
+        if ctc_logits is None:
+            raise UserError(
+                "streaming: there are transcripts without word times, and no CTC head that could align them: give "
+                "`alignment` in the manifests, or set model.ctc_weight above 0"
+            )
+        log_probs = ctc_logits.detach()[list(rows)].float().log_softmax(-1)
+        said = [transcripts[i] for i in rows]
+        return aligned_words(log_probs, lens[list(rows)], said, self.blank_id, self.ctc_tokenizer, self.frame_seconds)
+
+    def num_label_tokens(self, labels: Sequence[str], feature_lens: Tensor, chunk_seconds: float | None = None) -> int:
+        """See `SpeechModel`."""
+        count = super().num_label_tokens(labels, feature_lens, chunk_seconds)
+        return count if chunk_seconds is None else count + int(self.chunks[chunk_seconds].count(feature_lens).sum())
+
     def ctc_label_ids(self, text: str) -> list[int]:
         """The pieces of a transcript that the CTC head is to write."""
         if self.ctc_tokenizer is self.tokenizer:
@@ -259,6 +346,8 @@ class SpeechLLM(SpeechModel):
         texts: Sequence[str],
         requests: Sequence[Request],
         labels: Sequence[str] | None = None,
+        words: Sequence[Sequence[WordTime] | None] | None = None,
+        chunk_seconds: float | None = None,
     ) -> Losses:
         """Losses of a batch, SUMMED over its label tokens (each label's end of text included).
 
@@ -267,22 +356,39 @@ class SpeechLLM(SpeechModel):
           texts: N transcripts or translations.
           requests: what is asked for each of the N utterances: a transcript, or a translation into a language.
           labels: N labels of the texts (`label_template`); None: made of the above, which say no word times.
+          words: N times those of the transcripts, with their times, for streams; those that are None are aligned by the
+            CTC head.
+          chunk_seconds: the rows are streams of such chunks, one of `model.streaming` (`speechllm.prompt.interleave`);
+            None for all audio before the text, as always in rows with a target language.
 
         Returns:
           scalars: `loss` = `llm_loss` + ctc_weight * `ctc_loss`, to be divided by `tokens`; `llm_loss`;
           `ctc_loss` of the transcripts (0 without a head); `tokens` and `correct` (tokens predicted right) of the
-          language model.
+          language model. A transcript that is too long to be aligned with its audio has no `llm_loss` in a stream.
         """
         if labels is None:
             labels = [self.label_template.fill(*row) for row in zip(texts, requests, strict=True)]
         label_ids = [self.label_ids(label) for label in labels]
-        encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens)
-        inputs_embeds, lens, targets = self.prompted(audio_embeds, audio_lens, requests, label_ids)
-        (llm_loss, tokens, correct), _ = self.llm.loss(targets, inputs_embeds=inputs_embeds, lens=lens)
-        ctc_loss = llm_loss.new_zeros(())
+        chunk = None if chunk_seconds is None else self.chunks[chunk_seconds]
+        encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens, chunk)
+        transcripts, ctc_logits = [], None
         if self.ctc_head is not None:
-            transcripts = [self.ctc_label_ids(text) for text in texts]
-            losses = ctc_losses(self.ctc_head(encoder_out), encoder_out_lens, transcripts, self.blank_id)
+            transcripts, ctc_logits = [self.ctc_label_ids(text) for text in texts], self.ctc_head(encoder_out)
+        if chunk is None:
+            spliced = self.spliced(audio_lens, requests, label_ids)
+        else:
+            words = list(words or [None] * len(texts))
+            unknown = [i for i, said in enumerate(words) if said is None and requests[i].target_language is None]
+            if unknown:
+                aligned = self._aligned(ctc_logits, encoder_out_lens, transcripts, unknown)
+                for i, said in zip(unknown, aligned, strict=True):
+                    words[i] = said
+            spliced = self.streamed(chunk, feature_lens, audio_lens, requests, label_ids, words)
+        inputs_embeds = self.embed(spliced, audio_embeds, audio_lens)
+        (llm_loss, tokens, correct), _ = self.llm.loss(spliced.labels, inputs_embeds=inputs_embeds, lens=spliced.lens)
+        ctc_loss = llm_loss.new_zeros(())
+        if ctc_logits is not None:
+            losses = ctc_losses(ctc_logits, encoder_out_lens, transcripts, self.blank_id)
             # Of translations it counts nothing, but it is computed: every parameter gets a gradient in every batch.
             is_transcript = torch.tensor([r.target_language is None for r in requests], device=losses.device)
             ctc_loss = (losses * is_transcript).sum()

@@ -90,8 +90,8 @@ class Tokenizer(Protocol):
         """The ids of `text`, without the end of text."""
         ...
 
-    def stream(self, keep_tags: bool = False) -> StreamDecoder:
-        """A decoder for the ids of one text, given one at a time."""
+    def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
+        """A decoder for the ids of one text, given one at a time; `continued`: of its rest, after some ids."""
         ...
 
     def decode(self, ids: Iterable[int], keep_tags: bool = False) -> str:
@@ -179,7 +179,7 @@ class RWKVTokenizer(Tokenizer):
             start += len(piece)
         return ids
 
-    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+    def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
         return StreamDecoder(self._bytes_of, self._bytes_of)  # its tags are text
 
     def identity(self) -> str:
@@ -248,9 +248,10 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._sp.encode(text)
 
-    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+    def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
         tags = self._tags if keep_tags else {}
-        return StreamDecoder(self._first_bytes_of | tags, self._bytes_of | tags)
+        first = self._bytes_of if continued else self._first_bytes_of
+        return StreamDecoder(first | tags, self._bytes_of | tags)
 
     def piece(self, index: int) -> str:
         """The piece with this id as sentencepiece shows it (U+2581 for a space), for logs and reports."""
@@ -329,9 +330,10 @@ class HFTokenizer(Tokenizer):
         added = self._tokenizer.get_added_tokens_decoder()
         return {i: token.content.encode("utf-8") for i, token in added.items() if token.special and i != self.eos_id}
 
-    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+    def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
         tags = self._tags if keep_tags else {}
-        return StreamDecoder(self._first_bytes_of | tags, self._bytes_of | tags)
+        first = self._bytes_of if continued else self._first_bytes_of
+        return StreamDecoder(first | tags, self._bytes_of | tags)
 
     def piece(self, index: int) -> str:
         special = self._tokenizer.get_added_tokens_decoder().get(index)

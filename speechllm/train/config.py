@@ -82,6 +82,11 @@ class Experiment:
                 "model.cr_ctc compares two views of an utterance, which differ by SpecAugment: set "
                 "data.augment.spec_augment, with a probability above 0"
             )
+        if self.model.streaming is not None and self.data.cache_encoder is not None:
+            raise ValueError(
+                "data.cache_encoder keeps what the encoder hears of whole utterances, and model.streaming trains on "
+                "chunks of several sizes: leave out one of them"
+            )
         if self.train.fsdp and self.optim.name != "adamw":
             raise ValueError(f"train.fsdp: optim.name: {self.optim.name} looks at whole tensors; use adamw")
         if self.train.fsdp and self.train.mixed_precision == "fp16":
