@@ -79,10 +79,10 @@ class Program:
         os.kill(self.pid, signal.SIGTERM)
 
 
-def run(*command, check=True, **options):
-    """Run a command to its end: its exit status, stdout and stderr."""
+def run(*command, check=True, timeout=None, **options):
+    """Run a command to its end, for `timeout` seconds at most: its exit status, stdout and stderr."""
     program = Program(command, **options)
-    done = subprocess.CompletedProcess(command, None, *program.communicate())
+    done = subprocess.CompletedProcess(command, None, *program.communicate(timeout))
     done.returncode = program.returncode
     assert not check or done.returncode == 0, done.stderr
     return done

@@ -145,7 +145,7 @@ class Tuning:
 
 
 class TunableModel(LanguageModel[State]):
-    """What adapters, quantisation and model folders ask of a language model besides.
+    """What adapters, quantization and model folders ask of a language model besides.
 
     The initial state is what every text starts from: a parameter of some models (RWKV-7), of others there is none.
     """

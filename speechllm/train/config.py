@@ -8,7 +8,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from speechllm.config import ConfigError, check_limits, load_config, override, parse_overrides, setting, to_dict
+from speechllm.config import (
+    ConfigError,
+    check_limits,
+    load_config,
+    override,
+    parse_overrides,
+    setting,
+    to_dict,
+)
 from speechllm.data import DataConfig
 from speechllm.model.config import ModelConfig
 from speechllm.optim.optimizer import OptimConfig

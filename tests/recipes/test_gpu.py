@@ -16,7 +16,8 @@ def train(experiment, exp_dir, device, *settings, launcher=()):
     """recipes/train.py for its 12 steps; its log."""
     env = dict(ENV) if device == "cpu" else {k: v for k, v in ENV.items() if k != "ACCELERATE_USE_CPU"}
     options = ["--config", str(experiment), "--exp-dir", str(exp_dir), *settings]
-    result = run(sys.executable, *launcher, "recipes/train.py", *options, env=env)
+    # what hangs on a rented GPU is a failure, not the end of the check
+    result = run(sys.executable, *launcher, "recipes/train.py", *options, env=env, timeout=150)
     assert f"device: {device}" in result.stderr
     return result.stderr
 
