@@ -138,7 +138,8 @@ class RecognizableSpeechLLM(Recognizable, Protocol):
 
 
 def check_length(model: Recognizable, frames: int | None) -> None:
-    """
+    """Whether the encoder can hear so much.
+
     Raises:
       UserError: features of so many frames are longer than the encoder can hear.
     """
