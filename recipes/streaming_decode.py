@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Decode test sets as streams: error rates against delay, and how fast it is.
+r"""Decode test sets as streams: error rates against delay, and how fast it is.
 
-    python recipes/streaming_decode.py --config configs/digits-streaming.yaml --exp-dir recipes/digits/exp-streaming \\
+    python recipes/streaming_decode.py --config configs/digits-streaming.yaml --exp-dir recipes/digits/exp-streaming \
         --model recipes/digits/exp-streaming/AVG --chunk-seconds 0.32 0.64 1.28 offline
 
 The utterances of each set under `data.test` are played to --streams streams at a time, a chunk of audio to each, all of

@@ -116,7 +116,8 @@ def main() -> None:
 
 
 def check_hash(path: Path, sha256: str, package: str) -> None:
-    """
+    """Whether a file is the one that is meant.
+
     Raises:
         UserError: the file has another hash.
     """

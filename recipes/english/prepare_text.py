@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Make English text to train a language model on, the training transcripts and what people wrote and said, with phones.
+r"""Make English text to train a language model on: the transcripts, and what people wrote and said, with phones.
 
-    recipes/english/prepare_text.py --packages-dir PACKAGES --corpus-dir recipes/english/data/corpus \\
+    recipes/english/prepare_text.py --packages-dir PACKAGES --corpus-dir recipes/english/data/corpus \
         --lexicon recipes/english/data/lexicon --output-dir recipes/english/data/text
 
 PACKAGES holds, unpacked, the Debian packages

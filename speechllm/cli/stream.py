@@ -78,10 +78,9 @@ def add_stream(commands: argparse._SubParsersAction) -> None:
 
 
 def run_stream(args: argparse.Namespace) -> int:
-    """
-    Raises:
-        UserError, FileNotFoundError: the options do not go together, the model does not load or cannot hear a stream,
-            or the audio cannot be read.
+    """Raises:
+    UserError, FileNotFoundError: the options do not go together, the model does not load or cannot hear a stream,
+        or the audio cannot be read.
     """
     from speechllm.decode.streaming import StreamingRecognizer
     from speechllm.errors import UserError

@@ -152,7 +152,8 @@ class LinesFile:
             return {"size": stat.st_size, "time": stat.st_mtime_ns, "checksum": _checksum(file)}
 
     def read(self, offset: int, size: int) -> bytes:
-        """
+        """The `size` bytes that begin at `offset`.
+
         Raises:
             DataError: it is missing, or has other content.
         """

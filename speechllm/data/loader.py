@@ -499,7 +499,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any], inside: str = "") 
 
 
 def require_sources(sources: Sequence[SourceConfig], purpose: str) -> None:
-    """
+    """Whether there are any.
+
     Raises:
         DataError: there are none.
     """

@@ -39,6 +39,8 @@ def ctc_greedy(log_probs: Tensor, lens: Tensor, blank: int) -> list[list[int]]:
 
 
 class CTCHypothesis(NamedTuple):
+    """A text that CTC gives."""
+
     tokens: tuple[int, ...]
     log_prob: float  # of the tokens, summed over their alignments
 

@@ -215,7 +215,8 @@ class StreamableSpeechLLM(StreamableModel, Protocol):
 
 
 def check_length(model: Recognizable, frames: int | None) -> None:
-    """
+    """Whether the encoder can hear so much.
+
     Raises:
       UserError: features of so many frames are longer than the encoder can hear.
     """

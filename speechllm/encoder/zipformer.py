@@ -255,6 +255,7 @@ def keep_utterances(x: Tensor, skip_rate: float) -> Tensor | None:
 
 
 def whitening(limit: float, ratio: float = 2.0, grad_scale: float = 0.01, groups: int = 1) -> Whiten:
+    """A `Whiten` whose limit grows by `ratio` over 20,000 batches."""
     return Whiten(ScheduledFloat((0.0, limit), (20000.0, ratio * limit)), grad_scale, groups)
 
 
@@ -346,6 +347,8 @@ def attend(weights: Tensor, x: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
+    """Values, mixed by attention weights that several modules share."""
+
     def __init__(self, dim: int, num_heads: int, value_head_dim: int):
         super().__init__()
         self.in_proj = Linear(dim, num_heads * value_head_dim)
@@ -391,6 +394,8 @@ class NonlinAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with SwooshL between them."""
+
     def __init__(self, dim: int, hidden: int, dropout: ScheduledFloat):
         super().__init__()
         self.in_proj = Linear(dim, hidden)
@@ -443,6 +448,8 @@ class ChunkCausalConv(nn.Module):
 
 
 class ConvolutionModule(nn.Module):
+    """A gated depthwise convolution over time."""
+
     def __init__(self, dim: int, kernel: int, causal: bool):
         super().__init__()
         self.in_proj = Linear(dim, 2 * dim)
@@ -494,6 +501,8 @@ class Bypass(nn.Module):
 
 
 class ZipformerLayer(nn.Module):
+    """Attention, convolution and feed-forward modules around one set of attention weights."""
+
     def __init__(self, config: ZipformerConfig, stack: int, skip_rate: ScheduledFloat, dropout: ScheduledFloat):
         super().__init__()
         dim = config.encoder_dim[stack]
@@ -898,7 +907,8 @@ class Zipformer(nn.Module):
         left_context_frames: int | None = None,
         return_stacks: bool = False,
     ) -> tuple[Tensor, ...]:
-        """
+        """Features to frames of 40 ms, with the usual `output_downsampling_factor`.
+
         Args:
             features: log-mel features, 100 frames a second, (N, T, feature_dim); anything may lie beyond the
                 lengths.

@@ -1,6 +1,6 @@
-"""Prompts: templates with slots that utterances fill, and how learned parts of the prompt are configured.
+r"""Prompts: templates with slots that utterances fill, and how learned parts of the prompt are configured.
 
-The default is RWKV's chat form, as its official chat checkpoints were trained: `User: ... \\n\\nAssistant: ...`.
+The default is RWKV's chat form, as its official chat checkpoints were trained: `User: ... \n\nAssistant: ...`.
 Training and decoding lay out and embed prompts with the same functions, and a model is saved with the templates
 written out: what is decoded with is what was trained with.
 """

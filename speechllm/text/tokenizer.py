@@ -164,7 +164,7 @@ class RWKVTokenizer(Tokenizer):
         return list(self._encoder.encode(text))
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """The ids of any bytes, whether or not they are UTF-8; encode_bytes(text.encode()) == encode(text).
+        """The ids of any bytes, whether or not they are UTF-8: of a text's, those that `encode` gives.
 
         For data in which a byte that is no UTF-8 must stay what it is. It is plain Python: `encode` is the fast way
         for text.

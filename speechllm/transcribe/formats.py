@@ -96,7 +96,7 @@ def format_txt(recording: Recording) -> str:
 
 
 def format_json(recording: Recording) -> str:
-    """One JSON object in one line.
+    r"""One JSON object in one line.
 
     `id`, `audio`, `duration`, `text`, `confidence` (null where nothing was recognized), `language` (if the model says
     it), `warnings` about the audio (if there are any) and `segments`, each of which has `start`, `end`, `text`,
@@ -104,7 +104,7 @@ def format_json(recording: Recording) -> str:
     (more than one hypothesis) `nbest`.
 
     Numbers that are not finite are null, and what is not valid Unicode, such as a byte of a file's name that is not
-    UTF-8, is written as `\\udcXX`: any reader of JSON takes it.
+    UTF-8, is written as `\udcXX`: any reader of JSON takes it.
     """
     best = [segment.recognition.nbest[0] for segment in recording.segments if segment.recognition.nbest]
     record = {

@@ -67,7 +67,8 @@ class Output:
             self._index = _Index(self.folder / _INDEX)
 
     def check(self, paths: Sequence[str | Path]) -> None:
-        """
+        """Whether the results of these inputs have a place.
+
         Raises:
             UserError: standard output cannot hold the format for all these inputs; the folder is a file.
         """
