@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 import types
 import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +43,39 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_config(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> T:
+_BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
+def setting(default: Any, hint: str = "", help: str = "", **bounds: float) -> Any:
+    """A field of a dataclass with the limits of its value, which `check_limits` holds, and its option's help.
+
+    Args:
+      default: also one that is outside of the limits and means something else, such as None.
+      hint: what to do, for the error.
+      help: of the option of a command line that is made of the field.
+      bounds: `at_least`, `above`, `at_most`, `below`; infinity is allowed unless a value must be `below` it.
+    """
+    return dataclasses.field(default=default, metadata={"bounds": bounds, "hint": hint, "help": help})
+
+
+def check_limits(config: Any) -> None:
+    """For the `__post_init__` of a dataclass whose fields are `setting`s.
+
+    Raises:
+      UserError: a value is out of its limits.
+    """
+    for field in dataclasses.fields(config):
+        value, bounds = getattr(config, field.name), field.metadata.get("bounds", {})
+        if value is None or not bounds:
+            continue
+        if not all(_BOUNDS[name](value, bound) for name, bound in bounds.items()):
+            words = (f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())
+            must = " and ".join(words).replace("below inf", "finite")
+            hint = f"; {field.metadata['hint']}" if field.metadata["hint"] else ""
+            raise UserError(f"{field.name} must be {must}, got {value}{hint}")
+
+
+def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] | None = None) -> T:
     """Read `path` (YAML) into the dataclass `cls`; `overrides` is what argparse left over: `--a.b value ...`.
 
     Raises:
@@ -55,7 +89,7 @@ def load_config(cls: type[T], path: str | Path, overrides: list[str] | None = No
     except yaml.YAMLError as e:
         raise ConfigError(f"{path}: not valid YAML: {e}") from None
     config = from_dict(cls, tree, source=str(path))
-    return override(config, parse_overrides(overrides or []), source="command line")
+    return override(config, parse_overrides(overrides or ()), source="command line")
 
 
 def override(config: T, changes: dict[str, Any], source: str) -> T:
@@ -100,7 +134,7 @@ def _build(annotation: Any, value: Any, source: str, key: str) -> Any:
     def error(expected: str) -> ConfigError:
         return ConfigError(f"{source}: {key or 'top level'}: expected {expected}, got {value!r}")
 
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         if value is None:
             value = {}
         if not isinstance(value, dict):
@@ -108,15 +142,7 @@ def _build(annotation: Any, value: Any, source: str, key: str) -> Any:
         return _build_dataclass(annotation, value, source, key)
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        errors = []
-        for option in (a for a in args if a is not type(None)):
-            try:
-                return _build(option, value, source, key)
-            except ConfigError as e:
-                errors.append(e)
-        raise errors[0] if len(errors) == 1 else error(" or ".join(_name(a) for a in args))
+        return _build_one_of(args, value, source, key, error)
     if origin is typing.Literal:
         if value not in args:
             raise error(f"one of {', '.join(map(str, args))}")
@@ -129,8 +155,26 @@ def _build(annotation: Any, value: Any, source: str, key: str) -> Any:
         if not isinstance(value, dict):
             raise error("a mapping")
         return {k: _build(args[1], v, source, f"{key}.{k}") for k, v in value.items()}
-    if annotation is Any:
-        return value
+    return value if annotation is Any else _build_scalar(annotation, value, error)
+
+
+def _build_one_of(
+    options: Sequence[Any], value: Any, source: str, key: str, error: Callable[[str], ConfigError]
+) -> Any:
+    """`value` as the first of the types that it fits."""
+    if value is None and type(None) in options:
+        return None
+    errors = []
+    for option in (o for o in options if o is not type(None)):
+        try:
+            return _build(option, value, source, key)
+        except ConfigError as e:
+            errors.append(e)
+    raise errors[0] if len(errors) == 1 else error(" or ".join(map(_name, options)))
+
+
+def _build_scalar(annotation: type, value: Any, error: Callable[[str], ConfigError]) -> Any:
+    """A number, a text, or a truth value."""
     if annotation is float:
         # YAML 1.1 reads "1e-3" (no dot) as a string: people write it, so it is a number here.
         if isinstance(value, str):
@@ -173,7 +217,7 @@ def _build_dataclass(cls: type, tree: dict[str, Any], source: str, key: str) -> 
         raise ConfigError(f"{source}: {key or 'top level'}: {e}") from None
 
 
-def parse_overrides(args: list[str]) -> dict[str, Any]:
+def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
     """`["--a.b", "1", "--c.d=x"]` -> `{"a.b": 1, "c.d": "x"}`; values are read as YAML, the last of a key counts.
 
     Raises:

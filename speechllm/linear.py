@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,13 +64,13 @@ class _OneDNNProduct(torch.autograd.Function):
     """x (M, K), weight (N, K), bias (N,) -> x weight^T + bias (M, N), all products of a training step by oneDNN."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _onednn(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         d_x = _onednn(grad, weight.T) if ctx.needs_input_grad[0] else None
@@ -106,12 +107,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, cap: float | None
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, cap: float | None
     ) -> tuple[Tensor, Tensor]:
         loss, correct = hidden.new_zeros((), dtype=torch.float32), targets.new_zeros(())
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = None
+        d_weight: Tensor | None = None
         compute_weight = weight.to(dtype)
         chunks = -(-len(targets) * weight.shape[0] // _LOGITS_AT_ONCE)
         # of one size: a short last one would cost a pass over the whole weight for little
@@ -134,11 +135,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if cap is not None:
                     d_logits.addcmul_(d_logits, bounded.square_(), value=-1)  # the derivative of tanh is 1 - tanh^2
                 d_logits = d_logits.to(dtype)
-                if needs_hidden:
+                if d_hidden is not None:
                     d_hidden[at] = product(d_logits, compute_weight.T)
                 if needs_weight and d_weight is None:
                     d_weight = product(d_logits.T, x.T).to(weight.dtype)  # the sum is not in autocast's type
-                elif needs_weight:
+                elif d_weight is not None:
                     for part, columns in zip(
                         d_weight.split(_ROWS_AT_ONCE), d_logits.split(_ROWS_AT_ONCE, 1), strict=True
                     ):
@@ -151,7 +152,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, correct: None) -> tuple[Tensor | None, ...]:
         # in place: a loss is differentiated once
         return *(None if x is None else x.mul_(grad) for x in ctx.saved_tensors), None, None, None
 
@@ -195,7 +196,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.weights = linear.in_features, linear.out_features, weights
         weight = linear.weight.detach()
         self.bias = None if linear.bias is None else linear.bias.detach().to(_TYPE_OF_PRODUCT[weights])
-        self.scale = None
+        self.scale: Tensor | None = None
         if weights == "int8":
             scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
             self.packed = (weight.float() / scale[:, None]).round_().to(torch.int8)
@@ -209,7 +210,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).to(_TYPE_OF_PRODUCT[self.weights])
-        if self.weights != "int8":
+        if self.scale is None:
             multiply = _onednn if has_onednn() else F.linear
             out = multiply(flat, self.packed, self.bias)
         else:

@@ -1,21 +1,24 @@
 """Configuration: what fits is read, what does not is named."""
 
+import math
 from dataclasses import dataclass, field
 
 import pytest
 
-from speechllm.config import ConfigError, from_dict, load_config, save_config, to_dict
+from speechllm.config import ConfigError, check_limits, from_dict, load_config, save_config, setting, to_dict
 
 
 @dataclass
 class Inner:
-    size: int = 3
-    rate: float = 0.1
+    size: int = setting(3, at_least=0)
+    rate: float = setting(0.1, "0 is no rate", above=0, below=math.inf)
+    most: float | None = setting(None, at_least=0, at_most=1)
     names: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        if self.size < 0:
-            raise ValueError(f"size must be at least 0, got {self.size}")
+        check_limits(self)
+        if self.names == ["x"]:
+            raise ValueError("names: x is none")
 
 
 @dataclass
@@ -41,7 +44,7 @@ def test_overrides(tmp_path):
     config = load_config(
         Outer, path, ["--inner.size", "5", "--flag=true", "--maybe.size", "2", "--inner.names", "[a, b]"]
     )
-    assert config.inner == Inner(5, 1e-3, ["a", "b"]) and config.flag and config.maybe.size == 2
+    assert config.inner == Inner(5, 1e-3, names=["a", "b"]) and config.flag and config.maybe.size == 2
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,11 @@ def test_overrides(tmp_path):
         ({"inner": {"rate": "fast"}}, "inner.rate: expected a number"),
         ({"inner": {"names": "a"}}, "inner.names: expected a list"),
         ({"inner": {"size": -1}}, "inner: size must be at least 0, got -1"),
+        ({"inner": {"rate": 0}}, "inner: rate must be above 0 and finite, got 0.0; 0 is no rate"),
+        ({"inner": {"rate": float("inf")}}, "inner: rate must be above 0 and finite, got inf"),
+        ({"inner": {"rate": float("nan")}}, "inner: rate must be above 0 and finite, got nan"),
+        ({"inner": {"most": 1.5}}, "inner: most must be at least 0 and at most 1, got 1.5"),
+        ({"inner": {"names": ["x"]}}, "inner: names: x is none"),
         ({"many": {"x": [{}, {"size": 1.5}]}}, "many.x[1].size: expected an integer, got 1.5"),
         ({"label": {"text": None}}, "label: expected text; one that begins with a brace stands in quotes"),
         ({"flag": 1}, "flag: expected true or false, got 1"),

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""One long stream: whether memory and word error rate stay what they are at its beginning.
+r"""One long stream: whether memory and word error rate stay what they are at its beginning.
 
-    tools/bench_stream.py --model recipes/digits/exp-streaming/iter-2000-avg-5 --language en \\
+    tools/bench_stream.py --model recipes/digits/exp-streaming/iter-2000-avg-5 --language en \
         --manifest recipes/digits/data/test-en.jsonl --minutes 60
 
 The utterances of the manifests follow one another without a pause, in a random order that begins anew when all have
@@ -28,7 +28,7 @@ from speechllm.data.audio import load_samples
 from speechllm.data.features import SAMPLE_RATE, extract_features
 from speechllm.data.manifests.manifest import describe_cut, read_manifest
 from speechllm.data.manifests.source import Entry, said_words
-from speechllm.decode.interface import StreamingOptions
+from speechllm.decode.options import StreamingOptions
 from speechllm.decode.result import StreamedWord, streamed_text
 from speechllm.decode.streaming import StreamingRecognizer
 from speechllm.errors import UserError

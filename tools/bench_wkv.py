@@ -62,11 +62,14 @@ class Failure:
 
 
 def in_own_process(function: Callable, *args, threads: int):
-    """What ``function(*args)`` returns in a fresh process of ``threads`` threads, or a ``Failure``.
+    """What ``function(*args)`` returns in a process of ``threads`` threads that has only imported PyTorch, or a
+    ``Failure``.
 
     One package that is missing or breaks does not cost the rows of the others; what broke goes to stderr.
     """
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "speechllm.model.speech_llm"])  # once, for all such processes
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) as pool:
         try:
             return pool.submit(function, *args).result()
         except ModuleNotFoundError as e:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Importing this takes no time: `speechllm --help` answers at once.
 if TYPE_CHECKING:
@@ -50,6 +51,35 @@ def command_line_sources(args: argparse.Namespace, manifests: list[str]) -> list
         return [SourceConfig(path, **{name: getattr(args, name) for name in names}) for path in manifests]
     except ValueError as e:
         raise UserError(str(e)) from e
+
+
+_TYPES = {"int": (int, "N"), "float": (float, "X"), "float | None": (float, "X"), "str | None": (str, "FILE")}
+
+
+def add_settings(parser: argparse._ActionsContainer, of: type) -> None:
+    """Add an option for each field of a dataclass that has a help (`speechllm.config.setting`)."""
+    for field in _settings(of):
+        if field.type == "bool":
+            parser.add_argument(option_of(field.name), action="store_true", default=None, help=field.metadata["help"])
+            continue
+        kind, metavar = _TYPES[str(field.type)]
+        default = "" if field.default is None else f" (default: {field.default:g})"
+        parser.add_argument(option_of(field.name), type=kind, metavar=metavar, help=field.metadata["help"] + default)
+
+
+def given_settings(args: argparse.Namespace, of: type) -> dict[str, Any]:
+    """The values of the options of `add_settings` that were given."""
+    values = ((field.name, getattr(args, field.name)) for field in _settings(of))
+    return {name: value for name, value in values if value is not None}
+
+
+def _settings(of: type) -> list[Field]:
+    return [field for field in fields(of) if field.metadata.get("help")]
+
+
+def option_of(name: str) -> str:
+    """The option of a field."""
+    return f"--{name.replace('_', '-')}"
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:

@@ -48,8 +48,7 @@ def run_prompt_show(args: argparse.Namespace) -> int:
     from speechllm.cli.prompt_show import MadeUp, show_prompts
     from speechllm.errors import UserError
     from speechllm.model.speech_llm import SpeechLLM
-    from speechllm.train.config import load_experiment
-    from speechllm.train.stages import stages_of
+    from speechllm.train.config import load_experiment, stages_of
 
     if not (args.config or args.model):
         raise UserError("prompt show: give a configuration with --config, or a trained model with --model")
@@ -65,12 +64,11 @@ def run_prompt_show(args: argparse.Namespace) -> int:
         sources = sources or experiment.data.train
         text_steps, seed = experiment.data.text, experiment.train.seed
     model = SpeechLLM.from_pretrained(args.model) if args.model else SpeechLLM.from_config(experiment.model)
-    if args.language or not sources:
-        sources = MadeUp(args.text, command_line_request(args))
+    made_up = MadeUp(args.text, command_line_request(args)) if args.language or not sources else None
     if args.chunk_seconds is not None and args.chunk_seconds not in model.chunks:
         sizes = ", ".join(f"{seconds:g}" for seconds in model.chunks) or "none, as it has no model.streaming"
         raise UserError(f"--chunk-seconds {args.chunk_seconds:g}: the model's chunks are (in seconds): {sizes}")
     options = {"count": args.n, "seed": seed, "text_steps": text_steps, "chunk_seconds": args.chunk_seconds}
-    for text in show_prompts(model, sources, **options):
+    for text in show_prompts(model, made_up or sources, **options):
         print(text)
     return 0

@@ -106,10 +106,10 @@ def positions(spliced: Spliced, tokenizer: Tokenizer) -> Iterator[str]:
 
     kinds, ids, labels = (t[0].tolist() for t in (spliced.kinds, spliced.token_ids, spliced.labels))
     for kind, run in groupby(range(len(ids)), key=kinds.__getitem__):
-        run = list(run)
+        places = list(run)
         if kind in _EMBEDDINGS:
-            where = str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
-            yield f"{where:>9}         [{_EMBEDDINGS[kind]} x {len(run)}]{counted(labels[run[-1]])}"
+            where = str(places[0]) if len(places) == 1 else f"{places[0]}-{places[-1]}"
+            yield f"{where:>9}         [{_EMBEDDINGS[kind]} x {len(places)}]{counted(labels[places[-1]])}"
             continue
-        for i in run:
+        for i in places:
             yield f"{i:>9}  {ids[i]:>6} {tokenizer.piece(ids[i])!r}{counted(labels[i])}"

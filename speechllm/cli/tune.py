@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from speechllm.cli.options import add_device_option
+from speechllm.cli.options import add_device_option, add_settings, given_settings
+from speechllm.train.text_options import TextTuning
 
 
 def add_tune(commands: argparse._SubParsersAction) -> None:
@@ -35,18 +36,7 @@ def add_tune(commands: argparse._SubParsersAction) -> None:
     tune.add_argument("--rank", type=int, help="of the adapter (default: 8)")
     tune.add_argument("--targets", nargs="+", help="matrices to adapt (default: receptance key value output)")
     tune.add_argument("--quantize", default="none", help="of the frozen base: none, int8 or nf4 (default: none)")
-    tune.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
-    tune.add_argument("--tokens-per-step", type=int, default=4096, help="(default: %(default)s)")
-    tune.add_argument(
-        "--segment",
-        type=int,
-        default=1024,
-        help="longer documents are read in segments, the state carried on (default: %(default)s)",
-    )
-    tune.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default: %(default)s)")
-    tune.add_argument("--valid-every-n", type=int, default=200, help="steps between validations, each of which saves")
-    tune.add_argument("--seed", type=int, default=42)
-    tune.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    add_settings(tune, TextTuning)
     add_device_option(tune)
     tune.add_argument(
         "--checkpoint-blocks", action="store_true", help="compute activations again in the backward pass: less memory"
@@ -65,7 +55,7 @@ def run_tune(args: argparse.Namespace) -> int:
     from speechllm.model.build import usable_device
     from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7, save_rwkv7, tuning_table
     from speechllm.text.tokenizer import load_tokenizer
-    from speechllm.train.text_tuning import TextTuning, read_documents, tune_on_text
+    from speechllm.train.text_tuning import read_documents, tune_on_text
 
     method = args.method or ("miss" if args.new is None else "full")
     if args.new is not None and method != "full":
@@ -81,17 +71,9 @@ def run_tune(args: argparse.Namespace) -> int:
         config = TuneConfig(method, rank=args.rank, targets=args.targets, quantize=args.quantize)
     except ValueError as e:
         raise UserError(f"tune: {e}") from e
-    options = TextTuning(
-        args.steps,
-        args.tokens_per_step,
-        args.segment,
-        args.lr,
-        valid_every_n=args.valid_every_n,
-        bf16=args.bf16,
-        seed=args.seed,
-    )
+    options = TextTuning(**given_settings(args, TextTuning))
     setup_logging()
-    torch.manual_seed(args.seed)
+    torch.manual_seed(options.seed)
     tokenizer = load_tokenizer(args.tokenizer)
     documents, valid_documents = (read_documents(paths, tokenizer) for paths in (args.text, args.valid))
     device = usable_device(args.device)
@@ -105,7 +87,8 @@ def run_tune(args: argparse.Namespace) -> int:
             model = RWKV7(RWKV7Config(num_layers, width, tokenizer.vocab_size))
         except ValueError as e:
             raise UserError(f"tune: --new {args.new}: layers and width as in 8x384, in heads of 64 ({e})") from e
-    model = tune(model, config).to(device).train()
+    tune(model, config)
+    model.to(device).train()
     model.checkpoint_blocks = args.checkpoint_blocks
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(

@@ -231,8 +231,11 @@ class _Backend(AudioBackend):
         duration: float | None = None,
         force_opus_sampling_rate: int | None = None,
     ) -> tuple[np.ndarray, int]:
-        is_path = isinstance(path_or_fd, str | Path)
-        source, name = (path_or_fd, str(path_or_fd)) if is_path else (path_or_fd.read(), "audio in memory")
+        source: str | Path | bytes
+        if isinstance(path_or_fd, str | Path):
+            source, name = path_or_fd, str(path_or_fd)
+        else:
+            source, name = path_or_fd.read(), "audio in memory"
         try:
             with open_audio(source, name) as file:
                 start = compute_num_samples(offset, file.rate) if offset else 0
@@ -260,8 +263,8 @@ def _read_mono(cut: DataCut, name: str, tolerance: float, notes: list[AudioNote]
 
 
 def _joined(blocks: Iterator[np.ndarray]) -> np.ndarray:
-    blocks = list(blocks)
-    return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
+    found = list(blocks)
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.float32)
 
 
 def _choice(cut: DataCut, name: str) -> Callable[[int], list[int]]:
@@ -316,7 +319,8 @@ def _blocks_of(cut: DataCut, file: AudioFile, tolerance: float) -> Iterator[np.n
 
 
 def _check_length(cut: DataCut, found: int, rate: int, tolerance: float, name: str, of_file: bool = False) -> None:
-    """
+    """Whether audio is about as long as its manifest says.
+
     Args:
         found: samples that were read of the cut, or those `of_file`.
     """

@@ -23,7 +23,7 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import av
 import numpy as np
@@ -349,7 +349,7 @@ class _AVFile(AudioFile):
 def _container(source: str | Path | bytes) -> av.container.InputContainer:
     # a name with a colon is no URL, and a playlist opens nothing else
     name = _openable(source) if isinstance(source, bytes) else f"file:{source}"
-    return av.open(name, metadata_errors="ignore", options={"protocol_whitelist": "file"})
+    return av.open(name, "r", metadata_errors="ignore", options={"protocol_whitelist": "file"})
 
 
 def _track(container: av.container.InputContainer, track: int | None, name: str) -> av.AudioStream:
@@ -457,7 +457,7 @@ def _has_exact_timestamps(path: str, track: int, rate: int, size: int, changed: 
         size, changed: of the file, so that what was found of another is not taken for it.
     """
     with _container(path) as container:
-        stream = container.streams[track]
+        stream = cast(av.AudioStream, container.streams[track])
         per_tick = float(rate * _tick(stream))
         most = _JUMP_SECONDS * rate / per_tick if per_tick <= 1 else 0
         lengths, expected = set(), None

@@ -181,7 +181,7 @@ class _Mixer:
         loud = np.flatnonzero(powers * _TEN_DB >= powers.max())
         found = block[loud].mean(axis=0)
         if _cancels(found, powers[loud]):
-            loud = [int(powers.argmax())]
+            loud = powers.argmax(keepdims=True)
             found = block[loud[0]]
         self.chosen.update(map(int, loud))
         return found

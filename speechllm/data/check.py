@@ -6,7 +6,7 @@ import json
 import math
 from array import array
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from speechllm.data.audio import UtteranceError, load_precomputed, load_samples, read_header, stored_kind
-from speechllm.data.audio_file import AudioNote
+from speechllm.data.audio import load_precomputed, load_samples, read_header, stored_kind
+from speechllm.data.audio_file import AudioNote, UtteranceError
 from speechllm.data.blocks import DURATION_TOLERANCE
 from speechllm.data.features import SAMPLE_RATE, num_frames
 from speechllm.data.loader import DataConfig
@@ -154,7 +154,7 @@ class CheckReport:
         self.characters = 0
         self.tokens = 0
         self.languages: Counter[str] = Counter()
-        self.language_seconds: Counter[str] = Counter()
+        self.language_seconds: defaultdict[str, float] = defaultdict(float)
         self.tasks: Counter[str] = Counter()
         self.problem_counts: Counter[str] = Counter()
         self.problems: dict[str, list[Problem]] = {}

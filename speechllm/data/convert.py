@@ -26,7 +26,8 @@ from lhotse.shar.writers import ArrayTarWriter, AudioTarWriter, JsonlShardWriter
 from lhotse.supervision import AlignmentItem
 from tqdm import tqdm
 
-from speechllm.data.audio import UtteranceError, load_channels, load_samples, read_header, recordings
+from speechllm.data.audio import load_channels, load_samples, read_header, recordings
+from speechllm.data.audio_file import UtteranceError
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, bins_of, extract_features
 from speechllm.data.manifests.manifest import (
     LINE_ERRORS,
@@ -101,7 +102,8 @@ def convert_to_cuts_in_parts(
     _check_new(output)
     folder = output.with_name(f"{_stem(output)}.parts")
     objects = iter(_objects(source))
-    parts, left_out = [], Counter()
+    parts: list[Path] = []
+    left_out: Counter[str] = Counter()
     while lines := list(islice(objects, part_size)):
         parts.append(folder / f"{len(parts):05d}.jsonl")
         if not parts[-1].is_file():
@@ -139,7 +141,7 @@ def _write_cuts(
                 for part in recording.sources:
                     if part.type == "file":
                         part.source = os.path.abspath(part.source)
-            if writer is not None:
+            if writer is not None and features is not None and extract is not None:
                 cut = _with_stored_features(cut, next(numbers), writer, storage, features, extract)
             file.write(json.dumps(cut.to_dict(), ensure_ascii=False).encode() + b"\n")
             return cut
@@ -191,7 +193,7 @@ def convert_to_shar(
                 audio_writer.write(cut.id, audio, stored.sampling_rate, stored.recording, file_format)
             except (ValueError, RuntimeError) as error:
                 raise UtteranceError("audio cannot be written", f"as {file_format}: {error}") from error
-            if matrix is not None:
+            if matrix is not None and features is not None:
                 stored.features = to_shar_placeholder(_describe_features(stored, matrix, features, "", ""))
                 feature_writer.write(cut.id, matrix, stored.features)
             cut_writer.write(stored)

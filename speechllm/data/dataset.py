@@ -6,15 +6,15 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lhotse.cut import Cut
 from torch import Tensor
 
-from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
-from speechllm.data.audio_file import AudioNote
+from speechllm.data.audio import load_precomputed, load_samples
+from speechllm.data.audio_file import AudioNote, UtteranceError
 from speechllm.data.augment.augmenter import Augmenter
 from speechllm.data.augment.specaugment import SpecAugmentConfig, spec_augment, spec_augment_twice
 from speechllm.data.blocks import DURATION_TOLERANCE
@@ -125,7 +125,7 @@ class WaveformBatch(_Batch):
         lens = self.sample_lens.to(device, non_blocking=True)
         samples = self.samples.to(device, non_blocking=True)
         features, feature_lens = extract_features_padded(samples, lens, self.feature_kind)
-        if self.two_views:
+        if self.two_views and self.spec_augment is not None:
             first, second = features, features.clone()
             for i, (frames, rng) in enumerate(zip(feature_lens.tolist(), self.generators, strict=True)):
                 views = spec_augment_twice(features[i, :frames].clone(), self.spec_augment, rng)
@@ -267,22 +267,23 @@ class SpeechDataset(torch.utils.data.Dataset):
         except LabelError as error:
             raise UtteranceError(error.reason, str(error)) from error
         rng = augmentation_rng(self._seed, epoch, times, cut.id)
-        samples, features = None, None
+        samples: np.ndarray | None = None
+        features: Tensor | None = None
         if self._features_on == "precomputed":
             features = load_precomputed(cut, self._feature_kind)
-            duration = len(features) * FRAME_SHIFT
+            frames, duration = len(features), len(features) * FRAME_SHIFT
         else:
             samples = load_samples(cut, speed, self._duration_tolerance, notes)
             if self._augmenter is not None:
                 samples = self._augmenter.samples(samples, rng)
-            duration = len(samples) / SAMPLE_RATE
+            frames, duration = num_frames(len(samples)), len(samples) / SAMPLE_RATE
             if self._features_on == "worker":
                 features = extract_features(samples, self._feature_kind)
-        frames = num_frames(len(samples)) if features is None else len(features)
+                frames = len(features)
         if frames < self._min_frames:
             raise UtteranceError("too short for the encoder", f"{frames} frames, and it needs {self._min_frames}")
         second_view = None
-        if features is not None and self._two_views:
+        if features is not None and self._two_views and self._augmenter is not None:
             features, second_view = self._augmenter.two_views(features, rng)
         elif features is not None and self._augmenter is not None:
             features = self._augmenter.features(features, rng, self._feature_kind)
@@ -310,9 +311,9 @@ class SpeechDataset(torch.utils.data.Dataset):
     def _collate(self, utterances: list[Utterance]) -> Batch | WaveformBatch:
         if self._features_on != "device":
             return collate(utterances)
-        samples, lens = _padded([torch.from_numpy(u.samples) for u in utterances])
+        samples, lens = _padded([torch.from_numpy(u.samples) for u in utterances if u.samples is not None])
         config = self._augmenter.config.spec_augment if self._augmenter is not None else None
-        generators = [u.rng for u in utterances]
+        generators = [u.rng for u in utterances if u.rng is not None]
         return WaveformBatch(
             **_fields(utterances),
             samples=samples,
@@ -357,12 +358,12 @@ class Utterance:
 def collate(utterances: Iterable[Utterance]) -> Batch:
     """Pad utterances with zeros on the right to one batch."""
     utterances = list(utterances)
-    views = [u.features for u in utterances] + [u.second_view for u in utterances if u.second_view is not None]
-    features, lens = _padded(views)
+    views = [*(u.features for u in utterances), *(u.second_view for u in utterances)]
+    features, lens = _padded([view for view in views if view is not None])
     return Batch(**_fields(utterances), features=features, feature_lens=lens)
 
 
-def _fields(utterances: list[Utterance]) -> dict[str, list]:
+def _fields(utterances: list[Utterance]) -> dict[str, Any]:
     """Those of `_Batch`."""
     return {
         "texts": [u.text for u in utterances],

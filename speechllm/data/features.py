@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cache
+from typing import overload
 
 import numpy as np
 import torch
@@ -61,6 +62,14 @@ def fbank_extractor(device: str = "cpu") -> Fbank:
             device=device,
         )
     )
+
+
+@overload
+def num_frames(num_samples: int) -> int: ...
+
+
+@overload
+def num_frames(num_samples: Tensor) -> Tensor: ...
 
 
 def num_frames(num_samples: int | Tensor) -> int | Tensor:

@@ -28,7 +28,7 @@ import numpy as np
 from lhotse.cut import Cut
 from tqdm import tqdm
 
-from speechllm.data.audio import UtteranceError
+from speechllm.data.audio_file import UtteranceError
 from speechllm.data.manifests.manifest import (
     LINE_ERRORS,
     DataError,
@@ -57,9 +57,14 @@ _LABELS_AT_ONCE = 10000
 class Labels(Protocol):
     """What the data side asks of the model about labels; `SpeechLLM` and `EncoderModel` have it."""
 
-    frame_seconds: float
-    seconds_per_position: float
-    label_template: LabelTemplate
+    @property
+    def frame_seconds(self) -> float: ...
+
+    @property
+    def seconds_per_position(self) -> float: ...
+
+    @property
+    def label_template(self) -> LabelTemplate: ...
 
     def label_lengths(self, labels: Sequence[str]) -> list[int]:
         """Tokens of each label, end of text aside."""
@@ -147,7 +152,8 @@ class LinesFile:
             return {"size": stat.st_size, "time": stat.st_mtime_ns, "checksum": _checksum(file)}
 
     def read(self, offset: int, size: int) -> bytes:
-        """
+        """The `size` bytes that begin at `offset`.
+
         Raises:
             DataError: it is missing, or has other content.
         """
@@ -265,7 +271,8 @@ def _locked(path: Path) -> Iterator[None]:
 def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels: Labels | None) -> None:
     offsets, sizes, durations, characters, tokens = array("q"), array("i"), array("f"), array("i"), array("i")
     written: list[str] = []
-    bad_count, messages, checksum = 0, [], 0
+    bad_count, checksum = 0, 0
+    messages: list[str] = []
     languages: Counter[str | None] = Counter()
 
     def count_tokens() -> None:
@@ -295,7 +302,7 @@ def _build(folder: Path, source: SourceConfig, text_steps: Sequence[str], labels
                     count_tokens()
             count_tokens()
         lines = tmp / "lines.jsonl"
-        arrays = {"offsets": offsets, "sizes": sizes, "durations": durations, "characters": characters}
+        arrays = dict[str, array](offsets=offsets, sizes=sizes, durations=durations, characters=characters)
         if labels is not None:
             arrays["tokens"] = tokens
         for name, values in arrays.items():
@@ -327,8 +334,9 @@ def _placed_entries(source: SourceConfig, unpacked: Path) -> Iterator[tuple[int,
                 yield 0, b"", found
                 continue
             line = json.dumps(found, ensure_ascii=False).encode() + b"\n"
-            yield file.tell(), line, _understood(where, found, source)
-            file.write(line)
+            if (entry := _understood(where, found, source)) is not None:
+                yield file.tell(), line, entry
+                file.write(line)
 
 
 def _understood(where: str, line: bytes | dict, source: SourceConfig) -> Entry | ManifestError | None:

@@ -19,12 +19,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from speechllm.config import check_limits, setting
 from speechllm.data.augment.augmenter import AugmentConfig, Augmenter
 from speechllm.data.blocks import DURATION_TOLERANCE
 from speechllm.data.commands import share_command_output
@@ -74,61 +75,49 @@ class DataConfig:
     train: list[SourceConfig] = field(default_factory=list)
     valid: list[SourceConfig] = field(default_factory=list)
     test: dict[str, list[SourceConfig]] = field(default_factory=dict)
-    epoch_cuts: int | None = None
+    epoch_cuts: int | None = setting(None, "null is no limit", above=0)
     text: list[str] = field(default_factory=list)
     min_seconds: float = 0.1
-    max_seconds: float = 30.0
-    max_chars_per_second: float | None = None
-    max_tokens_per_second: float | None = None
-    max_tokens_per_frame: float | None = None
-    max_duration: float = 200.0
-    quadratic_duration: float | None = None
-    max_cuts: int | None = None
-    max_positions: int | None = None
-    num_buckets: int = 20
-    buffer_size: int = 20000
-    num_workers: int = 2
+    max_seconds: float = setting(30.0, above=0)
+    max_chars_per_second: float | None = setting(None, "null is no limit", above=0)
+    max_tokens_per_second: float | None = setting(None, "null is no limit", above=0)
+    max_tokens_per_frame: float | None = setting(None, "null is no limit", above=0)
+    max_duration: float = setting(200.0, above=0)
+    quadratic_duration: float | None = setting(None, "null is no limit", above=0)
+    max_cuts: int | None = setting(None, "null is no limit", above=0)
+    max_positions: int | None = setting(None, "null is no limit", above=0)
+    num_buckets: int = setting(20, above=0)
+    buffer_size: int = setting(20000, above=0)
+    num_workers: int = setting(2, at_least=0)
     features_on: str = "worker"
     cache_encoder: str | None = None
     index_dir: str | None = None
     curriculum_seconds: float | None = None
     curriculum_hold_epochs: int = 1
     curriculum_epochs: int = 0
-    duration_tolerance: float = DURATION_TOLERANCE
-    max_bad_share: float = 0.5
+    duration_tolerance: float = setting(DURATION_TOLERANCE, at_least=0)
+    max_bad_share: float = setting(0.5, at_least=0, at_most=1)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        for name in ("max_duration", "num_buckets", "buffer_size", "max_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is not more than 0")
-        for name in (
-            "epoch_cuts", "max_chars_per_second", "max_tokens_per_second", "max_tokens_per_frame", "quadratic_duration",
-            "max_cuts", "max_positions",
-        ):  # fmt: skip
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is not more than 0; null is no limit")
-        if self.duration_tolerance < 0:
-            raise ValueError(f"duration_tolerance: {self.duration_tolerance} is negative")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers: {self.num_workers} is negative")
+        check_limits(self)
         if not 0 <= self.min_seconds < self.max_seconds:
             raise ValueError(f"min_seconds {self.min_seconds} and max_seconds {self.max_seconds}: need 0 <= min < max")
-        if self.curriculum_seconds is not None:
-            if not self.min_seconds < self.curriculum_seconds:
-                raise ValueError(
-                    f"curriculum_seconds {self.curriculum_seconds} is not above min_seconds {self.min_seconds}"
-                )
-            if self.curriculum_epochs < 1:
-                raise ValueError("curriculum_seconds needs curriculum_epochs of at least 1")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share: {self.max_bad_share} is not between 0 and 1")
+        if self.curriculum_seconds is not None and not self.min_seconds < self.curriculum_seconds:
+            raise ValueError(
+                f"curriculum_seconds {self.curriculum_seconds} is not above min_seconds {self.min_seconds}"
+            )
+        if self.curriculum_seconds is not None and self.curriculum_epochs < 1:
+            raise ValueError("curriculum_seconds needs curriculum_epochs of at least 1")
         check_steps(self.text)
         if self.features_on not in FEATURES_ON:
             raise ValueError(f"features_on: {self.features_on!r} is none of {', '.join(FEATURES_ON)}")
         if self.augment.changes_waveform and (self.features_on == "precomputed" or self.cache_encoder is not None):
             key = "cache_encoder" if self.cache_encoder is not None else "features_on"
             raise ValueError(f"{key}: precomputed features can only have augment.spec_augment")
+        self._check_sources()
+
+    def _check_sources(self) -> None:
         for name, values in (("weight", [s.weight is None for s in self.train]), ("stream", self._streams)):
             if len(set(values)) > 1:
                 raise ValueError(f"train: give {name} to all sources or to none")
@@ -224,12 +213,13 @@ class PlannedEpochs:
         admitted, left_out = config.utterance_limits(epoch, self._labels).admit(self._lengths)
         notes = [f"left out {count} utterances: {reason}" for reason, count in left_out.items()]
         weighted = config.train[0].weight is not None
-        drawable, weights = [], []
+        drawable: list[np.ndarray] = []
+        weights: list[float] = []
         for source, (first, end) in zip(config.train, pairwise(corpus.starts), strict=True):
             group = first + np.flatnonzero(admitted[first:end])
             if len(group):
                 drawable.append(group)
-                weights.append(source.weight)
+                weights.append(1.0 if source.weight is None else source.weight)
             else:
                 notes.append(f"no utterance of {source.path} is within the limits")
         if not drawable:
@@ -441,6 +431,8 @@ class SpeechLoader:
             if self._streaming is not None:  # of the smallest chunks there are the most
                 plan = replace(plan, chunk_seconds=min(self._streaming.chunk_seconds))
             batch, _, _ = self._dataset[plan]
+            if isinstance(batch, DataError):
+                raise batch
             if batch is not None:
                 yield batch
 
@@ -465,11 +457,11 @@ class SpeechLoader:
             if utterance.id not in self._logged:
                 self._logged.add(utterance.id)
                 logging.warning("skipped utterance %s: %s", utterance.id, utterance.details)
-        for utterance in noted:
-            self.noted[utterance.reason] += 1
-            if utterance.id not in self._logged:
-                self._logged.add(utterance.id)
-                logging.warning("utterance %s is used with %s: %s", utterance.id, utterance.reason, utterance.details)
+        for note in noted:
+            self.noted[note.reason] += 1
+            if note.id not in self._logged:
+                self._logged.add(note.id)
+                logging.warning("utterance %s is used with %s: %s", note.id, note.reason, note.details)
         # not before a sample is large enough to tell; the end of the epoch tells of small sets
         if self.seen >= 1000:
             self._check_share()
@@ -507,7 +499,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any], inside: str = "") 
 
 
 def require_sources(sources: Sequence[SourceConfig], purpose: str) -> None:
-    """
+    """Whether there are any.
+
     Raises:
         DataError: there are none.
     """
@@ -544,9 +537,9 @@ def build_train_loader(
     label = LabelTemplate() if labels is None else labels.label_template
     # of a model; what only counts tokens has none
     min_frames, streaming = getattr(labels, "min_frames", 0), getattr(labels, "streaming", None)
-    word_times = None
+    word_times: Literal["required", "used"] | None = None
     if streaming is not None:
-        word_times = "required" if labels.ctc_head is None else "used"
+        word_times = "required" if getattr(labels, "ctc_head", None) is None else "used"
     if not config.utterance_limits(1, labels).needs_tokens:
         labels = None
     elif labels is None:
@@ -555,16 +548,18 @@ def build_train_loader(
     identity["two_views"] = two_views
     for name in ("valid", "test", "num_workers", "max_bad_share", "index_dir"):
         del identity[name]
+    epochs: Epochs
+    corpus: Corpus | None = None
     if config.train[0].stream:
-        corpus, epochs = None, StreamedEpochs(config, seed, rank, world_size, labels)
+        epochs = StreamedEpochs(config, seed, rank, world_size, labels)
         voices = list(islice(mix(config.train, seed, config.max_bad_share), _VOICES)) if config.augment.babble else []
     else:
         corpus = _corpus(config, config.train, labels)
         del identity["buffer_size"]  # of streams
         identity["manifests"] = [index.fingerprint for index in corpus.indexes]
         epochs = PlannedEpochs(config, corpus, seed, rank, world_size, labels)
-        chosen = np.random.default_rng([seed, 2]).permutation(len(corpus))[:_VOICES] if config.augment.babble else []
-        voices = [corpus[int(number)] for number in chosen]
+        order = np.random.default_rng([seed, 2]).permutation(len(corpus))
+        voices = [corpus[int(number)] for number in order[:_VOICES]] if config.augment.babble else []
     augmenter = Augmenter(config.augment, voices)
     if augmenter.fingerprints:
         identity["sounds"] = augmenter.fingerprints

@@ -10,6 +10,7 @@ order within, padded size limited), but from all utterances instead of a buffer 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +60,7 @@ class Plan:
 
 
 def draw(
-    groups: list[np.ndarray], weights: list[float] | None, epoch_cuts: int | None, seed: int, epoch: int
+    groups: list[np.ndarray], weights: Sequence[float] | None, epoch_cuts: int | None, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The utterances of an epoch in random order.
 
@@ -77,7 +78,7 @@ def draw(
         groups, weights = [np.concatenate(groups)], [1.0]
     total = epoch_cuts or sum(map(len, groups))
     shares = np.asarray(weights) / np.sum(weights)
-    numbers, passes = [], []
+    number_parts, pass_parts = [], []
     for which, (group, share) in enumerate(zip(groups, shares, strict=True)):
         start, end = round((epoch - 1) * total * share), round(epoch * total * share)
         first = start // len(group)
@@ -85,9 +86,9 @@ def draw(
             order = np.random.default_rng([seed, which, number]).permutation(group)
             offset = number * len(group)
             part = order[max(start - offset, 0) : end - offset]
-            numbers.append(part)
-            passes.append(np.full(len(part), number - first, dtype=np.int32))
-    numbers, passes = np.concatenate(numbers), np.concatenate(passes)
+            number_parts.append(part)
+            pass_parts.append(np.full(len(part), number - first, dtype=np.int32))
+    numbers, passes = np.concatenate(number_parts), np.concatenate(pass_parts)
     order = np.random.default_rng([seed, len(groups), epoch]).permutation(len(numbers))
     return numbers[order], passes[order]
 

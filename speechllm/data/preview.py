@@ -17,7 +17,8 @@ import soundfile
 from lhotse.cut import Cut
 from torch import Tensor
 
-from speechllm.data.audio import UtteranceError, load_samples
+from speechllm.data.audio import load_samples
+from speechllm.data.audio_file import UtteranceError
 from speechllm.data.augment.augmenter import AugmentConfig, Augmenter, SpeedConfig, VolumeConfig
 from speechllm.data.augment.specaugment import SpecAugmentConfig
 from speechllm.data.dataset import augmentation_rng
@@ -175,7 +176,7 @@ def _plot(preview: Preview, path: Path) -> None:
     axes = figure.subplots(2, 1, sharex=True)
     # one scale, that of the untouched features, so that volume and noise show
     low, high = float(preview.features.min()), float(preview.features.max())
-    for axis, (title, features) in zip(axes, both.items(), strict=True):
+    for axis, (name, features) in zip(axes, both.items(), strict=True):
         image = axis.imshow(
             features.T.numpy(),
             origin="lower",
@@ -185,12 +186,12 @@ def _plot(preview: Preview, path: Path) -> None:
             vmin=low,
             vmax=high,
         )
-        axis.set(title=title, ylabel="mel bin", xlim=(0, seconds))
+        axis.set(title=name, ylabel="mel bin", xlim=(0, seconds))
     axes[-1].set_xlabel("seconds")
     figure.colorbar(image, ax=axes, label="log mel energy")
     installed = set(font_manager.get_font_names())
     fonts = ["DejaVu Sans", *(font for font in _FONTS if font in installed)]
-    text = textwrap.shorten(preview.text, 200, placeholder=" ...")
-    title = figure.suptitle(f"{preview.id}\n{text}", fontfamily=fonts, wrap=True)
+    shown = textwrap.shorten(preview.text, 200, placeholder=" ...")
+    title = figure.suptitle(f"{preview.id}\n{shown}", fontfamily=fonts, wrap=True)
     title.set_parse_math(False)  # a text with two dollar signs is no formula
     figure.savefig(path, format="png", dpi=100)

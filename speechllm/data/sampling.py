@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
@@ -38,7 +40,14 @@ class Lengths:
         """What the language model reads of each, the prompt's text aside: audio, label and end of text, and of a stream
         the end of each chunk."""
         chunks = np.floor(self.seconds / seconds_per_chunk).astype(np.int64)
-        return np.ceil(self.seconds / seconds_per_position).astype(np.int64) + chunks + self.tokens + 1
+        return np.ceil(self.seconds / seconds_per_position).astype(np.int64) + chunks + self.label_tokens + 1
+
+    @property
+    def label_tokens(self) -> np.ndarray:
+        """(n,): `tokens`, where they are needed."""
+        if self.tokens is None:
+            raise ValueError("these lengths have no tokens: a limit on them needs the model that has the tokenizer")
+        return self.tokens
 
 
 @dataclass(frozen=True)
@@ -72,17 +81,17 @@ class UtteranceLimits:
                 admitted &= ~bad
         return admitted, left_out
 
-    def _violations(self, lengths: Lengths):
+    def _violations(self, lengths: Lengths) -> Iterator[tuple[str, np.ndarray]]:
         seconds = np.asarray(lengths.seconds)
         yield f"shorter than {self.min_seconds:g} s", seconds < np.float32(self.min_seconds)
         yield f"longer than {self.max_seconds:g} s", seconds > np.float32(self.max_seconds)
         if limit := self.max_chars_per_second:
             yield f"more than {limit:g} characters per second", lengths.characters > limit * seconds
         if limit := self.max_tokens_per_second:
-            yield f"more than {limit:g} tokens per second", lengths.tokens > limit * seconds
+            yield f"more than {limit:g} tokens per second", lengths.label_tokens > limit * seconds
         if limit := self.max_tokens_per_frame:
             frames = seconds / (self.fastest * self.frame_seconds)
-            yield f"more than {limit:g} tokens per encoder frame", lengths.tokens > limit * frames
+            yield f"more than {limit:g} tokens per encoder frame", lengths.label_tokens > limit * frames
         if limit := self.max_positions:
             positions = lengths.at(self.slowest).positions(self.seconds_per_position, self.seconds_per_chunk)
             yield f"more than {limit} positions of the language model", positions > limit
@@ -101,7 +110,13 @@ class BatchLimits:
     quadratic_duration: float | None = None
     max_positions: int | None = None
 
-    def cost(self, seconds):
+    @overload
+    def cost(self, seconds: float) -> float: ...
+
+    @overload
+    def cost(self, seconds: np.ndarray) -> np.ndarray: ...
+
+    def cost(self, seconds: np.ndarray | float) -> np.ndarray | float:
         """What rows of so many seconds count against `max_duration`."""
         return seconds + seconds**2 / self.quadratic_duration if self.quadratic_duration else seconds
 

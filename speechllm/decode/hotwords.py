@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from speechllm.decode.search import checked_weight
 from speechllm.errors import UserError
 from speechllm.text.tokenizer import Tokenizer
 from speechllm.text.words import TokenTexts, is_spaceless
@@ -52,12 +51,11 @@ class Hotwords:
       weight: the search multiplies all boosts with it.
 
     Raises:
-      UserError: there is no phrase, or one is empty, cannot be written in tokens, or has a boost out of range; the
-        weight is out of range.
+      UserError: there is no phrase, or one is empty, cannot be written in tokens, or has a boost out of range.
     """
 
     def __init__(self, phrases: Mapping[str, float], tokenizer: Tokenizer, weight: float = 1.0) -> None:
-        self.weight = checked_weight("hotword_weight", weight)
+        self.weight = weight
         if not phrases:
             raise UserError("hotwords: there is no phrase")
         texts = TokenTexts(tokenizer)

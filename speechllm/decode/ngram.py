@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from speechllm.decode.search import checked_weight
 from speechllm.errors import UserError
 from speechllm.text.tokenizer import Tokenizer
 from speechllm.text.words import TokenTexts, is_spaceless
@@ -92,13 +91,10 @@ class NGram:
       lm: over the words, such as `KenLM`.
       tokenizer: that of the language model whose search this takes part in.
       weight: of the scores in the search.
-
-    Raises:
-      UserError: the weight is out of range.
     """
 
     def __init__(self, lm: WordModel, tokenizer: Tokenizer, weight: float) -> None:
-        self.weight = checked_weight("ngram_weight", weight)
+        self.weight = weight
         self._lm = lm
         self._eos_id = tokenizer.eos_id
         self._texts = TokenTexts(tokenizer)

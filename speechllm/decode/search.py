@@ -12,22 +12,18 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from math import ceil, inf, isnan
+from math import inf, isnan
 from operator import itemgetter
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from speechllm.decode.options import SearchOptions
 from speechllm.decode.result import Hypothesis, Stopped
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModel, LanguageModelState
-
-Method = Literal["greedy", "beam", "sample"]
-
-# However short the audio, a word that the tokenizer spells in bytes has room.
-_FEWEST_TOKENS = 8
 
 # With scorers so many of the language model's best tokens are candidates at least. Each one left out has a probability
 # below 1/32: only a scorer that outweighs that could want it.
@@ -41,91 +37,7 @@ _REFILL = 0.25
 _WORD_TOKENS = 8
 _LONG_REPEATS = 3
 
-_ONLY_WITH = {
-    "beam": "is for method beam alone",
-    "length_penalty": "is for method beam, and for sample with nbest above 1",
-    **dict.fromkeys(("temperature", "top_p", "top_k", "seed"), "is for method sample alone"),
-}
-
 _RANK: dict[Stopped, int] = {"end": 0, "length": 1, "loop": 2}
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """How to search.
-
-    Attributes:
-      method: `greedy`, the most probable token, one at a time; `beam`; or `sample`, at random.
-      beam: running hypotheses of an utterance.
-      nbest: at most so many results an utterance; with `sample` so many independent ones, some of which may be equal.
-      length_penalty: a hypothesis is ranked by the sum of all of its scores / (tokens with the end)**length_penalty.
-      temperature: of the distribution that `sample` draws from: softmax(logits / temperature).
-      top_p: `sample` draws from the fewest tokens that together have at least this probability (arXiv 1904.09751).
-      top_k: `sample` draws from so many of the most probable tokens; 0: from all.
-      seed: of `sample`. An utterance's random numbers depend on this and on its prompt's `key` alone.
-      tokens_per_second: longest text for a second of audio.
-      max_repeats: how often a sequence of tokens may be repeated at the end of a text; see `loop_length`.
-      max_rows: rows of a step, which is hypotheses running at once.
-
-    Raises:
-      UserError: a value that is out of range, or that has no effect with the method.
-    """
-
-    method: Method = "greedy"
-    beam: int = 4
-    nbest: int = 1
-    length_penalty: float = 1.0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    tokens_per_second: float = 12.5
-    max_repeats: int = 10
-    max_rows: int = 64
-
-    def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise UserError(f"method: unknown {self.method!r}, choose from {', '.join(get_args(Method))}")
-        for name, holds, what in (
-            ("beam", self.beam >= 1, "at least 1"),
-            ("nbest", self.nbest >= 1, "at least 1"),
-            ("length_penalty", 0 <= self.length_penalty < inf, "at least 0"),
-            ("temperature", 0 < self.temperature < inf, "above 0 (greedy is its limit at 0)"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("tokens_per_second", 0 < self.tokens_per_second < inf, "above 0"),
-            ("max_repeats", self.max_repeats >= 1, "at least 1"),
-            ("max_rows", self.max_rows >= 1, "at least 1"),
-        ):
-            if not holds:
-                raise UserError(f"{name}: must be {what}, got {getattr(self, name)}")
-        for name, why in self.without_effect().items():
-            if getattr(self, name) != SearchOptions.__dataclass_fields__[name].default:
-                raise UserError(f"{name}: {why}")
-        if self.method != "sample" and self.nbest > self.width:
-            raise UserError(
-                f"nbest: {self.nbest} results need method beam with a beam of at least {self.nbest}, or sample"
-            )
-        if self.max_rows < self.width:
-            raise UserError(f"max_rows: {self.max_rows} has no room for the {self.width} rows of one utterance")
-
-    def without_effect(self) -> dict[str, str]:
-        """The names of the options that change nothing with this method, and what is wrong with giving them."""
-        has_effect = {
-            "beam": self.method == "beam" or self.beam == 1,  # as greedy search is
-            "length_penalty": self.method == "beam" or (self.method == "sample" and self.nbest > 1),
-            **dict.fromkeys(("temperature", "top_p", "top_k", "seed"), self.method == "sample"),
-        }
-        return {name: f"{_ONLY_WITH[name]}, the method is {self.method}" for name in _ONLY_WITH if not has_effect[name]}
-
-    @property
-    def width(self) -> int:
-        """The most rows that an utterance takes."""
-        return {"greedy": 1, "beam": self.beam, "sample": self.nbest}[self.method]
-
-    def max_tokens(self, seconds: float) -> int:
-        """How many tokens, the end among them, the text of audio of this duration may have."""
-        return max(_FEWEST_TOKENS, ceil(seconds * self.tokens_per_second))
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,13 +92,6 @@ class Scorer(Protocol):
         ...
 
 
-def checked_weight(name: str, weight: float) -> float:
-    """The weight of a scorer, called `name`, if it can be one; else a `UserError`."""
-    if not 0 <= weight < inf:
-        raise UserError(f"{name}: must be at least 0 and finite, got {weight}")
-    return weight
-
-
 def loop_length(tokens: Sequence[int], max_repeats: int) -> int:
     """How many tokens at the end repeat what stands before them, if that is a loop; else 0.
 
@@ -238,7 +143,8 @@ def search(
     places = options.max_rows // options.width
     numbered = enumerate(prompts)
     utterances: list[_Utterance] = []
-    logits = state = None  # of the running hypotheses of all utterances, one after the other
+    logits: Tensor | None = None  # of the running hypotheses of all utterances, one after the other
+    state: LanguageModelState | None = None
     scorer_states: list[list[Any]] = [[] for _ in scorers]
     while True:
         if places - len(utterances) >= _REFILL * places:
@@ -251,13 +157,13 @@ def search(
                 rows = len(entered[0].running)
                 if rows > 1:
                     new_logits, new_state = new_logits.repeat_interleave(rows, dim=0), new_state.repeat(rows)
-                if utterances:
+                if utterances and logits is not None and state is not None:
                     new_logits, new_state = torch.cat([logits, new_logits]), type(state).cat([state, new_state])
                 logits, state = new_logits, new_state
                 utterances += entered
                 for states, scorer in zip(scorer_states, scorers, strict=True):
                     states += [scorer.start(utterance.number) for utterance in entered]
-        if not utterances:
+        if not utterances or logits is None or state is None:
             return
 
         candidates = _candidates(logits, utterances, options, scorers, scorer_states)
@@ -289,12 +195,13 @@ def read_prompts(llm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Tensor,
     """Logits (N, V) behind the prompts, and the states."""
     from_start = [i for i, prompt in enumerate(prompts) if prompt.state is None]
     from_state = [i for i, prompt in enumerate(prompts) if prompt.state is not None]
-    logits, states = [], []
+    logits: list[Tensor] = []
+    states: list[LanguageModelState] = []
     for group in (from_start, from_state):
         if not group:
             continue
         embeds = [prompts[i].inputs_embeds for i in group]
-        before = [prompts[i].state for i in group if prompts[i].state is not None]
+        before = [state for i in group if (state := prompts[i].state) is not None]
         lens = torch.tensor([len(x) for x in embeds], device=embeds[0].device)
         inputs_embeds = pad_sequence(embeds, batch_first=True)
         last = torch.arange(inputs_embeds.shape[1], device=lens.device) == lens[:, None] - 1
@@ -326,7 +233,11 @@ def _candidates(
     """What each row of `logits` (R, V) may go on with."""
     logits = logits.float()
     if options.method == "sample":
-        drawn = [hypothesis.random.random() for utterance in utterances for hypothesis in utterance.running]
+        drawn = [
+            cast(random.Random, hypothesis.random).random()
+            for utterance in utterances
+            for hypothesis in utterance.running
+        ]
         ids = _sample(logits, torch.tensor(drawn, dtype=torch.float64, device=logits.device), options)
         values = logits.gather(1, ids)
     else:

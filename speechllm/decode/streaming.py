@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.data.features import NUM_MEL_BINS, SAMPLE_RATE, FbankStream
-from speechllm.decode.interface import StreamableModel, StreamChunk, StreamingOptions
+from speechllm.decode.interface import StreamableModel, StreamableSpeechLLM, StreamChunk
+from speechllm.decode.options import StreamingOptions
 from speechllm.decode.result import StreamedWord
 from speechllm.decode.streaming_ctc import CTCDecoder
 from speechllm.decode.streaming_search import TextDecoder
@@ -209,15 +210,17 @@ class StreamingRecognizer:
                 "the model cannot hear a stream, as its encoder hears whole utterances: streaming needs a causal "
                 "Zipformer (model.encoder.zipformer.causal: true in training)"
             )
+        self.encoder: Zipformer = model.encoder
         if self.options.ctc:
             self.chunk: StreamChunk = self._encoder_chunk(chunk_seconds)
-            self.decoder: ChunkDecoder = self._ctc_decoder(model.llm is None)
+            self.decoder: ChunkDecoder = _ctc_decoder(model)
         else:
-            self.chunk = self._trained_chunk(chunk_seconds)
-            self.decoder = TextDecoder(model, self.chunk, self.options)
-        if before_label := model.config.prompt.before_label.strip():
+            speech_llm = cast(StreamableSpeechLLM, model)
+            self.chunk = _trained_chunk(speech_llm, chunk_seconds)
+            self.decoder = TextDecoder(speech_llm, self.encoder.output_dim, self.chunk, self.options)
+        if before_label := model.config.prompt.label_prefix.strip():
             raise UserError(f"prompt.before_label: {before_label!r} is no white space, and in a stream would be a word")
-        self.window, self.shift = model.encoder.step_frames(self.chunk.encoder_frames)
+        self.window, self.shift = self.encoder.step_frames(self.chunk.encoder_frames)
 
     def open(self, language: str | None = None, context: Request | None = None) -> Stream:
         """A new stream; its language and context are the recognizer's if not given.
@@ -227,7 +230,7 @@ class StreamingRecognizer:
         """
         text = self.decoder.start(language or self.language, context or self.context)
         chunk = self.chunk
-        return Stream(self, text, self.model.encoder.initial_state(1, chunk.encoder_frames, chunk.left_context_frames))
+        return Stream(self, text, self.encoder.initial_state(1, chunk.encoder_frames, chunk.left_context_frames))
 
     def load(self, path: str | Path) -> Stream:
         """Go on with a stream that `Stream.save` wrote, perhaps in another process.
@@ -250,8 +253,11 @@ class StreamingRecognizer:
             return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
 
         chunk = self.chunk
-        left = chunk.left_context_frames // chunk.encoder_frames * chunk.encoder_frames
-        encoder = ZipformerState.from_tensors(part("encoder"), chunk.encoder_frames, left)
+        fresh = self.encoder.initial_state(1, chunk.encoder_frames, chunk.left_context_frames)
+        shapes = {name: x.shape for name, x in fresh.tensors().items()}
+        if {name: x.shape for name, x in part("encoder").items()} != shapes:
+            raise UserError(f"{path}: the stream was saved with another model")
+        encoder = ZipformerState.from_tensors(part("encoder"), fresh.chunk_size, fresh.left_context_frames)
         stream = Stream(self, self.decoder.load(part("text"), counts["text"]), encoder)
         stream.fbank = FbankStream.from_tensors({name: x.cpu() for name, x in part("fbank").items()})
         stream.features = tensors["features"].cpu()
@@ -296,7 +302,7 @@ class StreamingRecognizer:
         if not rows:
             return words
         with model.encoding():
-            encoder_out, lens = model.encoder(
+            encoder_out, lens = self.encoder(
                 features[rows].to(model.device),
                 feature_lens[rows].to(model.device),
                 chunk_size=chunk.encoder_frames,
@@ -304,7 +310,7 @@ class StreamingRecognizer:
             )
         encoder_out = encoder_out.float()
         counts = (subsampling.output_lens(feature_lens[rows]) // chunk.encoder_frames).tolist()
-        size = chunk.encoder_frames // model.encoder.config.output_downsampling_factor
+        size = chunk.encoder_frames // self.encoder.config.output_downsampling_factor
         for k in range(max(counts)):
             some = [row for row, count in enumerate(counts) if count > k]
             for row in some:
@@ -340,7 +346,7 @@ class StreamingRecognizer:
                     words[id(stream)] += found
         ended = [stream for stream in streams if stream.finished and (stream.steps or id(stream) in rests)]
         if ended:
-            nothing = torch.empty(0, self.model.encoder.output_dim, device=self.model.device)
+            nothing = torch.empty(0, self.encoder.output_dim, device=self.model.device)
             left = [rests.get(id(stream), nothing) for stream in ended]
             for stream, found in zip(ended, self._decode(ended, left, is_end=True), strict=True):
                 words[id(stream)] += found
@@ -356,12 +362,12 @@ class StreamingRecognizer:
         for row, (_, found) in zip(features, windows, strict=True):
             row[: len(found)] = found
         with model.encoding():
-            encoder_out, state = model.encoder.step(
+            encoder_out, state = self.encoder.step(
                 features.to(model.device), ZipformerState.stack([stream.encoder for stream, _ in windows]), lens
             )
         encoder_out = encoder_out.float()
         whole, parts = [], []
-        out_lens = model.encoder.output_lens(lens).tolist()
+        out_lens = self.encoder.output_lens(lens).tolist()
         frames = subsampling.output_lens(lens).tolist()
         for row, (stream, _) in enumerate(windows):
             stream.encoder = state.select([row])
@@ -396,7 +402,7 @@ class StreamingRecognizer:
 
     def _encoder_chunk(self, seconds: float) -> EncoderChunk:
         """A chunk of the encoder's own."""
-        config = self.model.encoder.config
+        config = self.encoder.config
         sizes = sorted(size for size in config.chunk_size if size > 0)
         size = round(seconds / _FRAME_SECONDS)
         left = [frames for frames in config.left_context_frames if frames > 0]
@@ -409,26 +415,27 @@ class StreamingRecognizer:
             )
         return EncoderChunk(seconds, size, max(left))
 
-    def _trained_chunk(self, seconds: float) -> StreamChunk:
-        """A chunk that the language model writes after."""
-        chunks: Mapping[float, StreamChunk] = self.model.chunks
-        if not chunks:
-            way_out = "" if self.model.ctc_head is None else "; the CTC head can write what a stream says: ctc"
-            raise UserError(
-                "the language model writes when all is heard, as it was trained without model.streaming" + way_out
-            )
-        if seconds not in chunks:
-            raise UserError(
-                f"chunk_seconds: {seconds:g} is none of those that the model was trained with: "
-                f"{', '.join(f'{chunk:g}' for chunk in sorted(chunks))}"
-            )
-        return chunks[seconds]
 
-    def _ctc_decoder(self, is_encoder_alone: bool) -> CTCDecoder:
-        model = self.model
-        if model.ctc_head is None:
-            raise UserError("the model has no CTC head (it was trained with model.ctc_weight: 0) that could write")
-        return CTCDecoder(model, model.tokenizer if is_encoder_alone else model.ctc_tokenizer)
+def _trained_chunk(model: StreamableSpeechLLM, seconds: float) -> StreamChunk:
+    """A chunk that the language model writes after."""
+    if not model.chunks:
+        way_out = "" if model.ctc_head is None else "; the CTC head can write what a stream says: ctc"
+        raise UserError(
+            "the language model writes when all is heard, as it was trained without model.streaming" + way_out
+        )
+    if seconds not in model.chunks:
+        raise UserError(
+            f"chunk_seconds: {seconds:g} is none of those that the model was trained with: "
+            f"{', '.join(f'{chunk:g}' for chunk in sorted(model.chunks))}"
+        )
+    return model.chunks[seconds]
+
+
+def _ctc_decoder(model: StreamableModel) -> CTCDecoder:
+    if model.ctc_head is None:
+        raise UserError("the model has no CTC head (it was trained with model.ctc_weight: 0) that could write")
+    tokenizer = model.tokenizer if model.llm is None else cast(StreamableSpeechLLM, model).ctc_tokenizer
+    return CTCDecoder(model, model.ctc_head, tokenizer)
 
 
 def _floating_point(samples: np.ndarray | Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from speechllm.decode.timestamps import word_spans
 from speechllm.text.tokenizer import Tokenizer
+from speechllm.text.words import word_spans
 
 
 class WordPieces(NamedTuple):
@@ -37,7 +37,7 @@ def text_pieces(token_ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def word_pieces(pieces: Sequence[str]) -> list[WordPieces]:
-    """The words (see `timestamps.word_spans`) of the text that `pieces` are, joined."""
+    """The words (see `speechllm.text.words.word_spans`) of the text that `pieces` are, joined."""
     ends = list(accumulate(map(len, pieces)))
     piece_of = [i for i, piece in enumerate(pieces) for _ in piece]  # of each character
     text = "".join(pieces)

@@ -97,6 +97,6 @@ def _characters(piece: str, spans: Sequence[TokenSpan]) -> list[_Character]:
     for text in piece:
         start = said
         said += not text.isspace()
-        times = (spans[0].start + (spans[-1].end - spans[0].start) * i / max(count, 1) for i in (start, said))
-        characters.append(_Character(text, *times, spans))
+        from_, to = (spans[0].start + (spans[-1].end - spans[0].start) * i / max(count, 1) for i in (start, said))
+        characters.append(_Character(text, from_, to, spans))
     return characters

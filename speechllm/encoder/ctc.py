@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from speechllm.config import check_limits, setting
+
 
 @dataclass
 class CRCTCConfig:
@@ -21,11 +23,10 @@ class CRCTCConfig:
     `weight` of the consistency loss: 0.2 in the paper.
     """
 
-    weight: float = 0.2
+    weight: float = setting(0.2, "leave cr_ctc out to train without it", above=0)
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ValueError(f"weight must be above 0, got {self.weight}; leave cr_ctc out to train without it")
+        check_limits(self)
 
 
 def ctc_losses(logits: Tensor, lens: Tensor, label_ids: Sequence[Sequence[int]], blank: int) -> Tensor:

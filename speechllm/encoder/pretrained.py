@@ -2,14 +2,14 @@
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from speechllm.encoder import subsampling
 from speechllm.encoder.scaling import swoosh_r
@@ -182,7 +182,7 @@ def _read_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True)
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
         # icefall's own checkpoints have paths beside the weights; their class is in another module in Python 3.13.
-        paths = [(PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
+        paths: list[Any] = [(PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
         with torch.serialization.safe_globals(paths):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
@@ -237,18 +237,19 @@ def init_from_data(encoder: Zipformer, features: Tensor, feature_lens: Tensor) -
         feature_lens: (N,).
     """
     embed = encoder.encoder_embed
+    convolutions = cast("Iterable[nn.Conv2d]", embed.conv.values())
     features = features[:, : int(feature_lens.min())]  # so that no padding enters the statistics
 
-    def normalize(layer: torch.nn.Module, out: Tensor) -> Tensor:
+    def normalize(layer: nn.Conv2d | nn.Linear, out: Tensor) -> Tensor:
         """Gives `out` (..., C), computed by the layer, mean 0 and std 1, and so the layer from now on."""
         std, mean = torch.std_mean(out.flatten(0, -2), dim=0)
         std = std.clamp_min(1e-5)  # a channel that is constant in this batch
         layer.weight.div_(std.view(-1, *[1] * (layer.weight.dim() - 1)))
-        layer.bias.sub_(mean).div_(std)
+        cast(Tensor, layer.bias).sub_(mean).div_(std)
         return (out - mean) / std
 
     x = features.unsqueeze(-1)
-    for conv in embed.conv.values():
+    for conv in convolutions:
         x = swoosh_r(normalize(conv, subsampling.conv2d(conv, x)))
     convnext = embed.convnext
     hidden = normalize(convnext.depthwise_conv, subsampling.conv2d(convnext.depthwise_conv, x))

@@ -10,6 +10,7 @@ one batch to the next, so a resumed run needs the global random states and the b
 import math
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,10 @@ def constant(value: float) -> ScheduledFloat:
     return ScheduledFloat((0.0, value))
 
 
+def _scheduled(value: float | ScheduledFloat) -> ScheduledFloat:
+    return value if isinstance(value, ScheduledFloat) else constant(value)
+
+
 def scheduled_floats(module: nn.Module) -> Iterator[ScheduledFloat]:
     """Every schedule that `module` or a module inside it holds as an attribute."""
     for m in module.modules():
@@ -81,13 +86,13 @@ class _Swoosh(torch.autograd.Function):
     """Keeps its input only; the derivative is computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, kind: tuple[float, float]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: tuple[float, float]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.kind = kind
         return _swoosh(x, kind)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return _swoosh_backward(grad, x, ctx.kind), None
 
@@ -128,13 +133,13 @@ class _BiasNorm(torch.autograd.Function):
     """y = x s, with s = exp(log_scale) / rms(x - bias). Keeps x and 1 / rms, one number per frame."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
         inv_rms = (x - bias).square_().mean(-1, keepdim=True).add_(1e-20).rsqrt_()
         ctx.save_for_backward(x, bias, log_scale, inv_rms)
         return x * (inv_rms * log_scale.exp())
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, bias, log_scale, inv_rms = ctx.saved_tensors
         scale = inv_rms * log_scale.exp()
         scale_grad = (grad * x).sum(-1, keepdim=True) * scale  # d / d log s, (..., 1)
@@ -157,13 +162,13 @@ class BiasNorm(nn.Module):
 
 class _LimitParameter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, p: Tensor, low: float, high: float) -> Tensor:
+    def forward(ctx: Any, p: Tensor, low: float, high: float) -> Tensor:
         ctx.save_for_backward(p)
         ctx.limits = low, high
         return p.view_as(p)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (p,) = ctx.saved_tensors
         low, high = ctx.limits
         outwards = ((p < low) & (grad > 0)) | ((p > high) & (grad < 0))
@@ -184,12 +189,12 @@ def limit_parameter(p: Tensor, low: float, high: float) -> Tensor:
 
 class _ScaleGrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.scale, None
 
 
@@ -200,13 +205,13 @@ def scale_grad(x: Tensor, scale: float) -> Tensor:
 
 class _PenalizeLarge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, limit: float, penalty: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, limit: float, penalty: float) -> Tensor:
         ctx.save_for_backward((x > limit).to(torch.int8) - (x < -limit).to(torch.int8))
         ctx.penalty = penalty
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (excess_sign,) = ctx.saved_tensors
         return grad + ctx.penalty * excess_sign, None, None
 
@@ -226,13 +231,13 @@ def _rms(rows: Tensor) -> Tensor:
 
 class _Balance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, limits: tuple[float, float, float, float], grad_scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, limits: tuple[float, float, float, float], grad_scale: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.config = limits, grad_scale
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         (min_mean, max_mean, min_rms, max_rms), grad_scale = ctx.config
         rows = x.flatten(0, -2).float()
@@ -279,10 +284,8 @@ class Balancer(nn.Module):
         prob: float | None = None,
     ):
         super().__init__()
-        for name, limit in dict(
-            min_positive=min_positive, max_positive=max_positive, min_abs=min_abs, max_abs=max_abs
-        ).items():
-            setattr(self, name, limit if isinstance(limit, ScheduledFloat) else constant(limit))
+        self.min_positive, self.max_positive = _scheduled(min_positive), _scheduled(max_positive)
+        self.min_abs, self.max_abs = _scheduled(min_abs), _scheduled(max_abs)
         self.prob = ScheduledFloat((0.0, 0.5), (8000.0, 0.125)) if prob is None else constant(prob)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -305,13 +308,13 @@ def _mean_over_std(positive: float) -> float:
 
 class _Whiten(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, groups: int, limit: float, grad_scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, groups: int, limit: float, grad_scale: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.config = groups, limit, grad_scale
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         groups, limit, grad_scale = ctx.config
         metric, direction = whitening_metric(x.float(), groups)

@@ -5,6 +5,8 @@ After arXiv 2310.11230 (section 3.1, "Conv-Embed") and icefall; the ConvNeXt blo
 """
 
 import math
+from collections.abc import Sequence
+from typing import cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,14 @@ MIN_FRAMES = 9
 FRAMES_AHEAD = 3
 
 
+@overload
+def output_lens(feature_lens: Tensor) -> Tensor: ...
+
+
+@overload
+def output_lens(feature_lens: int) -> int: ...
+
+
 def output_lens(feature_lens: Tensor | int) -> Tensor | int:
     """Frames after the front end for this many features."""
     return (feature_lens - 7) // 2
@@ -50,9 +60,9 @@ class ConvNeXt(nn.Module):
         self.pointwise_conv1 = nn.Conv2d(channels, hidden, 1)
         self.hidden_balancer = Balancer(0.3, 1.0, 0.75, 5.0)
         self.pointwise_conv2 = nn.Conv2d(hidden, channels, 1)
+        nn.init.uniform_(cast(Tensor, self.pointwise_conv2.bias), -0.001, 0.001)
         with torch.no_grad():
             self.pointwise_conv2.weight.mul_(0.01)
-            self.pointwise_conv2.bias.uniform_(-0.001, 0.001)
         self.out_balancer = Balancer(0.4, 0.6, 1.0, 6.0)
         self.out_whiten = Whiten(constant(5.0))
 
@@ -86,7 +96,7 @@ class Conv2dSubsampling(nn.Module):
         channels: output channels of the three convolutions; (8, 32, 128) in released models.
     """
 
-    def __init__(self, feature_dim: int, out_dim: int, channels: tuple[int, int, int], dropout: ScheduledFloat):
+    def __init__(self, feature_dim: int, out_dim: int, channels: Sequence[int], dropout: ScheduledFloat):
         super().__init__()
         c1, c2, c3 = channels
         convs = {
@@ -112,7 +122,7 @@ class Conv2dSubsampling(nn.Module):
         """(N, T, F) -> (N, T', F', C), what the ConvNeXt block reads; `valid` as in `forward`."""
         x = features.unsqueeze(-1)
         for i, (conv, balancer) in enumerate(zip(self.conv.values(), self.balancers, strict=True)):
-            x = conv2d(conv, x)
+            x = conv2d(cast(nn.Conv2d, conv), x)
             if i == 0 and self.training:
                 # Raw log-mel features are large: so scaled, the gradients of this layer stay in float16's range.
                 x = scale_grad(x, 0.2)

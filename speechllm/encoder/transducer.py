@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from speechllm.config import check_limits, setting
 from speechllm.torchaudio_import import import_torchaudio
 
 # The joiner's logits that are in memory at once: 64 MiB in float32.
@@ -26,19 +27,15 @@ class TransducerConfig:
     """`decoder_dim`: of the token embeddings; `joiner_dim`: in which encoder and decoder are added up;
     `context_size`: how many tokens the decoder sees; `weight` of the loss. The sizes are icefall's."""
 
-    decoder_dim: int = 512
-    joiner_dim: int = 512
-    context_size: int = 2
-    weight: float = 1.0
+    decoder_dim: int = setting(512, at_least=1)
+    joiner_dim: int = setting(512, at_least=1)
+    context_size: int = setting(2, at_least=1)
+    weight: float = setting(1.0, "leave transducer out to train without it", above=0)
 
     def __post_init__(self) -> None:
-        for name in ("decoder_dim", "joiner_dim", "context_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_limits(self)
         if self.decoder_dim % _CONV_GROUP:
             raise ValueError(f"decoder_dim must be a multiple of {_CONV_GROUP}, got {self.decoder_dim}")
-        if self.weight <= 0:
-            raise ValueError(f"weight must be above 0, got {self.weight}; leave transducer out to train without it")
 
 
 class Transducer(nn.Module):

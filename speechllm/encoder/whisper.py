@@ -131,6 +131,7 @@ class WhisperEncoder(nn.Module):
         self.num_stacks = config.encoder_layers
         self.conv1 = nn.Conv1d(config.num_mel_bins, config.d_model, 3, padding=1)
         self.conv2 = nn.Conv1d(config.d_model, config.d_model, 3, stride=2, padding=1)
+        self.embed_positions: Tensor
         self.register_buffer("embed_positions", sinusoids(config.max_source_positions, config.d_model))
         layer_config = WhisperConfig(**dataclasses.asdict(config))
         layer_config._attn_implementation = "sdpa"
@@ -188,7 +189,8 @@ class WhisperEncoder(nn.Module):
         return (feature_lens + 1) // 2
 
     def forward(self, features: Tensor, feature_lens: Tensor, return_stacks: bool = False) -> tuple[Tensor, ...]:
-        """
+        """Features to frames of 20 ms.
+
         Args:
             features: of its `feature_kind`, 100 frames a second, (N, T, num_mel_bins); anything may lie beyond the
                 lengths.

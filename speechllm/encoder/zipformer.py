@@ -10,10 +10,11 @@ import dataclasses
 import difflib
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +128,7 @@ class ZipformerConfig:
     chunk_size: list[int] = field(default_factory=lambda: [16, 32, 64, -1])
     left_context_frames: list[int] = field(default_factory=lambda: [64, 128, 256, -1])
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def check(ok: bool, key: str, allowed: str) -> None:
             if not ok:
                 raise ValueError(f"Zipformer configuration: {key} is {getattr(self, key)!r}, but must be {allowed}")
@@ -253,8 +254,9 @@ def keep_utterances(x: Tensor, skip_rate: float) -> Tensor | None:
     return (torch.rand(len(x), 1, 1, device=x.device) >= skip_rate).to(x.dtype)
 
 
-def whitening(limit: float, ratio: float = 2.0, **kwargs) -> Whiten:
-    return Whiten(ScheduledFloat((0.0, limit), (20000.0, ratio * limit)), **kwargs)
+def whitening(limit: float, ratio: float = 2.0, grad_scale: float = 0.01, groups: int = 1) -> Whiten:
+    """A `Whiten` whose limit grows by `ratio` over 20,000 batches."""
+    return Whiten(ScheduledFloat((0.0, limit), (20000.0, ratio * limit)), grad_scale, groups)
 
 
 @contextmanager
@@ -272,7 +274,7 @@ def _contexts_with_the_same_draws() -> tuple[AbstractContextManager, AbstractCon
     return nullcontext(), _python_random_state(random.getstate())
 
 
-def run(module: nn.Module, *inputs, checkpointed: bool) -> Tensor:
+def run(module: Callable[..., Tensor], *inputs: Any, checkpointed: bool) -> Tensor:
     """module(*inputs); if `checkpointed`, its activations are computed again in the backward pass.
 
     Both times the module draws the same random numbers, from PyTorch's generators and from Python's, and the
@@ -345,6 +347,8 @@ def attend(weights: Tensor, x: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
+    """Values, mixed by attention weights that several modules share."""
+
     def __init__(self, dim: int, num_heads: int, value_head_dim: int):
         super().__init__()
         self.in_proj = Linear(dim, num_heads * value_head_dim)
@@ -390,6 +394,8 @@ class NonlinAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with SwooshL between them."""
+
     def __init__(self, dim: int, hidden: int, dropout: ScheduledFloat):
         super().__init__()
         self.in_proj = Linear(dim, hidden)
@@ -421,7 +427,7 @@ class ChunkCausalConv(nn.Module):
     def __init__(self, dim: int, kernel: int):
         super().__init__()
         self.causal_conv = nn.Conv1d(dim, dim, (kernel + 1) // 2, groups=dim)
-        nn.init.uniform_(self.causal_conv.bias, -0.1, 0.1)
+        nn.init.uniform_(cast(Tensor, self.causal_conv.bias), -0.1, 0.1)
         self.chunkwise_conv = nn.Conv1d(dim, dim, kernel, groups=dim, padding=kernel // 2)
         self.chunkwise_conv_scale = nn.Parameter(torch.zeros(2, dim, kernel))
 
@@ -433,7 +439,8 @@ class ChunkCausalConv(nn.Module):
         causal = depthwise_conv(with_past, self.causal_conv, 0)
         within = depthwise_conv(x.reshape(-1, frames.chunk, c), self.chunkwise_conv, kernel // 2).reshape(n, t, c)
         # The tables, (2, C, K), get an entry of 0 for frames that are a kernel or more away from the edge.
-        from_left, from_right = (d.clamp(max=kernel) for d in frames.edge_distance)
+        edges = cast("tuple[Tensor, Tensor]", frames.edge_distance)  # which a causal model has
+        from_left, from_right = (d.clamp(max=kernel) for d in edges)
         left, right = self.chunkwise_conv_scale
         left = F.pad(left.T, (0, 0, 0, 1))
         right = F.pad(right.T.flip(0), (0, 0, 0, 1))
@@ -441,6 +448,8 @@ class ChunkCausalConv(nn.Module):
 
 
 class ConvolutionModule(nn.Module):
+    """A gated depthwise convolution over time."""
+
     def __init__(self, dim: int, kernel: int, causal: bool):
         super().__init__()
         self.in_proj = Linear(dim, 2 * dim)
@@ -466,7 +475,7 @@ class ConvolutionModule(nn.Module):
         if isinstance(conv, ChunkCausalConv):
             x = conv(x, frames, cache, part)
         else:
-            x = depthwise_conv(x, conv, conv.padding[0])
+            x = depthwise_conv(x, conv, conv.kernel_size[0] // 2)
         return self.out_proj(swoosh_r(self.whiten(self.balancer2(x))))
 
 
@@ -483,7 +492,7 @@ class Bypass(nn.Module):
 
     def forward(self, skipped: Tensor, x: Tensor) -> Tensor:
         """(N, T, C) twice -> (N, T, C)"""
-        scale = self.bypass_scale
+        scale: Tensor = self.bypass_scale
         if self.training:
             scale = limit_parameter(scale, self.scale_min.value, 1.0)
             keep = keep_utterances(x, self.skip_rate.value)
@@ -492,6 +501,8 @@ class Bypass(nn.Module):
 
 
 class ZipformerLayer(nn.Module):
+    """Attention, convolution and feed-forward modules around one set of attention weights."""
+
     def __init__(self, config: ZipformerConfig, stack: int, skip_rate: ScheduledFloat, dropout: ScheduledFloat):
         super().__init__()
         dim = config.encoder_dim[stack]
@@ -549,7 +560,8 @@ class ZipformerLayer(nn.Module):
     def empty_cache(self, n: int, left_frames: int) -> LayerCache:
         """Of N streams that have not begun, for attention to `left_frames` before a chunk."""
         frames = {part: left_frames for part in LAYER_PARTS}
-        frames["conv1"] = frames["conv2"] = self.conv_module1.depthwise_conv.chunkwise_conv.kernel_size[0] // 2
+        conv = cast(ChunkCausalConv, self.conv_module1.depthwise_conv)  # which a causal model has
+        frames["conv1"] = frames["conv2"] = conv.chunkwise_conv.kernel_size[0] // 2
         dims = {
             "key": self.self_attn_weights.query_dim,
             "nonlin_value": self.nonlin_attention.out_proj.in_features,
@@ -596,7 +608,8 @@ class Stack(nn.Module):
         pos_emb = F.dropout(frames.pos_emb, 0.15, self.training)
         frames = dataclasses.replace(frames, pos_emb=pos_emb)
         x = _masked(x, feature_mask)
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+        of_layers: Sequence[LayerCache | None] = [None] * len(self.layers) if caches is None else caches
+        for layer, cache in zip(self.layers, of_layers, strict=True):
             x = _masked(run(layer, x, frames, cache, checkpointed=checkpointed), feature_mask)
         return x
 
@@ -863,9 +876,10 @@ class Zipformer(nn.Module):
         self.num_stacks = len(config.encoder_dim)
         dropout = ScheduledFloat((0.0, 0.3), (20000.0, 0.1)) if config.dropout is None else constant(config.dropout)
         self.encoder_embed = subsampling.Conv2dSubsampling(
-            config.feature_dim, config.encoder_dim[0], tuple(config.subsampling_channels), dropout
+            config.feature_dim, config.encoder_dim[0], config.subsampling_channels, dropout
         )
         self.encoder = StackedEncoder(config, dropout)
+        self.model_batch_count: Tensor
         self.register_buffer("model_batch_count", torch.tensor(0.0))
         self.register_load_state_dict_post_hook(
             lambda module, _: module.set_batch_count(float(module.model_batch_count))
@@ -893,7 +907,8 @@ class Zipformer(nn.Module):
         left_context_frames: int | None = None,
         return_stacks: bool = False,
     ) -> tuple[Tensor, ...]:
-        """
+        """Features to frames of 40 ms, with the usual `output_downsampling_factor`.
+
         Args:
             features: log-mel features, 100 frames a second, (N, T, feature_dim); anything may lie beyond the
                 lengths.
@@ -975,10 +990,11 @@ class Zipformer(nn.Module):
             )
         left = max(left // chunk_size, 1) * chunk_size
         embed = self.encoder_embed
+        stacks = [cast(Stack, stack if isinstance(stack, Stack) else stack.encoder) for stack in self.encoder.encoders]
         layers = [
-            layer.empty_cache(n, left // factor)
-            for factor, stack in zip(config.downsampling_factor, self.encoder.encoders, strict=True)
-            for layer in (stack if factor == 1 else stack.encoder).layers
+            cast(ZipformerLayer, layer).empty_cache(n, left // factor)
+            for factor, stack in zip(config.downsampling_factor, stacks, strict=True)
+            for layer in stack.layers
         ]
         like = embed.out_norm.bias
         front = like.new_zeros(n, subsampling.FRAMES_AHEAD, *embed.convolved_shape)

@@ -18,8 +18,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,13 @@ from torch import Tensor, nn
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.llm import rwkv_peft
-from speechllm.llm.interface import LAYER_NAME, TunableModel, is_conv1d, is_matrix
+from speechllm.llm.interface import LAYER_NAME, TunableModel, Tuning, is_conv1d, is_matrix
 from speechllm.llm.quantize import QUANTIZED, dequantized, quantize
 from speechllm.quiet import quiet
 
 if TYPE_CHECKING:  # peft imports transformers, which takes seconds: only those who tune pay for it
     from peft import PeftConfig, PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 _ADAPTER = ("rank", "dropout", "targets")
 _OPTIONS = {  # those of TuneConfig that each method has
@@ -131,16 +132,6 @@ class TuneConfig:
         return self.method != "full"
 
 
-@dataclass
-class _Tuning:
-    """What ``tune`` and ``load_adapter`` leave at a model, as its attribute ``tuning``."""
-
-    peft: PeftModel | None  # no registered submodule of the model, which is one of its own
-    quantized: bool = False
-    replaces_base: bool = False  # what was loaded replaced weights of the base too, which no adapter folder holds
-    originals: dict[str, Tensor] = field(default_factory=dict)  # base weights while the adapter is merged, by layer
-
-
 def tune(model: TunableModel, config: TuneConfig) -> TunableModel:
     """Prepares a model for training, in place: freezes it, quantizes it and adds what trains.
 
@@ -154,7 +145,7 @@ def tune(model: TunableModel, config: TuneConfig) -> TunableModel:
         that is not installed, DoRA on a matrix with rows of zeros, which have no direction, an option that is for
         RWKV-7 alone.
     """
-    if getattr(model, "tuning", None) is not None:
+    if model.tuning is not None:
         raise UserError("tune: the model is tuned already; load the base anew, or load its adapter with load_adapter")
     if config.method == "state" and not model.has_initial_state:
         raise UserError(f"tune.method: state: is for RWKV-7; the language model is {model.name}")
@@ -162,11 +153,11 @@ def tune(model: TunableModel, config: TuneConfig) -> TunableModel:
         config = replace(config, targets=config.targets or model.default_targets())
         _check_targets(model, config)
     if config.method == "dora":
-        for name, module in _matrices(model).items():
-            inputs = 0 if is_conv1d(module) else 1
-            if not _is_target(name, config.targets) or module.weight.is_meta:
+        for name, weight in _matrices(model).items():
+            inputs = 0 if is_conv1d(model.get_submodule(name)) else 1
+            if not _is_target(name, config.targets) or weight.is_meta:
                 continue
-            if not module.weight.any(dim=inputs).all():
+            if not weight.any(dim=inputs).all():
                 raise UserError(f"tune: {name} has rows of zeros, which DoRA cannot scale: leave it out of the targets")
     if config.freezes_base:
         model.requires_grad_(False)
@@ -182,7 +173,7 @@ def tune(model: TunableModel, config: TuneConfig) -> TunableModel:
             raise UserError(f"tune.method: {config.method} of {model.name}: {e}; name other targets") from e
         if config.method == "pissa" and not next(model.parameters()).is_meta:
             _start_with_principal_components(model, adapter)
-    model.tuning = _Tuning(adapter, quantized=config.quantize != "none")
+    model.tuning = Tuning(adapter, quantized=config.quantize != "none")
     return model
 
 
@@ -237,7 +228,7 @@ def load_adapter(
       UserError: it does not fit the model, whose weights are as before; the message lists the names.
     """
     folder = Path(folder)
-    if getattr(model, "tuning", None) is not None:
+    if model.tuning is not None:
         raise UserError(f"{folder}: the model is tuned already; load the base anew")
     if alpha is not None and folder.is_dir():
         raise UserError(f"{folder}: alpha: a folder says itself how its adapter counts; it is for files of RWKV-PEFT")
@@ -251,14 +242,14 @@ def load_adapter(
             raise UserError(f"{folder}: alpha: is LoRA's; this is a tuned state")
         model.requires_grad_(False)
         model.load_initial_state(state_file, trainable)
-        model.tuning = _Tuning(None)
+        model.tuning = Tuning(None)
     elif is_file:
         read = rwkv_peft.read(folder, model.state_dict(), alpha)
         adapter = _put_on(model, read.config, read.weights, folder, trainable)
         _replace(model, read.replaced)
-        model.tuning = _Tuning(adapter, replaces_base=bool(read.replaced))
+        model.tuning = Tuning(adapter, replaces_base=bool(read.replaced))
     else:
-        model.tuning = _Tuning(_put_on(model, *_read_peft(folder), folder, trainable))
+        model.tuning = Tuning(_put_on(model, *_read_peft(folder), folder, trainable))
     return model
 
 
@@ -313,7 +304,7 @@ def merged_state_dict(model: TunableModel) -> dict[str, Tensor]:
     was trained with, in floating point, not those of the file that was quantized. (The 8-bit products of bitsandbytes
     round their inputs too, so there "the same" is within some percent.)
     """
-    tuning = getattr(model, "tuning", None)
+    tuning = model.tuning
     # peft puts the parameters of a base layer one level deeper, those of experts once for each of their stacks
     weights = {
         re.sub(r"(\.base_layer)+(?=\.)", "", name): dequantized(model, name, t)
@@ -378,11 +369,11 @@ class RankAllocation:
 
     ORTHOGONALITY = 0.1  # weight of its loss, as in the paper's experiments
 
-    def __init__(self, model: nn.Module, num_steps: int):
-        tuning = getattr(model, "tuning", None)
+    def __init__(self, model: nn.Module | None, num_steps: int) -> None:
+        tuning = model.tuning if isinstance(model, TunableModel) else None
         tuner = None if tuning is None or tuning.peft is None else tuning.peft.base_model
-        self.allocator = getattr(tuner, "rankallocator", None)
-        self.tuner = None if self.allocator is None else tuner
+        self.allocator: Any = getattr(tuner, "rankallocator", None)
+        self.tuner: Any = None if self.allocator is None else tuner
         if self.tuner is not None:
             config = self._config
             config.total_step, config.tinit, config.tfinal = num_steps, num_steps // 10, 3 * num_steps // 10
@@ -391,10 +382,10 @@ class RankAllocation:
     def _config(self) -> PeftConfig:
         return self.tuner.peft_config[_TRAINED]
 
-    def loss(self) -> Tensor | float:
+    def loss(self) -> Tensor:
         """A scalar to add to the mean loss of a step: how far the singular vectors are from orthogonal ones."""
         if self.tuner is None:
-            return 0.0
+            return torch.zeros(())
         vectors = []
         for _, layer in _adapter_layers(self.tuner.model):
             vectors += [layer.lora_A[_TRAINED], layer.lora_B[_TRAINED].T]
@@ -426,8 +417,8 @@ class RankAllocation:
         self._config.rank_pattern = state["rank_pattern"]
 
 
-def _tuning(model: TunableModel) -> _Tuning:
-    tuning = getattr(model, "tuning", None)
+def _tuning(model: TunableModel) -> Tuning:
+    tuning = model.tuning
     if tuning is None:
         raise UserError("the model was not tuned: call tune or load_adapter first")
     return tuning
@@ -439,17 +430,18 @@ def _tuning(model: TunableModel) -> _Tuning:
 ADAPTER_PARTS = {"lora_A", "lora_B", "lora_E", "lora_magnitude_vector", "miss_block", "ranknum"}
 
 
-def _is_target(name: str, targets: Sequence[str]) -> bool:
-    return any(f".{name}".endswith(f".{target}") for target in targets)
+def _is_target(name: str, targets: Collection[str] | None) -> bool:
+    return any(f".{name}".endswith(f".{target}") for target in targets or ())
 
 
-def _matrices(model: TunableModel) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if is_matrix(module)}
+def _matrices(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of all linear layers, by the names of these."""
+    return {name: module.get_parameter("weight") for name, module in model.named_modules() if is_matrix(module)}
 
 
 def _check_targets(model: TunableModel, config: TuneConfig) -> None:
     matrices = _matrices(model)
-    unknown = [target for target in config.targets if not any(_is_target(name, [target]) for name in matrices)]
+    unknown = [target for target in config.targets or () if not any(_is_target(name, [target]) for name in matrices)]
     if unknown:
         there = dict.fromkeys(LAYER_NAME.sub(r"\1", name) for name in matrices)
         raise UserError(
@@ -458,15 +450,15 @@ def _check_targets(model: TunableModel, config: TuneConfig) -> None:
         )
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     rank = config.initial_rank or config.rank
-    for name, matrix in matrices.items():
+    for name, weight in matrices.items():
         if not _is_target(name, config.targets):
             continue
-        if id(matrix.weight) in embeddings:
+        if id(weight) in embeddings:
             raise UserError(f"tune.targets: {name} of {model.name} is its embedding too, and takes no adapter")
-        if rank > min(matrix.weight.shape):
+        if rank is not None and rank > min(weight.shape):
             raise UserError(
                 f"tune.rank: {rank} is too high: the target {name} of {model.name} is a matrix of "
-                f"{' x '.join(map(str, matrix.weight.shape))}; lower it, or name other targets"
+                f"{' x '.join(map(str, weight.shape))}; lower it, or name other targets"
             )
 
 
@@ -474,7 +466,7 @@ def _check_targets(model: TunableModel, config: TuneConfig) -> None:
 def _peft_config(config: TuneConfig) -> PeftConfig:
     import peft
 
-    targets = list(config.targets)
+    targets = list(config.targets or ())
     if config.method == "miss":
         return peft.MissConfig(r=config.rank, miss_dropout=config.dropout, target_modules=targets)
     lora = {"lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": targets}
@@ -502,7 +494,7 @@ def _inject(model: TunableModel, config: PeftConfig) -> PeftModel:
     return adapter
 
 
-def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
@@ -550,7 +542,7 @@ def _merge_layers(model: TunableModel) -> dict[str, Tensor]:
     return originals
 
 
-def _adapted(layer: nn.Module) -> nn.Parameter:
+def _adapted(layer: BaseTunerLayer) -> nn.Parameter:
     """The parameter of the base that an adapter's layer is for: a matrix, or the experts' stack of one."""
     return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
 

@@ -5,7 +5,7 @@ The matrices of the layers are quantized, embedding and output layer stay as the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def dequantized(model: TunableModel, name: str, weight: Tensor) -> Tensor:
     """The entry ``name`` of the model's state dict, in floating point, and the type that it had before ``quantize``."""
     kind = type(weight).__name__
     if kind == "NF4Tensor":  # torchao
-        return weight.get_original_weight()
+        return cast(Any, weight).get_original_weight()
     if kind == "Int8Tensor":
         return weight.dequantize()
     module = model.get_submodule(name.rpartition(".")[0])

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from speechllm.errors import UserError
 from speechllm.linear import linear_cross_entropy
-from speechllm.llm.interface import IGNORE, LAYER_NAME, is_matrix, stacked_matrices
+from speechllm.llm.interface import IGNORE, LAYER_NAME, TunableModel, is_matrix, stacked_matrices
 from speechllm.llm.transformers_cache import (
     ATTENTION_LAYERS,
     RECURRENT_LAYERS,
@@ -87,7 +87,7 @@ _OLDER_NAMES = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 _NOTES = {"model_type", "transformers_version", "architectures", "dtype", "auto_map", "quantization_config"}
 
 
-class TransformersLM(nn.Module):
+class TransformersLM(TunableModel[TransformersState]):
     """A causal language model of transformers, to be used as `speechllm.llm.interface.LanguageModel` says.
 
     Args:
@@ -111,9 +111,6 @@ class TransformersLM(nn.Module):
         self._scale, self._cap = _scale_and_cap(causal_lm.config)
         self._recurrent = has_recurrence(causal_lm.config)
         self.checkpoint_blocks = False
-
-    has_initial_state = False
-    initial_state_is_tuned = False
 
     @property
     def name(self) -> str:
@@ -177,7 +174,7 @@ class TransformersLM(nn.Module):
         )
         return [
             name
-            for name in in_layer(lambda m: is_matrix(m) and min(m.weight.shape) > 1)
+            for name in in_layer(lambda m: is_matrix(m) and min(m.get_parameter("weight").shape) > 1)
             if not (experts and name.startswith(experts))
         ]
 
@@ -216,7 +213,7 @@ class TransformersLM(nn.Module):
         logits = self._logits(hidden[wanted])
         if logits_mask is None:
             logits = logits.new_zeros(*valid.shape, logits.shape[-1]).masked_scatter(wanted[..., None], logits)
-        return logits, after
+        return logits, cast(TransformersState, after)
 
     def loss(
         self,
@@ -262,7 +259,7 @@ class TransformersLM(nn.Module):
         """
         valid = torch.ones(len(token_ids), 1, dtype=torch.bool)
         hidden, after = self._read(self.embed(token_ids[:, None]), valid, state, keep=True, overwrite=overwrite)
-        return self._logits(hidden[:, 0]), after
+        return self._logits(hidden[:, 0]), cast(TransformersState, after)
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
@@ -293,11 +290,13 @@ class TransformersLM(nn.Module):
         logits = self._head(self._scaled(hidden))
         return logits if self._cap is None else self._cap * torch.tanh(logits.float() / self._cap).to(logits.dtype)
 
-    def _inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, lens: Tensor | None) -> tuple:
+    def _inputs(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, lens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """inputs_embeds (N, L, D), zero at padding; valid (N, L) bool, on the CPU."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("TransformersLM: give either input_ids or inputs_embeds")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("TransformersLM: give either input_ids or inputs_embeds")
         N, L = inputs.shape[:2]
         if L == 0:
             raise ValueError("TransformersLM: no position to read (L = 0)")
@@ -350,7 +349,8 @@ class TransformersLM(nn.Module):
         return hidden, state_after(cache, valid, state) if keep else None
 
     def _hidden(self, inputs_embeds: Tensor, cache: Cache | None, keep: bool, where: dict[str, Any]) -> Tensor:
-        where = {**where, cache_argument(type(self.causal_lm.base_model)): cache}
+        if (name := cache_argument(type(self.causal_lm.base_model))) is not None:
+            where = {**where, name: cache}
         outputs = self.causal_lm.base_model(inputs_embeds=inputs_embeds, use_cache=keep, return_dict=True, **where)
         return outputs.last_hidden_state
 
@@ -391,7 +391,8 @@ class TransformersLM(nn.Module):
             if n > 0:
                 valid = torch.ones(len(rows), n, dtype=torch.bool)
                 at = rows.to(inputs_embeds.device)
-                read, after = self._read(inputs_embeds[at, :n], valid, after, keep)
+                read, kept = self._read(inputs_embeds[at, :n], valid, after, keep)
+                after = after if kept is None else kept
                 hidden = hidden.index_put((at[:, None], torch.arange(n, device=at.device)), read)
             order.append(rows)
             states.append(after)
@@ -659,9 +660,7 @@ def _check_model_type(model_type: Any, source: str) -> None:
 
 def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedConfig:
     """The configuration that `make` gives, of a model that `TransformersLM` serves."""
-    import transformers.cache_utils
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForCausalLM
 
     try:
         config = make()
@@ -673,37 +672,47 @@ def _supported(make: Callable[[], PreTrainedConfig], source: str) -> PreTrainedC
         value = getattr(config, name, default)
         if type(default) in (int, float) and isinstance(value, str):
             raise UserError(f"{source}: {name}: expected {type(default).__name__}, got str {value!r}")
-
-    def refuse(reason: str) -> None:
+    if (reason := _not_served(config) or _lacking_in_forward(config)) is not None:
         raise UserError(f"{source}: {config.model_type} is not supported: {reason}")
+    return config
+
+
+def _not_served(config: PreTrainedConfig) -> str | None:
+    """Why a model's layers or weights cannot be served, if so."""
+    import transformers.cache_utils
 
     if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
-        refuse("it is more than a decoder of text")
+        return "it is more than a decoder of text"
     if is_encoder(config):
-        refuse("it is an encoder (is_decoder: false)")
+        return "it is an encoder (is_decoder: false)"
     if config.model_type in _REFUSED:
-        refuse(_REFUSED[config.model_type])
+        return _REFUSED[config.model_type]
     if getattr(config, "hidden_size_per_layer_input", None):
-        refuse("its layers read token ids besides embeddings, and audio has none (hidden_size_per_layer_input)")
+        return "its layers read token ids besides embeddings, and audio has none (hidden_size_per_layer_input)"
     if getattr(config, "quantization_config", None) is not None:
-        refuse("its weights are quantized; take the model as it was before")
+        return "its weights are quantized; take the model as it was before"
     if (need := update_needed(config, is_part=False)) is not None:
-        refuse(need)
+        return need
     served = ATTENTION_LAYERS | RECURRENT_LAYERS | STATELESS_LAYERS
     if other := sorted(set(getattr(config, "layer_types", None) or ()) - served):
-        refuse(f"layers of the type {', '.join(other)}; those of the types {', '.join(sorted(served))} are")
+        return f"layers of the type {', '.join(other)}; those of the types {', '.join(sorted(served))} are"
     if has_recurrence(config) and not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
-        refuse(f"transformers {transformers.__version__} has no cache for its recurrent layers that can be reordered")
+        return f"transformers {transformers.__version__} has no cache for its recurrent layers that can be reordered"
     try:
         _scale_and_cap(config)
     except ValueError as e:
-        refuse(str(e))
+        return str(e)
+    return None
+
+
+def _lacking_in_forward(config: PreTrainedConfig) -> str | None:
+    """What the model's `forward` does not take of what it is called with, if anything."""
+    from transformers import AutoModelForCausalLM
+
     with gpu_kernels_only_on_gpus():  # imports the model's code
         model_class = AutoModelForCausalLM._model_mapping[type(config)]
     taken = set(inspect.signature(model_class.forward).parameters)
     lacking = sorted({"inputs_embeds", "position_ids"} - taken)
     if cache_argument(model_class) is None:
         lacking.append(" or ".join(CACHE_ARGUMENTS))
-    if lacking:
-        refuse(f"its forward does not take {', '.join(lacking)}")
-    return config
+    return f"its forward does not take {', '.join(lacking)}" if lacking else None

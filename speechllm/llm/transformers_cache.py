@@ -77,13 +77,16 @@ class TransformersState:
     def repeat(self, n: int) -> TransformersState:
         """Every row n times in succession: N rows become N * n."""
         layers = (
-            LayerState(*(tuple(None if x is None else x.repeat_interleave(n, dim=0) for x in part) for part in layer))
+            LayerState(
+                tuple(x.repeat_interleave(n, dim=0) for x in layer.attention),
+                tuple(None if x is None else x.repeat_interleave(n, dim=0) for x in layer.recurrent),
+            )
             for layer in self.layers
         )
         return TransformersState(tuple(layers), self.lens.repeat_interleave(n))
 
-    @staticmethod
-    def cat(states: Sequence[TransformersState]) -> TransformersState:
+    @classmethod
+    def cat(cls, states: Sequence[TransformersState]) -> TransformersState:
         """The rows of all `states`, one state's after the other's."""
         places = max(state.places for state in states)
         layers = []
@@ -115,12 +118,10 @@ class TransformersState:
         """From what `tensors` gave."""
         layers = (
             LayerState(
-                *(
-                    tuple(tensors.get(f"{i}.{kind}.{j}") for j in range(count))
-                    for kind, count in zip(LayerState._fields, counts, strict=True)
-                )
+                tuple(tensors[f"{i}.attention.{j}"] for j in range(attention)),
+                tuple(tensors.get(f"{i}.recurrent.{j}") for j in range(recurrent)),
             )
-            for i, counts in enumerate(tensors["counts"].tolist())
+            for i, (attention, recurrent) in enumerate(tensors["counts"].tolist())
         )
         return cls(tuple(layers), tensors["lens"])
 

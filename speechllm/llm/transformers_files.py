@@ -30,16 +30,17 @@ def gpu_kernels_only_on_gpus() -> Iterator[None]:
         yield
         return
     missing = object()
-    found = {name: sys.modules.get(name, missing) for name in _KERNEL_PACKAGES}
-    sys.modules.update(dict.fromkeys(_KERNEL_PACKAGES))  # None: an import of it fails
+    modules: dict[str, Any] = sys.modules
+    found = {name: modules.get(name, missing) for name in _KERNEL_PACKAGES}
+    modules.update(dict.fromkeys(_KERNEL_PACKAGES))  # None: an import of it fails
     try:
         yield
     finally:
         for name, module in found.items():
             if module is missing:
-                del sys.modules[name]
+                del modules[name]
             else:
-                sys.modules[name] = module
+                modules[name] = module
 
 
 # ---- the text part of a folder ----------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def gguf_details(path: str | Path) -> tuple[torch.dtype, int | None]:
     from gguf import GGMLQuantizationType, GGUFReader
 
     reader = GGUFReader(str(path))
-    types = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16}
+    types: dict[Any, torch.dtype] = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16}
     embedding = next((x.tensor_type for x in reader.tensors if x.name == "token_embd.weight"), None)
     architecture = reader.get_field("general.architecture")
     head_dim = reader.get_field(f"{architecture.contents()}.attention.key_length") if architecture else None

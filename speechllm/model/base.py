@@ -40,7 +40,7 @@ def takes_columns_too(forward: Callable[..., Losses]) -> Callable[..., Losses]:
 
     @wraps(forward)
     def accepting(
-        self, features: Tensor, feature_lens: Tensor, texts: Sequence[str], *given: Any, **named: Any
+        self: SpeechModel, features: Tensor, feature_lens: Tensor, texts: Sequence[str], *given: Any, **named: Any
     ) -> Losses:
         if "requests" in named or (given and all(isinstance(request, Request) for request in given[0])):
             return forward(self, features, feature_lens, texts, *given, **named)
@@ -186,7 +186,7 @@ class SpeechModel(nn.Module, ABC):
 
     def label_ids(self, label: str) -> list[int]:
         """The tokens of a label as it stands behind the prompt, without the end of text."""
-        return self.tokenizer.encode(self.config.prompt.before_label + label)
+        return self.tokenizer.encode(self.config.prompt.label_prefix + label)
 
     def num_label_tokens(self, labels: Sequence[str], feature_lens: Tensor, chunk_seconds: float | None = None) -> int:
         """How many tokens of the labels of a batch count in its loss, each label's end of text included, and in streams
@@ -199,11 +199,11 @@ class SpeechModel(nn.Module, ABC):
 
     def label_identity(self) -> str:
         """A string that differs between models that make other tokens of some label; for the names of caches."""
-        return f"{self.tokenizer.identity()} {self.config.prompt.before_label!r} {self.label_template}"
+        return f"{self.tokenizer.identity()} {self.config.prompt.label_prefix!r} {self.label_template}"
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of the tokens of a transcript, such as CTC writes."""
-        return self.tokenizer.decode(token_ids).removeprefix(self.config.prompt.before_label)
+        return self.tokenizer.decode(token_ids).removeprefix(self.config.prompt.label_prefix)
 
     def recognize(
         self,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speechllm.config import load_config
+from speechllm.config import check_limits, load_config, setting
 from speechllm.encoder import WhisperEncoder, WhisperEncoderConfig, Zipformer, ZipformerConfig
 from speechllm.encoder.ctc import CRCTCConfig
 from speechllm.encoder.pretrained import is_whisper
@@ -42,7 +42,7 @@ class EncoderSection:
 
     path: str | None = None
     freeze: bool = False
-    freeze_stacks: int = 0
+    freeze_stacks: int = setting(0, at_least=0)
     pad_to_30s: bool = False
     schedule_speed: float = 1.0
     checkpoint_layers: bool = False
@@ -58,8 +58,7 @@ class EncoderSection:
             raise ValueError("path and whisper: a released Whisper has its sizes in its config.json; leave out one")
         if (self.freeze or self.freeze_stacks) and not self.path:
             raise ValueError(f"{'freeze' if self.freeze else 'freeze_stacks'} without path would freeze random weights")
-        if self.freeze_stacks < 0:
-            raise ValueError(f"freeze_stacks must be at least 0, got {self.freeze_stacks}")
+        check_limits(self)
         if self.freeze and self.freeze_stacks:
             raise ValueError(f"freeze (all of it) and freeze_stacks: {self.freeze_stacks}: give one of them")
         if self.pad_to_30s and self.zipformer is not None:
@@ -180,10 +179,10 @@ class ModelConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     label: str = "{text}"
-    ctc_weight: float = 0.0
+    ctc_weight: float = setting(0.0, at_least=0)
     ctc_tokenizer: str | None = None
     more_encoders: list[MoreEncoder] = field(default_factory=list)
-    encoder_dropout: float = 0.0
+    encoder_dropout: float = setting(0.0, at_least=0, below=1)
     cr_ctc: CRCTCConfig | None = None
     transducer: TransducerConfig | None = None
     streaming: StreamingConfig | None = None
@@ -196,17 +195,14 @@ class ModelConfig:
                 f"label {self.label!r} asks for the language that the prompt {tells!r} tells: take it out of one of "
                 "them"
             )
-        if self.ctc_weight < 0:
-            raise ValueError(f"ctc_weight must be at least 0, got {self.ctc_weight}")
+        check_limits(self)
         if self.ctc_tokenizer is not None and not self.ctc_weight:
             raise ValueError("ctc_tokenizer is for the CTC head, and ctc_weight is 0: set it above 0")
         self._check_ctc_projectors()
-        if not 0 <= self.encoder_dropout < 1:
-            raise ValueError(f"encoder_dropout must be in [0, 1), got {self.encoder_dropout}")
         if self.encoder_dropout and not self.more_encoders:
             raise ValueError("encoder_dropout leaves out one of several encoders, but there are no more_encoders")
         if self.streaming is not None:
-            self._check_streaming()
+            self._check_streaming(self.streaming)
         if self.llm is None:
             self._check_encoder_alone()
         else:
@@ -225,7 +221,7 @@ class ModelConfig:
                     f"more_encoders[{i}].projector.kind: ctc reads the CTC head, which is on the first encoder only"
                 )
 
-    def _check_streaming(self) -> None:
+    def _check_streaming(self, streaming: StreamingConfig) -> None:
         if self.label != "{text}":
             raise ValueError(
                 f"streaming writes the words of a chunk when they have been said, but label {self.label!r} has more "
@@ -235,13 +231,13 @@ class ModelConfig:
             raise ValueError("streaming takes one encoder, and there are more_encoders: leave out one of them")
         if self.encoder.whisper is not None:
             raise ValueError("streaming: Whisper hears whole utterances only; take a Zipformer with causal: true")
-        if self.streaming.delay_seconds and not self.prompt.tells_end_of_stream():
+        if streaming.delay_seconds and not self.prompt.tells_end_of_stream():
             raise ValueError(
-                f"streaming.delay_seconds: {self.streaming.delay_seconds:g} leaves words to write when the audio has "
+                f"streaming.delay_seconds: {streaming.delay_seconds:g} leaves words to write when the audio has "
                 "ended, which the prompt does not tell: have text after {audio} in prompt.streaming, or prompt.boundary"
             )
         if self.encoder.zipformer is not None and not self.encoder.path:
-            for seconds in self.streaming.chunk_seconds:
+            for seconds in streaming.chunk_seconds:
                 chunk_of(seconds, self.encoder.zipformer, self.projector)
 
     def _check_encoder_alone(self) -> None:

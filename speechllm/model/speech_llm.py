@@ -17,18 +17,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from speechllm.config import ConfigError, save_config
-from speechllm.decode.recognizer import RecognizeOptions, SpeechLLMRecognizer
+from speechllm.decode.options import RecognizeOptions
+from speechllm.decode.recognizer import SpeechLLMRecognizer
+from speechllm.encoder import ZipformerConfig
 from speechllm.encoder.ctc import ctc_losses
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.llm.adapters import load_adapter, merged_state_dict, save_adapter, tune
-from speechllm.llm.interface import IGNORE, LanguageModel
+from speechllm.llm.interface import IGNORE, TunableModel
+from speechllm.llm.transformers import TransformersLM
 from speechllm.model.base import Losses, SpeechModel, takes_columns_too
 from speechllm.model.card import encoder_name, model_card
 from speechllm.model.config import EncoderSection, LLMSection, ModelConfig, MoreEncoder, load_model_config
@@ -46,13 +50,13 @@ from speechllm.text.tokenizer import Tokenizer, load_tokenizer
 from speechllm.weights import load_state_dict_strict
 
 # What stands before a transcript in a CTC head's own pieces: what an encoder alone has learned to write.
-_CTC_PREFIX = PromptConfig().written_out().before_label
+_CTC_PREFIX = PromptConfig().label_prefix
 
 
 class SpeechLLM(SpeechModel):
     """See the module's docstring. Build one with `from_config` (training) or `from_pretrained` (use)."""
 
-    llm: LanguageModel
+    llm: TunableModel
     needs_two_views = False
 
     def __init__(
@@ -60,7 +64,7 @@ class SpeechLLM(SpeechModel):
         config: ModelConfig,
         encoder: Encoder,
         projector: Projector,
-        llm: LanguageModel,
+        llm: TunableModel,
         tokenizer: Tokenizer,
         more_encoders: Sequence[tuple[Encoder, Projector]] = (),
         ctc_tokenizer: Tokenizer | None = None,
@@ -80,7 +84,9 @@ class SpeechLLM(SpeechModel):
         self.ctc_head = nn.Linear(encoder.output_dim, self.blank_id + 1) if config.ctc_weight else None
         self.label_template = LabelTemplate(config.label, self.seconds_per_position)
         self.chunks = chunks_of(config.streaming, encoder, config.projector) if config.streaming is not None else {}
-        for part, section in [(llm, config.llm), *((e, section) for _, section, e in self.encoders())]:
+        sections: list[tuple[nn.Module, EncoderSection | LLMSection]] = [(llm, self.llm_section)]
+        sections += [(part, section) for _, section, part in self.encoders()]
+        for part, section in sections:
             if section.freeze:
                 part.requires_grad_(False)
         self.train()
@@ -134,25 +140,31 @@ class SpeechLLM(SpeechModel):
         return self.config.streaming
 
     @property
+    def llm_section(self) -> LLMSection:
+        """The configuration of the language model."""
+        assert self.config.llm is not None  # see `from_config`
+        return self.config.llm
+
+    @property
     def seconds_per_position(self) -> float:
         """How much audio one position of the language model stands for, the positions of all encoders counted."""
         return 1 / sum(1 / (encoder.frame_seconds * projector.downsample) for encoder, projector in self._branches())
 
     def audio_lens(self, feature_lens: Tensor) -> Tensor:
         """How many positions of audio the language model reads for feature_lens (N,) frames: (N,)."""
-        return sum(projector.output_lens(encoder.output_lens(feature_lens)) for encoder, projector in self._branches())
+        lens = [projector.output_lens(encoder.output_lens(feature_lens)) for encoder, projector in self._branches()]
+        return torch.stack(lens).sum(0)
 
     def encoders(self) -> list[tuple[str, EncoderSection, Encoder]]:
         """Name as a part of the model, configuration and module of each encoder, the first one first."""
-        more = zip(self.config.more_encoders, self.more_encoders, strict=True)
-        return [
-            ("encoder", self.config.encoder, self.encoder),
-            *((f"more_encoders.{i}.encoder", c.encoder, part["encoder"]) for i, (c, part) in enumerate(more)),
-        ]
+        sections = [self.config.encoder, *(more.encoder for more in self.config.more_encoders)]
+        names = ["encoder", *(f"more_encoders.{i}.encoder" for i in range(len(self.more_encoders)))]
+        modules = [encoder for encoder, _ in self._branches()]
+        return list(zip(names, sections, modules, strict=True))
 
     def _branches(self) -> list[tuple[Encoder, Projector]]:
-        more = [(part["encoder"], part["projector"]) for part in self.more_encoders]
-        return [(self.encoder, self.projector), *more]
+        more = [cast("dict[str, Any]", part) for part in self.more_encoders]
+        return [(self.encoder, self.projector), *((part["encoder"], part["projector"]) for part in more)]
 
     def encode(
         self, features: Tensor, feature_lens: Tensor, chunk: Chunk | None = None
@@ -163,10 +175,12 @@ class SpeechLLM(SpeechModel):
         hears.
         """
         with self.encoding():
-            encoder_out, *others = self._encode_all(features, feature_lens, chunk)
-        return encoder_out if self.autocast_dtype is None else encoder_out.float(), *others
+            encoder_out, encoder_out_lens, embeds, lens = self._encode_all(features, feature_lens, chunk)
+        return encoder_out if self.autocast_dtype is None else encoder_out.float(), encoder_out_lens, embeds, lens
 
-    def _encode_all(self, features: Tensor, feature_lens: Tensor, chunk: Chunk | None) -> tuple[Tensor, ...]:
+    def _encode_all(
+        self, features: Tensor, feature_lens: Tensor, chunk: Chunk | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `encode`."""
         if not self.more_encoders:
             return self._encode(self.encoder, self.projector, features, feature_lens, self._encoder_context(chunk))
@@ -186,7 +200,8 @@ class SpeechLLM(SpeechModel):
         if self.config.streaming is None:
             return {}
         # By itself it would draw one in training: but for streams there are batches of their own.
-        sizes, left = self.encoder.config.chunk_size, self.encoder.config.left_context_frames
+        config = cast(ZipformerConfig, self.encoder.config)  # `chunks_of` sees to it
+        sizes, left = config.chunk_size, config.left_context_frames
         return {
             "chunk_size": -1 if -1 in sizes else max(sizes),
             "left_context_frames": -1 if -1 in left else max(left),
@@ -210,6 +225,7 @@ class SpeechLLM(SpeechModel):
         if isinstance(projector, CTCProjector):
             tokens = torch.arange(self.blank_id, device=encoder_out.device)
             llm_embeds = self.llm.embed(tokens) if projector.table is None else None
+            assert self.ctc_head is not None  # `ModelConfig` sees to it
             return encoder_out, lens, *projector(self.ctc_head(encoder_out), lens, llm_embeds)
         return encoder_out, lens, *projector(projected, lens)
 
@@ -263,15 +279,16 @@ class SpeechLLM(SpeechModel):
             there is no loss; translations need none.
         """
         is_stream = [request.target_language is None for request in requests]
+        delay = 0.0 if self.streaming is None else self.streaming.delay_seconds
         dealt = [
             deal_out(
                 ids,
                 said or (),
                 self.tokenizer,
-                before_label=self.config.prompt.before_label,
+                before_label=self.config.prompt.label_prefix,
                 num_chunks=count if streams else 0,
                 chunk_seconds=chunk.seconds,
-                delay_seconds=self.config.streaming.delay_seconds,
+                delay_seconds=delay,
             )
             for ids, said, count, streams in zip(
                 label_ids, words, chunk.count(feature_lens).tolist(), is_stream, strict=True
@@ -318,7 +335,7 @@ class SpeechLLM(SpeechModel):
         """What the language model says with the tokens of a label; the inverse of `label_ids` of `label_template`."""
         if self.label_template.is_plain:
             return ReadLabel(self.text(token_ids))
-        written, prefix = self.tokenizer.decode(token_ids, keep_tags=True), self.config.prompt.before_label
+        written, prefix = self.tokenizer.decode(token_ids, keep_tags=True), self.config.prompt.label_prefix
         read = self.label_template.read(written, len(prefix) if written.startswith(prefix) else 0)
         if self.label_template.has_language and read.language is None:
             return ReadLabel(self.label_template.read(self.text(token_ids)).text)  # what tags there are is no text
@@ -417,13 +434,17 @@ class SpeechLLM(SpeechModel):
         Raises:
           UserError: there is no adapter to be kept apart from its base.
         """
-        has_adapter = self.config.llm.tune is not None and self.config.llm.tune.freezes_base
+        section = self.llm_section
+        has_adapter = section.tune is not None and section.tune.freezes_base
         if not merged and not has_adapter:
             raise UserError("merged=False: the language model has no adapter (model.llm.tune) beside a frozen base")
-        sizes = "rwkv7" if isinstance(self.llm, RWKV7) else "transformers"
-        llm = LLMSection(**{sizes: self.llm.config})
+        if isinstance(self.llm, RWKV7):
+            llm = LLMSection(rwkv7=self.llm.config)
+        else:
+            llm = LLMSection(transformers=cast(TransformersLM, self.llm).config)
         if not merged:
-            path, dtype = str(Path(self.config.llm.path).absolute()), str(self.llm.dtype).removeprefix("torch.")
+            base, dtype = cast(str, section.path), str(self.llm.dtype).removeprefix("torch.")
+            path = str(Path(base).absolute())
             llm = LLMSection(path=path, freeze=True, adapter="adapter", dtype=None if dtype == "float32" else dtype)
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
@@ -437,8 +458,8 @@ class SpeechLLM(SpeechModel):
                 encoder=saved_section(self.encoder),
                 llm=llm,
                 more_encoders=[
-                    MoreEncoder(saved_section(part["encoder"]), more.projector)
-                    for more, part in zip(self.config.more_encoders, self.more_encoders, strict=True)
+                    MoreEncoder(saved_section(encoder), more.projector)
+                    for more, (encoder, _) in zip(self.config.more_encoders, self._branches()[1:], strict=True)
                 ],
             )
             save_config(config, tmp / "config.yaml")
@@ -448,7 +469,7 @@ class SpeechLLM(SpeechModel):
                 weights |= {f"llm.{k}": v for k, v in merged_state_dict(self.llm).items() if k not in tied}
             save_file({k: v.contiguous() for k, v in weights.items()}, tmp / "model.safetensors")
             if has_adapter:
-                save_adapter(self.llm, tmp / "adapter", base=self.config.llm.path)
+                save_adapter(self.llm, tmp / "adapter", base=section.path)
             (tmp / "README.md").write_text(self.card(), encoding="utf-8")
 
     @classmethod
@@ -472,14 +493,14 @@ class SpeechLLM(SpeechModel):
                     f"{folder}: holds an adapter without its base, and {config.llm.path} is not there: set llm.path in "
                     f"{folder / 'config.yaml'} to where the checkpoint is"
                 )
-            config.llm = dataclasses.replace(config.llm, adapter=str(folder / config.llm.adapter))
+            config.llm = dataclasses.replace(config.llm, adapter=str(folder / (config.llm.adapter or "adapter")))
             model = cls.from_config(config)
             weights |= {name: t for name, t in model.state_dict().items() if name.startswith("llm.")}
         else:
             with torch.device("meta"):  # no time for initial values that are about to be replaced
                 model = cls.from_config(config)
                 if "llm.initial_wkv" in weights:
-                    model.llm.add_initial_state()
+                    model.llm.tune_initial_state()
             tied = model.llm.tied_weights()
             weights |= {f"llm.{name}": weights[f"llm.{first}"] for name, first in tied.items()}
         load_state_dict_strict(model, weights, path, assign=True)

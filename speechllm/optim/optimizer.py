@@ -8,12 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from speechllm.config import ConfigError
+from speechllm.config import ConfigError, check_limits, setting
 from speechllm.optim.scaled_adam import ScaledAdam
 
 # Settings that are read only where another has this value.
@@ -46,27 +46,22 @@ class OptimConfig:
     """
 
     name: Literal["adamw", "scaled_adam"] = "adamw"
-    lr: float = 1e-3
+    lr: float = setting(1e-3, above=0)
     lr_scale: dict[str, float] = field(default_factory=dict)
     freeze: list[str] = field(default_factory=list)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    weight_decay: float = 0.01
+    weight_decay: float = setting(0.01, at_least=0)
     weight_decay_scale: dict[str, float] = field(default_factory=dict)
-    clip_grad_norm: float = 5.0
-    clipping_scale: float = 2.0
+    clip_grad_norm: float = setting(5.0, above=0)
+    clipping_scale: float = setting(2.0, above=0)
     schedule: Literal["cosine", "constant", "eden"] = "cosine"
-    warmup_steps: int = 1000
+    warmup_steps: int = setting(1000, at_least=0)
     final_lr_factor: float = 0.01
-    lr_batches: float = 7500.0
-    lr_epochs: float = 3.5
+    lr_batches: float = setting(7500.0, above=0)
+    lr_epochs: float = setting(3.5, above=0)
 
     def __post_init__(self) -> None:
-        for name in ("lr", "clip_grad_norm", "clipping_scale", "lr_batches", "lr_epochs"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_limits(self)
         for pattern, scale in self.lr_scale.items():
             if scale <= 0:
                 raise ValueError(f"lr_scale.{pattern} must be positive, got {scale}; to train nothing, use freeze")
@@ -136,14 +131,32 @@ def parameter_groups(model: nn.Module, config: OptimConfig, part: str = "") -> l
     ]
 
 
+@runtime_checkable
+class HasNoWeightDecay(Protocol):
+    """A module that names those of its own parameters that are not decayed."""
+
+    def no_weight_decay(self) -> Iterable[str]: ...
+
+    def get_parameter(self, target: str) -> nn.Parameter: ...
+
+
+@runtime_checkable
+class HasLrScale(Protocol):
+    """A module that has factors of the learning rate for parameters of its own, by name."""
+
+    def lr_scale(self) -> dict[str, float]: ...
+
+    def get_parameter(self, target: str) -> nn.Parameter: ...
+
+
 def _declared_rules(model: nn.Module) -> tuple[set[nn.Parameter], dict[nn.Parameter, float]]:
     """What the modules of a model say of their own parameters: which are not decayed, and factors of the rate."""
     not_decayed: set[nn.Parameter] = set()
     own_scale: dict[nn.Parameter, float] = {}
     for module in model.modules():
-        if hasattr(module, "no_weight_decay"):
+        if isinstance(module, HasNoWeightDecay):
             not_decayed |= {module.get_parameter(name) for name in module.no_weight_decay()}
-        if hasattr(module, "lr_scale"):
+        if isinstance(module, HasLrScale):
             own_scale |= {module.get_parameter(name): scale for name, scale in module.lr_scale().items()}
     return not_decayed, own_scale
 
@@ -156,9 +169,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig, part: str = "") -> Ad
     """
     freeze_parameters(model, config.freeze, part)
     groups = parameter_groups(model, config, part)
+    beta1, beta2 = config.betas
     if config.name == "scaled_adam":
-        return ScaledAdam(groups, betas=tuple(config.betas), clipping_scale=config.clipping_scale)
-    return AdamW(groups, betas=tuple(config.betas), fused=True)
+        return ScaledAdam(groups, betas=(beta1, beta2), clipping_scale=config.clipping_scale)
+    return AdamW(groups, betas=(beta1, beta2), fused=True)
 
 
 class Schedule:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +67,7 @@ class ScaledAdam(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns the closure's loss, if there is a closure.
 
         Raises:
@@ -82,12 +84,12 @@ class ScaledAdam(torch.optim.Optimizer):
         factor = self._clipping_factor(grads)
         for group, group_grads in zip(self.param_groups, grads, strict=True):
             if factor < 1.0:
-                group_grads = torch._foreach_mul(group_grads, factor)
+                group_grads = list(torch._foreach_mul(group_grads, factor))
             pairs = list(zip(group["params"], group_grads, strict=True))
             if tensors := [(p, grad) for p, grad in pairs if p.numel() > 1]:
-                self._step_tensors(group, *map(list, zip(*tensors, strict=True)))
+                self._step_tensors(group, [p for p, _ in tensors], [grad for _, grad in tensors])
             if scalars := [(p, grad) for p, grad in pairs if p.numel() == 1]:
-                self._step_scalars(group, *map(list, zip(*scalars, strict=True)))
+                self._step_scalars(group, [p for p, _ in scalars], [grad for _, grad in scalars])
             group["step"] += 1
         return loss
 

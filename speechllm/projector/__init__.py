@@ -6,7 +6,8 @@ is lost. Only `ctc`, which reads a CTC head, makes as many positions as it hears
 a padded batch what it gets alone.
 """
 
-from speechllm.projector.build import Projector, build_projector
+from speechllm.projector.base import Projector
+from speechllm.projector.build import build_projector
 from speechllm.projector.config import ProjectorConfig
 from speechllm.projector.ctc import CTCProjector
 from speechllm.projector.frames import one_after_another

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from speechllm.config import ConfigError
+from speechllm.projector.base import Projector
 from speechllm.projector.config import ProjectorConfig
 from speechllm.projector.conformer import ConformerProjector
 from speechllm.projector.conv import ConvProjector
@@ -14,17 +15,6 @@ from speechllm.projector.qformer import QFormerProjector
 from speechllm.projector.rwkv import RWKVProjector
 from speechllm.projector.stacks import WeightedStacks
 from speechllm.projector.transformer import TransformerProjector
-
-# a ConformerProjector is a TransformerProjector with other layers
-Projector = (
-    MLPProjector
-    | ConvProjector
-    | QFormerProjector
-    | TransformerProjector
-    | RWKVProjector
-    | CTCProjector
-    | WeightedStacks
-)
 
 _CHANNELS = 64  # of a head
 

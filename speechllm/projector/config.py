@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from speechllm.config import check_limits, setting
+
 # What of ProjectorConfig has an effect, besides `downsample` and `layer_weights`.
 _OPTIONS = {
     "mlp": ("hidden_dim",),
@@ -41,11 +43,11 @@ class ProjectorConfig:
     """
 
     kind: Literal["mlp", "conv", "qformer", "transformer", "conformer", "rwkv", "ctc"] = "mlp"
-    downsample: int = 2
-    hidden_dim: int | None = None
-    num_layers: int | None = None
-    num_heads: int | None = None
-    num_queries: int | None = None
+    downsample: int = setting(2, at_least=1)
+    hidden_dim: int | None = setting(None, at_least=1)
+    num_layers: int | None = setting(None, at_least=1)
+    num_heads: int | None = setting(None, at_least=1)
+    num_queries: int | None = setting(None, at_least=1)
     bidirectional: bool = False
     layer_weights: bool = False
 
@@ -56,9 +58,7 @@ class ProjectorConfig:
             if getattr(self, name) not in (None, False) and name not in _OPTIONS[self.kind]:
                 kinds = ", ".join(kind for kind, options in _OPTIONS.items() if name in options)
                 raise ValueError(f"{name} has no effect with kind: {self.kind}; it is for kind: {kinds}")
-        for name in ("downsample", "hidden_dim", "num_layers", "num_heads", "num_queries"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_limits(self)
         if self.kind == "ctc" and self.downsample != 1:
             raise ValueError(
                 f"downsample: {self.downsample} with kind: ctc, which makes as many positions as it hears pieces, at "

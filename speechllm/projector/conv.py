@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechllm.projector import frames
+from speechllm.projector.base import Projector
 
 
-class ConvProjector(nn.Module):
+class ConvProjector(Projector):
     """A convolution for each prime factor p of k, of stride p, then a linear layer. T' = ceil(T / k).
 
     The kernels have 2p - 1 frames, 3 at least, centered on each p-th frame: a position sees its neighbors too.
@@ -32,9 +33,9 @@ class ConvProjector(nn.Module):
     def forward(self, encoder_out: Tensor, encoder_out_lens: Tensor) -> tuple[Tensor, Tensor]:
         """(N, T, D_enc), (N,) -> `audio_embeds` (N, ceil(T / k), D_llm) and their lengths (N,)."""
         x, lens = encoder_out, encoder_out_lens
-        for conv in self.convs:
+        for conv, stride in zip(self.convs, _prime_factors(self.downsample), strict=True):
             x = F.glu(conv(frames.masked(x, lens).transpose(1, 2)), dim=1).transpose(1, 2)
-            lens = frames.output_lens(lens, conv.stride[0])
+            lens = frames.output_lens(lens, stride)
         return self.out_proj(x), lens
 
 

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechllm.projector import frames
+from speechllm.projector.base import Projector
 
 # A frame in which blank is more probable than this is left out. Not 0.5: what the head half heard, and would not write,
 # the language model may make a word of.
 _SURELY_BLANK = 0.9
 
 
-class CTCProjector(nn.Module):
+class CTCProjector(Projector):
     """Logits of a CTC head -> one position for each run of frames with the same best piece. T' is at most T.
 
     The frame of the run in which blank is least probable stands for it: its embedding is the sum of the embeddings of
@@ -58,6 +59,8 @@ class CTCProjector(nn.Module):
         positions, position_lens = representative_frames(probs, lens)
         probs = probs.gather(1, positions[..., None].expand(-1, -1, probs.shape[2]))
         embeds = self.table if self.table is not None else llm_embeds
+        if embeds is None:
+            raise ValueError("CTCProjector: without a table it needs llm_embeds")
         embeds = torch.cat((embeds, self.blank[None].to(embeds.dtype)))
         return F.linear(probs.to(embeds.dtype), embeds.T), position_lens
 

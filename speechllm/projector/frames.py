@@ -45,7 +45,7 @@ def one_after_another(embeds: Sequence[Tensor], lens: Sequence[Tensor]) -> tuple
     Every input is part of the result's graph, also where it gives no row anything: it gets a gradient, of zeros.
     """
     is_valid = torch.cat([within(n, x.shape[1]) for x, n in zip(embeds, lens, strict=True)], dim=1)
-    lens = is_valid.sum(1)
-    order = (~is_valid).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(lens.max())]
+    joined_lens = is_valid.sum(1)
+    order = (~is_valid).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(joined_lens.max())]
     joined = torch.cat(list(embeds), dim=1)
-    return joined.gather(1, order[..., None].expand(-1, -1, joined.shape[2])), lens
+    return joined.gather(1, order[..., None].expand(-1, -1, joined.shape[2])), joined_lens

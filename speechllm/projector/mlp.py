@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from speechllm.encoder.scaling import swoosh_r
 from speechllm.projector import frames
+from speechllm.projector.base import Projector
 
 
-class MLPProjector(nn.Module):
+class MLPProjector(Projector):
     """k consecutive frames -> Linear -> SwooshR -> Linear -> one audio position. T' = ceil(T / k)."""
 
     def __init__(self, input_dim: int, output_dim: int, downsample: int, hidden_dim: int) -> None:

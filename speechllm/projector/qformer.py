@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechllm.projector import frames
+from speechllm.projector.base import Projector
 
 
-class QFormerProjector(nn.Module):
+class QFormerProjector(Projector):
     """Q queries for each window of W = Q * k frames. T' = ceil(T / k).
 
     Of a last window with fewer than W frames, r of them, the first ceil(r / k) queries make a position: so every kind

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from speechllm.projector import frames
+from speechllm.projector.base import Projector
 from speechllm.rwkv7 import RWKV7Config, RWKV7Layers
 
 
-class RWKVProjector(nn.Module):
+class RWKVProjector(Projector):
     """k consecutive frames -> Linear -> RWKV-7 blocks -> Linear -> one audio position. T' = ceil(T / k).
 
     Bidirectional, a second stack of blocks reads each utterance from its own end, and the last layer sees both.

@@ -5,22 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from speechllm.projector.base import Projector
 
-class WeightedStacks(nn.Module):
+
+class WeightedStacks(Projector):
     """A projector behind a weighted sum of S stacks' outputs; the weights are a learned softmax, all equal at first.
 
     It is how SUPERB (arXiv 2105.01051, section 3) makes use of all layers of an encoder.
     """
 
-    def __init__(self, num_stacks: int, projector: nn.Module) -> None:
+    def __init__(self, num_stacks: int, projector: Projector) -> None:
         super().__init__()
         self.scores = nn.Parameter(torch.zeros(num_stacks))
         self.projector = projector
-
-    @property
-    def downsample(self) -> int:
-        """Encoder frames per audio position."""
-        return self.projector.downsample
+        self.downsample = projector.downsample
 
     def output_lens(self, lens: Tensor) -> Tensor:
         """Audio positions (N,) for `lens` (N,) encoder frames."""

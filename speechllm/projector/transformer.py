@@ -6,9 +6,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from speechllm.projector import frames
+from speechllm.projector.base import Projector
 
 
-class TransformerProjector(nn.Module):
+class TransformerProjector(Projector):
     """k consecutive frames -> Linear -> Transformer encoder (arXiv 1706.03762), normalized first -> Linear.
 
     T' = ceil(T / k). Positions are sinusoids, so that audio may be of any length.

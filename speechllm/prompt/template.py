@@ -1,6 +1,6 @@
-"""Prompts: templates with slots that utterances fill, and how learned parts of the prompt are configured.
+r"""Prompts: templates with slots that utterances fill, and how learned parts of the prompt are configured.
 
-The default is RWKV's chat form, as its official chat checkpoints were trained: `User: ... \\n\\nAssistant: ...`.
+The default is RWKV's chat form, as its official chat checkpoints were trained: `User: ... \n\nAssistant: ...`.
 Training and decoding lay out and embed prompts with the same functions, and a model is saved with the templates
 written out: what is decoded with is what was trained with.
 """
@@ -12,8 +12,9 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from speechllm.config import check_limits, setting
 from speechllm.errors import UserError
 from speechllm.prompt.request import Request
 from speechllm.text.languages import NAMES_IN, language_name
@@ -117,11 +118,10 @@ PromptContext = Request  # its name in 0.1
 class PromptProjectorConfig:
     """`hidden`: the width between the two layers."""
 
-    hidden: int = 64
+    hidden: int = setting(64, at_least=1)
 
     def __post_init__(self) -> None:
-        if self.hidden < 1:
-            raise ValueError(f"hidden must be at least 1, got {self.hidden}")
+        check_limits(self)
 
 
 @dataclass
@@ -157,14 +157,13 @@ class PromptConfig:
     ast_instructions: list[str] | str | None = None
     whole_tags: bool = False
     boundary: bool = False
-    soft_tokens: int = 0
+    soft_tokens: int = setting(0, at_least=0)
     projector: PromptProjectorConfig | None = None
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise UserError(f"preset: unknown {self.preset!r}, choose from {', '.join(PRESETS)}")
-        if self.soft_tokens < 0:
-            raise UserError(f"soft_tokens must be at least 0, got {self.soft_tokens}")
+        check_limits(self)
         for name, slots in (
             ("asr", _TRANSCRIPTION_SLOTS), ("ast", _TRANSLATION_SLOTS), ("streaming", _STREAMING_SLOTS)
         ):  # fmt: skip
@@ -199,16 +198,22 @@ class PromptConfig:
     def slots(self, target_language: str | None = None) -> set[str]:
         """The slots that utterances fill: of the prompt for translations, with a target language, else of both."""
         names = ("ast",) if target_language is not None else ("asr", "ast")
-        slots = {slot for name in names for _, slot, _ in _parsed(self._text(name))}
+        slots = {slot for name in names for _, slot, _ in _parsed(self._text(name)) if slot is not None}
         pools = [self._pool(name) for name in names if "instruction" in slots]
-        slots |= {slot for pool in pools for text in pool for _, slot, _ in _parsed(text)}
-        return slots - {None, "audio", "instruction"}
+        slots |= {slot for pool in pools for text in pool for _, slot, _ in _parsed(text) if slot is not None}
+        return slots - {"audio", "instruction"}
+
+    @property
+    def label_prefix(self) -> str:
+        """`before_label`, or what the preset has."""
+        return self._text("before_label")
 
     def written_out(self) -> PromptConfig:
         """The same prompt with nothing left to a preset or a shipped pool, as it is saved with a model."""
         texts = {name: self._text(name) for name in ("asr", "ast", "streaming", "before_label")}
         pools = {pool: self._pool(name) if self._uses(pool) else None for name, pool in _POOLS.items()}
-        return dataclasses.replace(self, **texts, **pools)
+        written: dict[str, Any] = {**texts, **pools}
+        return dataclasses.replace(self, **written)
 
     def fill(self, request: Request, chunk_seconds: float | None = None) -> tuple[str, str]:
         """The text before and after the audio of an utterance.
@@ -233,7 +238,7 @@ class PromptConfig:
         def value(slot: str, name_in: str) -> str:
             if slot == "instruction":
                 pool = self._pool(name)
-                return "".join(filled(pool[int(request.draw * len(pool))]))
+                return "".join(part or "" for part in filled(pool[int(request.draw * len(pool))]))
             found = values[slot]
             if found is None or (not found and slot not in _CONTEXT_SLOTS):
                 who = "the utterance" if request.id is None else f"utterance {request.id}"
@@ -246,14 +251,15 @@ class PromptConfig:
 
         def filled(template: str) -> list[str | None]:
             """Texts and values in order; the audio is None."""
-            parts = []
+            parts: list[str | None] = []
             for text, slot, name_in in _parsed(template):
                 parts += [text, None if slot == "audio" else value(slot, name_in)] if slot is not None else [text]
             return parts
 
         parts = filled(self._text(name))
         audio = parts.index(None)
-        return "".join(parts[:audio]), "".join(parts[audio + 1 :])
+        before, after = ("".join(part or "" for part in side) for side in (parts[:audio], parts[audio + 1 :]))
+        return before, after
 
     def encoded(
         self, tokenizer: Tokenizer, request: Request, chunk_seconds: float | None = None
@@ -322,7 +328,7 @@ def _checked_slots(name: str, template: str, allowed: Sequence[str]) -> list[str
                 f"{name}: {{{slot}}} is not to be formatted; only names of languages are, with {', '.join(NAMES_IN)}, "
                 "as in {language:zh}"
             )
-    return [slot for _, slot, _, _ in parsed]
+    return [slot for _, slot, _, _ in parsed if slot is not None]
 
 
 def check_whole_tags(where: str, text: str, tokenizer: Tokenizer, name: str, whole_tags: bool) -> None:

@@ -158,7 +158,7 @@ def save_rwkv7(model: RWKV7, path: str | Path) -> None:
         "architectures": ["RWKV7ForCausalLM"],
         **_hf_config(model),
         "num_heads": model.config.n_embd // model.config.head_size,
-        "hidden_ratio": model.config.ffn_size / model.config.n_embd,
+        "hidden_ratio": model.blocks[0].ffn.key.out_features / model.config.n_embd,
         "bos_token_id": 0,  # official vocabularies begin and end a text with token 0
         "eos_token_id": 0,
         "torch_dtype": str(model.emb.weight.dtype).removeprefix("torch."),

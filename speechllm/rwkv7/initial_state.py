@@ -23,7 +23,7 @@ def state_of_text(llm: LanguageModel, token_ids: list[int]) -> RWKV7State:
     if not isinstance(llm, RWKV7):
         raise UserError(f"state files are for RWKV-7; the language model is {llm.name}")
     device = llm.emb.weight.device
-    state = None
+    state = llm.initial_state(1)
     for piece in torch.tensor([token_ids], device=device).split(_TOKENS_AT_ONCE, dim=1):
         is_last = torch.arange(piece.shape[1], device=device)[None] == piece.shape[1] - 1
         _, state = llm(input_ids=piece, state=state, logits_mask=is_last)
@@ -45,5 +45,6 @@ def load_state(path: str | Path, llm: LanguageModel) -> RWKV7State:
     wrong = [f"`{name}` has shape {has}, not {needs}" for name, (has, needs) in shapes.items() if has != needs]
     if wrong:
         raise UserError(f"{path}: {', '.join(wrong)}, which the language model needs: it is not its state")
-    shifts = (x.to(expected.att_shift.dtype) for x in (state.att_shift, state.ffn_shift))
-    return RWKV7State(*shifts, state.wkv).to(llm.emb.weight.device)
+    dtype = expected.att_shift.dtype
+    found = RWKV7State(state.att_shift.to(dtype), state.ffn_shift.to(dtype), state.wkv)
+    return found.to(expected.wkv.device)

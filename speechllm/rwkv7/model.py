@@ -5,9 +5,11 @@ that released checkpoints load as they are. All is a function of the inputs and 
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from speechllm.errors import UserError
 from speechllm.linear import Linear, linear_cross_entropy, product
-from speechllm.llm.interface import IGNORE
+from speechllm.llm.interface import IGNORE, TunableModel
 from speechllm.rwkv7.state import RWKV7State
 from speechllm.rwkv7.wkv import row_lengths, wkv7
 
@@ -50,7 +52,7 @@ class RWKV7Config:
     ffn_size: int | None = None
     lora_ranks: dict[str, int] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = sorted(set(self.lora_ranks) - set(_RANK_FACTORS))
         if unknown:
             raise ValueError(f"lora_ranks: unknown {unknown}, allowed are {sorted(_RANK_FACTORS)}")
@@ -99,7 +101,7 @@ class _TokenShift(torch.autograd.Function):
     """x (P, D), prev (N, D), mixes (M, D) -> M tensors x_t + (x_{t-1} - x_t) * mix, with x_{-1} = prev in each row."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, prev: Tensor, mixes: Tensor, rows: _Rows) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, prev: Tensor, mixes: Tensor, rows: _Rows) -> tuple[Tensor, ...]:
         delta = torch.empty_like(x)
         torch.sub(x[:-1], x[1:], out=delta[1:])
         delta[rows.first] = prev[rows.rows] - x[rows.first]
@@ -109,7 +111,7 @@ class _TokenShift(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         delta, mixes = ctx.saved_tensors
         d_x, d_delta = grads[0].clone(), grads[0] * mixes[0]
         for grad, mix in zip(grads[1:], mixes[1:], strict=True):
@@ -128,14 +130,14 @@ class _ReluSquared(torch.autograd.Function):
     """relu(x)^2. Keeps its result, as the product after it does, and no other tensor of this size."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         y = x.relu().square_()
         ctx.save_for_backward(y)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return y.sqrt().mul_(grad).mul_(2)
 
@@ -144,14 +146,14 @@ class _LogDecay(torch.autograd.Function):
     """-exp(-0.5) sigmoid(x). Keeps its result, as the recurrence does, and nothing else."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         w = x.sigmoid().mul_(-_LARGEST_DECAY)
         ctx.save_for_backward(w)
         return w
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (w,) = ctx.saved_tensors
         return torch.addcmul(w, w, w, value=1 / _LARGEST_DECAY).mul_(grad)
 
@@ -192,7 +194,13 @@ class TimeMix(nn.Module):
     def project(self, mixed: tuple[Tensor, ...], v_first: Tensor | None) -> tuple[Tensor, ...]:
         """Six mixtures (P, D) -> r, w, k, v, a, b (P, H, K) of the recurrence, gate, v_first (P, D)."""
 
-        def low_rank(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None = None, between=None) -> Tensor:
+        def low_rank(
+            x: Tensor,
+            first: Tensor,
+            second: Tensor,
+            bias: Tensor | None = None,
+            between: Callable[[Tensor], Tensor] | None = None,
+        ) -> Tensor:
             x = product(x, first.T)
             return product(x if between is None else between(x), second.T, None if bias is None else bias.view(-1))
 
@@ -201,7 +209,7 @@ class TimeMix(nn.Module):
         w = _LogDecay.apply(low_rank(xw, self.w1, self.w2, self.w0, torch.tanh))
         rate = low_rank(xa, self.a1, self.a2, self.a0).sigmoid()
         gate = low_rank(xg, self.g1, self.g2, between=torch.sigmoid)
-        if self.layer == 0:
+        if v_first is None:  # this is the first layer
             v_first = v
         else:
             mix = low_rank(xv, self.v1, self.v2, self.v0).sigmoid()
@@ -224,11 +232,10 @@ class TimeMix(nn.Module):
         """x (P, D), prev (N, D), wkv (N, H, V, K) -> out (P, D), v_first (P, D), wkv."""
         mixed = _TokenShift.apply(x, prev, self.mixes(), rows)
         *rwkvab, gate, v_first = self.project(mixed, v_first)
-        if rows.shape is not None:
-            y, wkv = wkv7(*(z.unflatten(0, rows.shape) for z in rwkvab), wkv, None, backend)
-        else:
-            y, wkv = wkv7(*(z.unsqueeze(0) for z in rwkvab), wkv, None, backend, rows.cu_seqlens)
         r, _, k, v, _, _ = rwkvab
+        shape, borders = (rows.shape, None) if rows.shape is not None else ((1, len(x)), rows.cu_seqlens)
+        inputs = (z.unflatten(0, shape) for z in rwkvab)
+        y, wkv = partial(wkv7, state=wkv, backend=backend, cu_seqlens=borders)(*inputs)
         return self.combine(y.flatten(0, 1), r, k, v, gate), v_first, wkv
 
     def step(self, x: Tensor, prev: Tensor, v_first: Tensor | None, wkv: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,8 +258,9 @@ class ChannelMix(nn.Module):
     def __init__(self, config: RWKV7Config):
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
-        self.key = Linear(config.n_embd, config.ffn_size, bias=False)
-        self.value = Linear(config.ffn_size, config.n_embd, bias=False)
+        hidden = config.ffn_size or 4 * config.n_embd
+        self.key = Linear(config.n_embd, hidden, bias=False)
+        self.value = Linear(hidden, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, prev: Tensor, rows: _Rows, wanted: Tensor | None) -> Tensor:
         """x (P, D), prev (N, D) -> (P, D), or (K, D) at the K ``wanted`` of the P positions."""
@@ -267,6 +275,8 @@ class ChannelMix(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: time mix and channel mix, each after a norm and beside a residual path."""
+
     def __init__(self, config: RWKV7Config, layer: int):
         super().__init__()
         if layer == 0:
@@ -308,7 +318,7 @@ class RWKV7Loss(NamedTuple):
     correct: Tensor
 
 
-class RWKV7(nn.Module):
+class RWKV7(TunableModel[RWKV7State]):
     """The language model, officially initialized; ``speechllm.rwkv7.load_rwkv7`` reads released weights.
 
     Args:
@@ -322,7 +332,6 @@ class RWKV7(nn.Module):
         (activation checkpointing, arXiv 1604.06174): a third more work, and memory that hardly grows with depth.
     """
 
-    name = "RWKV-7"
     has_initial_state = True
 
     def __init__(self, config: RWKV7Config, wkv_backend: str = "auto"):
@@ -330,12 +339,17 @@ class RWKV7(nn.Module):
         self.config, self.wkv_backend = config, wkv_backend
         self.checkpoint_blocks = False
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(config, i) for i in range(config.n_layer)))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.initial_wkv: nn.Parameter | None
         self.register_parameter("initial_wkv", None)
         if not self.emb.weight.is_meta:  # else the weights are about to be loaded
             self.reset_parameters()
+
+    @property
+    def name(self) -> str:
+        return "RWKV-7"
 
     @property
     def hidden_size(self) -> int:
@@ -357,11 +371,14 @@ class RWKV7(nn.Module):
         """Token ids (...) -> embeddings (..., D), as ``forward`` takes them: it applies ``ln0`` itself."""
         return self.emb(token_ids)
 
-    def add_initial_state(self, state: RWKV7State | None = None) -> None:
+    def add_initial_state(self, state: RWKV7State | None = None) -> nn.Parameter:
         """Makes the state that texts start from a parameter: state tuning, as in RWKV-PEFT.
 
         Args:
           state: of one row; its ``wkv`` is where the parameter starts. Zeros if None.
+
+        Returns:
+          the parameter.
 
         Raises:
           ValueError: the state is not one row of this model.
@@ -371,6 +388,7 @@ class RWKV7(nn.Module):
         if wkv.shape != expected:
             raise ValueError(f"initial state: wkv has shape {tuple(wkv.shape)}, this model needs {expected}")
         self.initial_wkv = nn.Parameter(wkv.squeeze(1).detach().clone())
+        return self.initial_wkv
 
     @property
     def initial_state_is_tuned(self) -> bool:
@@ -379,9 +397,8 @@ class RWKV7(nn.Module):
 
     def tune_initial_state(self) -> None:
         """Makes the initial state a parameter that trains, whatever it is now."""
-        if self.initial_wkv is None:
-            self.add_initial_state()
-        self.initial_wkv.requires_grad_(True)
+        initial = self.add_initial_state() if self.initial_wkv is None else self.initial_wkv
+        initial.requires_grad_(True)
 
     def save_initial_state(self, path: str | Path) -> None:
         """Writes the initial state as a state file of one row (``RWKV7State.load``)."""
@@ -395,10 +412,9 @@ class RWKV7(nn.Module):
         """
         state = RWKV7State.load(path)
         try:
-            self.add_initial_state(state)
+            self.add_initial_state(state).requires_grad_(trainable)
         except ValueError as e:
             raise UserError(f"{path}: does not fit the model: {e}") from e
-        self.initial_wkv.requires_grad_(trainable)
 
     def kept_in_float32(self) -> tuple[str, ...]:
         """Parts of the names of weights that are float32 whatever ``dtype`` is."""
@@ -517,9 +533,9 @@ class RWKV7(nn.Module):
         return RWKV7Loss(loss, mask.sum(), correct), after
 
     def _inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("RWKV7: give either input_ids or inputs_embeds")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("RWKV7: give either input_ids or inputs_embeds")
         if inputs.shape[1] == 0:
             raise ValueError("RWKV7: no position to read (L = 0)")
         return inputs
@@ -617,7 +633,7 @@ class RWKV7Layers(nn.Module):
     def __init__(self, config: RWKV7Config):
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(config, i) for i in range(config.n_layer)))
         self.ln_out = nn.LayerNorm(config.n_embd)
         if not self.ln_out.weight.is_meta:  # else the weights are about to be loaded
             with torch.no_grad():

@@ -96,8 +96,8 @@ class RWKV7State:
         """Every row n times in succession: N rows become N * n."""
         return self._map(lambda x: x.repeat_interleave(n, dim=1))
 
-    @staticmethod
-    def cat(states: Sequence["RWKV7State"]) -> "RWKV7State":
+    @classmethod
+    def cat(cls, states: Sequence["RWKV7State"]) -> "RWKV7State":
         """The rows of all ``states``, one state's after the other's."""
         return RWKV7State(*(torch.cat(parts, dim=1) for parts in zip(*(vars(s).values() for s in states), strict=True)))
 

@@ -24,8 +24,12 @@ def tuning_table(
     """
     lines = ["| method | trained | share % | saved | in training |", "|---|---:|---:|---:|---:|"]
     for method in methods:
-        options = {"rank": rank, "targets": None if targets is None else list(targets)}
-        tuned = TuneConfig(method, **{k: v for k, v in options.items() if k in options_of(method)})
+        has = options_of(method)
+        tuned = TuneConfig(
+            method,
+            rank=rank if "rank" in has else None,
+            targets=list(targets) if targets is not None and "targets" in has else None,
+        )
         with torch.device("meta"):
             model = RWKV7(config)
         total = sum(p.numel() for p in model.parameters())

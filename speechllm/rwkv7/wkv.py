@@ -14,8 +14,9 @@ after another. ``fla`` calls the Triton kernels of flash-linear-attention (https
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,9 +135,9 @@ def _log_choice(backend: str, device: str, dtype: torch.dtype, length: str, why_
 
 def _positions(starts: list[int], lens: list[int], device: torch.device) -> Tensor:
     """The indices of all positions of rows that begin at ``starts``, row after row."""
-    lens = torch.tensor(lens)
-    shift = torch.tensor(starts) - (lens.cumsum(0) - lens)
-    return (torch.arange(int(lens.sum())) + shift.repeat_interleave(lens)).to(device)
+    counts = torch.tensor(lens)
+    shift = torch.tensor(starts) - (counts.cumsum(0) - counts)
+    return (torch.arange(sum(lens)) + shift.repeat_interleave(counts)).to(device)
 
 
 def _rows(
@@ -163,7 +164,8 @@ def _similar_lengths(
             shapes[-1] = shapes[-1][0] + 1, shapes[-1][1]
         else:
             shapes.append((1, lens[row]))
-    grouped_starts, end = [], 0
+    grouped_starts: list[int] = []
+    end = 0
     for n, longest in shapes:
         grouped_starts += range(end, end + n * longest, longest) if longest else [end] * n
         end += n * longest
@@ -216,18 +218,20 @@ class _Way:
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, there: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, there: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor]) -> Tensor:
         ctx.ways = back, there
         origin, holes = there
         x = x.index_select(0, origin)
         return x.index_fill_(0, holes, 0) if len(holes) else x
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Move.apply(grad, *ctx.ways), None, None
 
 
-def _reference(r, w, k, v, a, b, state: Tensor) -> tuple[Tensor, Tensor]:
+def _reference(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """The recurrence as it is written, one position after another."""
     N, L, H, _ = r.shape
     dtype = state.dtype
@@ -247,7 +251,7 @@ def _reference(r, w, k, v, a, b, state: Tensor) -> tuple[Tensor, Tensor]:
 _SEGMENT_SIZE = 300_000
 
 
-def _chunked(r, w, k, v, a, b, state: Tensor) -> tuple[Tensor, Tensor]:
+def _chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The same, in parallel over the positions of a chunk."""
     L, K = r.shape[1], r.shape[3]
     longest = 32 if K > 32 else 16  # the work inside a chunk grows with its length, that at its borders with K
@@ -274,7 +278,16 @@ def _why_no_fla_package() -> str | None:
     return None
 
 
-def _fla(r, w, k, v, a, b, state: Tensor, borders: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def _fla(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    borders: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """The kernels of fla-core; their state is (N, H, K, V). ``borders`` of packed rows: on the device and the CPU."""
     from fla.ops.rwkv7 import chunk_rwkv7, fused_recurrent_rwkv7
 
@@ -325,9 +338,9 @@ def _fla_rows(inputs: tuple[Tensor, ...], state: Tensor, starts: list[int], lens
     N, L = inputs[0].shape[:2]
     # the kernels know no empty ones
     rows, borders, way = _nonempty_rows(tuple(starts), tuple(lens), N * L, state.device)
-    inputs = (x.flatten(0, 1) for x in inputs)
-    inputs = inputs if way is None else map(way.go, inputs)
-    out, last = _fla(*(x.unsqueeze(0) for x in inputs), state[rows], borders)
+    flat = [x.flatten(0, 1) for x in inputs]
+    packed = [(x if way is None else way.go(x)).unsqueeze(0) for x in flat]
+    out, last = partial(_fla, state=state[rows], borders=borders)(*packed)
     out = out.squeeze(0) if way is None else way.return_from(out.squeeze(0))
     return out.unflatten(0, (N, L)), state.index_copy(0, rows, last)
 
@@ -410,7 +423,9 @@ class _Chunked(torch.autograd.Function):
     """Keeps inputs, states at the chunk borders and triangular inverses; all else is computed again."""
 
     @staticmethod
-    def forward(ctx, r, w, k, v, a, b, state, C):
+    def forward(
+        ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, C: int
+    ) -> tuple[Tensor, Tensor]:
         inputs = (r, w, k, v, a, b)
         N, L, H, K = r.shape
         V = v.shape[-1]
@@ -445,13 +460,15 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_out, d_state):
+    def backward(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, S, solve = ctx.saved_tensors
         with torch.autocast(S.device.type, enabled=False):
             return *_chunked_backward(inputs, S, solve, d_out, d_state), None
 
 
-def _chunked_backward(inputs, S: Tensor, solve: Tensor, d_out, d_state) -> tuple[Tensor, ...]:
+def _chunked_backward(
+    inputs: Sequence[Tensor], S: Tensor, solve: Tensor, d_out: Tensor | None, d_state: Tensor | None
+) -> tuple[Tensor, ...]:
     """The gradients of the inputs and of the initial state, from the last segment to the first."""
     N, L, H, K = inputs[0].shape
     V, C = inputs[3].shape[-1], solve.shape[-1]

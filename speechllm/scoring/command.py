@@ -93,7 +93,7 @@ def _check_same_references(
         for id, line in others.items()
         if None not in (line.predicted, line.text)
         and id in refs
-        and normalize_text(line.text, text_steps) != normalize_text(refs[id].text, text_steps)
+        and normalize_text(line.text or "", text_steps) != normalize_text(refs[id].text or "", text_steps)
     ]
     if differing:
         raise UserError(

@@ -23,6 +23,7 @@ from speechllm.text.normalize import normalize_text
 
 if TYPE_CHECKING:
     from speechllm.data import Batch
+    from speechllm.data.dataset import WaveformBatch
 
 # What stands in for nothing in alignments: no unit is empty.
 _NOTHING = ""
@@ -51,7 +52,7 @@ class Transcript:
 
 
 def transcripts(
-    batch: Batch,
+    batch: Batch | WaveformBatch,
     hyps: Sequence[str | None],
     text_steps: Sequence[str],
     found_languages: Sequence[str | None] | None = None,
@@ -260,8 +261,8 @@ def word_time_error(results: Iterable[Transcript]) -> float | None:
     for result in results:
         refs, hyps = iter(result.words or ()), iter(result.found_words or ())
         for ref, hyp in align([w.word for w in result.words or ()], [w.word for w in result.found_words or ()]):
-            said, found = ref and next(refs), hyp and next(hyps)
-            if ref == hyp:
+            said, found = next(refs) if ref else None, next(hyps) if hyp else None
+            if said is not None and found is not None and ref == hyp:
                 off += [abs(said.start - found.start), abs(said.end - found.end)]
     return sum(off) / len(off) if off else None
 

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from speechllm.data.manifests.lines import numbered_lines
 from speechllm.data.manifests.manifest import LINE_ERRORS, ManifestError, SourceConfig, describe, explain, iter_objects
@@ -69,24 +70,28 @@ def read_pair(ref: Path, hyp: Path) -> tuple[dict[str, Line], dict[str, Line]]:
     Raises:
         UserError: as `read_lines`.
     """
-    texts = [all_lines(path) if _may_be_plain(path) else None for path in (ref, hyp)]
-    if texts[0] and texts[1] is not None and not _is_kaldi(texts, (ref, hyp)):
-        if len(texts[0]) != len(texts[1]) and 1 in map(len, texts):
+    ref_texts, hyp_texts = (all_lines(path) if _may_be_plain(path) else None for path in (ref, hyp))
+    if ref_texts and hyp_texts is not None and not _is_kaldi((ref_texts, hyp_texts), (ref, hyp)):
+        lengths = len(ref_texts), len(hyp_texts)
+        if lengths[0] != lengths[1] and 1 in lengths:
             return _by_id(_whole_text(ref, ref.stem)), _by_id(_whole_text(hyp, ref.stem))
-        if len(texts[0]) != len(texts[1]):
+        if lengths[0] != lengths[1]:
             raise UserError(
-                f"{ref} has {len(texts[0])} lines, {hyp} {len(texts[1])}: plain texts are compared line by line; give "
+                f"{ref} has {lengths[0]} lines, {hyp} {lengths[1]}: plain texts are compared line by line; give "
                 "every line its id in front, the same in both files, or put one side into one line to compare all of it"
             )
-        refs, hyps = ({f"line-{n}": Line(f"line-{n}", text) for n, (_, text) in enumerate(t, 1)} for t in texts)
+        refs, hyps = (
+            {f"line-{n}": Line(f"line-{n}", text) for n, (_, text) in enumerate(texts, 1)}
+            for texts in (ref_texts, hyp_texts)
+        )
         return refs, hyps
     refs, hyps = (read_lines(path) for path in (ref, hyp))
     if any(line.span for line in refs.values()):
         refs, hyps = _of_segments(refs, hyps, hyp)
-    if texts[1] is not None and len(refs) == 1 and not refs.keys() & hyps.keys():
+    if hyp_texts is not None and len(refs) == 1 and not refs.keys() & hyps.keys():
         (id,) = refs
         hyps = _by_id(_whole_text(hyp, id))
-    elif texts[0] and len(hyps) == 1 and not refs.keys() & hyps.keys():
+    elif ref_texts and len(hyps) == 1 and not refs.keys() & hyps.keys():
         (id,) = hyps
         refs = _by_id(_whole_text(ref, id))
     if len(refs) == len(hyps) == 1 and {ref.suffix, hyp.suffix} & _ONE_RECORDING:  # named after their files
@@ -110,13 +115,14 @@ def _of_segments(
     if hyps.keys() & refs.keys():
         return counted, {id: line for id, line in hyps.items() if id in counted or id not in refs}
     of_recording: dict[str, list[str]] = defaultdict(list)
-    for line in sorted(refs.values(), key=lambda line: line.span.start):
-        if line.text is None:
+    segments = [(line.span, line.text) for line in refs.values() if line.span is not None]
+    for span, text in sorted(segments, key=lambda segment: segment[0].start):
+        if text is None:
             raise UserError(
-                f"{hyp_path}: has no times of words, and in {line.span.recording} from {line.span.start} s on "
+                f"{hyp_path}: has no times of words, and in {span.recording} from {span.start} s on "
                 "nothing is to be scored: a ctm file is needed"
             )
-        of_recording[line.span.recording].append(line.text)
+        of_recording[span.recording].append(text)
     return {id: Line(id, " ".join(texts)) for id, texts in of_recording.items()}, hyps
 
 
@@ -263,7 +269,7 @@ def matched(
     return [
         Transcript(
             id,
-            normalize_text(line.text, text_steps, line.written_language),
+            normalize_text(line.text or "", text_steps, line.written_language),
             normalize_text(found.get(id, ""), text_steps, line.written_language),
             line.language,
             line.speaker,
@@ -307,7 +313,7 @@ def _recogs(texts: Iterable[tuple[str, str]]) -> dict[str, Line]:
     sides: dict[str, dict[str, str]] = {}
     for where, text in texts:
         try:
-            id, side, listed = _RECOGS_LINE.fullmatch(text).groups()
+            id, side, listed = cast(re.Match, _RECOGS_LINE.fullmatch(text)).groups()
             words = " ".join(ast.literal_eval(listed))
         except (AttributeError, SyntaxError, TypeError, ValueError) as error:
             raise UserError(f"{where}: expected ID:<tab>ref=['a', 'word'] or ID:<tab>hyp=[...]") from error

@@ -197,14 +197,15 @@ def errs_text(results: Iterable[Transcript], unit: str = "word") -> str:
     inserted: Counter[str] = Counter()
     correct: Counter[str] = Counter()
     for ref, hyp in (pair for _, pairs in aligned for pair in pairs):
-        if ref is None:
-            inserted[hyp] += 1
-        elif hyp is None:
+        if ref is not None and hyp is not None:
+            if ref != hyp:
+                substituted[ref, hyp] += 1
+            else:
+                correct[ref] += 1
+        elif ref is not None:
             deleted[ref] += 1
-        elif ref != hyp:
-            substituted[ref, hyp] += 1
-        else:
-            correct[ref] += 1
+        elif hyp is not None:
+            inserted[hyp] += 1
     lines = [
         f"%WER = {100 * report.rate:.2f}",
         f"Errors: {report.insertions} insertions, {report.deletions} deletions, {report.substitutions} "
@@ -252,7 +253,7 @@ def _details(pairs: list[tuple[str | None, str | None]]) -> str:
             hyps.clear()
 
     for ref, hyp in pairs:
-        if ref == hyp:
+        if ref is not None and ref == hyp:
             flush()
             shown.append(ref)
         else:

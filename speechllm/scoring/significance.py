@@ -98,8 +98,8 @@ def compare(first: Sequence[Transcript], second: Sequence[Transcript], unit: Uni
         # insertions against nothing but empty references make both infinite
         change = np.subtract(after, before, out=np.zeros_like(after), where=after != before)
         interval, improvement = _bounds(change), float(np.mean(change < 0) + np.mean(change == 0) / 2)
-    totals = [sum(counted, ErrorReport()) for counted in reports]
-    return Comparison(*totals, interval, improvement, matched_pairs_test(first, second, unit))
+    before_all, after_all = (sum(counted, ErrorReport()) for counted in reports)
+    return Comparison(before_all, after_all, interval, improvement, matched_pairs_test(first, second, unit))
 
 
 def matched_pairs_test(first: Sequence[Transcript], second: Sequence[Transcript], unit: Unit) -> MatchedPairs:

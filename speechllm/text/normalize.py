@@ -192,7 +192,9 @@ def _remove_punctuation(text: str) -> str:
 
 
 def _kept_of_punctuation(match: re.Match) -> str:
-    return match[0] if match.lastgroup == "number" else {"apostrophe": "'", "hyphen": "-"}.get(match.lastgroup, " ")
+    if match.lastgroup == "number":
+        return match[0]
+    return {"apostrophe": "'", "hyphen": "-"}.get(match.lastgroup or "", " ")
 
 
 @cache

@@ -29,7 +29,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
@@ -164,7 +164,7 @@ class RWKVTokenizer(Tokenizer):
         return list(self._encoder.encode(text))
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """The ids of any bytes, whether or not they are UTF-8; encode_bytes(text.encode()) == encode(text).
+        """The ids of any bytes, whether or not they are UTF-8: of a text's, those that `encode` gives.
 
         For data in which a byte that is no UTF-8 must stay what it is. It is plain Python: `encode` is the fast way
         for text.
@@ -385,8 +385,8 @@ class LexiconTokenizer(Tokenizer):
                 self._pronunciation.setdefault(word, phones)
         if not self._pronunciation:
             raise UserError(f"{path}: no words")
-        phones = {phone for pronunciation in self._pronunciation.values() for phone in pronunciation}
-        self._names = ["<eos>", self.UNKNOWN, self.BORDER, *sorted(phones - {self.UNKNOWN, self.BORDER})]
+        known = {phone for pronunciation in self._pronunciation.values() for phone in pronunciation}
+        self._names = ["<eos>", self.UNKNOWN, self.BORDER, *sorted(known - {self.UNKNOWN, self.BORDER})]
         self._ids_of = {name: i for i, name in enumerate(self._names)}
         self.vocab_size = len(self._names)
         self.eos_id = 0
@@ -405,7 +405,7 @@ class LexiconTokenizer(Tokenizer):
             ids.extend(self._ids_of[phone] for phone in self._pronunciation.get(word, [self.UNKNOWN]))
         return ids
 
-    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+    def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
         """Of tags: a word is known only when it is over."""
         table = {i: tag.encode("utf-8") for i, tag in enumerate(self.tags, start=1)}
         return StreamDecoder(table, table)
@@ -470,7 +470,7 @@ def _read_gguf_tokenizer(path: Path) -> tuple[bytes, str]:
         # It puts a space in front of a text without one only, so that a text that begins with one is read without it.
         # llama.cpp and Llama 2's own tokenizer.json put one in front of every text.
         if content["pre_tokenizer"]["prepend_scheme"] == "never":
-            steps = []
+            steps: list[dict[str, Any]] = []
         else:
             steps = [{"type": "Prepend", "prepend": _SPACE}]
         steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})

@@ -16,7 +16,7 @@ import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ def _damage(path: str | Path, reason: str) -> CheckpointError:
     path = Path(path)
     others = {p: p.stat().st_mtime for p in path.parent.glob("*.pt") if _NAME.fullmatch(p.name) and p != path}
     older = [p for p, written in others.items() if written <= path.stat().st_mtime]
-    hint = f"; the next older one is {max(older, key=others.get)}" if older else ""
+    hint = f"; the next older one is {max(older, key=lambda p: others[p])}" if older else ""
     return CheckpointError(
         f"{path}: cannot be read as a checkpoint ({reason}). Checkpoints are written whole, so look after the disk; to "
         f"go on without this one, move it away{hint}"
@@ -201,7 +201,7 @@ def load_trained(model: nn.Module, state: dict[str, Tensor], source: str | Path)
 def rng_state() -> dict[str, Any]:
     """The state of every random generator a training step draws from, as `load_checkpoint` may read it back."""
     version, keys, gauss = random.getstate()
-    _, np_keys, *np_rest = np.random.get_state()
+    _, np_keys, *np_rest = cast("tuple[str, np.ndarray, int, int, float]", np.random.get_state(legacy=True))
     state = {
         "python": [version, list(keys), gauss],
         "numpy": [torch.from_numpy(np_keys.astype(np.int64)), *np_rest],
@@ -213,6 +213,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
+    """Go on drawing where `rng_state` was asked."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     np_keys, *np_rest = state["numpy"]

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from speechllm.config import ConfigError, load_config, override, parse_overrides, to_dict
+from speechllm.config import ConfigError, check_limits, load_config, override, parse_overrides, setting, to_dict
 from speechllm.data import DataConfig
 from speechllm.model.config import ModelConfig
 from speechllm.optim.optimizer import OptimConfig
@@ -29,18 +29,18 @@ class TrainConfig:
     that hears nothing learns to ignore the audio, and takes long to unlearn it.
     """
 
-    num_steps: int = 10000
-    num_epochs: int | None = None
+    num_steps: int = setting(10000, at_least=1)
+    num_epochs: int | None = setting(None, at_least=1)
     ctc_only_steps: int = 0
-    accumulate: int = 1
+    accumulate: int = setting(1, at_least=1)
     mixed_precision: str | None = None
     seed: int = 42
-    log_every_n: int = 50
-    valid_every_n: int = 1000
-    save_every_n: int = 1000
-    save_every_n_epochs: int = 1
-    keep_last_k: int = 10
-    average_period: int = 200
+    log_every_n: int = setting(50, at_least=1)
+    valid_every_n: int = setting(1000, at_least=1)
+    save_every_n: int = setting(1000, at_least=1)
+    save_every_n_epochs: int = setting(1, at_least=1)
+    keep_last_k: int = setting(10, at_least=1)
+    average_period: int = setting(200, at_least=1)
     max_bad_steps: int = 20
     scan_largest_batches: bool = True
     fsdp: bool = False
@@ -49,12 +49,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.mixed_precision not in (None, "bf16", "fp16"):
             raise ValueError(f"mixed_precision must be bf16, fp16 or null, got {self.mixed_precision!r}")
-        for name in (
-            "num_steps", "num_epochs", "accumulate", "log_every_n", "valid_every_n", "save_every_n",
-            "save_every_n_epochs", "keep_last_k", "average_period",
-        ):  # fmt: skip
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_limits(self)
 
 
 @dataclass
@@ -96,11 +91,16 @@ class Experiment:
             raise ValueError(f"train.fsdp: optim.name: {self.optim.name} looks at whole tensors; use adamw")
         if self.train.fsdp and self.train.mixed_precision == "fp16":
             raise ValueError("train.fsdp: fp16's scaling of the loss is not shared between processes; use bf16")
-        if self.train.fsdp and self.model.llm.tune is not None and self.model.llm.tune.method == "adalora":
+        if (
+            self.train.fsdp
+            and self.model.llm is not None
+            and self.model.llm.tune is not None
+            and self.model.llm.tune.method == "adalora"
+        ):
             raise ValueError("train.fsdp: AdaLoRA looks at whole matrices; use another model.llm.tune.method")
 
 
-def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+def load_experiment(path: str | Path, overrides: Sequence[str] | None = None) -> Experiment:
     """The configuration of a YAML file, checked as a whole, with all of its stages.
 
     Args:
@@ -110,7 +110,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         ConfigError: it cannot be trained with; the message names the file, the key and what is allowed.
     """
     experiment = load_config(Experiment, path, overrides)
-    stages_of(str(path), experiment, overrides)
+    stages_of(str(path), experiment, overrides or ())
     return experiment
 
 

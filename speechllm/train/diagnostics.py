@@ -6,7 +6,7 @@ The purpose of icefall's `--print-diagnostics`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class ActivationStatistics:
     def _check_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._input_is_finite &= _all_finite((args, kwargs))
 
-    def _forward_hook(self, sums: _ModuleSums):
+    def _forward_hook(self, sums: _ModuleSums) -> Callable[[nn.Module, tuple, dict, Any], None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             finite = True
             for tensor in _floating_tensors(output):

@@ -111,7 +111,7 @@ def norms_by_part(model: nn.Module) -> dict[str, float]:
     return norms
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def _norm(tensors: Sequence[Tensor]) -> float:
     return total_norm(tensors).item() if tensors else 0.0
 
 

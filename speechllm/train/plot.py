@@ -65,7 +65,7 @@ def read_run(exp_dir: Path) -> Run:
 
 def table(runs: Sequence[Run]) -> str:
     """Best validation results with their steps, and the throughput, of each run."""
-    rows = [("run", "loss (step)", "WER % (step)", "CER % (step)", "last step", "audio s/s")]
+    rows: list[tuple[str, ...]] = [("run", "loss (step)", "WER % (step)", "CER % (step)", "last step", "audio s/s")]
     for run in runs:
         last = max(steps[-1] for steps, _ in run.scalars.values())
         best = [run.best(f"valid/{name}") for name in ("loss", "wer", "cer")]

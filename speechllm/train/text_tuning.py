@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,31 +28,9 @@ from speechllm.rwkv7.model import RWKV7
 from speechllm.rwkv7.segments import backward_in_segments
 from speechllm.text.tokenizer import Tokenizer
 from speechllm.train.checkpoint import load_checkpoint, save_checkpoint
+from speechllm.train.text_options import TextTuning
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TextTuning:
-    """`steps` optimizer steps over documents of `tokens_per_step` tokens together, at a peak learning rate of `lr`.
-
-    A document longer than `segment` tokens is read a segment at a time, the state carried from one to the next (without
-    its gradient, but in state tuning); shorter ones are packed without padding.
-    """
-
-    steps: int = 1000
-    tokens_per_step: int = 4096
-    segment: int = 1024
-    lr: float = 1e-4
-    warmup_steps: int = 50
-    valid_every_n: int = 200
-    bf16: bool = False
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "tokens_per_step", "segment", "valid_every_n"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -126,7 +104,7 @@ def inputs_and_labels(documents: Sequence[Document], eos_id: int) -> tuple[Tenso
 def text_loss(model: RWKV7, documents: Sequence[Document], options: TextTuning, eos_id: int) -> float:
     """Mean loss of a token, in nats, over whole documents."""
     device = model.emb.weight.device
-    total, tokens = 0.0, 0
+    total = tokens = 0.0
     model.eval()
     for document in documents:
         ids, labels, _ = inputs_and_labels([document], eos_id)
@@ -161,86 +139,135 @@ def tune_on_text(
     Raises:
       UserError: a gradient that is not finite; what was saved last stays. `unfinished` is that of another run.
     """
-    device = model.emb.weight.device
-    optim = OptimConfig(lr=options.lr, warmup_steps=options.warmup_steps, clip_grad_norm=1.0)
-    optimizer = build_optimizer(model, optim, part="llm")
-    scheduler = build_scheduler(optimizer, optim, options.steps)
-    ranks = RankAllocation(model, options.steps)
-    if ranks.tuner is not None:
-        unfinished = None
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    run = _identity(options, trained, documents)
-    first = 1
-    if unfinished is not None and unfinished.is_file():
-        state = load_checkpoint(unfinished)
-        if state["run"] != run:
-            raise UserError(f"{unfinished}: is of a run with other options or text; remove it to begin anew")
-        for name, p in trained.items():
-            p.data.copy_(state["model"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        first, before, after = state["step"] + 1, state["before"], state["after"]
-        logger.info("goes on after step %d from %s", state["step"], unfinished)
-    else:
-        before = after = text_loss(model, valid_documents, options, eos_id)
-        logger.info("before: loss of a token %.4f, perplexity %.2f", before, math.exp(before))
-    progress = tqdm(total=options.steps, initial=first - 1, unit="step", smoothing=0.05)
-    with logging_redirect_tqdm():
-        remaining = islice(batches(documents, options.tokens_per_step, options.seed), first - 1, options.steps)
-        for step, batch in enumerate(remaining, start=first):
-            tokens = sum(len(document) + 1 - document.given for document in batch)  # to learn
-            short = [document for document in batch if len(document) < options.segment]
-            long = [document for document in batch if len(document) >= options.segment]
-            train_loss = 0.0
-            autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
-            if short:
-                ids, labels, cu_seqlens = inputs_and_labels(short, eos_id)
-                with autocast:
-                    loss, _ = model.loss(labels, ids, cu_seqlens=cu_seqlens)
-                (loss.loss / tokens).backward()
-                train_loss += loss.loss.item() / tokens
-            for document in long:
-                ids, labels, _ = inputs_and_labels([document], eos_id)
-                # an initial state learns from later segments only by a gradient that goes through their borders
-                truncate = model.initial_wkv is None
-                with autocast:
-                    loss, _ = backward_in_segments(
-                        model, options.segment, labels, ids, scale=1 / tokens, truncate=truncate
-                    )
-                train_loss += loss.loss.item() / tokens
-            if ranks.tuner is not None:
-                ranks.loss().backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), optim.clip_grad_norm).item()
-            if not math.isfinite(grad_norm):
-                raise UserError(f"step {step}: the gradient is not finite; lower the learning rate")
-            optimizer.step()
-            scheduler.step_batch()
-            ranks.step(step)
-            optimizer.zero_grad()
+    run = _Run(model, documents, options, eos_id, unfinished)
+    if not run.load():
+        run.before = run.after = text_loss(model, valid_documents, options, eos_id)
+        logger.info("before: loss of a token %.4f, perplexity %.2f", run.before, math.exp(run.before))
+    progress = tqdm(total=options.steps, initial=run.step, unit="step", smoothing=0.05)
+    with logging_redirect_tqdm(), progress:
+        for batch in islice(batches(documents, options.tokens_per_step, options.seed), run.step, options.steps):
+            train_loss = run.train(batch)
             progress.update()
             progress.set_postfix(loss=f"{train_loss:.3f}")
-            if step % options.valid_every_n == 0 or step == options.steps:
-                after = text_loss(model, valid_documents, options, eos_id)
-                logger.info("step %d: loss of a token %.4f, perplexity %.2f", step, after, math.exp(after))
+            if run.step % options.valid_every_n == 0 or run.step == options.steps:
+                run.after = text_loss(model, valid_documents, options, eos_id)
+                logger.info("step %d: loss of a token %.4f, perplexity %.2f", run.step, run.after, math.exp(run.after))
                 save()
-                if unfinished is not None:
-                    state = {
-                        "run": run,
-                        "step": step,
-                        "before": before,
-                        "after": after,
-                        "model": {name: p.data for name, p in trained.items()},
-                        "optimizer": optimizer.state_dict(),
-                        "scheduler": scheduler.state_dict(),
-                    }
-                    save_checkpoint(unfinished, state)
-    progress.close()
-    if unfinished is not None:
-        unfinished.unlink(missing_ok=True)
-    return before, after
+                run.save()
+    run.finish()
+    return run.before, run.after
 
 
-def _identity(options: TextTuning, trained: dict[str, Tensor], documents: Sequence[Document]) -> str:
+class _Run:
+    """What a step changes, and the file that a stopped run goes on from.
+
+    Attributes:
+      step: how many are done.
+      before, after: the loss on the validation documents before the first step, and the last one measured.
+    """
+
+    def __init__(
+        self,
+        model: RWKV7,
+        documents: Sequence[Document],
+        options: TextTuning,
+        eos_id: int,
+        unfinished: Path | None,
+    ) -> None:
+        optim = OptimConfig(lr=options.lr, warmup_steps=options.warmup_steps, clip_grad_norm=1.0)
+        self.model, self.options, self.eos_id, self.max_grad_norm = model, options, eos_id, optim.clip_grad_norm
+        self.optimizer = build_optimizer(model, optim, part="llm")
+        self.scheduler = build_scheduler(self.optimizer, optim, options.steps)
+        self.ranks = RankAllocation(model, options.steps)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.step, self.before, self.after = 0, math.nan, math.nan
+        self._unfinished = unfinished if self.ranks.tuner is None else None
+        self._identity = _identity(options, self.trained, documents)
+
+    def load(self) -> bool:
+        """Go on from the file, if it is there.
+
+        Raises:
+          UserError: it is that of another run.
+        """
+        path = self._unfinished
+        if path is None or not path.is_file():
+            return False
+        state = load_checkpoint(path)
+        if state["run"] != self._identity:
+            raise UserError(f"{path}: is of a run with other options or text; remove it to begin anew")
+        for name, p in self.trained.items():
+            p.data.copy_(state["model"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step, self.before, self.after = state["step"], state["before"], state["after"]
+        logger.info("goes on after step %d from %s", self.step, path)
+        return True
+
+    def save(self) -> None:
+        if self._unfinished is not None:
+            state = {
+                "run": self._identity,
+                "step": self.step,
+                "before": self.before,
+                "after": self.after,
+                "model": {name: p.data for name, p in self.trained.items()},
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+            }
+            save_checkpoint(self._unfinished, state)
+
+    def finish(self) -> None:
+        """The file is of no use any more."""
+        if self._unfinished is not None:
+            self._unfinished.unlink(missing_ok=True)
+
+    def train(self, batch: Sequence[Document]) -> float:
+        """One step on some documents; their mean loss of a token.
+
+        Raises:
+          UserError: the gradient is not finite.
+        """
+        self.step += 1
+        loss = self._backward(batch)
+        if self.ranks.tuner is not None:
+            self.ranks.loss().backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm).item()
+        if not math.isfinite(grad_norm):
+            raise UserError(f"step {self.step}: the gradient is not finite; lower the learning rate")
+        self.optimizer.step()
+        self.scheduler.step_batch()
+        self.ranks.step(self.step)
+        self.optimizer.zero_grad()
+        return loss
+
+    def _backward(self, batch: Sequence[Document]) -> float:
+        """The gradients of the mean loss of a token: of short documents packed, of long ones a segment at a time."""
+        tokens = sum(len(document) + 1 - document.given for document in batch)  # to learn
+        short = [document for document in batch if len(document) < self.options.segment]
+        autocast = torch.autocast(self.model.emb.weight.device.type, torch.bfloat16, enabled=self.options.bf16)
+        total = 0.0
+        if short:
+            ids, labels, cu_seqlens = inputs_and_labels(short, self.eos_id)
+            with autocast:
+                loss, _ = self.model.loss(labels, ids, cu_seqlens=cu_seqlens)
+            (loss.loss / tokens).backward()
+            total += loss.loss.item()
+        for document in batch:
+            if len(document) < self.options.segment:
+                continue
+            ids, labels, _ = inputs_and_labels([document], self.eos_id)
+            # an initial state learns from later segments only by a gradient that goes through their borders
+            truncate = self.model.initial_wkv is None
+            with autocast:
+                loss, _ = backward_in_segments(
+                    self.model, self.options.segment, labels, ids, scale=1 / tokens, truncate=truncate
+                )
+            total += loss.loss.item()
+        return total / tokens
+
+
+def _identity(options: TextTuning, trained: Mapping[str, Tensor], documents: Sequence[Document]) -> str:
     """What makes two runs the same one: options, the parameters that are trained, and the text."""
     shapes = {name: tuple(p.shape) for name, p in trained.items()}
     return hashlib.sha256(repr((options, shapes, documents)).encode()).hexdigest()

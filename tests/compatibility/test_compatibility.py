@@ -4,7 +4,6 @@ The archives beside this file are named after the revision that wrote them, by `
 """
 
 import json
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -16,8 +15,7 @@ from safetensors.torch import load_file
 from speechllm import SpeechLLM
 from speechllm.decode.interface import RecognizeOptions
 from speechllm.train.checkpoint import load_checkpoint
-from tests.recipes.conftest import REPOSITORY
-from tests.recipes.test_train import ENV
+from tests.programs import REPOSITORY, run
 
 REVISIONS = sorted(Path(__file__).parent.glob("*.tar.xz"))
 
@@ -51,9 +49,7 @@ def test_a_run_goes_on(written):
     before = load_checkpoint("exp/checkpoint-3.pt")
     script = [sys.executable, str(REPOSITORY / "recipes" / "train.py")]
     arguments = ["--config", "config.yaml", "--exp-dir", "exp", "--train.num_steps", "5"]
-    environment = {**ENV, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run([*script, *arguments], cwd=written, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = run(*script, *arguments, cwd=written)
     after = load_checkpoint("exp/checkpoint-5.pt")
     assert before["step"] == 3 and after["step"] == 5
     assert "checkpoint-3.pt" in result.stderr

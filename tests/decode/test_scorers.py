@@ -12,6 +12,7 @@ import torch
 
 from speechllm.decode.hotwords import Hotwords
 from speechllm.decode.ngram import LEAST_LOG10, KenLM, NGram
+from speechllm.decode.options import RecognizeOptions
 from speechllm.decode.search import Prompt, SearchOptions, search
 from speechllm.errors import UserError
 from speechllm.rwkv7 import RWKV7, RWKV7Config
@@ -244,10 +245,10 @@ def test_what_cannot_be_used_is_an_error(tmp_path):
     with pytest.raises(UserError, match="hotword ' ': is empty"):
         Hotwords({" ": 1.0}, TOKENIZER)
     for weight in (-1.0, math.nan, math.inf):
-        with pytest.raises(UserError, match="hotword_weight: must be at least 0"):
-            Hotwords({"a": 1.0}, TOKENIZER, weight)
-        with pytest.raises(UserError, match="ngram_weight: must be at least 0"):
-            NGram(ARPA, TOKENIZER, weight)
+        with pytest.raises(UserError, match="hotword_weight must be at least 0"):
+            RecognizeOptions(hotwords="phrases", hotword_weight=weight)
+        with pytest.raises(UserError, match="ngram_weight must be at least 0"):
+            RecognizeOptions(ngram="arpa", ngram_weight=weight)
 
 
 # ------------------------------------------------------------------------------------------------------------- n-grams

@@ -12,7 +12,8 @@ from torch import nn
 
 from speechllm.data.features import fbank
 from speechllm.decode.encoder_recognizer import EncoderRecognizer
-from speechllm.decode.interface import RecognizeOptions, Speech, StreamingOptions
+from speechllm.decode.interface import Speech
+from speechllm.decode.options import RecognizeOptions, StreamingOptions
 from speechllm.decode.result import streamed_text
 from speechllm.decode.streaming import StreamingRecognizer
 from speechllm.errors import UserError
@@ -304,6 +305,18 @@ def test_memory_does_not_grow(recognizer):
     # features and frames that wait for their chunk come and go
     assert max(sizes[12:]) <= max(sizes[:12]) + 40 * 80 * 4
     assert sizes[-1] < 400_000
+
+
+@pytest.mark.cuda
+def test_words_on_a_gpu(speech_llm):
+    """In float32 those of the CPU."""
+    utterances = [noise(seconds, seed) for seed, seconds in enumerate((3.0, 1.1))]
+    expected = [streamed(StreamingRecognizer(speech_llm, 0.32), samples) for samples in utterances]
+    recognizer = StreamingRecognizer(speech_llm.cuda(), 0.32)
+    streams = [recognizer.open(), recognizer.open()]
+    words = recognizer.accept(streams, utterances)
+    for found, rest, other in zip(words, recognizer.finish(streams), expected, strict=True):
+        assert [word.text for word in found + rest] == [word.text for word in other]
 
 
 def test_segments(speech_llm):

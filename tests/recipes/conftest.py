@@ -69,7 +69,14 @@ def experiment(tmp_path_factory, tokenizer_dir) -> Path:
             },
         },
         "optim": {"warmup_steps": 5},
-        "train": {"num_steps": 12, "valid_every_n": 5, "save_every_n": 2, "log_every_n": 3, "keep_last_k": 3},
+        "train": {
+            "num_steps": 12,
+            "valid_every_n": 5,
+            "save_every_n": 2,
+            "log_every_n": 3,
+            "keep_last_k": 3,
+            "tensorboard": False,
+        },
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -8,8 +8,7 @@ import soundfile
 import yaml
 
 from speechllm.config import to_dict
-from tests.recipes.conftest import REPOSITORY
-from tests.recipes.test_train import run
+from tests.programs import REPOSITORY, run
 
 
 def test_utterances_that_cannot_be_recognized(model, tmp_path):

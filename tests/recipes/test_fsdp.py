@@ -8,23 +8,24 @@ import torch
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.train.checkpoint import load_checkpoint, share_path
 from tests.llm.tiny_llms import TRANSFORMERS
-from tests.recipes.test_train import command, run
+from tests.programs import run, run_in_processes
+from tests.recipes.test_train import command
 
 pytestmark = pytest.mark.slow
 
-TWO = ["--world-size", "2", "--optim.lr", "1e-2", "--train.average_period", "2"]
+SETTINGS = ["--optim.lr", "1e-2", "--train.average_period", "2"]
 
 
 @pytest.fixture(scope="module")
 def sharded(experiment, tmp_path_factory):
     """The folder of a sharded run that was never stopped."""
     exp_dir = tmp_path_factory.mktemp("fsdp")
-    run(*command(experiment, exp_dir, *TWO, "--train.fsdp", "true"))
+    run_in_processes(2, *command(experiment, exp_dir, *SETTINGS, "--train.fsdp", "true"))
     return exp_dir
 
 
 def test_it_learns_what_whole_models_learn(experiment, sharded, tmp_path):
-    run(*command(experiment, tmp_path, *TWO))
+    run_in_processes(2, *command(experiment, tmp_path, *SETTINGS))
     whole, shares = (load_checkpoint(folder / "checkpoint-12.pt") for folder in (tmp_path, sharded))
     for part in ("model", "model_avg"):
         tensors, others = (c[part]["model"] if part == "model_avg" else c[part] for c in (whole, shares))
@@ -39,7 +40,7 @@ def test_it_learns_what_whole_models_learn(experiment, sharded, tmp_path):
 def test_a_language_model_of_transformers_learns_what_a_whole_one_learns(experiment, tmp_path):
     llm = ["--model.llm.rwkv7", "null", "--model.llm.transformers", str(TRANSFORMERS["qwen3"] | {"vocab_size": 300})]
     for name, options in (("whole", []), ("shares", ["--train.fsdp", "true"])):
-        run(*command(experiment, tmp_path / name, *TWO, *llm, *options))
+        run_in_processes(2, *command(experiment, tmp_path / name, *SETTINGS, *llm, *options))
     whole, shares = (load_checkpoint(tmp_path / name / "checkpoint-12.pt") for name in ("whole", "shares"))
     assert (
         "llm.causal_lm.lm_head.weight" in shares["sharded"]["names"] and shares["model"].keys() == whole["model"].keys()
@@ -63,9 +64,9 @@ def test_every_process_has_half_of_the_language_model(sharded):
 
 
 def test_it_resumes_exactly(experiment, sharded, tmp_path):
-    run(*command(experiment, tmp_path, *TWO, "--train.fsdp", "true", "--train.num_epochs", "1"))
+    run_in_processes(2, *command(experiment, tmp_path, *SETTINGS, "--train.fsdp", "true", "--train.num_epochs", "1"))
     assert not (tmp_path / "checkpoint-12.pt").exists()
-    result = run(*command(experiment, tmp_path, *TWO, "--train.fsdp", "true"))
+    result = run_in_processes(2, *command(experiment, tmp_path, *SETTINGS, "--train.fsdp", "true"))
     assert "resuming from" in result.stderr
     for rank in (0, 1):
         expected, resumed = (load_checkpoint(d / "checkpoint-12.pt", rank) for d in (sharded, tmp_path))
@@ -77,7 +78,7 @@ def test_it_resumes_exactly(experiment, sharded, tmp_path):
         for name, tensor in expected["model_avg"]["model"].items():
             assert torch.equal(resumed["model_avg"]["model"][name], tensor), name
     # as a run without sharding it would lack half of everything
-    result = run(*command(experiment, tmp_path, *TWO, "--train.num_steps", "14"), check=False)
+    result = run_in_processes(2, *command(experiment, tmp_path, *SETTINGS, "--train.num_steps", "14"), check=False)
     assert result.returncode == 1 and "was written with train.fsdp" in result.stderr
 
 

@@ -1,32 +1,23 @@
 """Training on one GPU as a user runs it; what the CPU can do as well runs there too."""
 
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 
 from speechllm.train.checkpoint import load_checkpoint
 from speechllm.train.monitor import Averages
-from tests.recipes.conftest import REPOSITORY
+from tests.programs import ENV, run
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def train(experiment, exp_dir, device, *settings, launcher=()):
     """recipes/train.py for its 12 steps; its log."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {})
+    env = dict(ENV) if device == "cpu" else {k: v for k, v in ENV.items() if k != "ACCELERATE_USE_CPU"}
     options = ["--config", str(experiment), "--exp-dir", str(exp_dir), *settings]
-    result = subprocess.run(
-        [sys.executable, *launcher, "recipes/train.py", *options],
-        cwd=REPOSITORY,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=150,  # what hangs on a rented GPU is a failure, not the end of the check
-    )
-    assert result.returncode == 0, result.stderr
+    # what hangs on a rented GPU is a failure, not the end of the check
+    result = run(sys.executable, *launcher, "recipes/train.py", *options, env=env, timeout=150)
     assert f"device: {device}" in result.stderr
     return result.stderr
 

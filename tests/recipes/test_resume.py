@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from speechllm.train.checkpoint import load_checkpoint, newest_checkpoint
-from tests.recipes.conftest import REPOSITORY
-from tests.recipes.test_train import ENV, command, run
+from tests.programs import Program, run
+from tests.recipes.test_train import command
 
 pytestmark = pytest.mark.slow
 
@@ -109,23 +109,10 @@ def torchrun_command(experiment, exp_dir, *settings):
     return [*launcher, *command(experiment, exp_dir, *settings)[1:]]
 
 
-def start(*arguments, preexec_fn=None):
-    """A program in a process group of its own, as from a shell or a scheduler."""
-    return subprocess.Popen(
-        arguments,
-        cwd=REPOSITORY,
-        env=ENV,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=preexec_fn,
-    )
-
-
 def wait_for(process, condition):
     deadline = time.monotonic() + 60
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.communicate()[1]
         if time.monotonic() > deadline:
             kill_all(process)
             pytest.fail("what was waited for did not happen within a minute")
@@ -172,7 +159,7 @@ def start_and_wait(rng, last, exp_dir, reference, train_command):
     The moment is told by the steps, as a machine's speed varies.
     """
     before = written(exp_dir / "config.yaml")
-    process = start(*train_command)
+    process = Program(train_command)
     wait_for(process, lambda: written(exp_dir / "config.yaml") > before)  # it is written before the first step
     step = rng.randrange(0, last + 1, 2)  # that of a checkpoint; 0: before the first one
     wait_for(process, lambda: step == 0 or any((exp_dir / f"checkpoint-{n}.pt").exists() for n in range(step, 14, 2)))
@@ -251,7 +238,7 @@ def test_killed_while_saving(experiment, never_stopped, tmp_path):
         ("before", "epoch-1.pt", "checkpoint-6.pt"),
         ("after", "best-valid-loss.pt", "checkpoint-8.pt"),
     ):
-        status, stderr = ended(start(sys.executable, "-c", DIES_WHILE_SAVING, moment, name, *train_command[1:]))
+        status, stderr = ended(Program([sys.executable, "-c", DIES_WHILE_SAVING, moment, name, *train_command[1:]]))
         assert status == -signal.SIGKILL, stderr
         leftovers = [p.name.partition(".pt")[0] + ".pt" for p in exp_dir.glob("*.tmp")]
         assert leftovers == ([] if moment == "after" else [name])
@@ -264,7 +251,7 @@ def test_killed_while_saving(experiment, never_stopped, tmp_path):
 def test_a_job_that_is_told_to_stop_saves_first(experiment, never_stopped, tmp_path):
     """SIGTERM for all of its processes, those that read data included, as some schedulers send it."""
     train_command = command(experiment, tmp_path, *SETTINGS, "--train.save_every_n", "1000")
-    process = start(*train_command)
+    process = Program(train_command)
     wait_for(process, (tmp_path / "best-valid-loss.pt").exists)
     os.killpg(process.pid, signal.SIGTERM)
     status, stderr = ended(process)
@@ -280,7 +267,7 @@ def test_two_processes_however_they_are_stopped(experiment, never_stopped, tmp_p
     reference, exp_dir = never_stopped(launcher=torchrun_command), tmp_path / "exp"
     train_command = torchrun_command(experiment, exp_dir, *SETTINGS)
 
-    process = start(*command(experiment, exp_dir, *SETTINGS, "--world-size", "2"))
+    process = Program(command(experiment, exp_dir, *SETTINGS, "--world-size", "2"))
     wait_for(process, (exp_dir / "checkpoint-2.pt").exists)
     process.terminate()
     status, stderr = ended(process)
@@ -326,19 +313,20 @@ def test_where_nothing_more_can_be_written_training_stops_with_the_reason(experi
 
     # The disk is full half-way through a checkpoint: a limit on the size of files has the same effect.
     half = (exp_dir / "checkpoint-2.pt").stat().st_size // 2
-    process = start(*train_command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (half, half)))
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (half, half))
+    process = Program(train_command, preexec=limit)
     assert_cannot_write(process, exp_dir / "checkpoint-4.pt", "cannot be written: File too large")
     assert {p.name for p in exp_dir.glob("*.pt*")} == {"checkpoint-2.pt"}
 
     # It is full for the logs too, which are written before the next checkpoint.
-    process = start(*train_command, "--train.tensorboard", "true", "--train.log_every_n", "1")
+    process = Program([*train_command, "--train.tensorboard", "true", "--train.log_every_n", "1"])
     wait_for(process, (exp_dir / "checkpoint-4.pt").exists)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, 0))
     assert_cannot_write(process, exp_dir, "File too large")
     assert_intact(exp_dir, reference)
 
     # The folder can no longer be written to.
-    process = start(*train_command, preexec_fn=drop_the_right_to_write_everywhere)
+    process = Program(train_command, preexec=drop_the_right_to_write_everywhere)
     wait_for(process, (exp_dir / "checkpoint-6.pt").exists)
     exp_dir.chmod(0o555)
     assert_cannot_write(process, exp_dir, "cannot be written: Permission denied")
@@ -351,5 +339,5 @@ def test_where_nothing_more_can_be_written_training_stops_with_the_reason(experi
 
 def test_a_folder_that_cannot_be_made(experiment, tmp_path):
     tmp_path.chmod(0o555)
-    process = start(*command(experiment, tmp_path / "exp"), preexec_fn=drop_the_right_to_write_everywhere)
+    process = Program(command(experiment, tmp_path / "exp"), preexec=drop_the_right_to_write_everywhere)
     assert_cannot_write(process, tmp_path / "exp", "Permission denied")

@@ -2,9 +2,7 @@
 
 import importlib
 import json
-import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -28,9 +26,7 @@ from speechllm.train.stages import init_from_stage
 from tests.conftest import SENTENCES
 from tests.hf_tokenizers import train_byte_level
 from tests.llm.tiny_llms import tiny_llm
-from tests.recipes.conftest import REPOSITORY
-
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+from tests.programs import REPOSITORY, run, run_in_processes
 
 
 def command(experiment, exp_dir, *settings):
@@ -39,17 +35,11 @@ def command(experiment, exp_dir, *settings):
     ]  # fmt: skip
 
 
-def run(*args, check=True):
-    result = subprocess.run(args, cwd=REPOSITORY, env=ENV, capture_output=True, text=True)
-    assert not check or result.returncode == 0, result.stderr
-    return result
-
-
 @pytest.fixture(scope="module")
 def finished(experiment, tmp_path_factory):
     """The folder of a run that was never stopped."""
     exp_dir = tmp_path_factory.mktemp("exp")
-    run(*command(experiment, exp_dir))
+    run(*command(experiment, exp_dir, "--tensorboard", "true"))
     return exp_dir
 
 
@@ -125,8 +115,8 @@ def test_two_processes_learn_as_one_with_the_same_global_batch(experiment, tmp_p
         "--train.num_steps", "4", "--train.log_every_n", "1", "--train.valid_every_n", "4", "--optim.lr", "1e-2",
     ]  # fmt: skip
     for name, processes in (("one", 1), ("two", 2)):
-        run(*command(experiment, tmp_path / name, "--world-size", str(processes), "--train.accumulate",
-                     str(24 // processes), *settings))  # fmt: skip
+        accumulate = ["--train.accumulate", str(24 // processes)]
+        run_in_processes(processes, *command(experiment, tmp_path / name, *accumulate, *settings))
     one, two = (load_checkpoint(tmp_path / name / "checkpoint-4.pt") for name in ("one", "two"))
     torch.testing.assert_close(two["total"], one["total"], rtol=1e-4, atol=0)
     assert one["loader"][0]["epoch"] == two["loader"][1]["epoch"] and two["best"] == pytest.approx(
@@ -370,7 +360,7 @@ def test_a_quantized_language_model_is_tuned_by_two_processes(experiment, tmp_pa
         "--model.llm.path", str(tmp_path / "lm.pth"), "--model.llm.rwkv7", "null", "--model.llm.tune.method", "lora",
         "--model.llm.tune.quantize", "int8", "--train.num_steps", "4",
     ]  # fmt: skip
-    result = run(*command(experiment, tmp_path / "exp", "--world-size", "2", *settings))
+    result = run_in_processes(2, *command(experiment, tmp_path / "exp", *settings))
     assert "processes: 2" in result.stderr
     state = load_checkpoint(tmp_path / "exp" / "checkpoint-4.pt")
     names = [name for name in state["model"] if name.startswith("llm.")]

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeGuard, TypeVar
 
 import numpy as np
 from lhotse.cut import Cut
 from torch import Tensor
 
+from speechllm.config import check_limits, setting
 from speechllm.data.augment.codec import CODECS, check_codec, telephone_band, transcode
 from speechllm.data.augment.noise import SoundBank, babble, mean_power, noise_at_snr
 from speechllm.data.augment.reverb import reverberate, simulate_rir
-from speechllm.data.augment.specaugment import SpecAugmentConfig, check_probability, spec_augment, spec_augment_twice
+from speechllm.data.augment.specaugment import SpecAugmentConfig, spec_augment, spec_augment_twice
 from speechllm.data.manifests.manifest import DataError, SourceConfig
 
 
@@ -26,10 +28,10 @@ class SpeedConfig:
     """Played faster by one of `factors` with `probability`, pitch and all (Ko et al., Interspeech 2015)."""
 
     factors: list[float] = field(default_factory=lambda: [0.9, 1.0, 1.1])
-    probability: float = 1.0
+    probability: float = setting(1.0, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
-        check_probability(self.probability)
+        check_limits(self)
         if not self.factors or not all(0.5 <= factor <= 2.0 for factor in self.factors):
             raise ValueError(f"factors: need some, between 0.5 and 2.0, found {self.factors}")
 
@@ -43,22 +45,20 @@ class ReverbConfig:
     cubic metres whose reverberation decays by 60 dB in `t60_low` to `t60_high` seconds.
     """
 
-    probability: float = 0.3
+    probability: float = setting(0.3, at_least=0, at_most=1)
     sources: list[SourceConfig] = field(default_factory=list)
     t60_low: float = 0.1
-    t60_high: float = 0.8
+    t60_high: float = setting(0.8, "no room echoes longer", at_most=10)
     distance_low: float = 0.3
     distance_high: float = 3.0
     volume_low: float = 30.0
     volume_high: float = 500.0
 
     def __post_init__(self) -> None:
-        check_probability(self.probability)
+        check_limits(self)
         _check_weights(self.sources)
         for name in ("t60", "distance", "volume"):
             _check_range(self, name, above=0.0)
-        if self.t60_high > 10:
-            raise ValueError(f"t60_high: {self.t60_high} seconds; no room echoes longer than 10")
 
 
 @dataclass
@@ -67,14 +67,14 @@ class NoiseConfig:
     `snr_low` and `snr_high` dB."""
 
     sources: list[SourceConfig]
-    probability: float = 0.5
+    probability: float = setting(0.5, at_least=0, at_most=1)
     snr_low: float = 10.0
     snr_high: float = 20.0
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources: noise needs manifests; tools/prepare_noise.py makes one of a folder")
-        check_probability(self.probability)
+        check_limits(self)
         _check_weights(self.sources)
         _check_range(self, "snr")
 
@@ -84,14 +84,14 @@ class BabbleConfig:
     """`voices_low` to `voices_high` other utterances of the training data at once, added with `probability` at a
     signal-to-noise ratio between `snr_low` and `snr_high` dB."""
 
-    probability: float = 0.2
+    probability: float = setting(0.2, at_least=0, at_most=1)
     voices_low: int = 3
     voices_high: int = 7
     snr_low: float = 13.0
     snr_high: float = 20.0
 
     def __post_init__(self) -> None:
-        check_probability(self.probability)
+        check_limits(self)
         _check_range(self, "voices", above=0)
         _check_range(self, "snr")
 
@@ -100,21 +100,21 @@ class BabbleConfig:
 class TelephoneConfig:
     """The band of telephones alone, 300 to 3400 Hz, with `probability`."""
 
-    probability: float = 0.2
+    probability: float = setting(0.2, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
-        check_probability(self.probability)
+        check_limits(self)
 
 
 @dataclass
 class CodecConfig:
     """Encoded and decoded with one of `codecs` (mulaw, alaw, gsm, at 8 kHz; mp3, vorbis) with `probability`."""
 
-    probability: float = 0.2
+    probability: float = setting(0.2, at_least=0, at_most=1)
     codecs: list[str] = field(default_factory=lambda: list(CODECS))
 
     def __post_init__(self) -> None:
-        check_probability(self.probability)
+        check_limits(self)
         if not self.codecs:
             raise ValueError(f"codecs: need some of {', '.join(CODECS)}")
         for codec in self.codecs:
@@ -125,12 +125,12 @@ class CodecConfig:
 class VolumeConfig:
     """A gain between `low` and `high` with `probability`. Samples may leave [-1, 1]; they are not clipped."""
 
-    probability: float = 0.5
+    probability: float = setting(0.5, at_least=0, at_most=1)
     low: float = 0.125
     high: float = 2.0
 
     def __post_init__(self) -> None:
-        check_probability(self.probability)
+        check_limits(self)
         if not 0 < self.low <= self.high < math.inf:
             raise ValueError(f"low {self.low} and high {self.high}: need 0 < low <= high")
 
@@ -188,12 +188,12 @@ class Augmenter:
     def __init__(self, config: AugmentConfig, corpus: Sequence[Cut] = ()) -> None:
         self.config = config
         self._noise = SoundBank.from_sources(config.noise.sources, "noise") if _on(config.noise) else None
-        self._rirs = None
+        self._rirs: SoundBank | None = None
         if _on(config.reverb) and config.reverb.sources:
             # An average of channels, as for speech, would hear the direct sound once per microphone.
             sources = [replace(s, channel=0 if s.channel is None else s.channel) for s in config.reverb.sources]
             self._rirs = SoundBank.from_sources(sources, "impulse response")
-        self._voices = None
+        self._voices: SoundBank | None = None
         if _on(config.babble):
             if not corpus:
                 raise DataError("augment.babble: there are no training utterances to take voices from")
@@ -215,12 +215,12 @@ class Augmenter:
             if rir is not None:
                 samples = reverberate(samples, rir)
         speech_power = mean_power(samples)
-        if _happens(config.noise, rng):
+        if self._noise is not None and _happens(config.noise, rng):
             snr = rng.uniform(config.noise.snr_low, config.noise.snr_high)
             noise = self._noise.draw(size, rng)
             if noise is not None:
                 samples = samples + noise_at_snr(noise, speech_power, snr)
-        if _happens(config.babble, rng):
+        if self._voices is not None and _happens(config.babble, rng):
             snr = rng.uniform(config.babble.snr_low, config.babble.snr_high)
             count = int(rng.integers(config.babble.voices_low, config.babble.voices_high + 1))
             samples = samples + noise_at_snr(babble(self._voices, count, size, rng), speech_power, snr)
@@ -229,7 +229,7 @@ class Augmenter:
         if _happens(config.codec, rng):
             samples = transcode(samples, str(rng.choice(config.codec.codecs)), rng)
         if _happens(config.volume, rng):
-            samples = samples * np.float32(rng.uniform(config.volume.low, config.volume.high))
+            samples = np.float32(rng.uniform(config.volume.low, config.volume.high)) * samples
         return samples
 
     def features(self, features: Tensor, rng: np.random.Generator, kind: str) -> Tensor:
@@ -239,7 +239,10 @@ class Augmenter:
 
     def two_views(self, features: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """(T, F) twice, with other masks of SpecAugment."""
-        return spec_augment_twice(features, self.config.spec_augment, rng)
+        config = self.config.spec_augment
+        if config is None:
+            raise DataError("augment.spec_augment: two views of an utterance would be the same without it")
+        return spec_augment_twice(features, config, rng)
 
 
 def _simulate(config: ReverbConfig, rng: np.random.Generator) -> np.ndarray:
@@ -248,11 +251,20 @@ def _simulate(config: ReverbConfig, rng: np.random.Generator) -> np.ndarray:
     return simulate_rir(t60, distance, rng.uniform(config.volume_low, config.volume_high), rng)
 
 
-def _on(section: object) -> bool:
+class _Chance(Protocol):
+    """A section that says how likely what it configures is."""
+
+    probability: float
+
+
+_Section = TypeVar("_Section", bound=_Chance)
+
+
+def _on(section: _Section | None) -> TypeGuard[_Section]:
     return section is not None and section.probability > 0
 
 
-def _happens(section: object, rng: np.random.Generator) -> bool:
+def _happens(section: _Section | None, rng: np.random.Generator) -> TypeGuard[_Section]:
     """Draws from `rng` where the section is on."""
     return _on(section) and rng.random() < section.probability
 

@@ -11,7 +11,8 @@ import numpy as np
 from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 
-from speechllm.data.audio import UtteranceError, load_samples
+from speechllm.data.audio import load_samples
+from speechllm.data.audio_file import UtteranceError
 from speechllm.data.features import SAMPLE_RATE
 from speechllm.data.manifests.manifest import (
     HEADER_UNREAD,
@@ -47,8 +48,8 @@ class SoundBank:
     ) -> None:
         self.fingerprints = list(fingerprints)
         self._cuts = cuts
-        weights = np.ones(len(cuts)) if weights is None else np.asarray(weights)
-        self._cumulative = np.cumsum(weights) / weights.sum()
+        shares = np.ones(len(cuts)) if weights is None else np.asarray(weights)
+        self._cumulative = np.cumsum(shares) / shares.sum()
         self._room = int(cache_seconds * SAMPLE_RATE)
         self._cache: dict[int, np.ndarray | None] = {}
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speechllm.config import check_limits, setting
 from speechllm.data.features import kind_bins
 
 
@@ -21,25 +22,16 @@ class SpecAugmentConfig:
     warp by up to `time_warp_frames`, 0 for none.
     """
 
-    probability: float = 0.9
-    freq_masks: int = 2
-    freq_mask_bins: int = 27
-    time_masks: int = 10
-    time_mask_frames: int = 100
-    max_time_fraction: float = 0.15
-    time_warp_frames: int = 0
+    probability: float = setting(0.9, at_least=0, at_most=1)
+    freq_masks: int = setting(2, at_least=0)
+    freq_mask_bins: int = setting(27, at_least=0)
+    time_masks: int = setting(10, at_least=0)
+    time_mask_frames: int = setting(100, at_least=0)
+    max_time_fraction: float = setting(0.15, at_least=0, at_most=1)
+    time_warp_frames: int = setting(0, at_least=0)
 
     def __post_init__(self) -> None:
-        check_probability(self.probability)
-        check_probability(self.max_time_fraction, "max_time_fraction")
-        for name in ("freq_masks", "freq_mask_bins", "time_masks", "time_mask_frames", "time_warp_frames"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is negative")
-
-
-def check_probability(value: float, name: str = "probability") -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: {value} is not between 0 and 1")
+        check_limits(self)
 
 
 def spec_augment(features: Tensor, config: SpecAugmentConfig, rng: np.random.Generator, kind: str = "fbank") -> Tensor:

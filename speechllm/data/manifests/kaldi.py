@@ -55,9 +55,9 @@ def kaldi_objects(folder: Path) -> Iterator[tuple[str, dict | ManifestError]]:
         try:
             if has_segments:
                 yield where, _segment(line, tables)
-            elif (name := line.split(maxsplit=1)[0]) in waiting:
-                waiting.remove(name)
-                yield where, _whole_recording(name, tables)
+            elif (recording := line.split(maxsplit=1)[0]) in waiting:
+                waiting.remove(recording)
+                yield where, _whole_recording(recording, tables)
         except (*LINE_ERRORS, OSError) as error:
             yield where, ManifestError(f"{where}: {explain(error)}")
 
@@ -168,7 +168,8 @@ def _seconds(value: bytes, name: str) -> float:
 
 
 def _text(value: bytes, name: str) -> str:
-    """
+    """Bytes of a table as text.
+
     Args:
         name: what it is, for the error: the line is often that of another file.
 

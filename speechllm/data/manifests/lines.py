@@ -10,11 +10,14 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from lhotse.serialization import open_best
 
 from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, explain, is_remote
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _GZIP = b"\x1f\x8b"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -87,15 +90,16 @@ def open_lines(path: str) -> BinaryIO:
     """
     if is_remote(path):
         return open_best(path, "rb")
-    file = io.BufferedReader(_Reopened(path), _BLOCK_BYTES)
-    return gzip.GzipFile(fileobj=file) if is_compressed(path) else file
+    file = cast(BinaryIO, io.BufferedReader(_Reopened(path), _BLOCK_BYTES))
+    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if is_compressed(path) else file
 
 
 class _Reopened(io.RawIOBase):
     """A file that is opened for each reading; an `OSError` if it is not the same file any more."""
 
     def __init__(self, path: str) -> None:
-        self._path, self._position, self._identity = path, 0, None
+        self._path, self._position = path, 0
+        self._identity: tuple[int, int, int, int] | None = None
         self.readinto(bytearray(0))  # opens it, or says why not
 
     def readable(self) -> bool:
@@ -112,7 +116,7 @@ class _Reopened(io.RawIOBase):
         self._position = offset + (os.path.getsize(self._path) if start is None else start)
         return self._position
 
-    def readinto(self, buffer: bytearray | memoryview) -> int:
+    def readinto(self, buffer: Buffer) -> int:
         with open(self._path, "rb", buffering=0) as file:
             stat = os.fstat(file.fileno())
             identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)

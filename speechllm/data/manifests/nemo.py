@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from lhotse import AudioSource, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
@@ -46,7 +46,7 @@ from speechllm.data.manifests.source import (
     string_of,
     words_of,
 )
-from speechllm.data.manifests.tar import TAR, in_memory, read_member, scan_tar
+from speechllm.data.manifests.tar import TAR, forget_members, in_memory, read_member, scan_tar
 from speechllm.data.manifests.task import what_to_write
 from speechllm.prompt.label import WordTime
 from speechllm.text.normalize import normalize_text
@@ -111,7 +111,8 @@ def describe_nemo(line: dict, source: SourceConfig) -> Entry:
 
 
 def _check_served(line: dict) -> None:
-    """
+    """Whether it is a line that can be used.
+
     Raises:
         ValueError: it is of a kind of line that is not used.
     """
@@ -281,7 +282,7 @@ def tarred_files(source: SourceConfig) -> tuple[list[str], list[str]]:
     Raises:
         ManifestError: some are missing, or there are not as many of both.
     """
-    manifests, tars = existing_files(source.path), expand_braces(source.tar_path)
+    manifests, tars = existing_files(source.path), expand_braces(source.tar_path or "")
     for tar in tars:
         if not is_remote(tar) and not Path(tar).is_file():
             raise ManifestError(f"{tar}: no such tar file")
@@ -294,14 +295,16 @@ def tarred_files(source: SourceConfig) -> tuple[list[str], list[str]]:
 
 
 def tar_shards(source: SourceConfig) -> TarShards:
+    """The shards of a tarred source, and which lines of the manifests belong to each."""
     manifests, tars = tarred_files(source)
     if len(manifests) == len(tars):
         return TarShards([TarShard(*pair) for pair in zip(tars, manifests, strict=True)])
     (manifest,) = manifests
     if is_remote(manifest):
         raise ManifestError(f"{manifest}: one manifest for all tar files must be a file here; copy it")
-    result = TarShards([TarShard(tar, manifest, (array("q"), array("q"))) for tar in tars])
-    by_number = {_shard_number(shard.tar): shard for shard in result.shards}
+    places = [(array("q"), array("q")) for _ in tars]
+    result = TarShards([TarShard(tar, manifest, of_tar) for tar, of_tar in zip(tars, places, strict=True)])
+    by_number = {_shard_number(tar): of_tar for tar, of_tar in zip(tars, places, strict=True)}
     if None in by_number or len(by_number) < len(tars):
         raise ManifestError(f"{source.tar_path}: the names must end in the numbers of the shards, as in audio_0.tar")
     with open_lines(manifest) as file:
@@ -312,7 +315,7 @@ def tar_shards(source: SourceConfig) -> TarShards:
                     shard_id = parse_line(line)["shard_id"]
                     if shard_id not in by_number:
                         raise ValueError(f"shard_id: {shard_id!r} is not among the {len(tars)} tar files")
-                    numbers, offsets = by_number[shard_id].places
+                    numbers, offsets = by_number[shard_id]
                     numbers.append(number)
                     offsets.append(offset)
                 except LINE_ERRORS as error:
@@ -451,9 +454,9 @@ def _cut_in_memory(
 def _members(tar_path: str) -> Iterator[tuple[str, bytes]]:
     with open_best(tar_path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # else it remembers them all
+            forget_members(tar)
             if member.isfile():
-                yield member.name.removeprefix("./"), tar.extractfile(member).read()
+                yield member.name.removeprefix("./"), cast(IO[bytes], tar.extractfile(member)).read()
 
 
 def _readable(path: str, read: Callable[[], Iterator[tuple]]) -> Iterator[tuple]:

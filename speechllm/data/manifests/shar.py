@@ -81,7 +81,7 @@ def _field_data(field: str, path: str) -> Iterator[tuple[str, dict | ManifestErr
             if isinstance(line, ManifestError):
                 yield where, line, None
             else:
-                yield line.get("cut_id"), line.get(field), None
+                yield str(line.get("cut_id")), line.get(field), None
         return
     try:
         members = _scanned(path)

@@ -59,7 +59,7 @@ def _shard_streams(
     """Lines that belong to no shard, and what opens the stream of each shard."""
     if kind_of(source) == "tarred":
         found = tar_shards(source)
-        streams = [
+        streams: list[Callable[[], Iterator[Cut | ManifestError]]] = [
             partial(_cuts_in_place, tarred_shard_objects, shard, source)
             if _can_be_read_in_place(shard.tar)
             else partial(_cuts_in_memory, partial(stream_tarred_shard, shard, source), None)
@@ -106,7 +106,8 @@ def _cuts_in_place(
 def _cuts_in_memory(
     stream: Callable[[], Iterator[tuple[str, Cut | ManifestError]]], source: SourceConfig | None
 ) -> Iterator[Cut | ManifestError]:
-    """
+    """The cuts of a stream, as `describe_cut` reads them.
+
     Args:
         source: what it says is still to be filled in; None if not.
     """

@@ -27,6 +27,11 @@ class Member(TypedDict):
     size: int
 
 
+def forget_members(tar: tarfile.TarFile) -> None:
+    """Else an open tar file remembers all members that it has come by."""
+    tar.members.clear()  # type: ignore[attr-defined]  # typeshed does not list it
+
+
 def scan_tar(path: str) -> Iterator[Member]:
     """The files in an uncompressed tar file, from its headers alone.
 
@@ -37,7 +42,7 @@ def scan_tar(path: str) -> Iterator[Member]:
         whole = os.path.getsize(path)
         with tarfile.open(path, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # else it remembers them all
+                forget_members(tar)
                 if member.offset_data + member.size > whole:
                     raise tarfile.ReadError(f"it ends inside {member.name}")
                 if member.isfile():
