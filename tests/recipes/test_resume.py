@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = ["--train.keep_last_k", "100", "--train.tensorboard", "false"]
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # of linux/prctl.h and linux/capability.h
+CAPABILITY_VERSION_3 = 0x20080522
 
 # Runs a script that kills itself: `half` way through the writing of the checkpoint NAME, or `before` or `after` it gets
 # its name.
@@ -297,7 +298,14 @@ def test_two_processes_however_they_are_stopped(experiment, never_stopped, tmp_p
 def drop_the_right_to_write_everywhere():
     """Takes from root what makes it pass over the permissions of files; others have not got it."""
     if os.geteuid() == 0:
-        assert ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0) == 0
+        libc = ctypes.CDLL(None)
+        # of the programs that it starts
+        assert libc.prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0) == 0
+        # and of itself: effective, permitted and inheritable capabilities, of 32 bits, twice (capset(2))
+        header, sets = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
+        assert libc.capget(header, sets) == 0
+        sets[0] &= ~(1 << CAP_DAC_OVERRIDE)
+        assert libc.capset(header, sets) == 0
 
 
 def assert_cannot_write(process, path, reason):

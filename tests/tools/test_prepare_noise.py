@@ -60,7 +60,7 @@ def test_every_format_becomes_noise(prepare, audio_dir, tmp_path, monkeypatch):
     options = ("--output-dir", "out", "--prefix", "my", "--window", 1, "--min-seconds", 0.4)
     printed = prepare("--audio-dir", "audio", *options)
     assert "7 files, 1 unreadable, 2 shorter than 0.4 s" in printed.out
-    assert "unreadable: audio/broken.wav: Format not recognized" in printed.err
+    assert "unreadable: audio/broken.wav: Format not recognised" in printed.err
     recordings, cuts = read(tmp_path / "out/my_recordings.jsonl.gz"), read(tmp_path / "out/my_cuts.jsonl.gz")
     assert [r["id"] for r in recordings] == ["my/A.FLAC", "my/b.wav", "my/d.Mp3", "my/deep/er/c.ogg"]
     assert all(os.path.isabs(r["sources"][0]["source"]) for r in recordings)
