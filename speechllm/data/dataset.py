@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -363,7 +363,7 @@ def collate(utterances: Iterable[Utterance]) -> Batch:
     return Batch(**_fields(utterances), features=features, feature_lens=lens)
 
 
-def _fields(utterances: list[Utterance]) -> dict[str, list]:
+def _fields(utterances: list[Utterance]) -> dict[str, Any]:
     """Those of `_Batch`."""
     return {
         "texts": [u.text for u in utterances],

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -537,9 +537,9 @@ def build_train_loader(
     label = LabelTemplate() if labels is None else labels.label_template
     # of a model; what only counts tokens has none
     min_frames, streaming = getattr(labels, "min_frames", 0), getattr(labels, "streaming", None)
-    word_times = None
+    word_times: Literal["required", "used"] | None = None
     if streaming is not None:
-        word_times = "required" if labels.ctc_head is None else "used"
+        word_times = "required" if getattr(labels, "ctc_head", None) is None else "used"
     if not config.utterance_limits(1, labels).needs_tokens:
         labels = None
     elif labels is None:

@@ -143,13 +143,22 @@ class StreamableModel(Protocol):
     """What `streaming.StreamingRecognizer` asks of a model: a causal encoder with a CTC head, or what
     `StreamableSpeechLLM` has."""
 
-    encoder: nn.Module
-    """A `speechllm.encoder.Zipformer`; any other is refused."""
-    llm: LanguageModel | None
-    config: PromptHolder
-    ctc_head: nn.Module | None
     blank_id: int
     tokenizer: Tokenizer
+
+    @property
+    def encoder(self) -> nn.Module:
+        """A `speechllm.encoder.Zipformer`; any other is refused."""
+        ...
+
+    @property
+    def llm(self) -> LanguageModel | None: ...
+
+    @property
+    def config(self) -> PromptHolder: ...
+
+    @property
+    def ctc_head(self) -> nn.Module | None: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -167,25 +176,41 @@ class StreamableModel(Protocol):
 class StreamChunk(Protocol):
     """A chunk of audio that a model has learned to write after."""
 
-    seconds: float
-    encoder_frames: int
-    """Of 20 ms."""
-    left_context_frames: int
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def encoder_frames(self) -> int:
+        """Of 20 ms."""
+        ...
+
+    @property
+    def left_context_frames(self) -> int: ...
 
 
 class PromptHolder(Protocol):
+    """A configuration with a prompt."""
+
     prompt: PromptConfig
 
 
 class StreamableSpeechLLM(StreamableModel, Protocol):
     """What `streaming_search.TextDecoder` asks of a model that has learned to write while it listens."""
 
-    llm: LanguageModel
-    projector: nn.Module
-    """encoder_out (N, T', D), (N,) of one chunk -> audio_embeds (N, T'', D_llm), (N,)."""
     ctc_tokenizer: Tokenizer
-    chunks: Mapping[float, StreamChunk]
-    """By their seconds."""
+
+    @property
+    def llm(self) -> LanguageModel: ...
+
+    @property
+    def projector(self) -> nn.Module:
+        """encoder_out (N, T', D), (N,) of one chunk -> audio_embeds (N, T'', D_llm), (N,)."""
+        ...
+
+    @property
+    def chunks(self) -> Mapping[float, StreamChunk]:
+        """By their seconds."""
+        ...
 
     def embed(self, spliced: Spliced, audio_embeds: Tensor, audio_lens: Tensor) -> Tensor:
         """-> inputs_embeds (N, L, D_llm)."""

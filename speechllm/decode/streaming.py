@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.data.features import NUM_MEL_BINS, SAMPLE_RATE, FbankStream
-from speechllm.decode.interface import StreamableModel, StreamChunk
+from speechllm.decode.interface import StreamableModel, StreamableSpeechLLM, StreamChunk
 from speechllm.decode.options import StreamingOptions
 from speechllm.decode.result import StreamedWord
 from speechllm.decode.streaming_ctc import CTCDecoder
@@ -205,20 +205,22 @@ class StreamingRecognizer:
         options = options or StreamingOptions()
         # of an encoder alone, what is for a language model is asked in vain
         self.options = options if model.llm is not None else replace(options, ctc=True)
-        if not isinstance(model.encoder, Zipformer) or not model.encoder.config.causal:
+        encoder = model.encoder
+        if not isinstance(encoder, Zipformer) or not encoder.config.causal:
             raise UserError(
                 "the model cannot hear a stream, as its encoder hears whole utterances: streaming needs a causal "
-                "Zipformer (model.encoder.zipformer.causal: true in training)"
+                "Zipformer (self.encoder.zipformer.causal: true in training)"
             )
+        self.encoder = encoder
         if self.options.ctc:
             self.chunk: StreamChunk = self._encoder_chunk(chunk_seconds)
             self.decoder: ChunkDecoder = self._ctc_decoder(model.llm is None)
         else:
             self.chunk = self._trained_chunk(chunk_seconds)
-            self.decoder = TextDecoder(model, self.chunk, self.options)
-        if before_label := model.config.prompt.before_label.strip():
+            self.decoder = TextDecoder(cast(StreamableSpeechLLM, model), self.chunk, self.options)
+        if before_label := model.config.prompt.label_prefix.strip():
             raise UserError(f"prompt.before_label: {before_label!r} is no white space, and in a stream would be a word")
-        self.window, self.shift = model.encoder.step_frames(self.chunk.encoder_frames)
+        self.window, self.shift = encoder.step_frames(self.chunk.encoder_frames)
 
     def open(self, language: str | None = None, context: Request | None = None) -> Stream:
         """A new stream; its language and context are the recognizer's if not given.
@@ -228,7 +230,7 @@ class StreamingRecognizer:
         """
         text = self.decoder.start(language or self.language, context or self.context)
         chunk = self.chunk
-        return Stream(self, text, self.model.encoder.initial_state(1, chunk.encoder_frames, chunk.left_context_frames))
+        return Stream(self, text, self.encoder.initial_state(1, chunk.encoder_frames, chunk.left_context_frames))
 
     def load(self, path: str | Path) -> Stream:
         """Go on with a stream that `Stream.save` wrote, perhaps in another process.
@@ -251,7 +253,7 @@ class StreamingRecognizer:
             return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
 
         chunk = self.chunk
-        fresh = self.model.encoder.initial_state(1, chunk.encoder_frames, chunk.left_context_frames)
+        fresh = self.encoder.initial_state(1, chunk.encoder_frames, chunk.left_context_frames)
         shapes = {name: x.shape for name, x in fresh.tensors().items()}
         if {name: x.shape for name, x in part("encoder").items()} != shapes:
             raise UserError(f"{path}: the stream was saved with another model")
@@ -300,7 +302,7 @@ class StreamingRecognizer:
         if not rows:
             return words
         with model.encoding():
-            encoder_out, lens = model.encoder(
+            encoder_out, lens = self.encoder(
                 features[rows].to(model.device),
                 feature_lens[rows].to(model.device),
                 chunk_size=chunk.encoder_frames,
@@ -308,7 +310,7 @@ class StreamingRecognizer:
             )
         encoder_out = encoder_out.float()
         counts = (subsampling.output_lens(feature_lens[rows]) // chunk.encoder_frames).tolist()
-        size = chunk.encoder_frames // model.encoder.config.output_downsampling_factor
+        size = chunk.encoder_frames // self.encoder.config.output_downsampling_factor
         for k in range(max(counts)):
             some = [row for row, count in enumerate(counts) if count > k]
             for row in some:
@@ -344,7 +346,7 @@ class StreamingRecognizer:
                     words[id(stream)] += found
         ended = [stream for stream in streams if stream.finished and (stream.steps or id(stream) in rests)]
         if ended:
-            nothing = torch.empty(0, self.model.encoder.output_dim, device=self.model.device)
+            nothing = torch.empty(0, self.encoder.output_dim, device=self.model.device)
             left = [rests.get(id(stream), nothing) for stream in ended]
             for stream, found in zip(ended, self._decode(ended, left, is_end=True), strict=True):
                 words[id(stream)] += found
@@ -360,12 +362,12 @@ class StreamingRecognizer:
         for row, (_, found) in zip(features, windows, strict=True):
             row[: len(found)] = found
         with model.encoding():
-            encoder_out, state = model.encoder.step(
+            encoder_out, state = self.encoder.step(
                 features.to(model.device), ZipformerState.stack([stream.encoder for stream, _ in windows]), lens
             )
         encoder_out = encoder_out.float()
         whole, parts = [], []
-        out_lens = model.encoder.output_lens(lens).tolist()
+        out_lens = self.encoder.output_lens(lens).tolist()
         frames = subsampling.output_lens(lens).tolist()
         for row, (stream, _) in enumerate(windows):
             stream.encoder = state.select([row])
@@ -400,7 +402,7 @@ class StreamingRecognizer:
 
     def _encoder_chunk(self, seconds: float) -> EncoderChunk:
         """A chunk of the encoder's own."""
-        config = self.model.encoder.config
+        config = self.encoder.config
         sizes = sorted(size for size in config.chunk_size if size > 0)
         size = round(seconds / _FRAME_SECONDS)
         left = [frames for frames in config.left_context_frames if frames > 0]
@@ -415,7 +417,7 @@ class StreamingRecognizer:
 
     def _trained_chunk(self, seconds: float) -> StreamChunk:
         """A chunk that the language model writes after."""
-        chunks: Mapping[float, StreamChunk] = self.model.chunks
+        chunks = cast(StreamableSpeechLLM, self.model).chunks
         if not chunks:
             way_out = "" if self.model.ctc_head is None else "; the CTC head can write what a stream says: ctc"
             raise UserError(
@@ -432,7 +434,8 @@ class StreamingRecognizer:
         model = self.model
         if model.ctc_head is None:
             raise UserError("the model has no CTC head (it was trained with model.ctc_weight: 0) that could write")
-        return CTCDecoder(model, model.tokenizer if is_encoder_alone else model.ctc_tokenizer)
+        own = model.tokenizer if is_encoder_alone else cast(StreamableSpeechLLM, model).ctc_tokenizer
+        return CTCDecoder(model, own)
 
 
 def _floating_point(samples: np.ndarray | Tensor) -> Tensor:

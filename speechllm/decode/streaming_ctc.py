@@ -83,6 +83,7 @@ class CTCDecoder:
     ) -> list[list[StreamedWord]]:
         """The new words of N streams, `written` left at 0: encoder_out (N, T, D), lens (N,)."""
         if encoder_out.shape[1]:
+            assert self.model.ctc_head is not None  # `StreamingRecognizer` sees to it
             best = self.model.ctc_head(encoder_out).float().log_softmax(-1).max(-1)
             rows = zip(texts, best.indices.tolist(), best.values.tolist(), lens.tolist(), strict=True)
             for text, classes, log_probs, length in rows:

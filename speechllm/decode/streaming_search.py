@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from speechllm.decode.ctc import forced_align
+from speechllm.decode.ctc import TokenSpan, forced_align
 from speechllm.decode.hotwords import Hotwords, HotwordState
 from speechllm.decode.interface import StreamableSpeechLLM, StreamChunk
 from speechllm.decode.options import StreamingOptions
@@ -27,6 +27,7 @@ from speechllm.decode.result import StreamedWord, Word
 from speechllm.decode.search import SCORED_CANDIDATES, Prompt, read_prompts
 from speechllm.decode.streaming_words import WordPieces, text_pieces, word_pieces
 from speechllm.decode.timestamps import words_from_alignment
+from speechllm.encoder import Zipformer
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModelState
 from speechllm.llm.transformers_cache import TransformersState
@@ -160,7 +161,7 @@ class TextDecoder:
           UserError: the prompt has a slot for what is not given.
         """
         _, llm = self._prompt(language, context)
-        heard = torch.empty(0, self.model.encoder.output_dim if self.model.ctc_head is not None else 0)
+        heard = torch.empty(0, cast(Zipformer, self.model.encoder).output_dim if self.model.ctc_head is not None else 0)
         return StreamText(language, context, llm, [self._empty()], heard.to(self.model.device))
 
     def load(self, tensors: Mapping[str, Tensor], counts: dict[str, Any]) -> StreamText:
@@ -295,7 +296,7 @@ class TextDecoder:
         log_probs = log_probs.gather(1, ids)
         scores = log_probs
         if self.hotwords is not None:
-            boosts = self.hotwords.weight * self.hotwords.score([h.hotwords for h in running], ids)
+            boosts = self.hotwords.weight * self.hotwords.score([cast(HotwordState, h.hotwords) for h in running], ids)
             if not is_end:  # a phrase that has begun may go on in the next chunk
                 boosts = boosts.masked_fill(ids == self._eos, 0.0)
             scores = scores + boosts
@@ -306,7 +307,9 @@ class TextDecoder:
         """The hypotheses with their last tokens read by the phrases."""
         if self.hotwords is None:
             return running
-        states = self.hotwords.advance([h.hotwords for h in running], [h.tokens[-1] for h in running])
+        states = self.hotwords.advance(
+            [cast(HotwordState, h.hotwords) for h in running], [h.tokens[-1] for h in running]
+        )
         return [hypothesis._replace(hotwords=state) for hypothesis, state in zip(running, states, strict=True)]
 
     def _take(self, text: StreamText, ended: list[_Ended]) -> None:
@@ -340,7 +343,7 @@ class TextDecoder:
             for timed, word in zip(self._timed(text, words[0], certain), words[0], strict=False)
         ]
         text.hypotheses = [_without(text.hypotheses[i], words[i][certain - 1]) for i in agree]
-        if len(agree) < len(words):
+        if len(agree) < len(words) and text.llm is not None:
             text.llm = text.llm.select(torch.tensor(agree))
         return found
 
@@ -359,13 +362,16 @@ class TextDecoder:
         """The first `certain` words with the times at which the CTC head hears them; without, they share the time."""
         model, frames = self.model, len(text.heard)
         start = text.frames - frames
-        spans = None
+        spans: tuple[TokenSpan, ...] = ()
         if model.ctc_head is not None and frames:
             said = "".join(word.text if word.joined else f" {word.text}" for word in words).removeprefix(" ")
             log_probs = model.ctc_head(text.heard[None]).float().log_softmax(-1)
             lens = torch.tensor([frames], device=log_probs.device)
-            (spans,) = forced_align(log_probs, lens, [model.ctc_label_ids(said)], model.blank_id)
-        timed = words_from_alignment(spans, model.ctc_tokenizer, model.frame_seconds, frames) if spans else ()
+            (aligned,) = forced_align(log_probs, lens, [model.ctc_label_ids(said)], model.blank_id)
+            spans = aligned or ()
+        timed: Sequence[Word] = ()
+        if spans:
+            timed = words_from_alignment(spans, model.ctc_tokenizer, model.frame_seconds, frames)
         if [word.text for word in timed] == [word.text for word in words]:
             letters = sum(len(word.text) for word in words[:certain])
             said_letters = accumulate(len(model.ctc_tokenizer.decode([span.token]).strip()) for span in spans)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from speechllm.decode.timestamps import word_spans
 from speechllm.text.tokenizer import Tokenizer
+from speechllm.text.words import word_spans
 
 
 class WordPieces(NamedTuple):

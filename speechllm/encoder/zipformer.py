@@ -560,7 +560,8 @@ class ZipformerLayer(nn.Module):
     def empty_cache(self, n: int, left_frames: int) -> LayerCache:
         """Of N streams that have not begun, for attention to `left_frames` before a chunk."""
         frames = {part: left_frames for part in LAYER_PARTS}
-        frames["conv1"] = frames["conv2"] = self.conv_module1.depthwise_conv.chunkwise_conv.kernel_size[0] // 2
+        conv = cast(ChunkCausalConv, self.conv_module1.depthwise_conv)  # of a causal model
+        frames["conv1"] = frames["conv2"] = conv.chunkwise_conv.kernel_size[0] // 2
         dims = {
             "key": self.self_attn_weights.query_dim,
             "nonlin_value": self.nonlin_attention.out_proj.in_features,
@@ -607,7 +608,8 @@ class Stack(nn.Module):
         pos_emb = F.dropout(frames.pos_emb, 0.15, self.training)
         frames = dataclasses.replace(frames, pos_emb=pos_emb)
         x = _masked(x, feature_mask)
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+        given: Sequence[LayerCache | None] = caches or [None] * len(self.layers)
+        for layer, cache in zip(self.layers, given, strict=True):
             x = _masked(run(layer, x, frames, cache, checkpointed=checkpointed), feature_mask)
         return x
 
@@ -991,7 +993,8 @@ class Zipformer(nn.Module):
         layers = [
             layer.empty_cache(n, left // factor)
             for factor, stack in zip(config.downsampling_factor, self.encoder.encoders, strict=True)
-            for layer in (stack if factor == 1 else stack.encoder).layers
+            for layer in stack.modules()
+            if isinstance(layer, ZipformerLayer)
         ]
         like = embed.out_norm.bias
         front = like.new_zeros(n, subsampling.FRAMES_AHEAD, *embed.convolved_shape)

@@ -118,12 +118,10 @@ class TransformersState:
         """From what `tensors` gave."""
         layers = (
             LayerState(
-                *(
-                    tuple(tensors.get(f"{i}.{kind}.{j}") for j in range(count))
-                    for kind, count in zip(LayerState._fields, counts, strict=True)
-                )
+                tuple(tensors[f"{i}.attention.{j}"] for j in range(attention)),
+                tuple(tensors.get(f"{i}.recurrent.{j}") for j in range(recurrent)),
             )
-            for i, counts in enumerate(tensors["counts"].tolist())
+            for i, (attention, recurrent) in enumerate(tensors["counts"].tolist())
         )
         return cls(tuple(layers), tensors["lens"])
 

@@ -202,7 +202,7 @@ class ModelConfig:
         if self.encoder_dropout and not self.more_encoders:
             raise ValueError("encoder_dropout leaves out one of several encoders, but there are no more_encoders")
         if self.streaming is not None:
-            self._check_streaming()
+            self._check_streaming(self.streaming)
         if self.llm is None:
             self._check_encoder_alone()
         else:
@@ -221,7 +221,7 @@ class ModelConfig:
                     f"more_encoders[{i}].projector.kind: ctc reads the CTC head, which is on the first encoder only"
                 )
 
-    def _check_streaming(self) -> None:
+    def _check_streaming(self, streaming: StreamingConfig) -> None:
         if self.label != "{text}":
             raise ValueError(
                 f"streaming writes the words of a chunk when they have been said, but label {self.label!r} has more "
@@ -231,13 +231,13 @@ class ModelConfig:
             raise ValueError("streaming takes one encoder, and there are more_encoders: leave out one of them")
         if self.encoder.whisper is not None:
             raise ValueError("streaming: Whisper hears whole utterances only; take a Zipformer with causal: true")
-        if self.streaming.delay_seconds and not self.prompt.tells_end_of_stream():
+        if streaming.delay_seconds and not self.prompt.tells_end_of_stream():
             raise ValueError(
-                f"streaming.delay_seconds: {self.streaming.delay_seconds:g} leaves words to write when the audio has "
+                f"streaming.delay_seconds: {streaming.delay_seconds:g} leaves words to write when the audio has "
                 "ended, which the prompt does not tell: have text after {audio} in prompt.streaming, or prompt.boundary"
             )
         if self.encoder.zipformer is not None and not self.encoder.path:
-            for seconds in self.streaming.chunk_seconds:
+            for seconds in streaming.chunk_seconds:
                 chunk_of(seconds, self.encoder.zipformer, self.projector)
 
     def _check_encoder_alone(self) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from speechllm.config import ConfigError, save_config
 from speechllm.decode.options import RecognizeOptions
 from speechllm.decode.recognizer import SpeechLLMRecognizer
+from speechllm.encoder import Zipformer
 from speechllm.encoder.ctc import ctc_losses
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
@@ -199,7 +200,8 @@ class SpeechLLM(SpeechModel):
         if self.config.streaming is None:
             return {}
         # By itself it would draw one in training: but for streams there are batches of their own.
-        sizes, left = self.encoder.config.chunk_size, self.encoder.config.left_context_frames
+        config = cast(Zipformer, self.encoder).config
+        sizes, left = config.chunk_size, config.left_context_frames
         return {
             "chunk_size": -1 if -1 in sizes else max(sizes),
             "left_context_frames": -1 if -1 in left else max(left),
@@ -277,15 +279,17 @@ class SpeechLLM(SpeechModel):
             there is no loss; translations need none.
         """
         is_stream = [request.target_language is None for request in requests]
+        assert self.config.streaming is not None  # else there were no chunk
+        delay_seconds = self.config.streaming.delay_seconds
         dealt = [
             deal_out(
                 ids,
                 said or (),
                 self.tokenizer,
-                before_label=self.config.prompt.before_label,
+                before_label=self.config.prompt.label_prefix,
                 num_chunks=count if streams else 0,
                 chunk_seconds=chunk.seconds,
-                delay_seconds=self.config.streaming.delay_seconds,
+                delay_seconds=delay_seconds,
             )
             for ids, said, count, streams in zip(
                 label_ids, words, chunk.count(feature_lens).tolist(), is_stream, strict=True

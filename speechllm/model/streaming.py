@@ -123,8 +123,8 @@ def aligned_words(
       log_probs: (N, T, V); lens: (N,) frames of `seconds` each.
       label_ids: the pieces of N transcripts, of `tokenizer`.
     """
-    words = []
+    words: list[tuple[WordTime, ...] | None] = []
     for spans, frames in zip(forced_align(log_probs, lens, label_ids, blank), lens.tolist(), strict=True):
         found = None if spans is None else words_from_alignment(spans, tokenizer, seconds, frames)
-        words.append(found and tuple(WordTime(word.text, word.start, word.end) for word in found))
+        words.append(None if found is None else tuple(WordTime(word.text, word.start, word.end) for word in found))
     return words

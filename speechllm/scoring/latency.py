@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from speechllm.decode.result import StreamedWord
-from speechllm.decode.timestamps import word_spans
 from speechllm.prompt.label import WordTime
 from speechllm.scoring.counting import align
 from speechllm.text.normalize import normalize_text
+from speechllm.text.words import word_spans
 
 
 @dataclass
@@ -44,8 +44,8 @@ class Delays:
         normalized = [(text, word) for text, word in normalized if text]
         refs, hyps = iter(said), iter(normalized)
         for ref, hyp in align([word.word for word in said], [text for text, _ in normalized]):
-            truth, written = ref and next(refs), hyp and next(hyps)
-            if ref == hyp:
+            truth, written = next(refs) if ref else None, next(hyps) if hyp else None
+            if truth is not None and written is not None and ref == hyp:
                 delay = written[1].written - truth.end
                 self.words.append(delay)
                 if truth is said[0]:

@@ -405,7 +405,7 @@ class LexiconTokenizer(Tokenizer):
             ids.extend(self._ids_of[phone] for phone in self._pronunciation.get(word, [self.UNKNOWN]))
         return ids
 
-    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+    def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
         """Of tags: a word is known only when it is over."""
         table = {i: tag.encode("utf-8") for i, tag in enumerate(self.tags, start=1)}
         return StreamDecoder(table, table)
