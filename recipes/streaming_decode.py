@@ -44,7 +44,9 @@ from speechllm.cli.options import add_device_option, add_dtype_option, positive
 from speechllm.cli.streaming_options import add_streaming_options, streaming_options
 from speechllm.config import ConfigError
 from speechllm.data import Batch, build_eval_loader
+from speechllm.data.dataset import WaveformBatch
 from speechllm.data.features import SAMPLE_RATE
+from speechllm.data.loader import SpeechLoader
 from speechllm.decode.interface import Speech
 from speechllm.decode.options import StreamingOptions
 from speechllm.decode.result import StreamedWord, streamed_text
@@ -188,7 +190,7 @@ def search_name(model: SpeechLLM | EncoderModel, options: StreamingOptions) -> s
 class Utterance:
     """One that is played: row `row` of its batch, to `stream`; `at` samples of it have been."""
 
-    batch: Batch
+    batch: WaveformBatch
     row: int
     samples: torch.Tensor
     stream: Stream
@@ -196,7 +198,7 @@ class Utterance:
     words: list[StreamedWord] = field(default_factory=list)
 
 
-def streamed(recognizer: StreamingRecognizer, loader, count: int, text_steps: Sequence[str]) -> Measured:
+def streamed(recognizer: StreamingRecognizer, loader: SpeechLoader, count: int, text_steps: Sequence[str]) -> Measured:
     """Play all utterances, `count` at a time."""
     measured = Measured()
     waiting = utterances(recognizer, loader, measured)
@@ -224,9 +226,10 @@ def streamed(recognizer: StreamingRecognizer, loader, count: int, text_steps: Se
         playing = [utterance for utterance in playing if utterance not in ending]
 
 
-def utterances(recognizer: StreamingRecognizer, loader, measured: Measured) -> Iterator[Utterance]:
+def utterances(recognizer: StreamingRecognizer, loader: SpeechLoader, measured: Measured) -> Iterator[Utterance]:
     """Those that the model can recognize, each with a stream that is open."""
     for batch in loader:
+        assert isinstance(batch, WaveformBatch)  # features are on the device
         for row, (request, length) in enumerate(zip(batch.requests, batch.sample_lens.tolist(), strict=True)):
             try:
                 if (target := request.target_language) is not None:
@@ -238,7 +241,7 @@ def utterances(recognizer: StreamingRecognizer, loader, measured: Measured) -> I
                 yield Utterance(batch, row, batch.samples[row, :length], stream)
 
 
-def leave_out(batch: Batch, row: int, error: UserError, measured: Measured) -> None:
+def leave_out(batch: Batch | WaveformBatch, row: int, error: UserError, measured: Measured) -> None:
     logger.warning("left out: %s: %s", batch.ids[row], error)
     measured.left_out += 1
 
@@ -254,7 +257,7 @@ def count_result(measured: Measured, utterance: Utterance, text_steps: Sequence[
 
 
 @torch.no_grad()
-def offline(model: SpeechLLM | EncoderModel, loader, text_steps: Sequence[str]) -> Measured:
+def offline(model: SpeechLLM | EncoderModel, loader: SpeechLoader, text_steps: Sequence[str]) -> Measured:
     """Utterances that are heard whole; a word is written when its utterance has ended."""
     measured = Measured()
     recognizer = model.recognizer()
@@ -278,11 +281,11 @@ def offline(model: SpeechLLM | EncoderModel, loader, text_steps: Sequence[str]) 
         hyps: list[str | None] = [None] * len(batch)
         for i, result in zip(rows, found, strict=True):
             hyps[i] = result.text
-        for i, result in zip(rows, transcripts(batch, hyps, text_steps), strict=True):
-            measured.results.append(result)
-            words = [StreamedWord(text, 0.0, 0.0, 1.0, written=batch.durations[i]) for text in result.hyp.split()]
-            if result.words is not None:
-                measured.delays.add(result.words, words, text_steps, result.language)
+        for i, scored in zip(rows, transcripts(batch, hyps, text_steps), strict=True):
+            measured.results.append(scored)
+            words = [StreamedWord(text, 0.0, 0.0, 1.0, written=batch.durations[i]) for text in scored.hyp.split()]
+            if scored.words is not None:
+                measured.delays.add(scored.words, words, text_steps, scored.language)
     return measured
 
 
@@ -326,7 +329,7 @@ def plot_if_possible(points: Sequence[tuple[str, float, Measured]], path: Path, 
     figure = Figure(figsize=(6.0, 4.0), layout="constrained")
     axis = figure.subplots()
     for label, wer, delays in known:
-        median, p90 = (1000 * percentile(delays, share) for share in (50, 90))
+        median, p90 = (1000 * (percentile(delays, share) or 0.0) for share in (50, 90))
         axis.plot([median, p90], [wer, wer], "-", color="C0", alpha=0.4)
         axis.plot(median, wer, "o", color="C0")
         axis.annotate(label if label == "offline" else f"{label} s", (median, wer), (4, 4), textcoords="offset points")

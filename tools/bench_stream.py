@@ -8,7 +8,7 @@ The utterances of the manifests follow one another without a pause, in a random 
 been played, and are heard as one stream, a second at a time. For each tenth of it are printed the word error rate, the
 median delay (from the true end of a word, `alignment` in the manifest, to the audio that was heard when it was written)
 and the resident memory of the process (Linux). Beside it is the error rate of the same utterances as streams of their
-own. --plot FILE.png draws both.
+own. --plot FILE.png (or .svg) draws both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from speechllm.data.audio import load_samples
 from speechllm.data.features import SAMPLE_RATE, extract_features
 from speechllm.data.manifests.manifest import describe_cut, read_manifest
 from speechllm.data.manifests.source import Entry, said_words
-from speechllm.decode.interface import StreamingOptions
+from speechllm.decode.options import StreamingOptions
 from speechllm.decode.result import StreamedWord, streamed_text
 from speechllm.decode.streaming import StreamingRecognizer
 from speechllm.errors import UserError
@@ -67,7 +67,7 @@ def main() -> None:
         help="a new segment, from a fresh state of the language model, after so long without a word (default: none)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
-    parser.add_argument("--plot", type=Path, help="a PNG file")
+    parser.add_argument("--plot", type=Path, help="a picture: .png, .svg")
     run_to_exit(lambda: measure(parser.parse_args()))
 
 
@@ -168,7 +168,7 @@ def count_errors(parts: Sequence[Part], refs: Sequence[WordTime], words: Sequenc
 
 
 def plot(parts: Sequence[Part], path: Path) -> None:
-    """WER and memory over the stream, as PNG."""
+    """WER and memory over the stream."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -186,7 +186,7 @@ def plot(parts: Sequence[Part], path: Path) -> None:
         axis.set_xlabel("minutes")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    figure.savefig(path, format="png", dpi=100)
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

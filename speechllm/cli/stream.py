@@ -36,7 +36,8 @@ def add_stream(commands: argparse._SubParsersAction) -> None:
         "word, start, end, confidence, written (seconds of audio that had been heard then), segment, joined (no white "
         "space before it). The encoder must be a causal Zipformer; the model one that was trained with "
         "model.streaming, or an encoder with a CTC head. From a microphone: arecord -f S16_LE -r 16000 | speechllm "
-        "stream - --model DIR. Ctrl-C writes the last words and ends with the status 130.",
+        "stream - --model DIR. A new segment begins after --endpoint-seconds, here 1 by default, without a new word. "
+        "Ctrl-C writes the last words and ends with the status 130.",
     )
     stream.add_argument(
         "input",
@@ -72,7 +73,7 @@ def add_stream(commands: argparse._SubParsersAction) -> None:
     )
     add_device_option(stream)
     add_dtype_option(stream)
-    add_streaming_options(stream, endpoint=f"{_ENDPOINT:g}")
+    add_streaming_options(stream)
     stream.set_defaults(run=run_stream, target_language=None)
 
 

@@ -33,6 +33,9 @@ __all__ = [
     "RecognizeOptions",
     "Recognizer",
     "Speech",
+    "StreamChunk",
+    "StreamableModel",
+    "StreamableSpeechLLM",
     "check_length",
 ]
 
@@ -139,6 +142,11 @@ class RecognizableSpeechLLM(Recognizable, Protocol):
     def ctc_text(self, token_ids: Sequence[int]) -> str: ...
 
 
+class PromptHolder(Protocol):
+    @property
+    def prompt(self) -> PromptConfig: ...
+
+
 class StreamableModel(Protocol):
     """What `streaming.StreamingRecognizer` asks of a model: a causal encoder with a CTC head, or what
     `StreamableSpeechLLM` has."""
@@ -149,7 +157,6 @@ class StreamableModel(Protocol):
     @property
     def encoder(self) -> nn.Module:
         """A `speechllm.encoder.Zipformer`; any other is refused."""
-        ...
 
     @property
     def llm(self) -> LanguageModel | None: ...
@@ -166,11 +173,9 @@ class StreamableModel(Protocol):
     @property
     def frame_seconds(self) -> float:
         """Of audio, one frame of the encoder's output."""
-        ...
 
     def encoding(self) -> AbstractContextManager[object]:
         """The context that the encoder computes in."""
-        ...
 
 
 class StreamChunk(Protocol):
@@ -182,16 +187,9 @@ class StreamChunk(Protocol):
     @property
     def encoder_frames(self) -> int:
         """Of 20 ms."""
-        ...
 
     @property
     def left_context_frames(self) -> int: ...
-
-
-class PromptHolder(Protocol):
-    """A configuration with a prompt."""
-
-    prompt: PromptConfig
 
 
 class StreamableSpeechLLM(StreamableModel, Protocol):
@@ -205,16 +203,13 @@ class StreamableSpeechLLM(StreamableModel, Protocol):
     @property
     def projector(self) -> nn.Module:
         """encoder_out (N, T', D), (N,) of one chunk -> audio_embeds (N, T'', D_llm), (N,)."""
-        ...
 
     @property
     def chunks(self) -> Mapping[float, StreamChunk]:
         """By their seconds."""
-        ...
 
     def embed(self, spliced: Spliced, audio_embeds: Tensor, audio_lens: Tensor) -> Tensor:
         """-> inputs_embeds (N, L, D_llm)."""
-        ...
 
     def ctc_label_ids(self, text: str) -> list[int]: ...
 

@@ -205,22 +205,22 @@ class StreamingRecognizer:
         options = options or StreamingOptions()
         # of an encoder alone, what is for a language model is asked in vain
         self.options = options if model.llm is not None else replace(options, ctc=True)
-        encoder = model.encoder
-        if not isinstance(encoder, Zipformer) or not encoder.config.causal:
+        if not isinstance(model.encoder, Zipformer) or not model.encoder.config.causal:
             raise UserError(
                 "the model cannot hear a stream, as its encoder hears whole utterances: streaming needs a causal "
-                "Zipformer (self.encoder.zipformer.causal: true in training)"
+                "Zipformer (model.encoder.zipformer.causal: true in training)"
             )
-        self.encoder = encoder
+        self.encoder: Zipformer = model.encoder
         if self.options.ctc:
             self.chunk: StreamChunk = self._encoder_chunk(chunk_seconds)
-            self.decoder: ChunkDecoder = self._ctc_decoder(model.llm is None)
+            self.decoder: ChunkDecoder = _ctc_decoder(model)
         else:
-            self.chunk = self._trained_chunk(chunk_seconds)
-            self.decoder = TextDecoder(cast(StreamableSpeechLLM, model), self.chunk, self.options)
+            speech_llm = cast(StreamableSpeechLLM, model)
+            self.chunk = _trained_chunk(speech_llm, chunk_seconds)
+            self.decoder = TextDecoder(speech_llm, self.encoder.output_dim, self.chunk, self.options)
         if before_label := model.config.prompt.label_prefix.strip():
             raise UserError(f"prompt.before_label: {before_label!r} is no white space, and in a stream would be a word")
-        self.window, self.shift = encoder.step_frames(self.chunk.encoder_frames)
+        self.window, self.shift = self.encoder.step_frames(self.chunk.encoder_frames)
 
     def open(self, language: str | None = None, context: Request | None = None) -> Stream:
         """A new stream; its language and context are the recognizer's if not given.
@@ -415,27 +415,27 @@ class StreamingRecognizer:
             )
         return EncoderChunk(seconds, size, max(left))
 
-    def _trained_chunk(self, seconds: float) -> StreamChunk:
-        """A chunk that the language model writes after."""
-        chunks = cast(StreamableSpeechLLM, self.model).chunks
-        if not chunks:
-            way_out = "" if self.model.ctc_head is None else "; the CTC head can write what a stream says: ctc"
-            raise UserError(
-                "the language model writes when all is heard, as it was trained without model.streaming" + way_out
-            )
-        if seconds not in chunks:
-            raise UserError(
-                f"chunk_seconds: {seconds:g} is none of those that the model was trained with: "
-                f"{', '.join(f'{chunk:g}' for chunk in sorted(chunks))}"
-            )
-        return chunks[seconds]
 
-    def _ctc_decoder(self, is_encoder_alone: bool) -> CTCDecoder:
-        model = self.model
-        if model.ctc_head is None:
-            raise UserError("the model has no CTC head (it was trained with model.ctc_weight: 0) that could write")
-        own = model.tokenizer if is_encoder_alone else cast(StreamableSpeechLLM, model).ctc_tokenizer
-        return CTCDecoder(model, own)
+def _trained_chunk(model: StreamableSpeechLLM, seconds: float) -> StreamChunk:
+    """A chunk that the language model writes after."""
+    if not model.chunks:
+        way_out = "" if model.ctc_head is None else "; the CTC head can write what a stream says: ctc"
+        raise UserError(
+            "the language model writes when all is heard, as it was trained without model.streaming" + way_out
+        )
+    if seconds not in model.chunks:
+        raise UserError(
+            f"chunk_seconds: {seconds:g} is none of those that the model was trained with: "
+            f"{', '.join(f'{chunk:g}' for chunk in sorted(model.chunks))}"
+        )
+    return model.chunks[seconds]
+
+
+def _ctc_decoder(model: StreamableModel) -> CTCDecoder:
+    if model.ctc_head is None:
+        raise UserError("the model has no CTC head (it was trained with model.ctc_weight: 0) that could write")
+    tokenizer = model.tokenizer if model.llm is None else cast(StreamableSpeechLLM, model).ctc_tokenizer
+    return CTCDecoder(model, model.ctc_head, tokenizer)
 
 
 def _floating_point(samples: np.ndarray | Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from speechllm.decode.ctc import TokenSpan
 from speechllm.decode.interface import StreamableModel
@@ -57,12 +57,12 @@ class CTCDecoder:
     (`timestamps.words_from_alignment`).
 
     Args:
-      model: with a CTC head; in evaluation mode.
-      tokenizer: of the head's pieces.
+      model: in evaluation mode.
+      head, tokenizer: its CTC head, and that of the head's pieces.
     """
 
-    def __init__(self, model: StreamableModel, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: StreamableModel, head: nn.Module, tokenizer: Tokenizer) -> None:
+        self.model, self.head, self.tokenizer = model, head, tokenizer
         # one at least: a token that the next frame may go on with is not done
         self._longest_token = max(1, round(TOKEN_SECONDS / model.frame_seconds))
 
@@ -83,8 +83,7 @@ class CTCDecoder:
     ) -> list[list[StreamedWord]]:
         """The new words of N streams, `written` left at 0: encoder_out (N, T, D), lens (N,)."""
         if encoder_out.shape[1]:
-            assert self.model.ctc_head is not None  # `StreamingRecognizer` sees to it
-            best = self.model.ctc_head(encoder_out).float().log_softmax(-1).max(-1)
+            best = self.head(encoder_out).float().log_softmax(-1).max(-1)
             rows = zip(texts, best.indices.tolist(), best.values.tolist(), lens.tolist(), strict=True)
             for text, classes, log_probs, length in rows:
                 self._hear(text, classes[:length], log_probs[:length])

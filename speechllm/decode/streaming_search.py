@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from operator import itemgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from speechllm.decode.ctc import TokenSpan, forced_align
+from speechllm.decode.ctc import forced_align
 from speechllm.decode.hotwords import Hotwords, HotwordState
 from speechllm.decode.interface import StreamableSpeechLLM, StreamChunk
 from speechllm.decode.options import StreamingOptions
@@ -27,7 +27,6 @@ from speechllm.decode.result import StreamedWord, Word
 from speechllm.decode.search import SCORED_CANDIDATES, Prompt, read_prompts
 from speechllm.decode.streaming_words import WordPieces, text_pieces, word_pieces
 from speechllm.decode.timestamps import words_from_alignment
-from speechllm.encoder import Zipformer
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModelState
 from speechllm.llm.transformers_cache import TransformersState
@@ -136,14 +135,18 @@ class TextDecoder:
 
     Args:
       model: in evaluation mode.
+      encoder_dim: the width of its encoder's output.
       chunk: one of the model's.
 
     Raises:
       UserError: the hotwords cannot be read.
     """
 
-    def __init__(self, model: StreamableSpeechLLM, chunk: StreamChunk, options: StreamingOptions) -> None:
+    def __init__(
+        self, model: StreamableSpeechLLM, encoder_dim: int, chunk: StreamChunk, options: StreamingOptions
+    ) -> None:
         self.model, self.chunk, self.options = model, chunk, options
+        self._heard_dim = encoder_dim if model.ctc_head is not None else 0
         self.hotwords = None
         if options.hotwords is not None:
             self.hotwords = Hotwords.from_file(options.hotwords, model.tokenizer, options.hotword_weight)
@@ -161,8 +164,8 @@ class TextDecoder:
           UserError: the prompt has a slot for what is not given.
         """
         _, llm = self._prompt(language, context)
-        heard = torch.empty(0, cast(Zipformer, self.model.encoder).output_dim if self.model.ctc_head is not None else 0)
-        return StreamText(language, context, llm, [self._empty()], heard.to(self.model.device))
+        heard = torch.empty(0, self._heard_dim, device=self.model.device)
+        return StreamText(language, context, llm, [self._empty()], heard)
 
     def load(self, tensors: Mapping[str, Tensor], counts: dict[str, Any]) -> StreamText:
         """From what `StreamText.tensors` and `counts` gave."""
@@ -203,8 +206,7 @@ class TextDecoder:
         for text, frames, length in zip(texts, encoder_out, lens.tolist(), strict=True):
             text.frames += length
             text.chunks += 1
-            width = text.heard.shape[1]
-            text.heard = torch.cat([text.heard, frames[:length, :width]])[-self._most_heard :]
+            text.heard = torch.cat([text.heard, frames[:length, : self._heard_dim]])[-self._most_heard :]
         at_once = max(1, self.options.max_rows // self.options.beam)
         words: list[list[StreamedWord]] = []
         for first in range(0, len(texts), at_once):
@@ -296,7 +298,7 @@ class TextDecoder:
         log_probs = log_probs.gather(1, ids)
         scores = log_probs
         if self.hotwords is not None:
-            boosts = self.hotwords.weight * self.hotwords.score([cast(HotwordState, h.hotwords) for h in running], ids)
+            boosts = self.hotwords.weight * self.hotwords.score(_states(running), ids)
             if not is_end:  # a phrase that has begun may go on in the next chunk
                 boosts = boosts.masked_fill(ids == self._eos, 0.0)
             scores = scores + boosts
@@ -307,9 +309,7 @@ class TextDecoder:
         """The hypotheses with their last tokens read by the phrases."""
         if self.hotwords is None:
             return running
-        states = self.hotwords.advance(
-            [cast(HotwordState, h.hotwords) for h in running], [h.tokens[-1] for h in running]
-        )
+        states = self.hotwords.advance(_states(running), [hypothesis.tokens[-1] for hypothesis in running])
         return [hypothesis._replace(hotwords=state) for hypothesis, state in zip(running, states, strict=True)]
 
     def _take(self, text: StreamText, ended: list[_Ended]) -> None:
@@ -362,17 +362,14 @@ class TextDecoder:
         """The first `certain` words with the times at which the CTC head hears them; without, they share the time."""
         model, frames = self.model, len(text.heard)
         start = text.frames - frames
-        spans: tuple[TokenSpan, ...] = ()
+        spans = None
         if model.ctc_head is not None and frames:
             said = "".join(word.text if word.joined else f" {word.text}" for word in words).removeprefix(" ")
             log_probs = model.ctc_head(text.heard[None]).float().log_softmax(-1)
             lens = torch.tensor([frames], device=log_probs.device)
-            (aligned,) = forced_align(log_probs, lens, [model.ctc_label_ids(said)], model.blank_id)
-            spans = aligned or ()
-        timed: Sequence[Word] = ()
-        if spans:
-            timed = words_from_alignment(spans, model.ctc_tokenizer, model.frame_seconds, frames)
-        if [word.text for word in timed] == [word.text for word in words]:
+            (spans,) = forced_align(log_probs, lens, [model.ctc_label_ids(said)], model.blank_id)
+        timed = list(words_from_alignment(spans, model.ctc_tokenizer, model.frame_seconds, frames)) if spans else []
+        if spans and [word.text for word in timed] == [word.text for word in words]:
             letters = sum(len(word.text) for word in words[:certain])
             said_letters = accumulate(len(model.ctc_tokenizer.decode([span.token]).strip()) for span in spans)
             kept = next((span.end for span, done in zip(spans, said_letters, strict=True) if done >= letters), frames)
@@ -421,6 +418,11 @@ def _extended(
     if extended and len(scores) == beam and extended[0][1].score <= scores[-1]:
         extended = []
     return sorted(extended, key=itemgetter(0)), stopped
+
+
+def _states(running: Sequence[_Running]) -> list[HotwordState]:
+    """Where hypotheses are in the phrases, of which there are some."""
+    return [hypothesis.hotwords for hypothesis in running if hypothesis.hotwords is not None]
 
 
 def _confidence(pieces: Sequence[_Piece], word: WordPieces) -> float:

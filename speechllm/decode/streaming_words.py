@@ -37,7 +37,7 @@ def text_pieces(token_ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def word_pieces(pieces: Sequence[str]) -> list[WordPieces]:
-    """The words (see `timestamps.word_spans`) of the text that `pieces` are, joined."""
+    """The words (see `speechllm.text.words.word_spans`) of the text that `pieces` are, joined."""
     ends = list(accumulate(map(len, pieces)))
     piece_of = [i for i, piece in enumerate(pieces) for _ in piece]  # of each character
     text = "".join(pieces)

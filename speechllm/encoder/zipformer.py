@@ -560,7 +560,7 @@ class ZipformerLayer(nn.Module):
     def empty_cache(self, n: int, left_frames: int) -> LayerCache:
         """Of N streams that have not begun, for attention to `left_frames` before a chunk."""
         frames = {part: left_frames for part in LAYER_PARTS}
-        conv = cast(ChunkCausalConv, self.conv_module1.depthwise_conv)  # of a causal model
+        conv = cast(ChunkCausalConv, self.conv_module1.depthwise_conv)  # which a causal model has
         frames["conv1"] = frames["conv2"] = conv.chunkwise_conv.kernel_size[0] // 2
         dims = {
             "key": self.self_attn_weights.query_dim,
@@ -608,8 +608,8 @@ class Stack(nn.Module):
         pos_emb = F.dropout(frames.pos_emb, 0.15, self.training)
         frames = dataclasses.replace(frames, pos_emb=pos_emb)
         x = _masked(x, feature_mask)
-        given: Sequence[LayerCache | None] = caches or [None] * len(self.layers)
-        for layer, cache in zip(self.layers, given, strict=True):
+        of_layers: Sequence[LayerCache | None] = [None] * len(self.layers) if caches is None else caches
+        for layer, cache in zip(self.layers, of_layers, strict=True):
             x = _masked(run(layer, x, frames, cache, checkpointed=checkpointed), feature_mask)
         return x
 
@@ -990,11 +990,11 @@ class Zipformer(nn.Module):
             )
         left = max(left // chunk_size, 1) * chunk_size
         embed = self.encoder_embed
+        stacks = [cast(Stack, stack if isinstance(stack, Stack) else stack.encoder) for stack in self.encoder.encoders]
         layers = [
-            layer.empty_cache(n, left // factor)
-            for factor, stack in zip(config.downsampling_factor, self.encoder.encoders, strict=True)
-            for layer in stack.modules()
-            if isinstance(layer, ZipformerLayer)
+            cast(ZipformerLayer, layer).empty_cache(n, left // factor)
+            for factor, stack in zip(config.downsampling_factor, stacks, strict=True)
+            for layer in stack.layers
         ]
         like = embed.out_norm.bias
         front = like.new_zeros(n, subsampling.FRAMES_AHEAD, *embed.convolved_shape)

@@ -63,12 +63,10 @@ class LanguageModelState(Protocol):
 
     def tensors(self) -> dict[str, Tensor]:
         """All that it holds, by name, for `from_tensors` and for files."""
-        ...
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LanguageModelState:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """From what `tensors` gave."""
-        ...
 
 
 _NO_STATE = "has_initial_state is False"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from speechllm.config import ConfigError, save_config
 from speechllm.decode.options import RecognizeOptions
 from speechllm.decode.recognizer import SpeechLLMRecognizer
-from speechllm.encoder import Zipformer
+from speechllm.encoder import ZipformerConfig
 from speechllm.encoder.ctc import ctc_losses
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
@@ -135,15 +135,15 @@ class SpeechLLM(SpeechModel):
         return model
 
     @property
+    def streaming(self) -> StreamingConfig | None:
+        """How it writes while it listens; None if it does not."""
+        return self.config.streaming
+
+    @property
     def llm_section(self) -> LLMSection:
         """The configuration of the language model."""
         assert self.config.llm is not None  # see `from_config`
         return self.config.llm
-
-    @property
-    def streaming(self) -> StreamingConfig | None:
-        """How it writes while it listens; None if it does not."""
-        return self.config.streaming
 
     @property
     def seconds_per_position(self) -> float:
@@ -200,7 +200,7 @@ class SpeechLLM(SpeechModel):
         if self.config.streaming is None:
             return {}
         # By itself it would draw one in training: but for streams there are batches of their own.
-        config = cast(Zipformer, self.encoder).config
+        config = cast(ZipformerConfig, self.encoder.config)  # `chunks_of` sees to it
         sizes, left = config.chunk_size, config.left_context_frames
         return {
             "chunk_size": -1 if -1 in sizes else max(sizes),
@@ -279,8 +279,7 @@ class SpeechLLM(SpeechModel):
             there is no loss; translations need none.
         """
         is_stream = [request.target_language is None for request in requests]
-        assert self.config.streaming is not None  # else there were no chunk
-        delay_seconds = self.config.streaming.delay_seconds
+        delay = 0.0 if self.streaming is None else self.streaming.delay_seconds
         dealt = [
             deal_out(
                 ids,
@@ -289,7 +288,7 @@ class SpeechLLM(SpeechModel):
                 before_label=self.config.prompt.label_prefix,
                 num_chunks=count if streams else 0,
                 chunk_seconds=chunk.seconds,
-                delay_seconds=delay_seconds,
+                delay_seconds=delay,
             )
             for ids, said, count, streams in zip(
                 label_ids, words, chunk.count(feature_lens).tolist(), is_stream, strict=True

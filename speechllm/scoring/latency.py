@@ -45,7 +45,7 @@ class Delays:
         refs, hyps = iter(said), iter(normalized)
         for ref, hyp in align([word.word for word in said], [text for text, _ in normalized]):
             truth, written = next(refs) if ref else None, next(hyps) if hyp else None
-            if truth is not None and written is not None and ref == hyp:
+            if ref == hyp and truth is not None and written is not None:
                 delay = written[1].written - truth.end
                 self.words.append(delay)
                 if truth is said[0]:

@@ -130,10 +130,10 @@ def test_words_of_a_pipe_and_of_a_file(encoder_model, tmp_path):  # noqa: F811
     ("arguments", "message"),
     [
         (["-", "--realtime"], "--realtime: is for files"),
-        (["-", "--beam", "0"], "--beam: must be at least 1"),
-        (["-", "--ctc", "--hotwords", "x"], "--hotwords: is for the language model's search"),
+        (["-", "--beam", "0"], "beam must be at least 1, got 0"),
+        (["-", "--ctc", "--hotwords", "x"], "hotwords: is for the language model's search"),
         (["no-such-file"], "no-such-file: no such file"),
-        (["-", "--stable-seconds", "1.5"], "--stable-seconds: is for a beam"),
+        (["-", "--stable-seconds", "1.5"], "stable_seconds: is for a beam"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, message, capsys):
