@@ -133,7 +133,7 @@ class RecognizeOptions:
     def without_effect(self) -> dict[str, str]:
         """The names of the options that change nothing beside the others, and what is wrong with giving them; those of
         `search` aside."""
-        found = {}
+        found: dict[str, str] = {}
         if self.hotwords is None:
             found["hotword_weight"] = "is the weight of hotwords, and none are given"
         if self.ngram is None:
