@@ -1,5 +1,7 @@
 """Small models and batches that many tests share."""
 
+import random
+
 import pytest
 import torch
 
@@ -31,6 +33,12 @@ def index_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def python_random():
+    """Zipformer's training draws from Python's `random` too: what a test learns depends on no other test."""
+    random.seed(0)
 
 
 @pytest.fixture(scope="session")
