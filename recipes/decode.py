@@ -35,7 +35,7 @@ from speechllm.cli.exits import run_to_exit
 from speechllm.cli.options import add_dtype_option
 from speechllm.cli.search_options import add_search_options, check_without_language_model, search_options
 from speechllm.config import ConfigError
-from speechllm.data import Batch, build_eval_loader
+from speechllm.data import Batch, SourceConfig, build_eval_loader
 from speechllm.decode.interface import RecognizeOptions, Recognizer, Speech
 from speechllm.decode.result import Recognition
 from speechllm.errors import UserError
@@ -116,7 +116,11 @@ def decode(
         audio_seconds, stopped, left_out, start = 0.0, 0, 0, time.perf_counter()
         batches: deque[tuple[Batch, list[int]]] = deque()  # that are being searched, and the rows that can be
 
-        def speech(sources=sources, name=name, batches=batches) -> Iterator[Speech]:
+        def speech(
+            sources: list[SourceConfig] = sources,
+            name: str = name,
+            batches: deque[tuple[Batch, list[int]]] = batches,
+        ) -> Iterator[Speech]:
             nonlocal left_out
             loader = build_eval_loader(config.data, sources, feature_kind=model.feature_kind)
             for batch in tqdm(loader, desc=name, unit="batch", disable=None):
@@ -132,14 +136,12 @@ def decode(
             found: list[Recognition | None] = [None] * len(batch)
             for row, recognition in zip(rows, recognitions, strict=True):
                 found[row] = recognition
-            results[search] += transcripts(
-                batch,
-                [r and r.text for r in found],
-                config.data.text,
-                [r and r.language for r in found],
-                [r and r.words for r in found],
+            texts, languages, words, ctc_texts = (
+                [getattr(recognition, name, None) for recognition in found]
+                for name in ("text", "language", "words", "ctc_text")
             )
-            if ctc_found := transcripts(batch, [r and r.ctc_text for r in found], config.data.text):
+            results[search] += transcripts(batch, texts, config.data.text, languages, words)
+            if ctc_found := transcripts(batch, ctc_texts, config.data.text):
                 results[ctc_search] += ctc_found
             audio_seconds += sum(batch.durations[row] for row in rows)
             stopped += sum(r.fallback is not None for r in recognitions)
@@ -151,11 +153,12 @@ def decode(
         if not results[search]:
             logger.error("%s: no utterance of this test set can be recognized", name)
             continue
-        for setting, found in results.items():
-            report = write_reports(exp_dir / setting, name, model_dir.name, found, setting=setting)
+        for setting, recognized in results.items():
+            report = write_reports(exp_dir / setting, name, model_dir.name, recognized, setting=setting)
             logger.info("%s, %s: WER %s", name, setting, report)
-            groups = {lang: [t for t in found if t.language == lang] for lang in {t.language for t in found} - {None}}
-            for language, group in [*sorted(groups.items()), ("all", found)]:
+            spoken = sorted({t.language for t in recognized if t.language is not None})
+            groups = [(language, [t for t in recognized if t.language == language]) for language in spoken]
+            for language, group in [*groups, ("all", recognized)]:
                 table[name, language].setdefault("words", str(score(group).ref_len))  # CTC may have fewer
                 table[name, language] |= measures(setting, group)
     if not table:

@@ -157,7 +157,7 @@ def train(
     if config.train.scan_largest_batches and state.step < config.train.num_steps:
         preflight.scan_largest_batches(accelerator, model, state.loader)
     if print_diagnostics:
-        print(statistics_of(accelerator, model, next(iter(state.loader))))
+        print(statistics_of(accelerator, model, next(iter(state.loader)).to(accelerator.device)))
         return False
     if not train_epochs(accelerator, config, exp_dir, model, valid_loader, state):
         return False
@@ -272,7 +272,7 @@ def distribute(
     accelerator: Accelerator, model: SpeechLLM | EncoderModel, config: Experiment
 ) -> tuple[torch.nn.Module, Optimizer]:
     """The model on its device, for all processes as one (DDP, or with `train.fsdp` FSDP2), and its optimizer."""
-    if config.train.fsdp:
+    if config.train.fsdp and isinstance(model, SpeechLLM):
         shard_language_model(model, accelerator.device)
         return model, accelerator.prepare_optimizer(build_optimizer(model, config.optim))
     # Every process has the frozen weights from the same files: DDP need not send them, and cannot if quantized.
@@ -317,7 +317,7 @@ def train_step(
     """
     bare = accelerator.unwrap_model(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    tokens = sum(len(bare.label_ids(label)) + 1 for batch in batches for label in batch.labels)
+    tokens = sum(bare.num_label_tokens(batch.labels, batch.feature_lens, batch.chunk_seconds) for batch in batches)
     tokens = accelerator.reduce(torch.tensor(float(tokens), device=accelerator.device)).item()
     note("labels")
     losses = Averages()

@@ -62,11 +62,14 @@ class Failure:
 
 
 def in_own_process(function: Callable, *args, threads: int):
-    """What ``function(*args)`` returns in a fresh process of ``threads`` threads, or a ``Failure``.
+    """What ``function(*args)`` returns in a process of ``threads`` threads that has only imported PyTorch, or a
+    ``Failure``.
 
     One package that is missing or breaks does not cost the rows of the others; what broke goes to stderr.
     """
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "speechllm.model.speech_llm"])  # once, for all such processes
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) as pool:
         try:
             return pool.submit(function, *args).result()
         except ModuleNotFoundError as e:
@@ -116,12 +119,12 @@ def memory_of(run: Callable[[], object], device: str = "cpu") -> tuple[int, int]
         return held, torch.cuda.max_memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)  # what is free now would hide what the run takes
     Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
-    held = _resident("VmRSS")
+    held = resident("VmRSS")
     run()
-    return held, _resident("VmHWM")
+    return held, resident("VmHWM")
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 

@@ -57,7 +57,8 @@ def main() -> None:
 
 
 def convert(source: Path, target: Path) -> None:
-    """
+    """Write a folder that transformers reads.
+
     Raises:
         FileNotFoundError: there is no model.bin.
         UserError: it is damaged, or no Whisper.
@@ -276,7 +277,8 @@ def load_tokenizer(source: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
+    """What a file says.
+
     Raises:
         UserError: it is no JSON.
     """

@@ -45,7 +45,8 @@ def main() -> None:
 
 
 def convert(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """
+    """Write a folder that transformers reads.
+
     Raises:
         FileNotFoundError: no such file.
         UserError: it is no GGUF, transformers cannot read its kind of model, or values are not finite in `dtype`.

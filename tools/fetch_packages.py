@@ -48,7 +48,8 @@ def main() -> None:
 
 
 def fetch_debian(folder: Path, names: Sequence[str]) -> None:
-    """
+    """Unpack packages of Debian, with apt-get.
+
     Raises:
         UserError: there is no apt-get or dpkg-deb, or one of them fails.
     """
@@ -91,7 +92,8 @@ def apt_download(name: str, folder: Path) -> None:
 
 
 def fetch_pypi(folder: Path, requirements: Path) -> None:
-    """
+    """Fetch files of PyPI, with pip.
+
     Raises:
         UserError: a line is no requirement with a hash; pip cannot fetch it, or it has another hash.
     """
@@ -130,7 +132,8 @@ def fetch_missing(folder: Path, names: Sequence[str], fetch: Callable[[str, Path
 
 
 def run(*command: str, folder: Path) -> None:
-    """
+    """Run a command in a folder.
+
     Raises:
         UserError: the command fails; with what it said last.
     """

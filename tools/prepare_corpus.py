@@ -35,7 +35,8 @@ from speechllm.files import replaced_file
 
 
 def check_aishell(corpus_dir: Path, parts: list[str]) -> None:
-    """
+    """Whether all that is to be read is there.
+
     Raises:
         UserError: the folder is not AISHELL-1 as distributed and unpacked.
     """
@@ -50,7 +51,8 @@ def check_aishell(corpus_dir: Path, parts: list[str]) -> None:
 
 
 def check_librispeech(corpus_dir: Path, parts: list[str]) -> None:
-    """
+    """Whether all that is to be read is there.
+
     Raises:
         UserError: a part is missing.
     """

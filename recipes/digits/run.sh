@@ -49,9 +49,12 @@ name=$(basename "$config" .yaml)
 name=${name#digits}
 exp=recipes/digits/exp${name:+-${name#-}}$quick
 num_steps=$(sed -n 's/^  num_steps: *\([0-9]*\).*/\1/p' "$config")
+# where the last stage of a configuration with stages is trained
+last=$(sed -n '/^stages:/,/^[a-z]*:$/s/^  \([a-z_]*\):.*/\1/p' "$config" | tail -n 1)
+trained=$exp${last:+/$last}
 if [ "$quick" ]; then
     num_steps=100
-    settings=(--optim.warmup_steps 20)
+    settings=(--train.num_steps 100 --optim.warmup_steps 20)
     if grep -q '^  ctc_only_steps:' "$config"; then
         settings+=(--train.ctc_only_steps 50)
     fi
@@ -64,10 +67,17 @@ echo "== 2. tokenizer"
 python recipes/digits/train_tokenizer.py --data-dir recipes/digits/data --vocab-size 400
 
 echo "== 3. training"
-python recipes/train.py --config "$config" --exp-dir "$exp" --train.num_steps "$num_steps" "${settings[@]}"
+python recipes/train.py --config "$config" --exp-dir "$exp" "${settings[@]}"
 
 echo "== 4. averaging"
-python tools/average_ckpt.py --exp-dir "$exp" --iter "$num_steps" --avg $avg
+python tools/average_ckpt.py --exp-dir "$trained" --iter "$num_steps" --avg $avg
+model=$trained/iter-$num_steps-avg-$avg
 
 echo "== 5. decoding"
-python recipes/decode.py --config "$config" --exp-dir "$exp" --model "$exp/iter-$num_steps-avg-$avg"
+python recipes/decode.py --config "$config" --exp-dir "$exp" --model "$model"
+
+if grep -q '^  streaming:' "$config"; then
+    echo "== 6. streams"
+    python recipes/streaming_decode.py --config "$config" --exp-dir "$exp" --model "$model" \
+        --chunk-seconds 0.32 0.64 1.28 offline
+fi

@@ -73,7 +73,8 @@ class Archive:
         return sorted(name for name in self._places if name.endswith(suffix))
 
     def read(self, name: str) -> bytes:
-        """
+        """What a file of the archive holds.
+
         Raises:
             UserError: no such file, or it goes beyond the end.
         """

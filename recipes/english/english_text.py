@@ -34,7 +34,8 @@ _LONG_RUN = re.compile(r"(.)\1{2,}")
 
 @dataclass(frozen=True)
 class EnglishText:
-    """
+    """Words and their spelling.
+
     Args:
         dictionary: the words of English, those of `words.yaml` included.
         sounds: noises that are written as words.
@@ -48,7 +49,8 @@ class EnglishText:
 
     @classmethod
     def load(cls, dictionary: Path) -> EnglishText:
-        """
+        """The words of a dictionary; sounds and spelling are those of `words.yaml`.
+
         Args:
             dictionary: a pronunciation dictionary, of CMU's form: a line starts with its word; `word(2)` is another
                 pronunciation.

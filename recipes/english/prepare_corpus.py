@@ -26,7 +26,7 @@ import json
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -100,7 +100,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        check_hash(find(args.packages_dir, "queen.1c"), QUEEN_SHA256)
+        check_hash(find(args.packages_dir, "queen.1c"), QUEEN_SHA256, "flight-of-the-amazon-queen 1.0.0-9")
         text = EnglishText.load(args.dictionary or installed_dictionary())
         sets = build_corpus(args.packages_dir, args.output_dir, text)
     except (UserError, OSError) as e:
@@ -115,16 +115,17 @@ def main() -> None:
             )
 
 
-def check_hash(path: Path, sha256: str) -> None:
-    """
+def check_hash(path: Path, sha256: str, package: str) -> None:
+    """Whether a file is the one that is meant.
+
     Raises:
         UserError: the file has another hash.
     """
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
         raise UserError(
-            f"{path}: has the SHA-256 {found}, and not {sha256}: is it complete, and that of the package "
-            "flight-of-the-amazon-queen 1.0.0-9? Remove it and fetch it again"
+            f"{path}: has the SHA-256 {found}, and not {sha256}: is it complete, and that of the package {package}? "
+            "Remove it and fetch it again"
         )
 
 
@@ -151,31 +152,28 @@ def build_corpus(packages: Path, output: Path, text: EnglishText) -> dict[str, l
         UserError: a package is missing or not as expected.
     """
     with replaced_folder(output) as folder:
-        left_out: list[dict[str, str]] = []
-
-        def usable(recordings: Iterable[Recording], check: bool = True) -> list[Utterance]:
-            kept = []
-            for recording in tqdm(recordings, unit="recording", disable=None):
-                converted = convert(recording, text, folder, check)
-                if isinstance(converted, Utterance):
-                    kept.append(converted)
-                else:
-                    left_out.append(
-                        {"name": recording.name, "source": recording.source, "text": recording.text, "why": converted}
-                    )
-            return kept
-
         archive = Archive(find(packages, "queen.1c"))
-        sets = split(usable(queen_recordings(archive)))
-        sets["train"] += usable(prompts(packages))
-        sets["other"] = usable(other_speakers(packages), check=False)
-        for name, lines in [*sets.items(), ("left_out", left_out)]:
-            objects = (line if isinstance(line, dict) else asdict(line) for line in lines)
-            content = "".join(json.dumps(obj) + "\n" for obj in objects)
-            (folder / f"{name}.jsonl").write_text(content, encoding="utf-8")
+        dialogues, left_out = convert_all(queen_recordings(archive), text, folder)
+        sets = split(dialogues)
+        spoken_prompts, wrong_prompts = convert_all(prompts(packages), text, folder)
+        sets["train"] += spoken_prompts
+        left_out += wrong_prompts
+        sets["other"], _ = convert_all(other_speakers(packages), text, folder, check=False)
+        for name, utterances in sets.items():
+            write_lines(folder / f"{name}.jsonl", map(asdict, utterances))
+        write_lines(folder / "left_out.jsonl", left_out)
+    report_left_out(left_out)
+    return sets
+
+
+def write_lines(path: Path, objects: Iterable[dict]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(obj) + "\n" for obj in objects), encoding="utf-8")
+
+
+def report_left_out(left_out: Iterable[Mapping[str, str]]) -> None:
     for reason, count in Counter(line["why"] for line in left_out).most_common():
         print(f"left out: {count} of {reason}")
-    return sets
 
 
 # ---------------------------------------------------------------------------------------------- recordings
@@ -253,6 +251,27 @@ def decode(content: bytes, format: str) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------- sets
+
+
+def convert_all(
+    recordings: Iterable[Recording], text: EnglishText, folder: Path, check: bool = True
+) -> tuple[list[Utterance], list[dict[str, str]]]:
+    """`convert` each recording.
+
+    Returns:
+        the utterances; and for each recording that is left out its name, source, text, and why.
+    """
+    kept: list[Utterance] = []
+    left_out: list[dict[str, str]] = []
+    for recording in tqdm(recordings, unit="recording", disable=None):
+        converted = convert(recording, text, folder, check)
+        if isinstance(converted, Utterance):
+            kept.append(converted)
+        else:
+            left_out.append(
+                {"name": recording.name, "source": recording.source, "text": recording.text, "why": converted}
+            )
+    return kept, left_out
 
 
 def convert(recording: Recording, text: EnglishText, folder: Path, check: bool) -> Utterance | str:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Make English text to train a language model on, the training transcripts and what people wrote and said, with phones.
+r"""Make English text to train a language model on: the transcripts, and what people wrote and said, with phones.
 
-    recipes/english/prepare_text.py --packages-dir PACKAGES --corpus-dir recipes/english/data/corpus \\
+    recipes/english/prepare_text.py --packages-dir PACKAGES --corpus-dir recipes/english/data/corpus \
         --lexicon recipes/english/data/lexicon --output-dir recipes/english/data/text
 
 PACKAGES holds, unpacked, the Debian packages
@@ -29,7 +29,7 @@ import random
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 from english_text import EnglishText, installed_dictionary
@@ -80,15 +80,10 @@ def collect_text(packages: Path, corpus: Path, text: EnglishText) -> dict[str, l
     """
     held_out = {words for name in ("test", "other", "valid") for words in transcripts(corpus, name)}
     documents = {"train": list(transcripts(corpus, "train")), "valid": list(transcripts(corpus, "valid"))}
-    sources = {
-        "dict-wn": quotations(find(packages, "wn.dict.dz"), _EXAMPLE),
-        "dict-gcide": quotations(find(packages, "gcide.dict.dz"), _CITATION),
-        "fortunes": sayings(find(packages, "games/fortunes")),
-    }
-    for name, written in sources.items():
+    for name, written in paragraphs(packages).items():
         seen: set[str] = set()
         for paragraph in tqdm(written, desc=name, unit="paragraph", disable=None):
-            document = sentences(paragraph, text, held_out)
+            document = " ".join(sentences(paragraph, text, held_out))
             if document and document not in seen:
                 seen.add(document)
                 # by its hash, so that a change of one text moves no other
@@ -126,6 +121,19 @@ def pieces(documents: list[str], cut: random.Random) -> Iterator[str]:
             words = words[size:]
 
 
+def paragraphs(packages: Path) -> dict[str, Iterator[str]]:
+    """What is written in each package.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    return {
+        "dict-wn": quotations(find(packages, "wn.dict.dz"), _EXAMPLE),
+        "dict-gcide": quotations(find(packages, "gcide.dict.dz"), _CITATION),
+        "fortunes": sayings(find(packages, "games/fortunes")),
+    }
+
+
 def transcripts(corpus: Path, name: str) -> Iterator[str]:
     for line in (corpus / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
         yield json.loads(line)["text"]
@@ -149,14 +157,14 @@ def sayings(folder: Path) -> Iterator[str]:
             yield _ATTRIBUTION.sub("", entry)
 
 
-def sentences(paragraph: str, text: EnglishText, held_out: set[str]) -> str:
-    """The usable sentences of a paragraph, normalized, one after another; empty where there are none."""
+def sentences(paragraph: str, text: EnglishText, held_out: Set[str]) -> list[str]:
+    """The usable sentences of a paragraph, normalized."""
     usable = []
     for sentence in _END_OF_SENTENCE.split(paragraph):
         words = text.normalize(sentence)
         if len(words.split()) >= SENTENCE_WORDS and not text.unknown_words(words) and words not in held_out:
             usable.append(words)
-    return " ".join(usable)
+    return usable
 
 
 if __name__ == "__main__":

@@ -4,22 +4,27 @@
 #   recipes/english/run.sh [--quick] [OPTION ...]
 #
 #   --quick            an encoder alone, trained for a few minutes, in exp-ctc-quick
+#   --gpu              all of the encoder is trained, on recordings made faster and slower, larger batches, bf16
 #   --llm NAME         which language model reads what the encoder hears: rwkv7, smollm2, or none (default: rwkv7)
 #   --corpus-dir DIR   where the Debian packages are unpacked, on systems without apt-get
 #   --encoder X        folder of a Whisper, or OWNER/REPO of the Hugging Face Hub (default: Whisper tiny.en, as a package)
 #   --stage N          first stage (default: 1)
 #   --stop-stage N     last stage (default: 6)
 #
-# Stages: 1 parts and corpus, 2 tokenizer, 3 encoder with CTC, 4 language model of English text (rwkv7), 5 the language
-# model reads speech, 6 table with Whisper's own decoder and pocketsphinx. A run that was stopped goes on where it was
-# when it is started again.
+# Stages: 1 parts and corpus, 2 lexicon and tokenizer, 3 encoder with CTC of phones, 4 language model that writes what
+# phones say (rwkv7), 5 the language model reads speech, 6 table with Whisper's own decoder and pocketsphinx. A run that
+# was stopped goes on where it was when it is started again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . recipes/shared.sh
 
-quick='' rest=()
+quick='' gpu='' rest=()
 for argument in "$@"; do
-    if [ "$argument" = --quick ]; then quick=-quick; else rest+=("$argument"); fi
+    case $argument in
+    --quick) quick=-quick ;;
+    --gpu) gpu=yes ;;
+    *) rest+=("$argument") ;;
+    esac
 done
 llm=rwkv7 corpus_dir='' encoder='' stage=1 stop_stage=6
 take_options llm corpus-dir encoder stage stop-stage -- "${rest[@]}"
@@ -28,10 +33,25 @@ take_options llm corpus-dir encoder stage stop-stage -- "${rest[@]}"
 install_speechllm english
 
 here=recipes/english data=recipes/english/data
-ctc=$here/exp-ctc$quick ctc_settings=()
+ctc=$here/exp-ctc$quick settings=() ctc_settings=() llm_settings=(--tokens-per-step 1536 --steps 2300)
+# bfloat16 is fast where the processor has matrix products of it, and slow where it has not
+if [ "$gpu" ] || grep -qs amx_bf16 /proc/cpuinfo; then
+    settings+=(--train.mixed_precision bf16)
+    llm_settings+=(--bf16)
+fi
+if [ "$gpu" ]; then
+    settings+=(
+        --data.cache_encoder null --model.encoder.freeze_stacks 0 --data.num_workers 8 --data.max_duration 240
+        --data.augment.speed '{factors: [0.9, 1.0, 1.1]}' --data.augment.volume '{probability: 0.3}'
+        --data.augment.reverb '{probability: 0.15}'
+        --data.augment.spec_augment '{freq_masks: 2, freq_mask_bins: 20, time_mask_frames: 30, max_time_fraction: 0.2}'
+    )
+    ctc_settings+=(--train.num_steps 2500)
+    llm_settings=(--tokens-per-step 16384 --steps 1000 --bf16)
+fi
 if [ "$quick" ]; then
     llm=none
-    ctc_settings=(--train.num_steps 400 --train.valid_every_n 100 --train.save_every_n 20 --optim.warmup_steps 40)
+    ctc_settings+=(--train.num_steps 400 --train.valid_every_n 100 --train.save_every_n 20 --optim.warmup_steps 40)
 fi
 tables=("$ctc")
 
@@ -47,19 +67,24 @@ average_and_decode() {
 text_and_language_model() {
     local packages=${corpus_dir:-$data/packages}
     [ "$corpus_dir" ] || python tools/fetch_packages.py debian "$packages" dict-wn dict-gcide fortunes
-    python $here/prepare_text.py --packages-dir "$packages" --corpus-dir $data/corpus --output-dir $data/text
-    python -m speechllm.cli tune --new 8x448 --tokenizer $data/tokenizer --output $data/rwkv7 \
-        --text $data/text/train.txt --valid $data/text/valid.txt \
-        --steps 900 --tokens-per-step 4096 --lr 1e-3 --valid-every-n 50
+    python $here/prepare_text.py --packages-dir "$packages" --corpus-dir $data/corpus --lexicon $data/lexicon \
+        --output-dir $data/text
+    python -m speechllm.cli tune --new 6x256 --tokenizer $data/tokenizer --output $data/rwkv7 \
+        --text $data/text/train.jsonl --valid $data/text/valid.jsonl "${llm_settings[@]}" --lr 2e-3 --valid-every-n 230
+}
+
+lexicon_and_tokenizer() {
+    python $here/phones.py $data/corpus/train.jsonl --output $data/lexicon
+    python tools/train_tokenizer.py $data/corpus/train.jsonl --output $data/tokenizer --vocab-size 1600 \
+        --lexicon $data/lexicon
 }
 
 if [ "$stage" -le 1 ]; then
     $here/prepare.sh ${corpus_dir:+--corpus-dir "$corpus_dir"} ${encoder:+--encoder "$encoder"}
 fi
-run_stage $data 2 tokenizer \
-    python tools/train_tokenizer.py $data/corpus/train.jsonl --output $data/tokenizer --vocab-size 500
+run_stage $data 2 tokenizer lexicon_and_tokenizer
 run_stage "$ctc" 3 trained \
-    python recipes/train.py --config configs/english-ctc.yaml --exp-dir "$ctc" "${ctc_settings[@]}"
+    python recipes/train.py --config configs/english-ctc.yaml --exp-dir "$ctc" "${settings[@]}" "${ctc_settings[@]}"
 run_stage "$ctc" 3 decoded average_and_decode "$ctc"
 if [ "$llm" = rwkv7 ]; then
     run_stage $data 4 language-model text_and_language_model
@@ -67,7 +92,8 @@ fi
 if [ "$llm" != none ]; then
     exp=$here/exp-$llm
     tables+=("$exp")
-    run_stage "$exp" 5 trained python recipes/train.py --config "configs/english-$llm.yaml" --exp-dir "$exp"
+    run_stage "$exp" 5 trained \
+        python recipes/train.py --config "configs/english-$llm.yaml" --exp-dir "$exp" "${settings[@]}"
     run_stage "$exp" 5 decoded average_and_decode "$exp"
 fi
 if [ "$stop_stage" -ge 6 ]; then

@@ -6,8 +6,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from speechllm.cli.options import MANIFEST_HELP, add_source_options, command_line_sources, positive
+
+if TYPE_CHECKING:
+    from speechllm.data import SourceConfig
 
 
 def add_data(commands: argparse._SubParsersAction) -> None:
@@ -99,7 +103,9 @@ def run_data_check(args: argparse.Namespace) -> int:
 
     if bool(args.manifests) == bool(args.config):
         raise UserError("data check: give manifests, or a configuration with --config")
-    sources, sounds, tokenizer = command_line_sources(args, args.manifests), [], args.tokenizer
+    sources: list[SourceConfig] | dict[str, list[SourceConfig]] = command_line_sources(args, args.manifests)
+    sounds: list[SourceConfig] = []
+    tokenizer = args.tokenizer
     options = CheckOptions(audio=args.audio, sounds=args.sounds, jobs=args.jobs)
     if args.config:
         from speechllm.data.loader import require_sources

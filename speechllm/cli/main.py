@@ -12,6 +12,7 @@ from speechllm.cli.plot import add_plot
 from speechllm.cli.prompt import add_prompt
 from speechllm.cli.score import add_score
 from speechllm.cli.state import add_state
+from speechllm.cli.stream import add_stream
 from speechllm.cli.transcribe import add_transcribe
 from speechllm.cli.tune import add_tune
 
@@ -20,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="speechllm", description="Speech to text with a language model.")
     commands = parser.add_subparsers(dest="command", required=True)
     add_transcribe(commands)
+    add_stream(commands)
     add_tune(commands)
     add_state(commands)
     add_data(commands)

@@ -53,7 +53,7 @@ def command_line_sources(args: argparse.Namespace, manifests: list[str]) -> list
         raise UserError(str(e)) from e
 
 
-_TYPES = {"int": (int, "N"), "float": (float, "X"), "str | None": (str, "FILE")}
+_TYPES = {"int": (int, "N"), "float": (float, "X"), "float | None": (float, "X"), "str | None": (str, "FILE")}
 
 
 def add_settings(parser: argparse._ActionsContainer, of: type) -> None:

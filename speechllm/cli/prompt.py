@@ -34,6 +34,12 @@ def add_prompt(commands: argparse._SubParsersAction) -> None:
     show.add_argument("--language", help="of a made-up utterance")
     show.add_argument("--target-language", help="that it is translated into")
     show.add_argument("--text", default="", help="its label")
+    show.add_argument(
+        "--chunk-seconds",
+        type=float,
+        metavar="S",
+        help="as streams of such chunks, for a model with model.streaming; words without times are spread evenly",
+    )
     add_prompt_options(show)
     show.set_defaults(run=run_prompt_show)
 
@@ -42,8 +48,7 @@ def run_prompt_show(args: argparse.Namespace) -> int:
     from speechllm.cli.prompt_show import MadeUp, show_prompts
     from speechllm.errors import UserError
     from speechllm.model.speech_llm import SpeechLLM
-    from speechllm.train.config import load_experiment
-    from speechllm.train.stages import stages_of
+    from speechllm.train.config import load_experiment, stages_of
 
     if not (args.config or args.model):
         raise UserError("prompt show: give a configuration with --config, or a trained model with --model")
@@ -59,8 +64,11 @@ def run_prompt_show(args: argparse.Namespace) -> int:
         sources = sources or experiment.data.train
         text_steps, seed = experiment.data.text, experiment.train.seed
     model = SpeechLLM.from_pretrained(args.model) if args.model else SpeechLLM.from_config(experiment.model)
-    if args.language or not sources:
-        sources = MadeUp(args.text, command_line_request(args))
-    for text in show_prompts(model, sources, count=args.n, seed=seed, text_steps=text_steps):
+    made_up = MadeUp(args.text, command_line_request(args)) if args.language or not sources else None
+    if args.chunk_seconds is not None and args.chunk_seconds not in model.chunks:
+        sizes = ", ".join(f"{seconds:g}" for seconds in model.chunks) or "none, as it has no model.streaming"
+        raise UserError(f"--chunk-seconds {args.chunk_seconds:g}: the model's chunks are (in seconds): {sizes}")
+    options = {"count": args.n, "seed": seed, "text_steps": text_steps, "chunk_seconds": args.chunk_seconds}
+    for text in show_prompts(model, made_up or sources, **options):
         print(text)
     return 0

@@ -11,9 +11,10 @@ import torch
 from speechllm.data.dataset import instruction_draw
 from speechllm.data.features import FRAME_SHIFT
 from speechllm.data.manifests.manifest import SourceConfig, describe_cut, read_manifest
-from speechllm.data.manifests.source import label_of
+from speechllm.data.manifests.source import label_of, said_words
 from speechllm.llm.interface import IGNORE
 from speechllm.model.speech_llm import SpeechLLM
+from speechllm.prompt.label import WordTime
 from speechllm.prompt.request import Request
 from speechllm.prompt.splice import Kind, Spliced
 from speechllm.text.normalize import normalize_text
@@ -30,6 +31,7 @@ class MadeUp:
     text: str
     request: Request
     seconds: float = 5.0
+    words: Sequence[WordTime] | None = None
 
 
 def show_prompts(
@@ -39,6 +41,7 @@ def show_prompts(
     count: int,
     seed: int,
     text_steps: Sequence[str],
+    chunk_seconds: float | None = None,
 ) -> Iterator[str]:
     """The first `count` utterances of the manifests, or the one that is made up, as training reads them.
 
@@ -47,6 +50,7 @@ def show_prompts(
     Args:
       seed: of the training run, whose first epoch draws the instructions.
       text_steps: normalization of the labels (`speechllm.text.normalize`).
+      chunk_seconds: as streams of such chunks, one of the model's; None for all audio before the text.
 
     Raises:
       UserError: an utterance lacks what the prompt needs; a line of a manifest cannot be used.
@@ -54,7 +58,12 @@ def show_prompts(
     for name, utterance, label in _utterances(model, data, count, seed, text_steps):
         frames = torch.tensor([round(utterance.seconds / FRAME_SHIFT)])
         audio_lens = model.audio_lens(frames)
-        spliced = model.spliced(audio_lens, [utterance.request], [model.label_ids(label)])
+        asked, label_ids = [utterance.request], [model.label_ids(label)]
+        if chunk_seconds is None:
+            spliced = model.spliced(audio_lens, asked, label_ids)
+        else:
+            words = [utterance.words or _spread(label, utterance.seconds)]
+            spliced = model.streamed(model.chunks[chunk_seconds], frames, audio_lens, asked, label_ids, words)
         lines = [
             f"{name}: {utterance.seconds:.2f} s, {int(spliced.lens)} positions",
             *positions(spliced, model.tokenizer),
@@ -75,7 +84,15 @@ def _utterances(
         entry = describe_cut(cut)
         draw = instruction_draw(seed, epoch=1, times=0, id=cut.id)
         label = label_of(entry, template, text_steps)
-        yield cut.id, MadeUp(entry.target, replace(entry.request, draw=draw), cut.duration), label
+        words = said_words(entry, text_steps) if entry.task == "asr" else None
+        yield cut.id, MadeUp(entry.target, replace(entry.request, draw=draw), cut.duration, words), label
+
+
+def _spread(text: str, seconds: float) -> list[WordTime]:
+    """The words of a text, evenly over the audio."""
+    words = text.split()
+    step = seconds / max(len(words), 1)
+    return [WordTime(word, i * step, (i + 1) * step) for i, word in enumerate(words)]
 
 
 def positions(spliced: Spliced, tokenizer: Tokenizer) -> Iterator[str]:
@@ -89,10 +106,10 @@ def positions(spliced: Spliced, tokenizer: Tokenizer) -> Iterator[str]:
 
     kinds, ids, labels = (t[0].tolist() for t in (spliced.kinds, spliced.token_ids, spliced.labels))
     for kind, run in groupby(range(len(ids)), key=kinds.__getitem__):
-        run = list(run)
+        places = list(run)
         if kind in _EMBEDDINGS:
-            where = str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
-            yield f"{where:>9}         [{_EMBEDDINGS[kind]} x {len(run)}]{counted(labels[run[-1]])}"
+            where = str(places[0]) if len(places) == 1 else f"{places[0]}-{places[-1]}"
+            yield f"{where:>9}         [{_EMBEDDINGS[kind]} x {len(places)}]{counted(labels[places[-1]])}"
             continue
-        for i in run:
+        for i in places:
             yield f"{i:>9}  {ids[i]:>6} {tokenizer.piece(ids[i])!r}{counted(labels[i])}"

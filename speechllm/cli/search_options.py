@@ -47,7 +47,8 @@ def search_options(args: argparse.Namespace, *, shows_nbest: bool = True) -> Rec
 
 
 def check_without_language_model(args: argparse.Namespace) -> None:
-    """
+    """Whether a model without a language model takes notice of all that is given.
+
     Raises:
       UserError: an option was given that a model without a language model takes no notice of.
     """

@@ -87,7 +87,8 @@ def run_tune(args: argparse.Namespace) -> int:
             model = RWKV7(RWKV7Config(num_layers, width, tokenizer.vocab_size))
         except ValueError as e:
             raise UserError(f"tune: --new {args.new}: layers and width as in 8x384, in heads of 64 ({e})") from e
-    model = tune(model, config).to(device).train()
+    tune(model, config)
+    model.to(device).train()
     model.checkpoint_blocks = args.checkpoint_blocks
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(

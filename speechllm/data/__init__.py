@@ -1,6 +1,7 @@
 """Manifests to batches of features: reading, mixing, augmentation, bucketing, resume; built on lhotse."""
 
-from speechllm.data.audio import UtteranceError, load_samples
+from speechllm.data.audio import load_samples
+from speechllm.data.audio_file import UtteranceError
 from speechllm.data.augment.augmenter import (
     AugmentConfig,
     Augmenter,

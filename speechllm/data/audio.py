@@ -319,7 +319,8 @@ def _blocks_of(cut: DataCut, file: AudioFile, tolerance: float) -> Iterator[np.n
 
 
 def _check_length(cut: DataCut, found: int, rate: int, tolerance: float, name: str, of_file: bool = False) -> None:
-    """
+    """Whether audio is about as long as its manifest says.
+
     Args:
         found: samples that were read of the cut, or those `of_file`.
     """

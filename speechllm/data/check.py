@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from speechllm.data.audio import UtteranceError, load_precomputed, load_samples, read_header, stored_kind
-from speechllm.data.audio_file import AudioNote
+from speechllm.data.audio import load_precomputed, load_samples, read_header, stored_kind
+from speechllm.data.audio_file import AudioNote, UtteranceError
 from speechllm.data.blocks import DURATION_TOLERANCE
 from speechllm.data.features import SAMPLE_RATE, num_frames
 from speechllm.data.loader import DataConfig

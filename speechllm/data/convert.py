@@ -26,7 +26,8 @@ from lhotse.shar.writers import ArrayTarWriter, AudioTarWriter, JsonlShardWriter
 from lhotse.supervision import AlignmentItem
 from tqdm import tqdm
 
-from speechllm.data.audio import UtteranceError, load_channels, load_samples, read_header, recordings
+from speechllm.data.audio import load_channels, load_samples, read_header, recordings
+from speechllm.data.audio_file import UtteranceError
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, bins_of, extract_features
 from speechllm.data.manifests.manifest import (
     LINE_ERRORS,

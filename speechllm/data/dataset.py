@@ -6,14 +6,15 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lhotse.cut import Cut
 from torch import Tensor
 
-from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
-from speechllm.data.audio_file import AudioNote
+from speechllm.data.audio import load_precomputed, load_samples
+from speechllm.data.audio_file import AudioNote, UtteranceError
 from speechllm.data.augment.augmenter import Augmenter
 from speechllm.data.augment.specaugment import SpecAugmentConfig, spec_augment, spec_augment_twice
 from speechllm.data.blocks import DURATION_TOLERANCE
@@ -26,8 +27,8 @@ from speechllm.data.features import (
 )
 from speechllm.data.index import Corpus
 from speechllm.data.manifests.manifest import describe_cut
-from speechllm.data.manifests.source import DataError, label_of, target_text
-from speechllm.prompt.label import LabelError, LabelTemplate, WordTime
+from speechllm.data.manifests.source import DataError, Entry, label_of, said_words, target_text
+from speechllm.prompt.label import LabelError, LabelTemplate, WordTime, check_words
 from speechllm.prompt.request import Request
 
 FEATURES_ON = ("worker", "device", "precomputed")
@@ -37,13 +38,15 @@ FEATURES_ON = ("worker", "device", "precomputed")
 class _Batch:
     """What is known of N utterances besides their audio: the `texts` that are said or their translations, the `labels`
     to write (`speechllm.prompt.label`), the `requests`, `durations` (seconds, after speed perturbation), and the times
-    of the `words` of `texts`, as the manifest has them (None where nothing is known)."""
+    of the `words` of `texts`, as the manifest has them, for streams as they are played (None where nothing is known).
+    `chunk_seconds`: of streams (`speechllm.prompt.interleave`), None for offline recognition."""
 
     texts: list[str]
     labels: list[str]
     requests: list[Request]
     durations: list[float]
     words: list[tuple[WordTime, ...] | None] | None = field(default=None, kw_only=True)
+    chunk_seconds: float | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -80,7 +83,8 @@ class Batch(_Batch):
     @property
     def inputs(self) -> tuple[object, ...]:
         """The arguments of a model's `forward`, in its order."""
-        return self.features, self.feature_lens, self.texts, self.requests, self.labels
+        texts = self.texts, self.requests, self.labels
+        return self.features, self.feature_lens, *texts, self.words, self.chunk_seconds
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`."""
@@ -159,12 +163,13 @@ class Noted:
 @dataclass(frozen=True)
 class BatchPlan:
     """One batch: `utterances` are cuts, or their numbers in a `Corpus`; `passes` how often each has come before in this
-    `epoch`; `speeds` how many times faster each is played."""
+    `epoch`; `speeds` how many times faster each is played; `chunk_seconds` that of a batch of streams."""
 
     epoch: int
     utterances: list[Cut] | list[int]
     passes: list[int]
     speeds: list[float]
+    chunk_seconds: float | None = None
 
 
 @contextmanager
@@ -196,6 +201,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         duration_tolerance: seconds by which audio may be shorter or longer than its manifest says.
         two_views: of each utterance, with other masks of SpecAugment; needs an `augmenter` that has it.
         min_frames: of features; the encoder cannot hear shorter utterances.
+        word_times: for the streams of training: `required` of all transcripts, or `used` where the manifest has them.
+            With None words are as the manifest has them.
     """
 
     def __init__(
@@ -212,6 +219,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         two_views: bool = False,
         duration_tolerance: float = DURATION_TOLERANCE,
         min_frames: int = 0,
+        word_times: Literal["required", "used"] | None = None,
     ) -> None:
         self._corpus = corpus
         self._text_steps = text_steps
@@ -224,6 +232,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         self._two_views = two_views
         self._duration_tolerance = duration_tolerance
         self._min_frames = min_frames
+        self._word_times = word_times
 
     def __getitem__(
         self, plan: BatchPlan
@@ -242,7 +251,7 @@ class SpeechDataset(torch.utils.data.Dataset):
                     return error, [], []
                 except UtteranceError as error:
                     skipped.append(Skipped(name, error.reason, str(error)))
-            batch = self._collate(good) if good else None
+            batch = replace(self._collate(good), chunk_seconds=plan.chunk_seconds) if good else None
         return batch, skipped, noted
 
     def _utterance(self, cut: Cut, epoch: int, times: int, speed: float, notes: list[AudioNote]) -> Utterance:
@@ -254,6 +263,7 @@ class SpeechDataset(torch.utils.data.Dataset):
             )
         try:
             label = label_of(entry, self._label, self._text_steps, speed)
+            words = self._words(entry, text, speed)
         except LabelError as error:
             raise UtteranceError(error.reason, str(error)) from error
         rng = augmentation_rng(self._seed, epoch, times, cut.id)
@@ -279,8 +289,24 @@ class SpeechDataset(torch.utils.data.Dataset):
             features = self._augmenter.features(features, rng, self._feature_kind)
         draw = instruction_draw(self._seed, epoch, times, cut.id) if self._augmenter is not None else 0.0
         request = replace(entry.request, draw=draw)
-        words = entry.words if request.target_language is None else None
         return Utterance(request, samples, features, text, label, duration, words, rng, second_view)
+
+    def _words(self, entry: Entry, text: str, speed: float) -> tuple[WordTime, ...] | None:
+        if entry.task == "ast":
+            return None
+        if self._word_times is None:
+            return entry.words
+        words = said_words(entry, self._text_steps, speed)
+        if words is not None:
+            check_words(text, words)
+            return tuple(words)
+        if self._word_times == "required":
+            raise LabelError(
+                "no word times",
+                "a stream is to be made of the utterance, but it has no word times: give `alignment` in its manifest "
+                "line, or train a CTC head that finds them (model.ctc_weight)",
+            )
+        return None
 
     def _collate(self, utterances: list[Utterance]) -> Batch | WaveformBatch:
         if self._features_on != "device":
@@ -337,7 +363,7 @@ def collate(utterances: Iterable[Utterance]) -> Batch:
     return Batch(**_fields(utterances), features=features, feature_lens=lens)
 
 
-def _fields(utterances: list[Utterance]) -> dict[str, list]:
+def _fields(utterances: list[Utterance]) -> dict[str, Any]:
     """Those of `_Batch`."""
     return {
         "texts": [u.text for u in utterances],

@@ -4,6 +4,7 @@ encoders expect (Kaldi's fbank through lhotse), and those of Whisper (arXiv 2212
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from typing import overload
 
@@ -22,6 +23,8 @@ MEL_BINS = {"fbank": NUM_MEL_BINS, "whisper80": 80, "whisper128": 128}
 _WHISPER_WINDOW = 400  # samples
 # Samples that the last frame may reach beyond the end of the utterance; they are those before the end, mirrored.
 _OVERHANG = 200
+# Samples from the start of a frame's shift to the end of its window.
+_REACH = 280
 
 
 def kind_bins(kind: str) -> list[int]:
@@ -123,6 +126,57 @@ def fbank(samples: np.ndarray | Tensor) -> Tensor:
     """
     with torch.no_grad():
         return fbank_extractor().extract(torch.as_tensor(samples).reshape(1, -1), SAMPLE_RATE)
+
+
+class FbankStream:
+    """Features of samples that come piece by piece: those of `fbank` of all of them, however they are cut.
+
+    A frame is given out as soon as all its samples are there, 12.5 ms after its middle; only the last ones, which reach
+    beyond the end, wait for `finish`. Fewer than 440 samples are kept.
+
+    Attributes:
+        num_samples: how many have come.
+        num_frames: how many have been given out.
+        tail: the samples that later frames need, (at most 439,) float32.
+    """
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self.num_frames = 0
+        self.tail = torch.empty(0)
+
+    def accept(self, samples: np.ndarray | Tensor) -> Tensor:
+        """The frames that are complete with these samples: (n,) float32 in [-1, 1], 16 kHz -> (T, 80)."""
+        self.tail = torch.cat([self.tail, torch.as_tensor(samples, dtype=torch.float32)])
+        self.num_samples += len(samples)
+        return self._frames((self.num_samples - _REACH) // _SHIFT + 1)
+
+    def finish(self) -> Tensor:
+        """The frames that reach beyond the end: (T, 80), none if all is less than 25 ms. Nothing may come after."""
+        return self._frames(num_frames(self.num_samples) if self.num_samples >= 400 else 0)
+
+    def _frames(self, end: int) -> Tensor:
+        """Those up to `end`; what they alone need is forgotten."""
+        if end <= self.num_frames:
+            return torch.empty(0, NUM_MEL_BINS)
+        # The extractor mirrors samples at both ends of what it is given: all but the first of them get a frame more on
+        # the left, whose features count for nothing.
+        extra = min(self.num_frames, 1)
+        features = fbank(self.tail)[extra : extra + end - self.num_frames]
+        self.tail = self.tail[(end - 1 - self.num_frames + extra) * _SHIFT :]
+        self.num_frames = end
+        return features
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `from_tensors` goes on from."""
+        return {"tail": self.tail, "counts": torch.tensor([self.num_samples, self.num_frames])}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> FbankStream:
+        stream = cls()
+        stream.tail = tensors["tail"]
+        stream.num_samples, stream.num_frames = tensors["counts"].tolist()
+        return stream
 
 
 def fbank_padded(samples: Tensor, sample_lens: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ import numpy as np
 from lhotse.cut import Cut
 from tqdm import tqdm
 
-from speechllm.data.audio import UtteranceError
+from speechllm.data.audio_file import UtteranceError
 from speechllm.data.manifests.manifest import (
     LINE_ERRORS,
     DataError,
@@ -152,7 +152,8 @@ class LinesFile:
             return {"size": stat.st_size, "time": stat.st_mtime_ns, "checksum": _checksum(file)}
 
     def read(self, offset: int, size: int) -> bytes:
-        """
+        """The `size` bytes that begin at `offset`.
+
         Raises:
             DataError: it is missing, or has other content.
         """

@@ -10,15 +10,16 @@ for epoch in range(1, epochs + 1):
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from speechllm.data.manifests.manifest import DataError, SourceConfig
 from speechllm.data.plan import Plan, draw, evaluation_plan, training_plan
 from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits, curriculum_limit
 from speechllm.data.streams import mix, stream_batches
+from speechllm.prompt.interleave import StreamingConfig
 from speechllm.prompt.label import LabelTemplate
 from speechllm.text.normalize import check_steps
 
@@ -148,9 +150,16 @@ class DataConfig:
             self.max_positions,
             frame_seconds=labels.frame_seconds if labels is not None else 0.04,
             seconds_per_position=labels.seconds_per_position if labels is not None else 0.0,
+            seconds_per_chunk=_seconds_per_chunk(labels),
             fastest=self.augment.fastest,
             slowest=self.augment.slowest,
         )
+
+
+def _seconds_per_chunk(labels: Labels | None) -> float:
+    """Of the streams with the most positions; infinite where nothing is a stream."""
+    streaming: StreamingConfig | None = getattr(labels, "streaming", None)
+    return math.inf if streaming is None else min(streaming.chunk_seconds)
 
 
 def _as_is(item: Any) -> Any:
@@ -230,6 +239,7 @@ class PlannedEpochs:
             self._lengths[numbers].at(speeds),
             config.batch_limits,
             seconds_per_position=labels.seconds_per_position if labels is not None else 0.0,
+            seconds_per_chunk=_seconds_per_chunk(labels),
             num_buckets=config.num_buckets,
             world_size=self._world_size,
             seed=self._seed,
@@ -321,9 +331,12 @@ class SpeechLoader:
         num_workers: int,
         max_bad_share: float,
         identity: dict[str, Any],
+        streaming: StreamingConfig | None = None,
+        seed: int = 0,
     ) -> None:
         self._dataset = dataset
         self._epochs = epochs
+        self._streaming, self._seed = streaming, seed
         self._num_workers = num_workers
         self._max_bad_share = max_bad_share
         self._identity = identity
@@ -391,7 +404,7 @@ class SpeechLoader:
         share_command_output()
         loader = DataLoader(
             self._dataset,
-            sampler=self._epochs.batches(self.epoch, self.batches),
+            sampler=self._plans(),
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_as_is,
@@ -415,11 +428,20 @@ class SpeechLoader:
     def largest_batches(self) -> Iterator[Batch | WaveformBatch]:
         """Some batches as large as they get from this epoch on, the same on all ranks; where it is is not changed."""
         for plan in self._epochs.largest(self.epoch):
+            if self._streaming is not None:  # of the smallest chunks there are the most
+                plan = replace(plan, chunk_seconds=min(self._streaming.chunk_seconds))
             batch, _, _ = self._dataset[plan]
             if isinstance(batch, DataError):
                 raise batch
             if batch is not None:
                 yield batch
+
+    def _plans(self) -> Iterator[BatchPlan]:
+        """What is left of the epoch, with the chunks of streams: they follow from the number of the batch."""
+        for number, plan in enumerate(self._epochs.batches(self.epoch, self.batches), start=self.batches):
+            if self._streaming is not None:
+                plan = replace(plan, chunk_seconds=self._streaming.draw(self._seed, self.epoch, number))
+            yield plan
 
     def _reset(self) -> None:
         self._finished = False
@@ -477,7 +499,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any], inside: str = "") 
 
 
 def require_sources(sources: Sequence[SourceConfig], purpose: str) -> None:
-    """
+    """Whether there are any.
+
     Raises:
         DataError: there are none.
     """
@@ -497,7 +520,8 @@ def build_train_loader(
     """The training data: mixed, bucketed and augmented.
 
     Args:
-        labels: the model, where it writes more than texts, or the configuration limits tokens or positions.
+        labels: the model, where it writes more than texts or is trained on streams, or the configuration limits tokens
+            or positions.
         feature_kind: that of the model's encoder; see `speechllm.data.features.MEL_BINS`.
         two_views: batches have each utterance twice, with other masks of SpecAugment (see `Batch`), for CR-CTC. The
             limits of batches count it once.
@@ -511,7 +535,11 @@ def build_train_loader(
     if two_views and (config.augment.spec_augment is None or config.augment.spec_augment.probability == 0):
         raise DataError("data.augment.spec_augment: two views of an utterance would be the same without it")
     label = LabelTemplate() if labels is None else labels.label_template
-    min_frames = getattr(labels, "min_frames", 0)  # of a model; what only counts tokens has none
+    # of a model; what only counts tokens has none
+    min_frames, streaming = getattr(labels, "min_frames", 0), getattr(labels, "streaming", None)
+    word_times: Literal["required", "used"] | None = None
+    if streaming is not None:
+        word_times = "required" if getattr(labels, "ctc_head", None) is None else "used"
     if not config.utterance_limits(1, labels).needs_tokens:
         labels = None
     elif labels is None:
@@ -548,11 +576,14 @@ def build_train_loader(
             two_views=two_views,
             duration_tolerance=config.duration_tolerance,
             min_frames=min_frames,
+            word_times=word_times,
         ),
         epochs,
         num_workers=config.num_workers,
         max_bad_share=config.max_bad_share,
         identity=identity,
+        streaming=streaming,
+        seed=seed,
     )
 
 

@@ -9,6 +9,7 @@ order within, padded size limited), but from all utterances instead of a buffer 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,6 +101,7 @@ def training_plan(
     limits: BatchLimits,
     *,
     seconds_per_position: float,
+    seconds_per_chunk: float = math.inf,
     num_buckets: int,
     world_size: int,
     seed: int,
@@ -114,7 +116,7 @@ def training_plan(
     seconds = np.asarray(lengths.seconds, dtype=np.float64)
     positions = np.zeros(len(seconds), dtype=np.int64)
     if limits.max_positions:
-        positions = lengths.positions(seconds_per_position)
+        positions = lengths.positions(seconds_per_position, seconds_per_chunk)
     bucket_of = np.searchsorted(_bucket_edges(seconds, num_buckets), seconds, side="right")
     steps: list[list[np.ndarray]] = []
     leftover: list[np.ndarray] = []

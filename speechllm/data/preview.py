@@ -17,7 +17,8 @@ import soundfile
 from lhotse.cut import Cut
 from torch import Tensor
 
-from speechllm.data.audio import UtteranceError, load_samples
+from speechllm.data.audio import load_samples
+from speechllm.data.audio_file import UtteranceError
 from speechllm.data.augment.augmenter import AugmentConfig, Augmenter, SpeedConfig, VolumeConfig
 from speechllm.data.augment.specaugment import SpecAugmentConfig
 from speechllm.data.dataset import augmentation_rng

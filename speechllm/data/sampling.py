@@ -36,9 +36,11 @@ class Lengths:
         """The same utterances played so many times faster."""
         return Lengths(self.seconds / speeds, self.characters, self.tokens)
 
-    def positions(self, seconds_per_position: float) -> np.ndarray:
-        """What the language model reads of each, the prompt's text aside: audio, label and end of text."""
-        return np.ceil(self.seconds / seconds_per_position).astype(np.int64) + self.label_tokens + 1
+    def positions(self, seconds_per_position: float, seconds_per_chunk: float = math.inf) -> np.ndarray:
+        """What the language model reads of each, the prompt's text aside: audio, label and end of text, and of a stream
+        the end of each chunk."""
+        chunks = np.floor(self.seconds / seconds_per_chunk).astype(np.int64)
+        return np.ceil(self.seconds / seconds_per_position).astype(np.int64) + chunks + self.label_tokens + 1
 
     @property
     def label_tokens(self) -> np.ndarray:
@@ -61,6 +63,7 @@ class UtteranceLimits:
     max_positions: int | None = None
     frame_seconds: float = 0.04
     seconds_per_position: float = 0.0
+    seconds_per_chunk: float = math.inf
     fastest: float = 1.0
     slowest: float = 1.0
 
@@ -90,7 +93,7 @@ class UtteranceLimits:
             frames = seconds / (self.fastest * self.frame_seconds)
             yield f"more than {limit:g} tokens per encoder frame", lengths.label_tokens > limit * frames
         if limit := self.max_positions:
-            positions = lengths.at(self.slowest).positions(self.seconds_per_position)
+            positions = lengths.at(self.slowest).positions(self.seconds_per_position, self.seconds_per_chunk)
             yield f"more than {limit} positions of the language model", positions > limit
 
 

@@ -169,7 +169,8 @@ class Admitted(Dillable):
                 speeds = self._augment.draw_speeds(1, rng)
                 cut.speed = float(speeds[0])
                 if self._limits.max_positions:
-                    cut.positions = int(lengths.at(speeds).positions(self._limits.seconds_per_position)[0])
+                    per_position, per_chunk = self._limits.seconds_per_position, self._limits.seconds_per_chunk
+                    cut.positions = int(lengths.at(speeds).positions(per_position, per_chunk)[0])
                 yield cut
 
 

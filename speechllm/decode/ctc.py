@@ -39,6 +39,8 @@ def ctc_greedy(log_probs: Tensor, lens: Tensor, blank: int) -> list[list[int]]:
 
 
 class CTCHypothesis(NamedTuple):
+    """A text that CTC gives."""
+
     tokens: tuple[int, ...]
     log_prob: float  # of the tokens, summed over their alignments
 
@@ -80,7 +82,8 @@ def _prefix_beam_search(
     classes: list[list[int]], probs: list[list[float]], blank_probs: list[float], blank: int, beam: int
 ) -> list[CTCHypothesis]:
     # Prefixes are nodes of a tree, numbered as they are met; 0 is the empty one.
-    parents, last_tokens, children = [-1], [-1], {}
+    parents, last_tokens = [-1], [-1]
+    children: dict[tuple[int, int], int] = {}
     # Of each prefix in the beam the probability of its alignments that end in blank, and of those that end in its last
     # token. They are scaled to sum to 1 over the beam, so that products over many frames do not vanish.
     prefixes: dict[int, tuple[float, float]] = {0: (1.0, 0.0)}
@@ -105,7 +108,7 @@ def _prefix_beam_search(
                 if sum(ends) * prob <= floor:
                     break
                 worth = said(node, token) * prob
-                if token != blank and worth > floor and children.get((node, token)) not in prefixes:
+                if token != blank and worth > floor and children.get((node, token), -1) not in prefixes:
                     child = children.setdefault((node, token), len(parents))
                     if child == len(parents):
                         parents.append(node)
@@ -221,7 +224,7 @@ class CTCScorer:
         rows_of = defaultdict(list)
         for row, state in enumerate(states):
             rows_of[state.utterance].append(row)
-        emissions = [None] * len(states)
+        emissions = [ids.new_empty(0)] * len(states)
         for utterance, rows in rows_of.items():
             found = utterance.log_probs.index_select(1, columns[rows].flatten()).float()
             for row, columns_of_row in zip(rows, found.split(ids.shape[1], dim=1), strict=True):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
-from speechllm.decode.ctc import ctc_greedy, ctc_prefix_beam_search, forced_align
+from speechllm.decode.ctc import TokenSpan, ctc_greedy, ctc_prefix_beam_search, forced_align
 from speechllm.decode.interface import RecognizableEncoder, RecognizeOptions, Speech, check_length
 from speechllm.decode.result import Hypothesis, Recognition, without_sound
 from speechllm.decode.timestamps import words_from_alignment
@@ -78,21 +78,23 @@ class EncoderRecognizer:
     def _recognize(self, speech: Speech) -> list[Recognition]:
         model = self.model
         encoder_out, lens = model.encode(speech.features.to(model.device), speech.feature_lens.to(model.device))
-        log_probs = ctc = None
+        log_probs, ctc = None, None
         if model.ctc_head is not None:
             log_probs = model.ctc_head(encoder_out).float().log_softmax(-1)
             ctc = self._ctc_tokens(log_probs, lens)
+        spans: Sequence[tuple[TokenSpan, ...] | None]
         if model.transducer is None:
+            assert log_probs is not None and ctc is not None  # it has one of the two
             spans = forced_align(log_probs, lens, [tokens for tokens, _ in ctc], model.blank_id)
             found = [
-                Hypothesis(tokens, tuple(span.score for span in row), score, "end")
+                Hypothesis(tokens, tuple(span.score for span in row or ()), score, "end")
                 for (tokens, score), row in zip(ctc, spans, strict=True)
             ]
         else:
             said = transducer_greedy(model.transducer, encoder_out, lens)
             found = [Hypothesis(hyp.tokens, hyp.log_probs, hyp.log_prob, "end") for hyp in said]
             spans = [None] * len(found)
-            if self.options.timestamps:
+            if self.options.timestamps and log_probs is not None:
                 spans = forced_align(log_probs, lens, [hyp.tokens for hyp in found], model.blank_id)
         results = []
         for i, (hypothesis, row) in enumerate(zip(found, spans, strict=True)):

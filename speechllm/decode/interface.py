@@ -6,7 +6,8 @@ the recognizers knows how they are built.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from speechllm.llm.interface import LanguageModel
 from speechllm.prompt.label import LabelTemplate, ReadLabel
 from speechllm.prompt.request import Request
 from speechllm.prompt.splice import Spliced
+from speechllm.prompt.template import PromptConfig
 from speechllm.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -31,6 +33,9 @@ __all__ = [
     "RecognizeOptions",
     "Recognizer",
     "Speech",
+    "StreamChunk",
+    "StreamableModel",
+    "StreamableSpeechLLM",
     "check_length",
 ]
 
@@ -73,7 +78,9 @@ class Recognizable(Protocol):
 
     tokenizer: Tokenizer
     blank_id: int
-    ctc_head: nn.Module | None
+
+    @property
+    def ctc_head(self) -> nn.Module | None: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -95,7 +102,8 @@ class Recognizable(Protocol):
 class RecognizableEncoder(Recognizable, Protocol):
     """What `EncoderRecognizer` asks of a model: an encoder with a CTC head, a transducer, or both."""
 
-    transducer: Transducer | None
+    @property
+    def transducer(self) -> Transducer | None: ...
 
     def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
         """features (N, T, F), (N,) -> encoder_out (N, T', D), (N,)."""
@@ -105,10 +113,12 @@ class RecognizableEncoder(Recognizable, Protocol):
 class RecognizableSpeechLLM(Recognizable, Protocol):
     """What `SpeechLLMRecognizer` asks of a model; the methods are described at `SpeechLLM`."""
 
-    llm: LanguageModel
     label_template: LabelTemplate
     ctc_tokenizer: Tokenizer
     """Of the CTC head's pieces; mostly `tokenizer` itself."""
+
+    @property
+    def llm(self) -> LanguageModel: ...
 
     @property
     def frame_seconds(self) -> float:
@@ -132,8 +142,81 @@ class RecognizableSpeechLLM(Recognizable, Protocol):
     def ctc_text(self, token_ids: Sequence[int]) -> str: ...
 
 
+class PromptHolder(Protocol):
+    @property
+    def prompt(self) -> PromptConfig: ...
+
+
+class StreamableModel(Protocol):
+    """What `streaming.StreamingRecognizer` asks of a model: a causal encoder with a CTC head, or what
+    `StreamableSpeechLLM` has."""
+
+    blank_id: int
+    tokenizer: Tokenizer
+
+    @property
+    def encoder(self) -> nn.Module:
+        """A `speechllm.encoder.Zipformer`; any other is refused."""
+
+    @property
+    def llm(self) -> LanguageModel | None: ...
+
+    @property
+    def config(self) -> PromptHolder: ...
+
+    @property
+    def ctc_head(self) -> nn.Module | None: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def frame_seconds(self) -> float:
+        """Of audio, one frame of the encoder's output."""
+
+    def encoding(self) -> AbstractContextManager[object]:
+        """The context that the encoder computes in."""
+
+
+class StreamChunk(Protocol):
+    """A chunk of audio that a model has learned to write after."""
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def encoder_frames(self) -> int:
+        """Of 20 ms."""
+
+    @property
+    def left_context_frames(self) -> int: ...
+
+
+class StreamableSpeechLLM(StreamableModel, Protocol):
+    """What `streaming_search.TextDecoder` asks of a model that has learned to write while it listens."""
+
+    ctc_tokenizer: Tokenizer
+
+    @property
+    def llm(self) -> LanguageModel: ...
+
+    @property
+    def projector(self) -> nn.Module:
+        """encoder_out (N, T', D), (N,) of one chunk -> audio_embeds (N, T'', D_llm), (N,)."""
+
+    @property
+    def chunks(self) -> Mapping[float, StreamChunk]:
+        """By their seconds."""
+
+    def embed(self, spliced: Spliced, audio_embeds: Tensor, audio_lens: Tensor) -> Tensor:
+        """-> inputs_embeds (N, L, D_llm)."""
+
+    def ctc_label_ids(self, text: str) -> list[int]: ...
+
+
 def check_length(model: Recognizable, frames: int | None) -> None:
-    """
+    """Whether the encoder can hear so much.
+
     Raises:
       UserError: features of so many frames are longer than the encoder can hear.
     """

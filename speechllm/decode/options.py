@@ -147,7 +147,66 @@ class RecognizeOptions:
 RecogniseOptions = RecognizeOptions  # its name in 0.1
 
 
-def _check_effects(options: SearchOptions | RecognizeOptions) -> None:
+@dataclass(frozen=True)
+class StreamingOptions:
+    """How a stream is recognized; `speechllm stream --help` says what each field is.
+
+    Attributes:
+      beam: hypotheses that are followed, each with a state of its own; 1 is greedy search. No word is ever taken back.
+      stable_seconds: with a beam; after so long a word is written as the best hypothesis has it, and hypotheses with
+        another one are given up.
+      ctc: greedily, also where there is a language model.
+      hotwords: see `speechllm.decode.hotwords.Hotwords.from_file`.
+      endpoint_seconds: None: there is one segment. Nothing is lost: the states go on.
+      fresh_segments: a model of transformers has to, or its cache would grow without end.
+      max_rows: hypotheses of all streams.
+
+    Raises:
+      UserError: a value is out of range, or has no effect with the others.
+    """
+
+    beam: int = setting(
+        1, at_least=1, help="hypotheses that run side by side; a word is written when all have it; 1: greedy search"
+    )
+    stable_seconds: float = setting(
+        1.0, at_least=0, below=inf, help="with a beam, a word is written after so long even if not all have it"
+    )
+    ctc: bool = setting(False, help="write with the CTC head, not with the language model")
+    hotwords: str | None = setting(None, help="file of phrases to prefer, one a line, perhaps with a tab and a boost")
+    hotword_weight: float = setting(1.0, at_least=0, below=inf, help="weight of the hotwords")
+    endpoint_seconds: float | None = setting(
+        None, above=0, help="after so much audio without a new word a new segment begins"
+    )
+    fresh_segments: bool = setting(
+        False, help="the language model begins each segment anew, and knows nothing of those before"
+    )
+    tokens_per_second: float = setting(
+        12.5, above=0, below=inf, help="tokens of the longest text for a second of audio"
+    )
+    max_rows: int = setting(64, at_least=1, help="hypotheses in one step of the language model, over all streams")
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        _check_effects(self)
+        if self.max_rows < self.beam:
+            raise UserError(f"max_rows: {self.max_rows} has no room for the {self.beam} rows of one stream")
+
+    def without_effect(self) -> dict[str, str]:
+        """The names of the options that change nothing beside the others, and what is wrong with giving them."""
+        found: dict[str, str] = {}
+        if self.ctc:
+            why = "is for the language model's search, and the CTC head writes"
+            found |= dict.fromkeys(("beam", "hotwords", "fresh_segments", "tokens_per_second"), why)
+        if self.beam == 1:
+            found["stable_seconds"] = "is for a beam, and there is one hypothesis"
+        if self.hotwords is None:
+            found["hotword_weight"] = "is the weight of hotwords, and none are given"
+        if self.endpoint_seconds is None:
+            found["fresh_segments"] = "is for segments, and endpoint_seconds gives none"
+        return found
+
+
+def _check_effects(options: SearchOptions | RecognizeOptions | StreamingOptions) -> None:
     defaults = {option.name: option.default for option in fields(options)}
     for name, why in options.without_effect().items():
         if getattr(options, name) != defaults[name]:

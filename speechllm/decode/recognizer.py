@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class SpeechLLMRecognizer:
             scorers.append(
                 CTCScorer(
                     options.ctc_weight,
-                    lambda number: self._utterances[number].ctc_log_probs,
+                    lambda number: cast(Tensor, self._utterances[number].ctc_log_probs),
                     model.blank_id,
                     model.tokenizer.eos_id,
                 )
@@ -126,7 +127,7 @@ class SpeechLLMRecognizer:
 
         def finished() -> Iterator[list[Recognition]]:
             while results and None not in results[0]:
-                yield results.popleft()
+                yield [result for result in results.popleft() if result is not None]
 
         options = self.options.search
         for number, nbest in search(self.model.llm, prompts(), options, self.model.tokenizer.eos_id, self._scorers):
@@ -194,7 +195,7 @@ class SpeechLLMRecognizer:
         scores = self.model.ctc_head(encoder_out).float()
         blank = self.model.blank_id
         log_probs = scores.log_softmax(-1) if self._keeps_log_probs or self.options.ctc_beam > 1 else None
-        if self.options.ctc_beam > 1:
+        if log_probs is not None and self.options.ctc_beam > 1:
             best = ctc_prefix_beam_search(log_probs, lens, blank, self.options.ctc_beam)
             tokens = [list(nbest[0].tokens) for nbest in best]
         else:
@@ -216,11 +217,13 @@ class SpeechLLMRecognizer:
         model = self.model
         labels = [model.read_label(hypothesis.tokens) for hypothesis in nbest]
         ctc_text = None if utterance.ctc_tokens is None else model.ctc_text(utterance.ctc_tokens)
-        best, text, fallback = labels[0], labels[0].text, None
+        best, text = labels[0], labels[0].text
+        fallback: Literal["cut", "ctc"] | None = None
         if nbest[0].stopped != "end":
             fallback = "cut"
             if self.options.fallback == "ctc" and ctc_text is not None:
                 text, fallback = ctc_text, "ctc"
+        words: tuple[Word, ...] | None
         if best.words is not None and fallback != "ctc":
             words = words_from_label(best, nbest[0].tokens, nbest[0].log_probs, model.tokenizer)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +41,28 @@ class Word:
     start: float
     end: float
     confidence: float
+
+
+@dataclass(frozen=True)
+class StreamedWord(Word):
+    """A word of a stream; once written, it is never taken back.
+
+    Attributes:
+      written: how much audio, in seconds, had to be heard before it was written; `written - end` is its delay, the time
+        to compute not counted.
+      segment: number of the segment that it is in, from 0 (see `interface.StreamingOptions.endpoint_seconds`).
+      joined: there is no white space between it and the word before, in the same segment.
+    """
+
+    written: float
+    segment: int = 0
+    joined: bool = False
+
+
+def streamed_text(words: Iterable[StreamedWord]) -> str:
+    """The text of words; segments have a space between them."""
+    text = "".join(word.text if word.joined else f" {word.text}" for word in words)
+    return text.removeprefix(" ")
 
 
 @dataclass(frozen=True)

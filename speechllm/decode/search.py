@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from math import inf, isnan
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from speechllm.llm.interface import LanguageModel, LanguageModelState
 
 # With scorers so many of the language model's best tokens are candidates at least. Each one left out has a probability
 # below 1/32: only a scorer that outweighs that could want it.
-_SCORED_CANDIDATES = 32
+SCORED_CANDIDATES = 32
 
 # Prompts are read when this share of the places is free: reading one takes as long as several steps, reading several
 # together hardly longer.
@@ -143,7 +143,8 @@ def search(
     places = options.max_rows // options.width
     numbered = enumerate(prompts)
     utterances: list[_Utterance] = []
-    logits = state = None  # of the running hypotheses of all utterances, one after the other
+    logits: Tensor | None = None  # of the running hypotheses of all utterances, one after the other
+    state: LanguageModelState | None = None
     scorer_states: list[list[Any]] = [[] for _ in scorers]
     while True:
         if places - len(utterances) >= _REFILL * places:
@@ -152,17 +153,17 @@ def search(
                 entered = [
                     _Utterance(number, prompt.max_tokens, options, eos_id, prompt.key) for number, prompt in entering
                 ]
-                new_logits, new_state = _read(llm, [prompt for _, prompt in entering])
+                new_logits, new_state = read_prompts(llm, [prompt for _, prompt in entering])
                 rows = len(entered[0].running)
                 if rows > 1:
                     new_logits, new_state = new_logits.repeat_interleave(rows, dim=0), new_state.repeat(rows)
-                if utterances:
+                if utterances and logits is not None and state is not None:
                     new_logits, new_state = torch.cat([logits, new_logits]), type(state).cat([state, new_state])
                 logits, state = new_logits, new_state
                 utterances += entered
                 for states, scorer in zip(scorer_states, scorers, strict=True):
                     states += [scorer.start(utterance.number) for utterance in entered]
-        if not utterances:
+        if not utterances or logits is None or state is None:
             return
 
         candidates = _candidates(logits, utterances, options, scorers, scorer_states)
@@ -190,16 +191,17 @@ def search(
         ]
 
 
-def _read(llm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Tensor, LanguageModelState]:
+def read_prompts(llm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Tensor, LanguageModelState]:
     """Logits (N, V) behind the prompts, and the states."""
     from_start = [i for i, prompt in enumerate(prompts) if prompt.state is None]
     from_state = [i for i, prompt in enumerate(prompts) if prompt.state is not None]
-    logits, states = [], []
+    logits: list[Tensor] = []
+    states: list[LanguageModelState] = []
     for group in (from_start, from_state):
         if not group:
             continue
         embeds = [prompts[i].inputs_embeds for i in group]
-        before = [prompts[i].state for i in group if prompts[i].state is not None]
+        before = [state for i in group if (state := prompts[i].state) is not None]
         lens = torch.tensor([len(x) for x in embeds], device=embeds[0].device)
         inputs_embeds = pad_sequence(embeds, batch_first=True)
         last = torch.arange(inputs_embeds.shape[1], device=lens.device) == lens[:, None] - 1
@@ -231,14 +233,18 @@ def _candidates(
     """What each row of `logits` (R, V) may go on with."""
     logits = logits.float()
     if options.method == "sample":
-        drawn = [hypothesis.random.random() for utterance in utterances for hypothesis in utterance.running]
+        drawn = [
+            cast(random.Random, hypothesis.random).random()
+            for utterance in utterances
+            for hypothesis in utterance.running
+        ]
         ids = _sample(logits, torch.tensor(drawn, dtype=torch.float64, device=logits.device), options)
         values = logits.gather(1, ids)
     else:
         # Without scorers more than these cannot be chosen: one of them may be the end, and with a beam of 1 this is it.
         count = options.width + 1 if options.width > 1 else 1
         if scorers:
-            count = max(2 * options.width, _SCORED_CANDIDATES)
+            count = max(2 * options.width, SCORED_CANDIDATES)
         values, ids = logits.topk(min(count, logits.shape[1]))
     log_probs = values - logits.logsumexp(-1, keepdim=True)
     scores = log_probs

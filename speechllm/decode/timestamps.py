@@ -13,7 +13,7 @@ from speechllm.text.tokenizer import Tokenizer
 from speechllm.text.words import word_spans
 
 # CTC emits a token in one frame or two and blank in the rest of it; a syllable lasts about so long.
-_TOKEN_SECONDS = 0.2
+TOKEN_SECONDS = 0.2
 
 
 def words_from_alignment(
@@ -31,7 +31,7 @@ def words_from_alignment(
       frames: how many the audio has; without it, it is taken to end with the last token's last frame.
     """
     nexts = [span.start for span in spans[1:]] + [spans[-1].end if frames is None else frames] if spans else []
-    longest = round(_TOKEN_SECONDS / seconds_per_frame)
+    longest = round(TOKEN_SECONDS / seconds_per_frame)
     spans = [span._replace(end=min(span.end + longest, end)) for span, end in zip(spans, nexts, strict=True)]
     stream = tokenizer.stream()
     characters: list[_Character] = []
@@ -97,6 +97,6 @@ def _characters(piece: str, spans: Sequence[TokenSpan]) -> list[_Character]:
     for text in piece:
         start = said
         said += not text.isspace()
-        times = (spans[0].start + (spans[-1].end - spans[0].start) * i / max(count, 1) for i in (start, said))
-        characters.append(_Character(text, *times, spans))
+        from_, to = (spans[0].start + (spans[-1].end - spans[0].start) * i / max(count, 1) for i in (start, said))
+        characters.append(_Character(text, from_, to, spans))
     return characters

@@ -14,6 +14,8 @@ MAX_SYMBOLS_PER_FRAME = 5
 
 
 class TransducerHypothesis(NamedTuple):
+    """A text that a transducer gives."""
+
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]  # of the tokens
     log_prob: float  # of the whole alignment, blanks included

@@ -4,10 +4,12 @@ After arXiv 2310.11230 (section 3.1, "Conv-Embed") and icefall; the ConvNeXt blo
 2201.03545.
 """
 
+import math
 from collections.abc import Sequence
 from typing import cast, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechllm.encoder.scaling import (
@@ -25,6 +27,8 @@ from speechllm.linear import product
 
 # Three convolutions that see 7 frames and step by 2; (T - 7) // 2 outputs are counted, as in icefall.
 MIN_FRAMES = 9
+# Of 20 ms, those that the ConvNeXt block sees to either side.
+FRAMES_AHEAD = 3
 
 
 @overload
@@ -52,7 +56,7 @@ class ConvNeXt(nn.Module):
         super().__init__()
         hidden = 3 * channels
         self.layer_skip_rate = ScheduledFloat((0.0, 0.2), (20000.0, 0.015))
-        self.depthwise_conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.depthwise_conv = nn.Conv2d(channels, channels, 2 * FRAMES_AHEAD + 1, padding=FRAMES_AHEAD, groups=channels)
         self.pointwise_conv1 = nn.Conv2d(channels, hidden, 1)
         self.hidden_balancer = Balancer(0.3, 1.0, 0.75, 5.0)
         self.pointwise_conv2 = nn.Conv2d(hidden, channels, 1)
@@ -62,9 +66,20 @@ class ConvNeXt(nn.Module):
         self.out_balancer = Balancer(0.4, 0.6, 1.0, 6.0)
         self.out_whiten = Whiten(constant(5.0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, T, F, C) -> (N, T, F, C); what lies beyond an utterance must be 0."""
-        hidden = conv2d(self.pointwise_conv1, conv2d(self.depthwise_conv, x))
+    def forward(self, x: Tensor, has_neighbors: bool = False) -> Tensor:
+        """(N, T, F, C) -> (N, T, F, C); what lies beyond an utterance must be 0.
+
+        With `has_neighbors` the first and the last 3 frames are those around a chunk: (N, T + 6, F, C) -> (N, T, F, C).
+        """
+        depthwise = self.depthwise_conv
+        if has_neighbors:
+            around = F.conv2d(
+                x.permute(0, 3, 1, 2), depthwise.weight, depthwise.bias, padding=(0, FRAMES_AHEAD), groups=x.shape[-1]
+            ).permute(0, 2, 3, 1)
+            x = x[:, FRAMES_AHEAD:-FRAMES_AHEAD]
+        else:
+            around = conv2d(depthwise, x)
+        hidden = conv2d(self.pointwise_conv1, around)
         out = conv2d(self.pointwise_conv2, swoosh_l(self.hidden_balancer(hidden)))
         if self.training:
             keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.layer_skip_rate.value
@@ -93,13 +108,18 @@ class Conv2dSubsampling(nn.Module):
         self.conv = nn.ModuleDict({str(i): conv.to(memory_format=torch.channels_last) for i, conv in convs.items()})
         self.balancers = nn.ModuleList([Balancer(0.05, 0.95, 0.2, max_abs) for max_abs in (1.0, 4.0, 4.0)])
         self.convnext = ConvNeXt(c3)
-        self.out = nn.Linear((((feature_dim - 1) // 2) - 1) // 2 * c3, out_dim)
+        self.convolved_shape = (((feature_dim - 1) // 2) - 1) // 2, c3  # F', C
+        self.out = nn.Linear(math.prod(self.convolved_shape), out_dim)
         self.out_whiten = Whiten(ScheduledFloat((0.0, 4.0), (20000.0, 8.0)), grad_scale=0.02)
         self.out_norm = BiasNorm(out_dim)
         self.dropout = dropout
 
     def convolve(self, features: Tensor, valid: Tensor | None) -> Tensor:
         """(N, T, F) -> (N, T', F', C), what `out` projects; `valid` as in `forward`."""
+        return self.convnext(self.first_convolutions(features, valid))
+
+    def first_convolutions(self, features: Tensor, valid: Tensor | None) -> Tensor:
+        """(N, T, F) -> (N, T', F', C), what the ConvNeXt block reads; `valid` as in `forward`."""
         x = features.unsqueeze(-1)
         for i, (conv, balancer) in enumerate(zip(self.conv.values(), self.balancers, strict=True)):
             x = conv2d(cast(nn.Conv2d, conv), x)
@@ -107,9 +127,7 @@ class Conv2dSubsampling(nn.Module):
                 # Raw log-mel features are large: so scaled, the gradients of this layer stay in float16's range.
                 x = scale_grad(x, 0.2)
             x = swoosh_r(balancer(x))
-        if valid is not None:
-            x = x * valid[:, :, None, None]
-        return self.convnext(x)
+        return x if valid is None else x * valid[:, :, None, None]
 
     def project(self, x: Tensor) -> Tensor:
         """(N, T', F', C) -> (N, T', out_dim)"""
@@ -123,3 +141,16 @@ class Conv2dSubsampling(nn.Module):
         x = self.out_norm(self.out_whiten(self.project(self.convolve(features, valid))))
         mask = dropout_mask(x, self.dropout.value) if self.training else None
         return x if mask is None else x * mask
+
+    def step(self, features: Tensor, lens: Tensor, front: Tensor) -> tuple[Tensor, Tensor]:
+        """A chunk of T' frames of a stream: features (N, 2 T' + 13, F) -> (N, T', out_dim), and the next `front`.
+
+        Args:
+            lens: (N,), how many of the T' + 3 frames that the features make are there; the others count as padding.
+            front: (N, 3, F', C), what `first_convolutions` made of the frames before.
+        """
+        valid = torch.arange(output_lens(features.shape[1]), device=features.device) < lens[:, None]
+        x = torch.cat([front, self.first_convolutions(features, valid).to(front.dtype)], dim=1)
+        embeds = self.out_norm(self.project(self.convnext(x, has_neighbors=True)))
+        # of what is after the chunk, the last 3 frames, the next chunk makes its own
+        return embeds, x[:, -2 * FRAMES_AHEAD : -FRAMES_AHEAD]

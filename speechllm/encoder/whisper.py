@@ -189,7 +189,8 @@ class WhisperEncoder(nn.Module):
         return (feature_lens + 1) // 2
 
     def forward(self, features: Tensor, feature_lens: Tensor, return_stacks: bool = False) -> tuple[Tensor, ...]:
-        """
+        """Features to frames of 20 ms.
+
         Args:
             features: of its `feature_kind`, 100 frames a second, (N, T, num_mel_bins); anything may lie beyond the
                 lengths.

@@ -10,9 +10,10 @@ import dataclasses
 import difflib
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,7 @@ from speechllm.encoder.scaling import (
     swoosh_l,
     swoosh_r,
 )
+from speechllm.encoder.zipformer_state import LAYER_PARTS, LayerCache, ZipformerState
 from speechllm.linear import Linear
 
 PER_STACK = (
@@ -211,8 +213,10 @@ class ZipformerConfig:
 class Frames:
     """What all layers at one frame rate share about the frames of a batch; T counts them at that rate.
 
-    pos_emb: relative positions, (2 T - 1, pos_dim).
-    attn_mask: added to attention scores, broadcasts with (N, T, T); None if nothing is masked.
+    In a stream T are the frames of the chunk, and S those and the ones before it that attention sees; else S is T.
+
+    pos_emb: relative positions, (S + T - 1, pos_dim).
+    attn_mask: added to attention scores, broadcasts with (N, T, S); None if nothing is masked.
     valid: (N, T, 1), 0 on padding, in the features' type; None if there is no padding.
     chunk: frames in a chunk of the causal convolution.
     edge_distance: from each frame to the first and to the last of its chunk, (N or 1, T); None if not
@@ -226,14 +230,14 @@ class Frames:
     edge_distance: tuple[Tensor, Tensor] | None
 
 
-def relative_positions(num_frames: int, dim: int, device: torch.device) -> Tensor:
-    """Encodes how far a key is from a query, -(T - 1) to T - 1, with less resolution the further it is.
+def relative_positions(num_queries: int, num_keys: int, dim: int, device: torch.device) -> Tensor:
+    """Encodes how far a key is from a query, -(S - 1) to T - 1, with less resolution the further it is.
 
-    Offsets are compressed, first logarithmically and then by an arcus tangens, to a finite interval whose
-    Fourier series is
-    returned, (2 T - 1, dim); the last column is 1 and serves as a bias.
+    T queries are the last frames of S keys. Offsets are compressed, first logarithmically and then by an arcus
+    tangens, to a finite interval whose Fourier series is returned, (S + T - 1, dim); the last column is 1 and serves
+    as a bias.
     """
-    offset = torch.arange(1 - num_frames, num_frames, device=device, dtype=torch.float32)
+    offset = torch.arange(1 - num_keys, num_queries, device=device, dtype=torch.float32)
     knee = math.sqrt(dim)
     compressed = knee * offset.sign() * (offset.abs() / knee).log1p()
     angle = (compressed * (2.0 * math.pi / dim)).atan()
@@ -251,6 +255,7 @@ def keep_utterances(x: Tensor, skip_rate: float) -> Tensor | None:
 
 
 def whitening(limit: float, ratio: float = 2.0, grad_scale: float = 0.01, groups: int = 1) -> Whiten:
+    """A `Whiten` whose limit grows by `ratio` over 20,000 batches."""
     return Whiten(ScheduledFloat((0.0, limit), (20000.0, ratio * limit)), grad_scale, groups)
 
 
@@ -297,12 +302,13 @@ class AttentionWeights(nn.Module):
         self.balance_keys = Balancer(0.4, 0.6, 0.0, 100.0, prob=0.025)
         self.whiten_keys = whitening(3.0, groups=num_heads, grad_scale=0.025)
 
-    def forward(self, x: Tensor, frames: Frames) -> Tensor:
-        """(N, T, C) -> (heads, N, T, T), float32, the last dimension sums to 1."""
+    def forward(self, x: Tensor, frames: Frames, cache: LayerCache | None = None) -> Tensor:
+        """(N, T, C) -> (heads, N, T, S), float32, the last dimension sums to 1."""
         n, t, _ = x.shape
         pos_dim = self.linear_pos.out_features
         query, key, pos_query = self.in_proj(x).split((self.query_dim, self.query_dim, pos_dim), dim=-1)
-        key = self.whiten_keys(self.balance_keys(key))
+        key = _with_past(self.whiten_keys(self.balance_keys(key)), cache, "key")
+        s = key.shape[1]
         use_positions = not self.training or random.random() >= self.pos_skip_rate.value
         if not use_positions:
             query = query + 0.0 * self.linear_pos.weight.sum()  # a gradient of 0 rather than none
@@ -313,16 +319,16 @@ class AttentionWeights(nn.Module):
             # key.
             pos_query = self.by_head(pos_query).view(self.num_heads, n * t, -1)
             pos_key = self.linear_pos(frames.pos_emb[None])[0]
-            pos_key = pos_key.view(2 * t - 1, self.num_heads, -1).permute(1, 2, 0)
-            shifted = pos_query @ pos_key  # (heads, N T, 2 T - 1)
-            row = 2 * t - 1
-            shifted = shifted.as_strided((self.num_heads * n, t, t), (t * row, row - 1, 1), t - 1)
+            row = s + t - 1
+            pos_key = pos_key.view(row, self.num_heads, -1).permute(1, 2, 0)
+            shifted = pos_query @ pos_key  # (heads, N T, S + T - 1)
+            shifted = shifted.as_strided((self.num_heads * n, t, s), (t * row, row - 1, 1), t - 1)
             scores = torch.baddbmm(shifted, query, key.mT)
         else:
             scores = query @ key.mT
         if self.training and random.random() < 0.1:
             scores = penalize_large(scores, limit=25.0, penalty=1e-4)  # a safety net: scores should be far smaller
-        scores = scores.view(self.num_heads, n, t, t)
+        scores = scores.view(self.num_heads, n, t, s)
         if frames.attn_mask is not None:
             scores = scores + frames.attn_mask
         return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
@@ -334,22 +340,25 @@ class AttentionWeights(nn.Module):
 
 
 def attend(weights: Tensor, x: Tensor) -> Tensor:
-    """Weighted sums over time: weights (heads, N, T, T), x (N, T, heads C) -> (N, T, heads C)"""
-    heads, n, t, _ = weights.shape
-    x = x.view(n, t, heads, -1).permute(2, 0, 1, 3)
+    """Weighted sums over time: weights (heads, N, T, S), x (N, S, heads C) -> (N, T, heads C)"""
+    heads, n, t, s = weights.shape
+    x = x.view(n, s, heads, -1).permute(2, 0, 1, 3)
     return (weights.to(x.dtype) @ x).permute(1, 2, 0, 3).reshape(n, t, -1)
 
 
 class SelfAttention(nn.Module):
+    """Values, mixed by attention weights that several modules share."""
+
     def __init__(self, dim: int, num_heads: int, value_head_dim: int):
         super().__init__()
         self.in_proj = Linear(dim, num_heads * value_head_dim)
         self.out_proj = scaled_linear(num_heads * value_head_dim, dim, initial_scale=0.05)
         self.whiten = whitening(7.5, ratio=3.0)
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """(N, T, C) -> (N, T, C)"""
-        return self.whiten(self.out_proj(attend(weights, self.in_proj(x))))
+    def forward(self, x: Tensor, weights: Tensor, cache: LayerCache | None = None, part: str = "value1") -> Tensor:
+        """(N, T, C), (heads, N, T, S) -> (N, T, C); `part` of the cache is this module's."""
+        value = _with_past(self.in_proj(x), cache, part)
+        return self.whiten(self.out_proj(attend(weights, value)))
 
 
 class NonlinAttention(nn.Module):
@@ -373,18 +382,20 @@ class NonlinAttention(nn.Module):
         self.whiten2 = whitening(5.0, ratio=3.0)
         self.const_attention_rate = ScheduledFloat((0.0, 0.25), (4000.0, 0.025))
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """(N, T, C), (heads, N, T, T) -> (N, T, C); the weights of the first head count."""
+    def forward(self, x: Tensor, weights: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """(N, T, C), (heads, N, T, S) -> (N, T, C); the weights of the first head count."""
         weights = weights[:1]
         if self.training and random.random() < self.const_attention_rate.value:
             attended = (weights > 0.0).to(weights.dtype)  # masked frames have a weight of exactly 0
             weights = attended / attended.sum(-1, keepdim=True)
         gate, value, out_gate = self.in_proj(x).chunk(3, dim=-1)
-        value = self.whiten1(value) * self.balancer(gate).tanh()
+        value = _with_past(self.whiten1(value) * self.balancer(gate).tanh(), cache, "nonlin_value")
         return self.whiten2(self.out_proj(attend(weights, value) * out_gate))
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with SwooshL between them."""
+
     def __init__(self, dim: int, hidden: int, dropout: ScheduledFloat):
         super().__init__()
         self.in_proj = Linear(dim, hidden)
@@ -420,11 +431,12 @@ class ChunkCausalConv(nn.Module):
         self.chunkwise_conv = nn.Conv1d(dim, dim, kernel, groups=dim, padding=kernel // 2)
         self.chunkwise_conv_scale = nn.Parameter(torch.zeros(2, dim, kernel))
 
-    def forward(self, x: Tensor, frames: Frames) -> Tensor:
-        """(N, T, C) -> (N, T, C); T is a multiple of the chunk size."""
+    def forward(self, x: Tensor, frames: Frames, cache: LayerCache | None = None, part: str = "conv1") -> Tensor:
+        """(N, T, C) -> (N, T, C); T is a multiple of the chunk size. `part` of the cache is this module's."""
         n, t, c = x.shape
         kernel = self.chunkwise_conv.kernel_size[0]
-        causal = depthwise_conv(F.pad(x, (0, 0, kernel // 2, 0)), self.causal_conv, 0)
+        with_past = F.pad(x, (0, 0, kernel // 2, 0)) if cache is None else cache.extend(part, x)
+        causal = depthwise_conv(with_past, self.causal_conv, 0)
         within = depthwise_conv(x.reshape(-1, frames.chunk, c), self.chunkwise_conv, kernel // 2).reshape(n, t, c)
         # The tables, (2, C, K), get an entry of 0 for frames that are a kernel or more away from the edge.
         edges = cast("tuple[Tensor, Tensor]", frames.edge_distance)  # which a causal model has
@@ -436,6 +448,8 @@ class ChunkCausalConv(nn.Module):
 
 
 class ConvolutionModule(nn.Module):
+    """A gated depthwise convolution over time."""
+
     def __init__(self, dim: int, kernel: int, causal: bool):
         super().__init__()
         self.in_proj = Linear(dim, 2 * dim)
@@ -451,14 +465,17 @@ class ConvolutionModule(nn.Module):
         self.whiten = whitening(7.5)
         self.out_proj = scaled_linear(dim, dim, initial_scale=0.05)
 
-    def forward(self, x: Tensor, frames: Frames) -> Tensor:
-        """(N, T, C) -> (N, T, C)"""
+    def forward(self, x: Tensor, frames: Frames, cache: LayerCache | None = None, part: str = "conv1") -> Tensor:
+        """(N, T, C) -> (N, T, C); `part` of the cache is this module's."""
         x, gate = self.in_proj(x).chunk(2, dim=-1)
         x = x * self.balancer1(gate).sigmoid()
         if frames.valid is not None:
             x = x * frames.valid
         conv = self.depthwise_conv
-        x = conv(x, frames) if isinstance(conv, ChunkCausalConv) else depthwise_conv(x, conv, conv.kernel_size[0] // 2)
+        if isinstance(conv, ChunkCausalConv):
+            x = conv(x, frames, cache, part)
+        else:
+            x = depthwise_conv(x, conv, conv.kernel_size[0] // 2)
         return self.out_proj(swoosh_r(self.whiten(self.balancer2(x))))
 
 
@@ -484,6 +501,8 @@ class Bypass(nn.Module):
 
 
 class ZipformerLayer(nn.Module):
+    """Attention, convolution and feed-forward modules around one set of attention weights."""
+
     def __init__(self, config: ZipformerConfig, stack: int, skip_rate: ScheduledFloat, dropout: ScheduledFloat):
         super().__init__()
         dim = config.encoder_dim[stack]
@@ -516,20 +535,20 @@ class ZipformerLayer(nn.Module):
         self.balancer2 = Balancer(0.45, 0.55, 0.1, 4.0)
         self.whiten = whitening(4.0, ratio=3.0)
 
-    def forward(self, x: Tensor, frames: Frames) -> Tensor:
-        """(N, T, C) -> (N, T, C)"""
+    def forward(self, x: Tensor, frames: Frames, cache: LayerCache | None = None) -> Tensor:
+        """(N, T, C) -> (N, T, C); in a stream x is a chunk, and the cache has what is before it, then its end too."""
         skipped = x
-        weights = self.self_attn_weights(x, frames)
+        weights = self.self_attn_weights(x, frames, cache)
         keep_attn = keep_utterances(x, self.dynamic_skip_rate.value) if self.training else None
 
         x = x + self.feed_forward1(x)
-        x = x + _masked(self.balancer_na(self.nonlin_attention(x, weights)), keep_attn)
-        x = x + _masked(self.self_attn1(x, weights), keep_attn)
-        x = x + self.dropped(self.conv_module1(x, frames), self.dynamic_skip_rate)
+        x = x + _masked(self.balancer_na(self.nonlin_attention(x, weights, cache)), keep_attn)
+        x = x + _masked(self.self_attn1(x, weights, cache, "value1"), keep_attn)
+        x = x + self.dropped(self.conv_module1(x, frames, cache, "conv1"), self.dynamic_skip_rate)
         x = x + self.dropped(self.balancer_ff2(self.feed_forward2(x)), self.ff_skip_rate)
         x = self.bypass_mid(skipped, x)
-        x = x + _masked(self.self_attn2(x, weights), keep_attn)
-        x = x + self.dropped(self.conv_module2(x, frames), self.dynamic_skip_rate)
+        x = x + _masked(self.self_attn2(x, weights, cache, "value2"), keep_attn)
+        x = x + self.dropped(self.conv_module2(x, frames, cache, "conv2"), self.dynamic_skip_rate)
         x = x + self.dropped(self.balancer_ff3(self.feed_forward3(x)), self.ff_skip_rate)
         x = self.norm(self.balancer1(x))
         x = self.bypass(skipped, x)
@@ -538,9 +557,30 @@ class ZipformerLayer(nn.Module):
     def dropped(self, x: Tensor, skip_rate: ScheduledFloat) -> Tensor:
         return _masked(x, keep_utterances(x, skip_rate.value)) if self.training else x
 
+    def empty_cache(self, n: int, left_frames: int) -> LayerCache:
+        """Of N streams that have not begun, for attention to `left_frames` before a chunk."""
+        frames = {part: left_frames for part in LAYER_PARTS}
+        conv = cast(ChunkCausalConv, self.conv_module1.depthwise_conv)  # which a causal model has
+        frames["conv1"] = frames["conv2"] = conv.chunkwise_conv.kernel_size[0] // 2
+        dims = {
+            "key": self.self_attn_weights.query_dim,
+            "nonlin_value": self.nonlin_attention.out_proj.in_features,
+            "value1": self.self_attn1.in_proj.out_features,
+            "value2": self.self_attn2.in_proj.out_features,
+            "conv1": self.conv_module1.out_proj.in_features,
+            "conv2": self.conv_module2.out_proj.in_features,
+        }
+        like = self.norm.bias
+        return LayerCache({part: like.new_zeros(n, frames[part], dims[part]) for part in LAYER_PARTS})
+
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
+
+
+def _with_past(x: Tensor, cache: LayerCache | None, part: str) -> Tensor:
+    """x (N, T, C), in a stream with the frames before it in front, (N, S, C)."""
+    return x if cache is None else cache.extend(part, x)
 
 
 class Stack(nn.Module):
@@ -556,13 +596,21 @@ class Stack(nn.Module):
         rates = [ScheduledFloat((b, 0.5), (b + step / num_layers, final_rate)) for b in begins]
         self.layers = nn.ModuleList([ZipformerLayer(config, stack, rate, dropout) for rate in rates])
 
-    def forward(self, x: Tensor, frames: Frames, feature_mask: Tensor | None, checkpointed: bool) -> Tensor:
-        """(N, T, C) -> (N, T, C)"""
+    def forward(
+        self,
+        x: Tensor,
+        frames: Frames,
+        feature_mask: Tensor | None,
+        checkpointed: bool,
+        caches: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """(N, T, C) -> (N, T, C); `caches` of the layers, in a stream."""
         pos_emb = F.dropout(frames.pos_emb, 0.15, self.training)
         frames = dataclasses.replace(frames, pos_emb=pos_emb)
         x = _masked(x, feature_mask)
-        for layer in self.layers:
-            x = _masked(run(layer, x, frames, checkpointed=checkpointed), feature_mask)
+        of_layers: Sequence[LayerCache | None] = [None] * len(self.layers) if caches is None else caches
+        for layer, cache in zip(self.layers, of_layers, strict=True):
+            x = _masked(run(layer, x, frames, cache, checkpointed=checkpointed), feature_mask)
         return x
 
 
@@ -599,10 +647,16 @@ class DownsampledStack(nn.Module):
         self.out_combiner = Bypass(config.encoder_dim[stack], constant(0.0))
 
     def forward(
-        self, x: Tensor, lens: Tensor, frames: Frames, feature_mask: Tensor | None, checkpointed: bool
+        self,
+        x: Tensor,
+        lens: Tensor,
+        frames: Frames,
+        feature_mask: Tensor | None,
+        checkpointed: bool,
+        caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
         """(N, T, C) -> (N, T, C); `frames` are those of the lower rate, `lens` the lengths in x."""
-        out = self.encoder(self.downsample(x, lens), frames, feature_mask, checkpointed)
+        out = self.encoder(self.downsample(x, lens), frames, feature_mask, checkpointed, caches)
         out = out.unsqueeze(2).expand(-1, -1, x.shape[1] // out.shape[1], -1).reshape(x.shape)
         return self.out_combiner(x, out)
 
@@ -644,18 +698,7 @@ class StackedEncoder(nn.Module):
             factor: self.frames_at(factor, x, lens, padded, chunk_size, left_context_frames)
             for factor in set(config.downsampling_factor)
         }
-        outputs = []
-        feature_masks = self.feature_masks(x)
-        for i, stack in enumerate(self.encoders):
-            dim = config.encoder_dim[i]
-            feature_mask = feature_masks[i] if stack.training else None  # none in a frozen stack
-            x = x[..., :dim] if dim <= x.shape[-1] else F.pad(x, (0, dim - x.shape[-1]))
-            factor = config.downsampling_factor[i]
-            if factor == 1:
-                x = stack(x, rates[factor], feature_mask, checkpointed)
-            else:
-                x = stack(x, lens, rates[factor], feature_mask, checkpointed)
-            outputs.append(x)
+        outputs = self.outputs(x, lens, rates, checkpointed)
         t_out = -(-t // config.output_downsampling_factor)
         encoder_out = self.downsample_output(_widest(outputs), lens)[:, :t_out]
         if not return_stacks:
@@ -664,6 +707,57 @@ class StackedEncoder(nn.Module):
         widened = [F.pad(out, (0, encoder_out.shape[-1] - out.shape[-1])) for out in widened]
         below = [self.downsample_output(out, lens)[:, :t_out] for out in widened]
         return encoder_out, torch.stack([*below, encoder_out])
+
+    def outputs(
+        self,
+        x: Tensor,
+        lens: Tensor,
+        rates: Mapping[int, Frames],
+        checkpointed: bool,
+        caches: Sequence[LayerCache] = (),
+    ) -> list[Tensor]:
+        """x (N, T, D0) -> (N, T, D) of each stack; `rates` are the frames at each downsampling factor, `caches` those
+        of all layers, in a stream."""
+        config = self.config
+        outputs = []
+        feature_masks = self.feature_masks(x)
+        following = iter(caches)
+        for i, stack in enumerate(self.encoders):
+            dim = config.encoder_dim[i]
+            feature_mask = feature_masks[i] if stack.training else None  # none in a frozen stack
+            x = x[..., :dim] if dim <= x.shape[-1] else F.pad(x, (0, dim - x.shape[-1]))
+            factor = config.downsampling_factor[i]
+            inputs = (x,) if factor == 1 else (x, lens)
+            own = list(islice(following, config.num_encoder_layers[i])) if caches else None
+            x = stack(*inputs, rates[factor], feature_mask, checkpointed, own)
+            outputs.append(x)
+        return outputs
+
+    def step(self, x: Tensor, lens: Tensor, state: ZipformerState, layers: Sequence[LayerCache]) -> Tensor:
+        """A chunk x (N, T, D0) of streams, of which `lens` (N,) frames are there -> (N, T / output_downsampling_factor,
+        D). `layers` go on to its end."""
+        factors = set(self.config.downsampling_factor)
+        rates = {factor: self.frames_in_stream(factor, x, lens, state) for factor in factors}
+        outputs = self.outputs(x, lens, rates, False, layers)
+        return self.downsample_output(_widest(outputs), lens)
+
+    def frames_in_stream(self, factor: int, x: Tensor, lens: Tensor, state: ZipformerState) -> Frames:
+        """What `frames_at` says of a whole utterance, of a chunk x (N, T, C) with what is before it."""
+        chunk, left = x.shape[1] // factor, state.left_context_frames // factor
+        lens = -(-lens // factor)
+        valid = torch.arange(chunk, device=x.device) < lens[:, None]
+        heard = torch.arange(-left, 0, device=x.device) >= -(state.frames // factor)[:, None]
+        masked = ~torch.cat([heard, valid], dim=1)[:, None]
+        from_left = torch.arange(chunk, device=x.device)[None]
+        # An utterance shorter than a chunk has its edges where it has them alone.
+        length = lens.where(state.frames == 0, chunk)[:, None]
+        return Frames(
+            pos_emb=relative_positions(chunk, left + chunk, self.config.pos_dim, x.device).to(x.dtype),
+            attn_mask=masked.to(x.dtype) * -1000.0,
+            valid=valid.unsqueeze(-1).to(x.dtype),
+            chunk=chunk,
+            edge_distance=(from_left, (length - 1 - from_left).clamp(min=0)),
+        )
 
     def frames_at(
         self, factor: int, x: Tensor, lens: Tensor, padded: bool, chunk_size: int, left_context_frames: int
@@ -690,7 +784,7 @@ class StackedEncoder(nn.Module):
             from_left = time[None] % chunk
             edge_distance = from_left, (length - 1 - from_left).clamp(min=0)
         return Frames(
-            pos_emb=relative_positions(t, config.pos_dim, x.device).to(x.dtype),
+            pos_emb=relative_positions(t, t, config.pos_dim, x.device).to(x.dtype),
             # Low enough for weights of exactly 0, finite so that rows of nothing but padding give no NaN.
             attn_mask=None if masked is None else masked.to(x.dtype) * -1000.0,
             valid=valid.unsqueeze(-1).to(x.dtype) if padded else None,
@@ -813,7 +907,8 @@ class Zipformer(nn.Module):
         left_context_frames: int | None = None,
         return_stacks: bool = False,
     ) -> tuple[Tensor, ...]:
-        """
+        """Features to frames of 40 ms, with the usual `output_downsampling_factor`.
+
         Args:
             features: log-mel features, 100 frames a second, (N, T, feature_dim); anything may lie beyond the
                 lengths.
@@ -864,3 +959,91 @@ class Zipformer(nn.Module):
             choose(chunk_size, self.config.chunk_size),
             choose(left_context_frames, self.config.left_context_frames),
         )
+
+    def initial_state(
+        self, n: int, chunk_size: int | None = None, left_context_frames: int | None = None
+    ) -> ZipformerState:
+        """The state of N streams that have not begun, on the encoder's device, for `step`.
+
+        Args:
+            n: how many streams.
+            chunk_size: in frames of 20 ms; by default the smallest that the encoder was trained with.
+            left_context_frames: the same; rounded down to whole chunks, but to one at least.
+
+        Raises:
+            ValueError: the encoder is not causal, or the chunk size is none that it can have.
+        """
+        config = self.config
+        if not config.causal:
+            raise ValueError("the encoder is not causal: it has to hear all before it says anything; train with causal")
+        limited = [[v for v in options if v > 0] for options in (config.chunk_size, config.left_context_frames)]
+        chunk_size, left = (
+            asked if asked is not None else min(options, default=-1)
+            for asked, options in zip((chunk_size, left_context_frames), limited, strict=True)
+        )
+        multiple = math.lcm(*config.downsampling_factor, config.output_downsampling_factor)
+        if chunk_size <= 0 or chunk_size % multiple:
+            raise ValueError(f"chunk_size is {chunk_size}, but in a stream it must be a multiple of {multiple}")
+        if left <= 0:
+            raise ValueError(
+                f"left_context_frames is {left}, but in a stream it must be positive, so that it has an end"
+            )
+        left = max(left // chunk_size, 1) * chunk_size
+        embed = self.encoder_embed
+        stacks = [cast(Stack, stack if isinstance(stack, Stack) else stack.encoder) for stack in self.encoder.encoders]
+        layers = [
+            cast(ZipformerLayer, layer).empty_cache(n, left // factor)
+            for factor, stack in zip(config.downsampling_factor, stacks, strict=True)
+            for layer in stack.layers
+        ]
+        like = embed.out_norm.bias
+        front = like.new_zeros(n, subsampling.FRAMES_AHEAD, *embed.convolved_shape)
+        frames = torch.zeros(n, dtype=torch.int64, device=like.device)
+        return ZipformerState(chunk_size, left, frames, front, tuple(layers))
+
+    @staticmethod
+    def step_frames(chunk_size: int) -> tuple[int, int]:
+        """How many feature frames a step of this chunk size reads, and from how many on the next one does: the front
+        end has to see 13 frames of the next chunk."""
+        return 2 * chunk_size + 2 * subsampling.FRAMES_AHEAD + 7, 2 * chunk_size
+
+    def step(
+        self, features: Tensor, state: ZipformerState, feature_lens: Tensor | None = None
+    ) -> tuple[Tensor, ZipformerState]:
+        """The next chunk of N streams; chunk by chunk as the whole is with the same chunk size and left context.
+
+        Args:
+            features: (N, W, feature_dim), where `step_frames(state.chunk_size)` is (W, S): of the k-th step those from
+                k * S on.
+            state: of the streams so far; it stays as it is.
+            feature_lens: (N,), how many frames are there. Fewer than W are the end of a stream. None: W of all. After
+                a step with L < W there may be one more, of what is from S on, if that has more than 8 frames.
+
+        Returns:
+            encoder_out (N, T', D) and the state after it. T' is chunk_size / output_downsampling_factor; at the end of
+            a stream no more frames count than `output_lens(feature_lens)`.
+
+        Raises:
+            ValueError: the encoder is in training mode, or shapes or lengths do not fit.
+        """
+        if self.training:
+            raise ValueError("the encoder is in training mode: call eval() before it encodes a stream")
+        window, _ = self.step_frames(state.chunk_size)
+        if features.shape != (len(state), window, self.config.feature_dim):
+            raise ValueError(
+                f"features must be ({len(state)}, {window}, {self.config.feature_dim}) for {len(state)} streams with "
+                f"chunks of {state.chunk_size} frames, but are {tuple(features.shape)}"
+            )
+        if feature_lens is None:
+            feature_lens = torch.full((len(features),), window)
+        shortest_and_longest(features, feature_lens, self.config.feature_dim, self.min_frames)
+        feature_lens = feature_lens.to(features.device)
+        padding = torch.arange(window, device=features.device) >= feature_lens[:, None]
+        features = features.masked_fill(padding.unsqueeze(-1), 0.0)
+        lens = subsampling.output_lens(feature_lens)
+        x, front = self.encoder_embed.step(features, lens, state.front)
+        lens = lens.clamp(max=state.chunk_size)
+        layers = tuple(LayerCache(layer) for layer in state.layers)
+        encoder_out = self.encoder.step(x, lens, state, layers)
+        state = dataclasses.replace(state, frames=state.frames + lens, front=front, layers=layers)
+        return encoder_out, state

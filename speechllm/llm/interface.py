@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
@@ -60,6 +60,13 @@ class LanguageModelState(Protocol):
     @classmethod
     def cat(cls, states: Sequence[Self]) -> Self:
         """The rows of all `states`, one state's after the other's: utterances that enter the batch."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it holds, by name, for `from_tensors` and for files."""
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """From what `tensors` gave."""
 
 
 _NO_STATE = "has_initial_state is False"

@@ -9,7 +9,7 @@ a state of fixed size, in which there is no place for padding: it must not be re
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -100,6 +100,30 @@ class TransformersState:
                 )
             )
         return TransformersState(tuple(layers), torch.cat([state.lens for state in states]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, for `from_tensors` and for files."""
+        tensors = {
+            f"{i}.{kind}.{j}": x
+            for i, layer in enumerate(self.layers)
+            for kind, part in layer._asdict().items()
+            for j, x in enumerate(part)
+            if x is not None
+        }
+        counts = torch.tensor([[len(part) for part in layer] for layer in self.layers])
+        return tensors | {"lens": self.lens, "counts": counts}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TransformersState:
+        """From what `tensors` gave."""
+        layers = (
+            LayerState(
+                tuple(tensors[f"{i}.attention.{j}"] for j in range(attention)),
+                tuple(tensors.get(f"{i}.recurrent.{j}") for j in range(recurrent)),
+            )
+            for i, (attention, recurrent) in enumerate(tensors["counts"].tolist())
+        )
+        return cls(tuple(layers), tensors["lens"])
 
     @property
     def _device(self) -> torch.device:

@@ -22,7 +22,7 @@ from speechllm.llm.interface import LanguageModel
 from speechllm.model.config import EncoderSection, ModelConfig
 from speechllm.model.parts import Encoder
 from speechllm.model.request import checked_request
-from speechllm.prompt.label import LabelTemplate
+from speechllm.prompt.label import LabelTemplate, WordTime
 from speechllm.prompt.request import Request, requests_of
 from speechllm.text.tokenizer import Tokenizer
 from speechllm.transcribe.formats import Recording
@@ -40,7 +40,7 @@ def takes_columns_too(forward: Callable[..., Losses]) -> Callable[..., Losses]:
 
     @wraps(forward)
     def accepting(
-        self, features: Tensor, feature_lens: Tensor, texts: Sequence[str], *given: Any, **named: Any
+        self: SpeechModel, features: Tensor, feature_lens: Tensor, texts: Sequence[str], *given: Any, **named: Any
     ) -> Losses:
         if "requests" in named or (given and all(isinstance(request, Request) for request in given[0])):
             return forward(self, features, feature_lens, texts, *given, **named)
@@ -108,6 +108,8 @@ class SpeechModel(nn.Module, ABC):
         texts: Sequence[str],
         requests: Sequence[Request],
         labels: Sequence[str] | None = None,
+        words: Sequence[Sequence[WordTime] | None] | None = None,
+        chunk_seconds: float | None = None,
     ) -> Losses:
         """Losses of a batch, SUMMED over its utterances; `loss` is the one to train with, divided by `tokens`.
 
@@ -116,6 +118,8 @@ class SpeechModel(nn.Module, ABC):
           texts: N transcripts or translations.
           requests: what is asked for each of the N utterances.
           labels: N labels of the texts (`label_template`); None: made of the above, which say no word times.
+          words: N times the words of transcripts, with their times; chunk_seconds: of streams, None where the rows are
+            none (`speechllm.prompt.interleave`).
         """
 
     @abstractmethod
@@ -182,7 +186,12 @@ class SpeechModel(nn.Module, ABC):
 
     def label_ids(self, label: str) -> list[int]:
         """The tokens of a label as it stands behind the prompt, without the end of text."""
-        return self.tokenizer.encode(self.config.prompt.before_label + label)
+        return self.tokenizer.encode(self.config.prompt.label_prefix + label)
+
+    def num_label_tokens(self, labels: Sequence[str], feature_lens: Tensor, chunk_seconds: float | None = None) -> int:
+        """How many tokens of the labels of a batch count in its loss, each label's end of text included, and in streams
+        (`chunk_seconds`) the end of each chunk."""
+        return sum(len(ids) + 1 for ids in map(self.label_ids, labels))
 
     def label_lengths(self, labels: Sequence[str]) -> list[int]:
         """How many tokens each label has behind the prompt, the end of text not counted."""
@@ -190,11 +199,11 @@ class SpeechModel(nn.Module, ABC):
 
     def label_identity(self) -> str:
         """A string that differs between models that make other tokens of some label; for the names of caches."""
-        return f"{self.tokenizer.identity()} {self.config.prompt.before_label!r} {self.label_template}"
+        return f"{self.tokenizer.identity()} {self.config.prompt.label_prefix!r} {self.label_template}"
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of the tokens of a transcript, such as CTC writes."""
-        return self.tokenizer.decode(token_ids).removeprefix(self.config.prompt.before_label)
+        return self.tokenizer.decode(token_ids).removeprefix(self.config.prompt.label_prefix)
 
     def recognize(
         self,

@@ -24,7 +24,7 @@ def model_card(config: ModelConfig, parts: Sequence[tuple[str, nn.Module]]) -> s
       config: of the model, its prompt written out.
       parts: what the card calls them, and the modules.
     """
-    tune = config.llm.tune
+    tune = None if config.llm is None else config.llm.tune
     tuned = (
         "" if tune is None else f"The language model was tuned with {tune.method}; `adapter/` has that by itself.\n\n"
     )

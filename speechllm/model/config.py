@@ -17,7 +17,9 @@ from speechllm.errors import UserError
 from speechllm.llm.adapters import TuneConfig
 from speechllm.llm.precision import DTYPES
 from speechllm.llm.transformers import ATTENTION, transformers_config
+from speechllm.model.streaming import chunk_of
 from speechllm.projector import ProjectorConfig
+from speechllm.prompt.interleave import StreamingConfig
 from speechllm.prompt.label import LabelTemplate
 from speechllm.prompt.template import PromptConfig
 from speechllm.rwkv7 import RWKV7Config
@@ -163,6 +165,7 @@ class ModelConfig:
     `more_encoders`: their embeddings stand behind the encoder's, in this order. `encoder_dropout`: in training each
     encoder is left out of an utterance with this probability, but never all (as ModDrop, arXiv 1501.00102, drops whole
     modalities); in decoding all are there.
+    `streaming`: the model learns to write while it listens, chunk by chunk (`speechllm.prompt.interleave`).
     `languages`: what the model was trained on, `en` for transcripts of English, `en>de` for translations into German.
     It is put into a trained model's folder; where it is null, nothing is checked against it.
 
@@ -182,6 +185,7 @@ class ModelConfig:
     encoder_dropout: float = setting(0.0, at_least=0, below=1)
     cr_ctc: CRCTCConfig | None = None
     transducer: TransducerConfig | None = None
+    streaming: StreamingConfig | None = None
     languages: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -197,6 +201,8 @@ class ModelConfig:
         self._check_ctc_projectors()
         if self.encoder_dropout and not self.more_encoders:
             raise ValueError("encoder_dropout leaves out one of several encoders, but there are no more_encoders")
+        if self.streaming is not None:
+            self._check_streaming(self.streaming)
         if self.llm is None:
             self._check_encoder_alone()
         else:
@@ -215,6 +221,25 @@ class ModelConfig:
                     f"more_encoders[{i}].projector.kind: ctc reads the CTC head, which is on the first encoder only"
                 )
 
+    def _check_streaming(self, streaming: StreamingConfig) -> None:
+        if self.label != "{text}":
+            raise ValueError(
+                f"streaming writes the words of a chunk when they have been said, but label {self.label!r} has more "
+                'than those: set label: "{text}"'
+            )
+        if self.more_encoders:
+            raise ValueError("streaming takes one encoder, and there are more_encoders: leave out one of them")
+        if self.encoder.whisper is not None:
+            raise ValueError("streaming: Whisper hears whole utterances only; take a Zipformer with causal: true")
+        if streaming.delay_seconds and not self.prompt.tells_end_of_stream():
+            raise ValueError(
+                f"streaming.delay_seconds: {streaming.delay_seconds:g} leaves words to write when the audio has "
+                "ended, which the prompt does not tell: have text after {audio} in prompt.streaming, or prompt.boundary"
+            )
+        if self.encoder.zipformer is not None and not self.encoder.path:
+            for seconds in streaming.chunk_seconds:
+                chunk_of(seconds, self.encoder.zipformer, self.projector)
+
     def _check_encoder_alone(self) -> None:
         if not self.ctc_weight and self.transducer is None:
             raise ValueError(
@@ -229,6 +254,7 @@ class ModelConfig:
             ("label", self.label, "{text}"),
             ("ctc_tokenizer", self.ctc_tokenizer, None),
             ("more_encoders", self.more_encoders, []),
+            ("streaming", self.streaming, None),
         ):
             if given != default:
                 raise ValueError(f"{name} leads to the language model, and llm is null: leave out {name}")

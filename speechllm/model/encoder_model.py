@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from speechllm.config import ConfigError, save_config
 from speechllm.decode.encoder_recognizer import EncoderRecognizer
-from speechllm.decode.recognizer import RecognizeOptions
+from speechllm.decode.options import RecognizeOptions
 from speechllm.encoder import WhisperEncoder
 from speechllm.encoder.ctc import consistency_losses, ctc_losses
 from speechllm.encoder.transducer import Transducer
@@ -108,6 +109,8 @@ class EncoderModel(SpeechModel):
         texts: Sequence[str],
         requests: Sequence[Request],
         labels: Sequence[str] | None = None,
+        words: object = None,
+        chunk_seconds: None = None,
     ) -> Losses:
         """Losses of a batch, SUMMED over its utterances; of two views of each, the mean of both is taken.
 
@@ -117,6 +120,7 @@ class EncoderModel(SpeechModel):
           texts: N transcripts.
           requests: of the N utterances; it learns from none that asks for a translation.
           labels: what is written of the texts; None: the texts themselves.
+          words, chunk_seconds: not used, as there is no language model to read streams.
 
         Returns:
           scalars: `loss` = ctc_weight * `ctc_loss` + cr_ctc.weight * `cr_ctc_loss` + transducer.weight *
@@ -148,10 +152,10 @@ class EncoderModel(SpeechModel):
             logits = self.ctc_head(encoder_out)
             ctc_loss = ctc_losses(logits, lens, label_ids * views, self.blank_id).sum() / views
             loss = loss + config.ctc_weight * ctc_loss
-            if views == 2:
+            if views == 2 and config.cr_ctc is not None:
                 cr_ctc_loss = consistency_losses(logits, lens).sum()
                 loss = loss + config.cr_ctc.weight * cr_ctc_loss
-        if self.transducer is not None:
+        if self.transducer is not None and config.transducer is not None:
             transducer_loss = self.transducer(encoder_out, lens, label_ids * views).sum() / views
             loss = loss + config.transducer.weight * transducer_loss
         return {
@@ -190,7 +194,7 @@ class EncoderModel(SpeechModel):
             self.tokenizer.save(tmp)
             section = saved_section(self.encoder)
             save_config(dataclasses.replace(self.config, tokenizer=".", encoder=section), tmp / "config.yaml")
-            sizes = {"encoder_config": self.encoder.config.to_dict()}
+            sizes: dict[str, Any] = {"encoder_config": self.encoder.config.to_dict()}
             if isinstance(self.encoder, WhisperEncoder):  # as a released Whisper says it
                 sizes = {"model_type": "whisper", **self.encoder.config.to_dict()}
             (tmp / "config.json").write_text(f"{json.dumps(sizes, indent=2)}\n", encoding="utf-8")

@@ -25,11 +25,13 @@ def build_encoder(section: EncoderSection) -> Encoder:
     Raises:
       UserError, FileNotFoundError: it does not load, or is none that the settings are for.
     """
+    encoder: Encoder
     if section.path:
         encoder = load_encoder(section.path, section.zipformer)
     elif section.whisper is not None:
         encoder = WhisperEncoder(section.whisper)
     else:
+        assert section.zipformer is not None  # `EncoderSection` sees to it that one of the three is given
         encoder = Zipformer(section.zipformer)
     encoder.checkpoint_layers = section.checkpoint_layers
     if section.pad_to_30s:
@@ -60,11 +62,13 @@ def build_language_model(section: LLMSection) -> RWKV7 | TransformersLM:
     Raises:
       UserError, FileNotFoundError: it does not load, or is none that the settings are for.
     """
+    llm: RWKV7 | TransformersLM
     if section.rwkv7 is not None:
         llm = RWKV7(section.rwkv7, section.wkv_backend)
     elif section.transformers is not None:
         llm = new_transformers_lm(section.transformers, section.attention)
     else:
+        assert section.path is not None  # `LLMSection` sees to it that one of the three is given
         dtype = base_dtype(section.dtype, not section.freezes_base, torch.cuda.is_available())
         if is_transformers_model(section.path):
             llm = load_transformers_lm(section.path, dtype, section.attention)

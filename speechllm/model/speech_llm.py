@@ -17,25 +17,31 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from speechllm.config import ConfigError, save_config
-from speechllm.decode.recognizer import RecognizeOptions, SpeechLLMRecognizer
+from speechllm.decode.options import RecognizeOptions
+from speechllm.decode.recognizer import SpeechLLMRecognizer
+from speechllm.encoder import ZipformerConfig
 from speechllm.encoder.ctc import ctc_losses
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.llm.adapters import load_adapter, merged_state_dict, save_adapter, tune
-from speechllm.llm.interface import LanguageModel
+from speechllm.llm.interface import IGNORE, TunableModel
+from speechllm.llm.transformers import TransformersLM
 from speechllm.model.base import Losses, SpeechModel, takes_columns_too
 from speechllm.model.card import encoder_name, model_card
 from speechllm.model.config import EncoderSection, LLMSection, ModelConfig, MoreEncoder, load_model_config
 from speechllm.model.ctc_head import load_ctc_head, mean_embeddings
 from speechllm.model.parts import Encoder, build_encoder, build_language_model, saved_section
+from speechllm.model.streaming import Chunk, aligned_words, chunks_of
 from speechllm.projector import CTCProjector, Projector, WeightedStacks, build_projector, one_after_another
-from speechllm.prompt.label import LabelTemplate, ReadLabel
+from speechllm.prompt.interleave import StreamingConfig, deal_out, interleave
+from speechllm.prompt.label import LabelTemplate, ReadLabel, WordTime
 from speechllm.prompt.request import Request
 from speechllm.prompt.splice import PromptEmbedder, Spliced, splice
 from speechllm.prompt.template import PromptConfig
@@ -44,13 +50,13 @@ from speechllm.text.tokenizer import Tokenizer, load_tokenizer
 from speechllm.weights import load_state_dict_strict
 
 # What stands before a transcript in a CTC head's own pieces: what an encoder alone has learned to write.
-_CTC_PREFIX = PromptConfig().written_out().before_label
+_CTC_PREFIX = PromptConfig().label_prefix
 
 
 class SpeechLLM(SpeechModel):
     """See the module's docstring. Build one with `from_config` (training) or `from_pretrained` (use)."""
 
-    llm: LanguageModel
+    llm: TunableModel
     needs_two_views = False
 
     def __init__(
@@ -58,7 +64,7 @@ class SpeechLLM(SpeechModel):
         config: ModelConfig,
         encoder: Encoder,
         projector: Projector,
-        llm: LanguageModel,
+        llm: TunableModel,
         tokenizer: Tokenizer,
         more_encoders: Sequence[tuple[Encoder, Projector]] = (),
         ctc_tokenizer: Tokenizer | None = None,
@@ -77,7 +83,10 @@ class SpeechLLM(SpeechModel):
         self.blank_id = self.ctc_tokenizer.vocab_size
         self.ctc_head = nn.Linear(encoder.output_dim, self.blank_id + 1) if config.ctc_weight else None
         self.label_template = LabelTemplate(config.label, self.seconds_per_position)
-        for part, section in [(llm, config.llm), *((e, section) for _, section, e in self.encoders())]:
+        self.chunks = chunks_of(config.streaming, encoder, config.projector) if config.streaming is not None else {}
+        sections: list[tuple[nn.Module, EncoderSection | LLMSection]] = [(llm, self.llm_section)]
+        sections += [(part, section) for _, section, part in self.encoders()]
+        for part, section in sections:
             if section.freeze:
                 part.requires_grad_(False)
         self.train()
@@ -126,39 +135,55 @@ class SpeechLLM(SpeechModel):
         return model
 
     @property
+    def streaming(self) -> StreamingConfig | None:
+        """How it writes while it listens; None if it does not."""
+        return self.config.streaming
+
+    @property
+    def llm_section(self) -> LLMSection:
+        """The configuration of the language model."""
+        assert self.config.llm is not None  # see `from_config`
+        return self.config.llm
+
+    @property
     def seconds_per_position(self) -> float:
         """How much audio one position of the language model stands for, the positions of all encoders counted."""
         return 1 / sum(1 / (encoder.frame_seconds * projector.downsample) for encoder, projector in self._branches())
 
     def audio_lens(self, feature_lens: Tensor) -> Tensor:
         """How many positions of audio the language model reads for feature_lens (N,) frames: (N,)."""
-        return sum(projector.output_lens(encoder.output_lens(feature_lens)) for encoder, projector in self._branches())
+        lens = [projector.output_lens(encoder.output_lens(feature_lens)) for encoder, projector in self._branches()]
+        return torch.stack(lens).sum(0)
 
     def encoders(self) -> list[tuple[str, EncoderSection, Encoder]]:
         """Name as a part of the model, configuration and module of each encoder, the first one first."""
-        more = zip(self.config.more_encoders, self.more_encoders, strict=True)
-        return [
-            ("encoder", self.config.encoder, self.encoder),
-            *((f"more_encoders.{i}.encoder", c.encoder, part["encoder"]) for i, (c, part) in enumerate(more)),
-        ]
+        sections = [self.config.encoder, *(more.encoder for more in self.config.more_encoders)]
+        names = ["encoder", *(f"more_encoders.{i}.encoder" for i in range(len(self.more_encoders)))]
+        modules = [encoder for encoder, _ in self._branches()]
+        return list(zip(names, sections, modules, strict=True))
 
     def _branches(self) -> list[tuple[Encoder, Projector]]:
-        more = [(part["encoder"], part["projector"]) for part in self.more_encoders]
-        return [(self.encoder, self.projector), *more]
+        more = [cast("dict[str, Any]", part) for part in self.more_encoders]
+        return [(self.encoder, self.projector), *((part["encoder"], part["projector"]) for part in more)]
 
-    def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def encode(
+        self, features: Tensor, feature_lens: Tensor, chunk: Chunk | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """features (N, T, F), (N,) -> encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,).
 
-        encoder_out is the first encoder's; the audio is that of all.
+        encoder_out is the first encoder's; the audio is that of all. With a `chunk` it is what a stream of such chunks
+        hears.
         """
         with self.encoding():
-            encoder_out, *others = self._encode_all(features, feature_lens)
-        return encoder_out if self.autocast_dtype is None else encoder_out.float(), *others
+            encoder_out, encoder_out_lens, embeds, lens = self._encode_all(features, feature_lens, chunk)
+        return encoder_out if self.autocast_dtype is None else encoder_out.float(), encoder_out_lens, embeds, lens
 
-    def _encode_all(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, ...]:
+    def _encode_all(
+        self, features: Tensor, feature_lens: Tensor, chunk: Chunk | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `encode`."""
         if not self.more_encoders:
-            return self._encode(self.encoder, self.projector, features, feature_lens)
+            return self._encode(self.encoder, self.projector, features, feature_lens, self._encoder_context(chunk))
         (encoder_out, encoder_out_lens, *first), *parts = (
             self._encode(encoder, projector, self.features_of(encoder, features), feature_lens)
             for encoder, projector in self._branches()
@@ -168,19 +193,39 @@ class SpeechLLM(SpeechModel):
             lens = self._with_encoder_dropout(torch.stack(lens))
         return encoder_out, encoder_out_lens, *one_after_another(embeds, lens)
 
+    def _encoder_context(self, chunk: Chunk | None) -> dict[str, int]:
+        """What an encoder is told about the context that it hears in."""
+        if chunk is not None:
+            return chunk.encoder_context
+        if self.config.streaming is None:
+            return {}
+        # By itself it would draw one in training: but for streams there are batches of their own.
+        config = cast(ZipformerConfig, self.encoder.config)  # `chunks_of` sees to it
+        sizes, left = config.chunk_size, config.left_context_frames
+        return {
+            "chunk_size": -1 if -1 in sizes else max(sizes),
+            "left_context_frames": -1 if -1 in left else max(left),
+        }
+
     def _encode(
-        self, encoder: Encoder, projector: Projector, features: Tensor, feature_lens: Tensor
+        self,
+        encoder: Encoder,
+        projector: Projector,
+        features: Tensor,
+        feature_lens: Tensor,
+        context: dict[str, int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """encoder_out (N, T', D_enc), (N,), audio_embeds (N, T'', D_llm), (N,) of one encoder and its projector."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())):
             if isinstance(projector, WeightedStacks):
                 encoder_out, lens, projected = encoder(features, feature_lens, return_stacks=True)
             else:
-                encoder_out, lens = encoder(features, feature_lens)
+                encoder_out, lens = encoder(features, feature_lens, **(context or {}))
                 projected = encoder_out
         if isinstance(projector, CTCProjector):
             tokens = torch.arange(self.blank_id, device=encoder_out.device)
             llm_embeds = self.llm.embed(tokens) if projector.table is None else None
+            assert self.ctc_head is not None  # `ModelConfig` sees to it
             return encoder_out, lens, *projector(self.ctc_head(encoder_out), lens, llm_embeds)
         return encoder_out, lens, *projector(projected, lens)
 
@@ -217,6 +262,63 @@ class SpeechLLM(SpeechModel):
         spliced = self.spliced(audio_lens, requests, label_ids)
         return self.embed(spliced, audio_embeds, audio_lens), spliced.lens, spliced.labels
 
+    def streamed(
+        self,
+        chunk: Chunk,
+        feature_lens: Tensor,
+        audio_lens: Tensor,
+        requests: Sequence[Request],
+        label_ids: Sequence[Sequence[int]],
+        words: Sequence[Sequence[WordTime] | None],
+    ) -> Spliced:
+        """What the language model reads of each row of a batch of streams (see `prompt.interleave`), on the device of
+        `audio_lens`.
+
+        Args:
+          label_ids: the tokens of N labels; words: those of N transcripts, with their times. Where these are None,
+            there is no loss; translations need none.
+        """
+        is_stream = [request.target_language is None for request in requests]
+        delay = 0.0 if self.streaming is None else self.streaming.delay_seconds
+        dealt = [
+            deal_out(
+                ids,
+                said or (),
+                self.tokenizer,
+                before_label=self.config.prompt.label_prefix,
+                num_chunks=count if streams else 0,
+                chunk_seconds=chunk.seconds,
+                delay_seconds=delay,
+            )
+            for ids, said, count, streams in zip(
+                label_ids, words, chunk.count(feature_lens).tolist(), is_stream, strict=True
+            )
+        ]
+        prompt, seconds, positions = self.config.prompt, chunk.seconds, chunk.positions
+        spliced = interleave(prompt, self.tokenizer, audio_lens.tolist(), requests, dealt, seconds, positions)
+        for i, (said, streams) in enumerate(zip(words, is_stream, strict=True)):
+            if said is None and streams:
+                spliced.labels[i] = IGNORE
+        return spliced.to(audio_lens.device)
+
+    def _aligned(
+        self, ctc_logits: Tensor | None, lens: Tensor, transcripts: Sequence[Sequence[int]], rows: Sequence[int]
+    ) -> list[tuple[WordTime, ...] | None]:
+        """When the words of the transcripts of some rows are said, as the CTC head hears them now."""
+        if ctc_logits is None:
+            raise UserError(
+                "streaming: there are transcripts without word times, and no CTC head that could align them: give "
+                "`alignment` in the manifests, or set model.ctc_weight above 0"
+            )
+        log_probs = ctc_logits.detach()[list(rows)].float().log_softmax(-1)
+        said = [transcripts[i] for i in rows]
+        return aligned_words(log_probs, lens[list(rows)], said, self.blank_id, self.ctc_tokenizer, self.frame_seconds)
+
+    def num_label_tokens(self, labels: Sequence[str], feature_lens: Tensor, chunk_seconds: float | None = None) -> int:
+        """See `SpeechModel`."""
+        count = super().num_label_tokens(labels, feature_lens, chunk_seconds)
+        return count if chunk_seconds is None else count + int(self.chunks[chunk_seconds].count(feature_lens).sum())
+
     def ctc_label_ids(self, text: str) -> list[int]:
         """The pieces of a transcript that the CTC head is to write."""
         if self.ctc_tokenizer is self.tokenizer:
@@ -233,7 +335,7 @@ class SpeechLLM(SpeechModel):
         """What the language model says with the tokens of a label; the inverse of `label_ids` of `label_template`."""
         if self.label_template.is_plain:
             return ReadLabel(self.text(token_ids))
-        written, prefix = self.tokenizer.decode(token_ids, keep_tags=True), self.config.prompt.before_label
+        written, prefix = self.tokenizer.decode(token_ids, keep_tags=True), self.config.prompt.label_prefix
         read = self.label_template.read(written, len(prefix) if written.startswith(prefix) else 0)
         if self.label_template.has_language and read.language is None:
             return ReadLabel(self.label_template.read(self.text(token_ids)).text)  # what tags there are is no text
@@ -247,6 +349,8 @@ class SpeechLLM(SpeechModel):
         texts: Sequence[str],
         requests: Sequence[Request],
         labels: Sequence[str] | None = None,
+        words: Sequence[Sequence[WordTime] | None] | None = None,
+        chunk_seconds: float | None = None,
     ) -> Losses:
         """Losses of a batch, SUMMED over its label tokens (each label's end of text included).
 
@@ -255,22 +359,39 @@ class SpeechLLM(SpeechModel):
           texts: N transcripts or translations.
           requests: what is asked for each of the N utterances: a transcript, or a translation into a language.
           labels: N labels of the texts (`label_template`); None: made of the above, which say no word times.
+          words: N times those of the transcripts, with their times, for streams; those that are None are aligned by the
+            CTC head.
+          chunk_seconds: the rows are streams of such chunks, one of `model.streaming` (`speechllm.prompt.interleave`);
+            None for all audio before the text, as always in rows with a target language.
 
         Returns:
           scalars: `loss` = `llm_loss` + ctc_weight * `ctc_loss`, to be divided by `tokens`; `llm_loss`;
           `ctc_loss` of the transcripts (0 without a head); `tokens` and `correct` (tokens predicted right) of the
-          language model.
+          language model. A transcript that is too long to be aligned with its audio has no `llm_loss` in a stream.
         """
         if labels is None:
             labels = [self.label_template.fill(*row) for row in zip(texts, requests, strict=True)]
         label_ids = [self.label_ids(label) for label in labels]
-        encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens)
-        inputs_embeds, lens, labels = self.prompted(audio_embeds, audio_lens, requests, label_ids)
-        (llm_loss, tokens, correct), _ = self.llm.loss(labels, inputs_embeds=inputs_embeds, lens=lens)
-        ctc_loss = llm_loss.new_zeros(())
+        chunk = None if chunk_seconds is None else self.chunks[chunk_seconds]
+        encoder_out, encoder_out_lens, audio_embeds, audio_lens = self.encode(features, feature_lens, chunk)
+        transcripts, ctc_logits = [], None
         if self.ctc_head is not None:
-            transcripts = [self.ctc_label_ids(text) for text in texts]
-            losses = ctc_losses(self.ctc_head(encoder_out), encoder_out_lens, transcripts, self.blank_id)
+            transcripts, ctc_logits = [self.ctc_label_ids(text) for text in texts], self.ctc_head(encoder_out)
+        if chunk is None:
+            spliced = self.spliced(audio_lens, requests, label_ids)
+        else:
+            words = list(words or [None] * len(texts))
+            unknown = [i for i, said in enumerate(words) if said is None and requests[i].target_language is None]
+            if unknown:
+                aligned = self._aligned(ctc_logits, encoder_out_lens, transcripts, unknown)
+                for i, said in zip(unknown, aligned, strict=True):
+                    words[i] = said
+            spliced = self.streamed(chunk, feature_lens, audio_lens, requests, label_ids, words)
+        inputs_embeds = self.embed(spliced, audio_embeds, audio_lens)
+        (llm_loss, tokens, correct), _ = self.llm.loss(spliced.labels, inputs_embeds=inputs_embeds, lens=spliced.lens)
+        ctc_loss = llm_loss.new_zeros(())
+        if ctc_logits is not None:
+            losses = ctc_losses(ctc_logits, encoder_out_lens, transcripts, self.blank_id)
             # Of translations it counts nothing, but it is computed: every parameter gets a gradient in every batch.
             is_transcript = torch.tensor([r.target_language is None for r in requests], device=losses.device)
             ctc_loss = (losses * is_transcript).sum()
@@ -313,13 +434,17 @@ class SpeechLLM(SpeechModel):
         Raises:
           UserError: there is no adapter to be kept apart from its base.
         """
-        has_adapter = self.config.llm.tune is not None and self.config.llm.tune.freezes_base
+        section = self.llm_section
+        has_adapter = section.tune is not None and section.tune.freezes_base
         if not merged and not has_adapter:
             raise UserError("merged=False: the language model has no adapter (model.llm.tune) beside a frozen base")
-        sizes = "rwkv7" if isinstance(self.llm, RWKV7) else "transformers"
-        llm = LLMSection(**{sizes: self.llm.config})
+        if isinstance(self.llm, RWKV7):
+            llm = LLMSection(rwkv7=self.llm.config)
+        else:
+            llm = LLMSection(transformers=cast(TransformersLM, self.llm).config)
         if not merged:
-            path, dtype = str(Path(self.config.llm.path).absolute()), str(self.llm.dtype).removeprefix("torch.")
+            base, dtype = cast(str, section.path), str(self.llm.dtype).removeprefix("torch.")
+            path = str(Path(base).absolute())
             llm = LLMSection(path=path, freeze=True, adapter="adapter", dtype=None if dtype == "float32" else dtype)
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
@@ -333,8 +458,8 @@ class SpeechLLM(SpeechModel):
                 encoder=saved_section(self.encoder),
                 llm=llm,
                 more_encoders=[
-                    MoreEncoder(saved_section(part["encoder"]), more.projector)
-                    for more, part in zip(self.config.more_encoders, self.more_encoders, strict=True)
+                    MoreEncoder(saved_section(encoder), more.projector)
+                    for more, (encoder, _) in zip(self.config.more_encoders, self._branches()[1:], strict=True)
                 ],
             )
             save_config(config, tmp / "config.yaml")
@@ -344,7 +469,7 @@ class SpeechLLM(SpeechModel):
                 weights |= {f"llm.{k}": v for k, v in merged_state_dict(self.llm).items() if k not in tied}
             save_file({k: v.contiguous() for k, v in weights.items()}, tmp / "model.safetensors")
             if has_adapter:
-                save_adapter(self.llm, tmp / "adapter", base=self.config.llm.path)
+                save_adapter(self.llm, tmp / "adapter", base=section.path)
             (tmp / "README.md").write_text(self.card(), encoding="utf-8")
 
     @classmethod
@@ -368,14 +493,14 @@ class SpeechLLM(SpeechModel):
                     f"{folder}: holds an adapter without its base, and {config.llm.path} is not there: set llm.path in "
                     f"{folder / 'config.yaml'} to where the checkpoint is"
                 )
-            config.llm = dataclasses.replace(config.llm, adapter=str(folder / config.llm.adapter))
+            config.llm = dataclasses.replace(config.llm, adapter=str(folder / (config.llm.adapter or "adapter")))
             model = cls.from_config(config)
             weights |= {name: t for name, t in model.state_dict().items() if name.startswith("llm.")}
         else:
             with torch.device("meta"):  # no time for initial values that are about to be replaced
                 model = cls.from_config(config)
                 if "llm.initial_wkv" in weights:
-                    model.llm.add_initial_state()
+                    model.llm.tune_initial_state()
             tied = model.llm.tied_weights()
             weights |= {f"llm.{name}": weights[f"llm.{first}"] for name, first in tied.items()}
         load_state_dict_strict(model, weights, path, assign=True)

@@ -140,18 +140,15 @@ class LabelTemplate:
                 "model.label has a {timed_text} slot but the utterance has no word times: give `alignment` in its "
                 "manifest line, or take {text} instead",
             )
+        check_words(text, words)
         parts, place = [], 0
         for word in words:
             start = place
-            for character in "".join(word.word.split()):
+            for _ in "".join(word.word.split()):
                 while text[place : place + 1].isspace():
                     place += 1
-                if text[place : place + 1] != character:
-                    raise _other_words(text, words)
                 place += 1
             parts += [self._mark(word.start), text[start:place], self._mark(word.end)]
-        if place != len(text):
-            raise _other_words(text, words)
         return "".join(parts)
 
     def _mark(self, seconds: float) -> str:
@@ -179,9 +176,11 @@ class LabelTemplate:
         return re.compile("".join(parts), re.DOTALL)
 
 
-def _other_words(text: str, words: Sequence[WordTime]) -> LabelError:
-    timed = " ".join(word.word for word in words)
-    return LabelError("word times of another text", f"alignment: its words are {timed!r}, the text is {text!r}")
+def check_words(text: str, words: Sequence[WordTime]) -> None:
+    """Raise a `LabelError` unless these are the words of the text; white space aside."""
+    if "".join(text.split()) != "".join("".join(word.word.split()) for word in words):
+        timed = " ".join(word.word for word in words)
+        raise LabelError("word times of another text", f"alignment: its words are {timed!r}, the text is {text!r}")
 
 
 def _read_words(label: str, first: int, last: int) -> tuple[ReadWord, ...] | None:

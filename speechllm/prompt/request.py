@@ -46,6 +46,6 @@ def requests_of(
     return [
         language
         if isinstance(language, Request)
-        else replace(context or Request(), language=language, target_language=target_language)
+        else replace(context, language=language, target_language=target_language)
         for language, target_language, context in zip(*columns, strict=True)
     ]

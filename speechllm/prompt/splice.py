@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from speechllm.llm.interface import IGNORE, LanguageModel
 from speechllm.prompt.request import Request
-from speechllm.prompt.template import PromptConfig, PromptProjectorConfig, check_whole_tags
+from speechllm.prompt.template import PromptConfig, PromptProjectorConfig
 from speechllm.text.tokenizer import Tokenizer
 
 
@@ -24,6 +24,9 @@ class Kind(IntEnum):
     BOUNDARY = 3
     AUDIO = 4
     LABEL = 5
+
+
+Segment = tuple[Kind, Sequence[int]]  # tokens of one kind, 0 where there are none
 
 
 class Spliced(NamedTuple):
@@ -57,13 +60,10 @@ def splice(
     Raises:
       UserError: the prompt has a slot for what an utterance does not have, or a tag that the tokenizer must not split.
     """
-    rows: list[list[tuple[Kind, Sequence[int]]]] = []
+    rows: list[list[Segment]] = []
     boundary = (Kind.BOUNDARY, [0] * int(prompt.boundary))
     for i, (audio_len, request) in enumerate(zip(audio_lens, requests, strict=True)):
-        texts = prompt.fill(request)
-        for text in texts if prompt.whole_tags else ():
-            check_whole_tags("prompt", text, tokenizer, tokenizer.identity().split()[0], whole_tags=True)
-        before, after = (tokenizer.encode(text) if text else [] for text in texts)
+        before, after = prompt.encoded(tokenizer, request)
         rows.append(
             [
                 (Kind.SOFT, [0] * prompt.soft_tokens),
@@ -75,17 +75,26 @@ def splice(
                 (Kind.LABEL, label_ids[i] if label_ids is not None else []),
             ]
         )
+    return packed(rows, tokenizer.eos_id if label_ids is not None else IGNORE)
+
+
+def packed(rows: Sequence[Sequence[Segment]], end: int) -> Spliced:
+    """Rows of segments as one batch.
+
+    Whatever is of a label is predicted by the position before it, and `end` by the last one: IGNORE for none. The first
+    audio of a row comes after three segments.
+    """
     lens = torch.tensor([sum(len(ids) for _, ids in row) for row in rows])
     shape = (len(rows), int(lens.max()))
     token_ids = torch.zeros(shape, dtype=torch.long)
     kinds = torch.full(shape, Kind.PADDING, dtype=torch.uint8)
-    labels = torch.full(shape, IGNORE)
-    audio_starts = torch.tensor([sum(len(ids) for _, ids in row[:3]) for row in rows])
     for i, row in enumerate(rows):
         token_ids[i, : lens[i]] = torch.tensor([token for _, ids in row for token in ids])
         kinds[i, : lens[i]] = torch.tensor([kind for kind, ids in row for _ in ids], dtype=torch.uint8)
-        if label_ids is not None:
-            labels[i, lens[i] - len(label_ids[i]) - 1 : lens[i]] = torch.tensor([*label_ids[i], tokenizer.eos_id])
+    labels = torch.full(shape, IGNORE)
+    labels[:, :-1] = token_ids[:, 1:].masked_fill(kinds[:, 1:] != Kind.LABEL, IGNORE)
+    labels[torch.arange(len(rows)), lens - 1] = end
+    audio_starts = torch.tensor([sum(len(ids) for _, ids in row[:3]) for row in rows])
     return Spliced(token_ids, kinds, lens, labels, audio_starts)
 
 

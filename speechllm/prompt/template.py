@@ -1,6 +1,6 @@
-"""Prompts: templates with slots that utterances fill, and how learned parts of the prompt are configured.
+r"""Prompts: templates with slots that utterances fill, and how learned parts of the prompt are configured.
 
-The default is RWKV's chat form, as its official chat checkpoints were trained: `User: ... \\n\\nAssistant: ...`.
+The default is RWKV's chat form, as its official chat checkpoints were trained: `User: ... \n\nAssistant: ...`.
 Training and decoding lay out and embed prompts with the same functions, and a model is saved with the templates
 written out: what is decoded with is what was trained with.
 """
@@ -12,7 +12,7 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from speechllm.config import check_limits, setting
 from speechllm.errors import UserError
@@ -25,17 +25,21 @@ PRESETS = {
     "rwkv": {
         "asr": "User: {audio}<|{lang}|>\n\nAssistant:",
         "ast": "User: {audio}<|{lang}|><|{target_lang}|>\n\nAssistant:",
+        "streaming": "User: <|{lang}|>{chunk_seconds} s: {audio}\n\nAssistant:",
         "before_label": " ",
     },
     # ChatML as Qwen's chat models have it, the instruction after the audio as in icefall's ASR_LLM recipe.
     "qwen": {
         "asr": "<|im_start|>user\n{audio}{instruction}<|im_end|>\n<|im_start|>assistant\n",
         "ast": "<|im_start|>user\n{audio}{instruction}<|im_end|>\n<|im_start|>assistant\n",
+        "streaming": "<|im_start|>user\nTranscribe the {language} speech as you hear it, {chunk_seconds} s at a time."
+        "{audio}<|im_end|>\n<|im_start|>assistant\n",
         "before_label": "",
     },
     "tags": {
         "asr": "{audio}<|{lang}|>",
         "ast": "{audio}<|{lang}|><|{target_lang}|>",
+        "streaming": "<|{lang}|>{chunk_seconds} s: {audio}<|{lang}|>",
         "before_label": "",
     },
 }
@@ -84,9 +88,10 @@ INSTRUCTIONS = {
     },
 }
 
-_POOLS = {"asr": "instructions", "ast": "ast_instructions"}
+_POOLS = {"asr": "instructions", "ast": "ast_instructions", "streaming": "instructions"}
 _TRANSCRIPTION_SLOTS = ("lang", "language", "previous", "hotwords")
 _TRANSLATION_SLOTS = (*_TRANSCRIPTION_SLOTS, "target_lang", "target_language")
+_STREAMING_SLOTS = (*_TRANSCRIPTION_SLOTS, "chunk_seconds")
 _NAME_SLOTS = ("language", "target_language")
 # May be filled with no text at all.
 _CONTEXT_SLOTS = ("previous", "hotwords")
@@ -124,12 +129,14 @@ class PromptConfig:
     """What the language model reads around the audio.
 
     `preset` (rwkv, qwen, tags) gives the texts that are null: `asr` asks for a transcript, `ast` for a translation,
-    in the rows that have a target language; `before_label` becomes part of the label.
+    in the rows that have a target language, `streaming` for a transcript that is written while the audio is heard
+    (`speechllm.prompt.interleave`); `before_label` becomes part of the label.
 
     Slots of the templates: `{audio}`, exactly once; `{lang}`, `{target_lang}`, the tags of the languages as the data
     has them; `{language}`, `{target_language}`, their names, `{language:zh}` and `{language:zh-hant}` those in
     simplified and traditional Chinese; `{instruction}`; `{previous}` and `{hotwords}`, of the same fields of the
-    manifest line. The slots of a translation's target are in `ast` only.
+    manifest line. The slots of a translation's target are in `ast` only, and in `streaming` only is `{chunk_seconds}`,
+    how much audio comes between one text and the next.
 
     `instructions`, `ast_instructions`: what `{instruction}` stands for, the name of a shipped pool (en, zh, zh-hant) or
     a list of templates; null for en. Training draws one for each utterance, decoding takes the first.
@@ -144,6 +151,7 @@ class PromptConfig:
     preset: Literal["rwkv", "qwen", "tags"] = "rwkv"
     asr: str | None = None
     ast: str | None = None
+    streaming: str | None = None
     before_label: str | None = None
     instructions: list[str] | str | None = None
     ast_instructions: list[str] | str | None = None
@@ -156,7 +164,9 @@ class PromptConfig:
         if self.preset not in PRESETS:
             raise UserError(f"preset: unknown {self.preset!r}, choose from {', '.join(PRESETS)}")
         check_limits(self)
-        for name, slots in (("asr", _TRANSCRIPTION_SLOTS), ("ast", _TRANSLATION_SLOTS)):
+        for name, slots in (
+            ("asr", _TRANSCRIPTION_SLOTS), ("ast", _TRANSLATION_SLOTS), ("streaming", _STREAMING_SLOTS)
+        ):  # fmt: skip
             template = self._text(name)
             found = _checked_slots(name, template, ("audio", "instruction", *slots))
             if found.count("audio") != 1:
@@ -168,7 +178,7 @@ class PromptConfig:
             if "instruction" in found:
                 for number, instruction in enumerate(self._pool(name)):
                     _checked_slots(f"{pool}[{number}]", instruction, slots)
-            elif getattr(self, pool) is not None:
+            elif getattr(self, pool) is not None and not self._uses(pool):
                 raise UserError(f"{pool}: {name} has no {{instruction}} slot to put them in: {template!r}")
 
     def tells_language(self) -> str | None:
@@ -178,33 +188,45 @@ class PromptConfig:
         slots = {"lang", "language"}
         return next((text for text in texts if any(slot in slots for _, slot, _ in _parsed(text))), None)
 
+    def tells_end_of_stream(self) -> bool:
+        """Whether something stands after the audio of a stream that is always there."""
+        parts = _parsed(self._text("streaming"))
+        audio = next(i for i, (_, slot, _) in enumerate(parts) if slot == "audio")
+        after = parts[audio + 1 :]
+        return self.boundary or any(text or slot not in (None, *_CONTEXT_SLOTS) for text, slot, _ in after)
+
     def slots(self, target_language: str | None = None) -> set[str]:
         """The slots that utterances fill: of the prompt for translations, with a target language, else of both."""
         names = ("ast",) if target_language is not None else ("asr", "ast")
-        slots = {slot for name in names for _, slot, _ in _parsed(self._text(name))}
+        slots = {slot for name in names for _, slot, _ in _parsed(self._text(name)) if slot is not None}
         pools = [self._pool(name) for name in names if "instruction" in slots]
-        slots |= {slot for pool in pools for text in pool for _, slot, _ in _parsed(text)}
-        return slots - {None, "audio", "instruction"}
+        slots |= {slot for pool in pools for text in pool for _, slot, _ in _parsed(text) if slot is not None}
+        return slots - {"audio", "instruction"}
+
+    @property
+    def label_prefix(self) -> str:
+        """`before_label`, or what the preset has."""
+        return self._text("before_label")
 
     def written_out(self) -> PromptConfig:
         """The same prompt with nothing left to a preset or a shipped pool, as it is saved with a model."""
-        texts = {name: self._text(name) for name in ("asr", "ast", "before_label")}
-        pools = {
-            pool: self._pool(name) if any(slot == "instruction" for _, slot, _ in _parsed(texts[name])) else None
-            for name, pool in _POOLS.items()
-        }
-        return dataclasses.replace(self, **texts, **pools)
+        texts = {name: self._text(name) for name in ("asr", "ast", "streaming", "before_label")}
+        pools = {pool: self._pool(name) if self._uses(pool) else None for name, pool in _POOLS.items()}
+        written: dict[str, Any] = {**texts, **pools}
+        return dataclasses.replace(self, **written)
 
-    def fill(self, request: Request) -> tuple[str, str]:
+    def fill(self, request: Request, chunk_seconds: float | None = None) -> tuple[str, str]:
         """The text before and after the audio of an utterance.
 
-        With a target language the prompt is that for a translation into it.
+        With a target language the prompt is that for a translation into it, else with `chunk_seconds` that of a stream
+        in chunks of so much audio.
 
         Raises:
           UserError: the prompt has a slot for what the utterance does not have.
         """
-        name = "asr" if request.target_language is None else "ast"
+        name = "ast" if request.target_language is not None else "asr" if chunk_seconds is None else "streaming"
         values = {
+            "chunk_seconds": None if chunk_seconds is None else f"{chunk_seconds:g}",
             "lang": request.language,
             "target_lang": request.target_language,
             "language": request.language,
@@ -216,7 +238,7 @@ class PromptConfig:
         def value(slot: str, name_in: str) -> str:
             if slot == "instruction":
                 pool = self._pool(name)
-                return "".join(filled(pool[int(request.draw * len(pool))]))
+                return "".join(part or "" for part in filled(pool[int(request.draw * len(pool))]))
             found = values[slot]
             if found is None or (not found and slot not in _CONTEXT_SLOTS):
                 who = "the utterance" if request.id is None else f"utterance {request.id}"
@@ -229,26 +251,46 @@ class PromptConfig:
 
         def filled(template: str) -> list[str | None]:
             """Texts and values in order; the audio is None."""
-            parts = []
+            parts: list[str | None] = []
             for text, slot, name_in in _parsed(template):
                 parts += [text, None if slot == "audio" else value(slot, name_in)] if slot is not None else [text]
             return parts
 
         parts = filled(self._text(name))
         audio = parts.index(None)
-        return "".join(parts[:audio]), "".join(parts[audio + 1 :])
+        before, after = ("".join(part or "" for part in side) for side in (parts[:audio], parts[audio + 1 :]))
+        return before, after
+
+    def encoded(
+        self, tokenizer: Tokenizer, request: Request, chunk_seconds: float | None = None
+    ) -> tuple[list[int], list[int]]:
+        """The tokens of what `fill` gives.
+
+        Raises:
+          UserError: as `fill`; there is a tag that the tokenizer must not split.
+        """
+        texts = self.fill(request, chunk_seconds)
+        for text in texts if self.whole_tags else ():
+            check_whole_tags("prompt", text, tokenizer, tokenizer.identity().split()[0], whole_tags=True)
+        before, after = (tokenizer.encode(text) if text else [] for text in texts)
+        return before, after
 
     def check_tags(self, tokenizer: Tokenizer, name: str) -> None:
         """Raise a `UserError` where the templates have a tag that must be one token, and `name`'s tokenizer splits it.
 
         Tags that have slots are checked when they are filled.
         """
-        for template in ("asr", "ast"):
+        for template in ("asr", "ast", "streaming"):
             check_whole_tags(f"prompt.{template}", self._text(template), tokenizer, name, self.whole_tags)
 
     def _text(self, name: str) -> str:
         given = getattr(self, name)
         return PRESETS[self.preset][name] if given is None else given
+
+    def _uses(self, pool: str) -> bool:
+        """Whether a template takes its instructions from there."""
+        texts = [self._text(name) for name, used in _POOLS.items() if used == pool]
+        return any(slot == "instruction" for text in texts for _, slot, _ in _parsed(text))
 
     def _pool(self, name: str) -> list[str]:
         key = _POOLS[name]
@@ -259,7 +301,7 @@ class PromptConfig:
             return given
         if given is not None and given not in INSTRUCTIONS:
             raise UserError(f"{key}: no pool {given!r}; shipped are {', '.join(INSTRUCTIONS)}, or give a list of texts")
-        return INSTRUCTIONS[given or "en"][name]
+        return INSTRUCTIONS[given or "en"]["ast" if name == "ast" else "asr"]
 
 
 def _parsed(template: str) -> list[tuple[str, str | None, str]]:
@@ -286,7 +328,7 @@ def _checked_slots(name: str, template: str, allowed: Sequence[str]) -> list[str
                 f"{name}: {{{slot}}} is not to be formatted; only names of languages are, with {', '.join(NAMES_IN)}, "
                 "as in {language:zh}"
             )
-    return [slot for _, slot, _, _ in parsed]
+    return [slot for _, slot, _, _ in parsed if slot is not None]
 
 
 def check_whole_tags(where: str, text: str, tokenizer: Tokenizer, name: str, whole_tags: bool) -> None:

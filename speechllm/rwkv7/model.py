@@ -275,6 +275,8 @@ class ChannelMix(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: time mix and channel mix, each after a norm and beside a residual path."""
+
     def __init__(self, config: RWKV7Config, layer: int):
         super().__init__()
         if layer == 0:

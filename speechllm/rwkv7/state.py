@@ -7,7 +7,7 @@ A state of RWKV-6 has the same names and shapes, its last two axes exchanged: no
 
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +101,15 @@ class RWKV7State:
         """The rows of all ``states``, one state's after the other's."""
         return RWKV7State(*(torch.cat(parts, dim=1) for parts in zip(*(vars(s).values() for s in states), strict=True)))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, for ``from_tensors`` and for files."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "RWKV7State":
+        """From what ``tensors`` gave."""
+        return cls(**tensors)
+
     def detach(self) -> "RWKV7State":
         return self._map(Tensor.detach)
 
@@ -126,7 +135,7 @@ class RWKV7State:
           UserError: a .pth file has no place for this state, which is of several rows, or of a text that was read.
         """
         path = Path(path)
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in self.__dataclass_fields__}
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors().items()}
         if path.suffix == ".pth":
             if len(self) != 1 or self.att_shift.any() or self.ffn_shift.any():
                 raise UserError(

@@ -23,6 +23,7 @@ from speechllm.text.normalize import normalize_text
 
 if TYPE_CHECKING:
     from speechllm.data import Batch
+    from speechllm.data.dataset import WaveformBatch
 
 # What stands in for nothing in alignments: no unit is empty.
 _NOTHING = ""
@@ -51,7 +52,7 @@ class Transcript:
 
 
 def transcripts(
-    batch: Batch,
+    batch: Batch | WaveformBatch,
     hyps: Sequence[str | None],
     text_steps: Sequence[str],
     found_languages: Sequence[str | None] | None = None,

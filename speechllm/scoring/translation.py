@@ -29,7 +29,8 @@ def translation_scores(results: Sequence[Transcript]) -> TranslationScores | Non
         UserError: sacrebleu, or what it needs for the language, is not installed.
     """
     try:
-        from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
         raise UserError("BLEU and chrF need sacrebleu: pip install 'speechllm[translation]'") from error
     targets = {(result.language or "").rpartition(">")[2] for result in results}

@@ -90,8 +90,8 @@ class Tokenizer(Protocol):
         """The ids of `text`, without the end of text."""
         ...
 
-    def stream(self, keep_tags: bool = False) -> StreamDecoder:
-        """A decoder for the ids of one text, given one at a time."""
+    def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
+        """A decoder for the ids of one text, given one at a time; `continued`: of its rest, after some ids."""
         ...
 
     def decode(self, ids: Iterable[int], keep_tags: bool = False) -> str:
@@ -164,7 +164,7 @@ class RWKVTokenizer(Tokenizer):
         return list(self._encoder.encode(text))
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """The ids of any bytes, whether or not they are UTF-8; encode_bytes(text.encode()) == encode(text).
+        """The ids of any bytes, whether or not they are UTF-8: of a text's, those that `encode` gives.
 
         For data in which a byte that is no UTF-8 must stay what it is. It is plain Python: `encode` is the fast way
         for text.
@@ -179,7 +179,7 @@ class RWKVTokenizer(Tokenizer):
             start += len(piece)
         return ids
 
-    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+    def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
         return StreamDecoder(self._bytes_of, self._bytes_of)  # its tags are text
 
     def identity(self) -> str:
@@ -248,9 +248,10 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._sp.encode(text)
 
-    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+    def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
         tags = self._tags if keep_tags else {}
-        return StreamDecoder(self._first_bytes_of | tags, self._bytes_of | tags)
+        first = self._bytes_of if continued else self._first_bytes_of
+        return StreamDecoder(first | tags, self._bytes_of | tags)
 
     def piece(self, index: int) -> str:
         """The piece with this id as sentencepiece shows it (U+2581 for a space), for logs and reports."""
@@ -329,9 +330,10 @@ class HFTokenizer(Tokenizer):
         added = self._tokenizer.get_added_tokens_decoder()
         return {i: token.content.encode("utf-8") for i, token in added.items() if token.special and i != self.eos_id}
 
-    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+    def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
         tags = self._tags if keep_tags else {}
-        return StreamDecoder(self._first_bytes_of | tags, self._bytes_of | tags)
+        first = self._bytes_of if continued else self._first_bytes_of
+        return StreamDecoder(first | tags, self._bytes_of | tags)
 
     def piece(self, index: int) -> str:
         special = self._tokenizer.get_added_tokens_decoder().get(index)
@@ -383,8 +385,8 @@ class LexiconTokenizer(Tokenizer):
                 self._pronunciation.setdefault(word, phones)
         if not self._pronunciation:
             raise UserError(f"{path}: no words")
-        phones = {phone for pronunciation in self._pronunciation.values() for phone in pronunciation}
-        self._names = ["<eos>", self.UNKNOWN, self.BORDER, *sorted(phones - {self.UNKNOWN, self.BORDER})]
+        known = {phone for pronunciation in self._pronunciation.values() for phone in pronunciation}
+        self._names = ["<eos>", self.UNKNOWN, self.BORDER, *sorted(known - {self.UNKNOWN, self.BORDER})]
         self._ids_of = {name: i for i, name in enumerate(self._names)}
         self.vocab_size = len(self._names)
         self.eos_id = 0
@@ -403,7 +405,7 @@ class LexiconTokenizer(Tokenizer):
             ids.extend(self._ids_of[phone] for phone in self._pronunciation.get(word, [self.UNKNOWN]))
         return ids
 
-    def stream(self, keep_tags: bool = False) -> StreamDecoder:
+    def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
         """Of tags: a word is known only when it is over."""
         table = {i: tag.encode("utf-8") for i, tag in enumerate(self.tags, start=1)}
         return StreamDecoder(table, table)

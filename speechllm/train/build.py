@@ -5,7 +5,7 @@ from __future__ import annotations
 from accelerate import Accelerator
 
 from speechllm.data import DataConfig, SpeechLoader, build_eval_loader, build_train_loader
-from speechllm.encoder import init_from_data
+from speechllm.encoder import Zipformer, init_from_data
 from speechllm.model.encoder_model import EncoderModel
 from speechllm.model.speech_llm import SpeechLLM
 
@@ -40,7 +40,9 @@ def init_new_encoders(model: SpeechLLM | EncoderModel, loader: SpeechLoader, loa
     new = [
         encoder
         for name, section, encoder in model.encoders()
-        if section.is_new_zipformer and not any(key.startswith(f"{name}.") for key in loaded)
+        if isinstance(encoder, Zipformer)
+        and section.is_new_zipformer
+        and not any(key.startswith(f"{name}.") for key in loaded)
     ]
     if new:
         first = next(iter(loader)).to("cpu")
@@ -51,5 +53,5 @@ def init_new_encoders(model: SpeechLLM | EncoderModel, loader: SpeechLoader, loa
 def schedule_new_encoders(model: SpeechLLM | EncoderModel, step: int) -> None:
     """Tell Zipformers that are trained from scratch how far they are; a released one has its schedules behind it."""
     for _, section, encoder in model.encoders():
-        if section.is_new_zipformer:
+        if isinstance(encoder, Zipformer) and section.is_new_zipformer:
             encoder.set_batch_count(step * section.schedule_speed)

@@ -213,6 +213,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
+    """Go on drawing where `rng_state` was asked."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     np_keys, *np_rest = state["numpy"]

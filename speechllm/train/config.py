@@ -8,15 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from speechllm.config import (
-    ConfigError,
-    check_limits,
-    load_config,
-    override,
-    parse_overrides,
-    setting,
-    to_dict,
-)
+from speechllm.config import ConfigError, check_limits, load_config, override, parse_overrides, setting, to_dict
 from speechllm.data import DataConfig
 from speechllm.model.config import ModelConfig
 from speechllm.optim.optimizer import OptimConfig
@@ -90,11 +82,21 @@ class Experiment:
                 "model.cr_ctc compares two views of an utterance, which differ by SpecAugment: set "
                 "data.augment.spec_augment, with a probability above 0"
             )
+        if self.model.streaming is not None and self.data.cache_encoder is not None:
+            raise ValueError(
+                "data.cache_encoder keeps what the encoder hears of whole utterances, and model.streaming trains on "
+                "chunks of several sizes: leave out one of them"
+            )
         if self.train.fsdp and self.optim.name != "adamw":
             raise ValueError(f"train.fsdp: optim.name: {self.optim.name} looks at whole tensors; use adamw")
         if self.train.fsdp and self.train.mixed_precision == "fp16":
             raise ValueError("train.fsdp: fp16's scaling of the loss is not shared between processes; use bf16")
-        if self.train.fsdp and self.model.llm.tune is not None and self.model.llm.tune.method == "adalora":
+        if (
+            self.train.fsdp
+            and self.model.llm is not None
+            and self.model.llm.tune is not None
+            and self.model.llm.tune.method == "adalora"
+        ):
             raise ValueError("train.fsdp: AdaLoRA looks at whole matrices; use another model.llm.tune.method")
 
 

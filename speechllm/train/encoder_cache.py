@@ -12,6 +12,7 @@ import hashlib
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def use_encoder_cache(config: DataConfig, model: SpeechModel) -> DataConfig:
     if model.llm is not None and model.config.projector.layer_weights:
         raise ConfigError("data.cache_encoder: model.projector.layer_weights needs all layers, and one is kept")
     kind = f"encoder-{_identity(encoder, num_stacks)}-{encoder.output_dim // 2}"
-    folder = Path(config.cache_encoder) / kind
+    folder = Path(cast(str, config.cache_encoder)) / kind
     logger.info("outputs of %d layers of %s are kept in %s", num_stacks, section.path, folder)
     was_training = encoder.training
     encoder.eval()

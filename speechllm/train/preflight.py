@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from speechllm.config import ConfigError
 from speechllm.data import DataConfig, SpeechLoader
 from speechllm.errors import UserError
+from speechllm.model.config import EncoderSection, LLMSection
 from speechllm.model.encoder_model import EncoderModel
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.train.build import training_data
@@ -64,7 +65,7 @@ def check_precision(mixed_precision: str | None, model: SpeechLLM | EncoderModel
     Raises:
       ConfigError: the language model's weights are in the other half precision.
     """
-    computes_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    computes_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision or "no")
     if model.llm is None or computes_in is None or model.llm.dtype in (computes_in, torch.float32):
         return
     name, other = (str(dtype).removeprefix("torch.") for dtype in (model.llm.dtype, computes_in))
@@ -85,17 +86,20 @@ def frozen_base_weights(
     Raises:
       ConfigError: weights are frozen that come from no file.
     """
-    bases = {}
-    language_model = [] if model.llm is None else [("llm", model.config.llm, model.llm)]
-    for name, section, part in [*model.encoders(), *language_model]:
+    bases: dict[str, dict[str, str]] = {}
+    parts: list[tuple[str, EncoderSection | LLMSection, torch.nn.Module]] = [*model.encoders()]
+    if isinstance(model, SpeechLLM):
+        parts.append(("llm", model.llm_section, model.llm))
+    for name, section, part in parts:
         frozen = [
             n for n, p in part.named_parameters(prefix=name) if not p.requires_grad and n not in from_stage_before
         ]
-        if frozen and section.path is None:
+        if not frozen:
+            continue
+        if section.path is None:
             raise ConfigError(f"optim.freeze: {frozen[0]} comes from no file (model.{name}.path) and no stage before")
-        if frozen:
-            bases[name] = {"path": section.path, "sha256": file_hash(section.path)}
-    if model.llm is not None and (adapter := model.config.llm.adapter) is not None:
+        bases[name] = {"path": section.path, "sha256": file_hash(section.path)}
+    if isinstance(model, SpeechLLM) and (adapter := model.llm_section.adapter) is not None:
         bases["adapter"] = {"path": adapter, "sha256": file_hash(adapter)}
     return bases
 

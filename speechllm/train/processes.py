@@ -16,7 +16,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from speechllm.data import Batch
+from speechllm.data import Batch, WaveformBatch
 from speechllm.weights import CheckpointError
 
 
@@ -62,7 +62,7 @@ class StopSignal:
 
 
 def batch_groups(
-    accelerator: Accelerator, batches: Iterable[Batch], size: int, stopping: StopSignal
+    accelerator: Accelerator, batches: Iterable[Batch | WaveformBatch], size: int, stopping: StopSignal
 ) -> Iterator[tuple[list[Batch], bool]]:
     """What one optimizer step takes: lists of `size` batches, as many on each process; what is left over at the end of
     an epoch makes a shorter one. The first process that has none left ends the epoch for all.

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,8 @@ def shard_language_model(model: SpeechLLM, device: torch.device) -> None:
     """
     if not dist.is_initialized():
         raise ConfigError("train.fsdp: there is one process only, so nothing to share out; see --world-size")
-    if model.config.llm.tune is not None and model.config.llm.tune.quantize != "none":
+    section = model.llm_section
+    if section.tune is not None and section.tune.quantize != "none":
         raise ConfigError("train.fsdp: a quantized language model cannot be sharded; set model.llm.tune.quantize: none")
     for part in model.children():
         if part is not model.llm:
@@ -60,7 +61,7 @@ def shard_language_model(model: SpeechLLM, device: torch.device) -> None:
     for before, layer in pairwise([model, *layers]):
         # Said once and for all: FSDP would follow the order of the last forward passes, also of those in `gathered`,
         # of which each process has another number; then each would wait for something else.
-        layer.set_modules_to_backward_prefetch([before])
+        cast(FSDPModule, layer).set_modules_to_backward_prefetch([cast(FSDPModule, before)])
     # The time mix returns views; a block adds its output, and does not write into it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 

@@ -8,20 +8,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from speechllm.data import Batch
-from speechllm.scoring import characters, score, transcripts
+from speechllm.data import Batch, WaveformBatch
+from speechllm.scoring import Transcript, characters, score, transcripts
 from speechllm.train.monitor import Averages
 from speechllm.train.sharding import gathered
 
 
 def validate(
-    accelerator: Accelerator, model: torch.nn.Module, loader: Iterable[Batch], text_steps: Sequence[str]
+    accelerator: Accelerator, model: torch.nn.Module, loader: Iterable[Batch | WaveformBatch], text_steps: Sequence[str]
 ) -> tuple[dict[str, float], str]:
     """Loss, WER and CER (percent) of the validation set, and five transcripts beside their references; each process has
     its share of the batches."""
     bare = accelerator.unwrap_model(model)
     model.eval()
-    averages, results, ctc_results = Averages(), [], []
+    averages = Averages()
+    results: list[Transcript] = []
+    ctc_results: list[Transcript] = []
     with torch.no_grad(), accelerator.autocast(), gathered(bare):
         for batch in loader:
             batch = batch.to(accelerator.device)

@@ -17,7 +17,7 @@ import json
 import math
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -83,11 +83,11 @@ class Recording:
     @property
     def language(self) -> str | None:
         """That of most of the speech, by its duration; None if the model does not say it."""
-        seconds: Counter[str] = Counter()
+        seconds: defaultdict[str, float] = defaultdict(float)
         for segment in _spoken(self):
             if segment.recognition.language is not None:
                 seconds[segment.recognition.language] += segment.duration
-        return max(seconds, key=seconds.get, default=None)
+        return max(seconds, key=lambda language: seconds[language], default=None)
 
 
 def format_txt(recording: Recording) -> str:
@@ -96,7 +96,7 @@ def format_txt(recording: Recording) -> str:
 
 
 def format_json(recording: Recording) -> str:
-    """One JSON object in one line.
+    r"""One JSON object in one line.
 
     `id`, `audio`, `duration`, `text`, `confidence` (null where nothing was recognized), `language` (if the model says
     it), `warnings` about the audio (if there are any) and `segments`, each of which has `start`, `end`, `text`,
@@ -104,7 +104,7 @@ def format_json(recording: Recording) -> str:
     (more than one hypothesis) `nbest`.
 
     Numbers that are not finite are null, and what is not valid Unicode, such as a byte of a file's name that is not
-    UTF-8, is written as `\\udcXX`: any reader of JSON takes it.
+    UTF-8, is written as `\udcXX`: any reader of JSON takes it.
     """
     best = [segment.recognition.nbest[0] for segment in recording.segments if segment.recognition.nbest]
     record = {
@@ -162,7 +162,7 @@ def format_ctm(recording: Recording) -> str:
     name = "_".join(recording.id.split())
     lines = []
     for segment in _spoken(recording):
-        words = segment.words
+        words: Sequence[Word] = segment.words or ()
         if not words:
             words = _spread(segment)
             lines.append(f";; {name} {segment.offset:.3f}: no word times, {len(words)} words spread evenly\n")

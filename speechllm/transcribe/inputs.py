@@ -273,8 +273,13 @@ class Inputs:
             logger.warning("%s", message)
 
     def _manifest(self, path: Path) -> Iterator[AudioInput]:
-        languages = {"lang": self.request.language, "target_lang": self.request.target_language}
-        source = SourceConfig(str(path), **languages, task=self.task, channel=self.channel)
+        source = SourceConfig(
+            str(path),
+            lang=self.request.language,
+            target_lang=self.request.target_language,
+            task=self.task,
+            channel=self.channel,
+        )
         try:
             for where, found in iter_objects(source):
                 try:

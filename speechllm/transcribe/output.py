@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
+from typing import cast
 
 from tqdm import tqdm
 
@@ -66,7 +67,8 @@ class Output:
             self._index = _Index(self.folder / _INDEX)
 
     def check(self, paths: Sequence[str | Path]) -> None:
-        """
+        """Whether the results of these inputs have a place.
+
         Raises:
             UserError: standard output cannot hold the format for all these inputs; the folder is a file.
         """
@@ -93,21 +95,21 @@ class Output:
         if input.audio and not input.part:
             above = Path(os.path.abspath(input.audio)).parent.parts[1:]
             ids += [os.path.join(*above[-depth:], input.id) for depth in range(1, len(above) + 1)]
-        files = list(map(self._file, ids))
+        files = [self._file(self.folder, id) for id in ids]
         audio = _audio_of(input)
         free = (file for file in files if self.overwrite or self._owner(file) in (None, audio))
         return next(free, files[0])
 
-    def _file(self, id: str) -> Path:
+    def _file(self, folder: Path, id: str) -> Path:
         parts = [part for part in PurePath(_writable(id)).parts if part not in ("/", "//", "..")]
         *folders, name = parts or [_writable(id)]
         ending = f".{self.format}"
-        names = [_fitting(folder) for folder in folders]
-        return self.folder.joinpath(*names, _fitting(name, MAX_NAME_BYTES - len(ending)) + ending)
+        names = [_fitting(name) for name in folders]
+        return folder.joinpath(*names, _fitting(name, MAX_NAME_BYTES - len(ending)) + ending)
 
     def _owner(self, file: Path) -> str | None:
         """The audio that a file is the result of; None if there is none, or it is not known."""
-        found = self._index.results(self._name(file))
+        found = self._known.results(self._name(file))
         return found[-1].audio if found and os.path.lexists(file) else None
 
     def is_done(self, input: AudioInput) -> bool:
@@ -123,7 +125,7 @@ class Output:
             content = hashlib.sha256(file.read_bytes()).hexdigest()
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-        known = self._index.results(self._name(file))
+        known = self._known.results(self._name(file))
         written = next((result for result in reversed(known) if result.sha256 == content), None)
         found, now = written or (known[-1] if known else None), self._result(input, file, content)
         advice = "write to another --output, or replace it with --overwrite"
@@ -149,13 +151,18 @@ class Output:
         try:
             with replaced_file(file) as temporary:
                 temporary.write_bytes(data)
-                self._index.append(self._result(input, file, hashlib.sha256(data).hexdigest()))
+                self._known.append(self._result(input, file, hashlib.sha256(data).hexdigest()))
         except OSError as error:
             raise UserError(describe_write_error(file, error)) from error
         return ""
 
+    @property
+    def _known(self) -> _Index:
+        assert self._index is not None  # asked for where there is a file, and so a folder
+        return self._index
+
     def _name(self, file: Path) -> str:
-        return str(file.relative_to(self.folder))
+        return str(file.relative_to(cast(Path, self.folder)))
 
     def _result(self, input: AudioInput, file: Path, sha256: str) -> _Result:
         asked = repr((self.made_with, input.request))
@@ -242,63 +249,88 @@ def transcribe_all(
     Raises:
         UserError: a result cannot be written, as when the disk is full: none could be.
     """
-    total = sum(1 for _ in inputs)
-    failed = done_before = 0
-    seconds = 0.0
-    bar = tqdm(total=total, unit=" inputs", disable=None)
-
-    def report(error: object) -> None:
-        nonlocal failed
-        failed += 1
-        bar.update()
-        bar.write(f"error: {error}", file=sys.stderr)
-
-    def to_do() -> Iterator[AudioInput]:
-        nonlocal done_before
-        files: dict[Path, str] = {}
-        for input in inputs:
-            file = output.file_of(input)
-            if file is not None:
-                if file in files:
-                    report(f"{input.name}: {file} is for {files[file]}; do them one by one, with an --output each")
-                    continue
-                files[file] = input.name
-                try:
-                    is_done = output.is_done(input)
-                except UserError as error:
-                    report(error)
-                    continue
-                if is_done:
-                    done_before += 1
-                    bar.update()
-                    continue
-            yield input
-
-    def on_progress(recognized: float) -> None:
-        nonlocal seconds
-        seconds += recognized
-        bar.set_postfix_str(f"{seconds / 60:.1f} min of audio")
-
-    with bar:
-        for input, found in transcribe_inputs(to_do(), recognizer, options, on_progress, feature_kind):
+    with _Progress(total=sum(1 for _ in inputs)) as progress:
+        to_do = _to_do(inputs, output, progress)
+        for input, found in transcribe_inputs(to_do, recognizer, options, progress.recognized, feature_kind):
             if isinstance(found, Exception):
-                report(found)
+                progress.failure(found)
                 continue
             for warning in found.warnings:
-                bar.write(f"warning: {warning}", file=sys.stderr)
+                progress.say(f"warning: {warning}")
             try:
                 text = output.write(input, found)
             except UserError as error:
                 if getattr(error.__cause__, "errno", None) not in _OF_ONE_FILE:
                     raise
-                report(error)
+                progress.failure(error)
                 continue
-            bar.update()
-            if text:
-                bar.write(text, end="")
-                sys.stdout.flush()
-    if done_before:
-        print(f"{done_before} of {total} were done before (--overwrite replaces them)", file=sys.stderr)
-    if failed:
-        print(f"error: {failed} of {total} could not be transcribed", file=sys.stderr)
-    return 1 if failed else 0
+            progress.success(text)
+    if progress.done_before:
+        print(
+            f"{progress.done_before} of {progress.total} were done before (--overwrite replaces them)", file=sys.stderr
+        )
+    if progress.failed:
+        print(f"error: {progress.failed} of {progress.total} could not be transcribed", file=sys.stderr)
+    return 1 if progress.failed else 0
+
+
+def _to_do(inputs: Iterable[AudioInput], output: Output, progress: _Progress) -> Iterator[AudioInput]:
+    """The inputs that are not done yet; of several for one file, the first."""
+    files: dict[Path, str] = {}
+    for input in inputs:
+        file = output.file_of(input)
+        if file is not None:
+            if file in files:
+                progress.failure(
+                    f"{input.name}: {file} is for {files[file]}; do them one by one, with an --output each"
+                )
+                continue
+            files[file] = input.name
+            try:
+                is_done = output.is_done(input)
+            except UserError as error:
+                progress.failure(error)
+                continue
+            if is_done:
+                progress.skip()
+                continue
+        yield input
+
+
+class _Progress:
+    """How many inputs are done, in a bar on a terminal, and what is to be said above it."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.failed, self.done_before = total, 0, 0
+        self._seconds = 0.0
+        self._bar = tqdm(total=total, unit=" inputs", disable=None)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def say(self, message: str) -> None:
+        self._bar.write(message, file=sys.stderr)
+
+    def failure(self, error: object) -> None:
+        self.failed += 1
+        self._bar.update()
+        self.say(f"error: {error}")
+
+    def skip(self) -> None:
+        """For an input that was done before."""
+        self.done_before += 1
+        self._bar.update()
+
+    def success(self, text: str | None) -> None:
+        """With what is to be printed of it, if anything."""
+        self._bar.update()
+        if text:
+            self._bar.write(text, end="")
+            sys.stdout.flush()
+
+    def recognized(self, seconds: float) -> None:
+        self._seconds += seconds
+        self._bar.set_postfix_str(f"{self._seconds / 60:.1f} min of audio")

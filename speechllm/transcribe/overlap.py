@@ -58,8 +58,8 @@ class _Words:
         self._spans = word_spans(self._text)
         words = [self._text[start:end] for start, end in self._spans]
         self.keys = ["".join(filter(str.isalnum, word.casefold())) or word for word in words]
-        timed = segment.words
-        has_times = timed is not None and [word.text for word in timed] == words
+        timed = segment.words or ()
+        has_times = segment.words is not None and [word.text for word in timed] == words
         self.times = [(word.start + word.end) / 2 for word in timed] if has_times else None
 
     def since(self, seconds: float) -> int:

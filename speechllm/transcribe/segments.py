@@ -6,6 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ class _Progress:
     parts: list[_Part] = field(default_factory=list)
     notes: list[AudioNote] = field(default_factory=list)
     duration: float = 0.0
-    error: UserError | None = None
+    error: UtteranceError | UserError | None = None
     is_read: bool = False
 
     @property
@@ -204,7 +205,7 @@ def _packed(window: list[_Part], batch_seconds: float) -> Iterator[list[_Part]]:
 
 
 def _speech(parts: list[_Part]) -> Speech:
-    features = [part.features for part in parts]
+    features = [part.features for part in parts if part.features is not None]
     for part in parts:
         part.features = None
     return Speech(
@@ -217,7 +218,7 @@ def _speech(parts: list[_Part]) -> Speech:
 def _joined(parts: list[_Part]) -> list[Segment]:
     segments: list[Segment] = []
     for part in parts:
-        segment = Segment(part.offset, part.duration, part.recognition)
+        segment = Segment(part.offset, part.duration, cast(Recognition, part.recognition))
         if part.overlap:
             segments[-1], segment = without_overlap(segments[-1], segment)
         segments.append(segment)

@@ -70,6 +70,32 @@ def test_one_that_is_made_up_and_stages_and_models(experiment, model_config, cap
         assert code == 0 and "<|en|>" in out and out.count("->") == 2  # a space and the end of text
 
 
+@pytest.fixture
+def streaming(experiment, model_config, tmp_path):
+    """The first line has word times, the second has none."""
+    lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    lines[0]["alignment"] = {"word": [["One", 0.0, 0.1], ["two", 0.1, 0.3]]}
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tree = yaml.safe_load(experiment.read_text())
+    tree["model"]["encoder"]["zipformer"] |= {"causal": True, "chunk_size": [8, -1], "left_context_frames": [16]}
+    tree["model"]["streaming"] = {"chunk_seconds": [0.16]}
+    experiment.write_text(yaml.safe_dump(tree))
+    return experiment
+
+
+def test_streams(streaming, capsys):
+    code, out = shown(capsys, "--config", streaming, "--n", "2", "--chunk-seconds", "0.16")
+    assert code == 0
+    first, second = out.split("\n\n")[:2]
+    # "one" is said in the first 0.16 s, "two" in the next but one, which is not whole
+    said = re.findall(r"\[audio x (\d)\]  -> \d+ (.*)", first)
+    assert said == [("2", "'\u2581'"), ("2", "end of text")] and first.count("end of text") == 3
+    assert "[audio x 2]\n" in first and "'<0x36>'" in first  # of 0.16
+    assert second.count("[audio x 2]  ->") == 8 and "'\u2581uno'" in second.split("[audio")[-1]
+    code, err = shown(capsys, "--config", streaming, "--chunk-seconds", "0.2")
+    assert code == 1 and "--chunk-seconds 0.2: the model's chunks are (in seconds): 0.16" in err
+
+
 def test_errors(experiment, capsys):
     for arguments, message in (
         ([], "give a configuration with --config, or a trained model with --model"),

@@ -10,6 +10,7 @@ from transformers import WhisperFeatureExtractor
 from speechllm.data.audio import UtteranceError, load_precomputed, load_samples
 from speechllm.data.features import (
     MEL_BINS,
+    FbankStream,
     extract_features,
     extract_features_padded,
     fbank,
@@ -64,6 +65,32 @@ def test_whisper_features_are_those_of_transformers(bins, numpy_frontend):
         features = extract_features(samples, f"whisper{bins}")
         assert features.shape == (n, bins)
         torch.testing.assert_close(features, torch.tensor(expected[:n], dtype=torch.float32), rtol=0, atol=2e-4)
+
+
+_AT_EVERY_CUT = [0, 1, 279, 400, 401, 559, 560, 1000]
+
+
+@pytest.mark.parametrize(
+    ("step", "lengths"),
+    [(1, _AT_EVERY_CUT), *[(step, [*_AT_EVERY_CUT, 7839, 7840, 7841, 20000]) for step in (112, 16000, None)]],
+)
+def test_features_of_a_stream_are_those_of_the_whole(step, lengths):
+    """A sample, 7 ms or a second at a time, or as it comes; frames come as early as can be."""
+    generator = torch.Generator().manual_seed(1)
+    for length in lengths:
+        samples = 0.1 * torch.randn(length, generator=generator) + 0.05
+        stream, pieces, at = FbankStream(), [], 0
+        while at < length:
+            size = step or int(torch.randint(1, 900, (1,), generator=generator))
+            pieces.append(stream.accept(samples[at : at + size].numpy()))
+            at = min(at + size, length)
+            # a window of 25 ms around the middle of each shift of 10 ms
+            assert stream.num_frames == max(0, (at + 120 - 400) // 160 + 1) and len(stream.tail) < 440
+            stream = FbankStream.from_tensors(stream.tensors())
+        pieces.append(stream.finish())
+        features = torch.cat(pieces) if pieces else torch.empty(0, 80)
+        expected = fbank(samples) if length >= 400 else torch.empty(0, 80)
+        torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
 
 
 def test_rows_may_all_be_shorter_than_the_batch():

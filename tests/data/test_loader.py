@@ -33,6 +33,7 @@ from speechllm.data import (
 )
 from speechllm.data.features import MEL_BINS, fbank_extractor, num_frames
 from speechllm.data.sampling import curriculum_limit
+from speechllm.prompt.interleave import StreamingConfig
 from speechllm.prompt.label import LabelTemplate
 from speechllm.prompt.request import Request
 from tests.data.corpora import KINDS, write_corpus, write_kind
@@ -531,6 +532,82 @@ def test_labels_are_made_where_the_line_has_all_that_they_need(corpus, tmp_path,
     words = {i: said for batch in plain for i, said in zip(batch.ids, batch.words, strict=True)}
     assert words["u1"] is None and words["u3"] is None  # a translation has other words
     assert [word for word, _, _ in words["u4"]] == ["", "A", "4"] and words["u4"][2].start == pytest.approx(0.24)
+
+
+class StreamedLabels(LetterLabels):
+    """Of a model that is trained on streams."""
+
+    streaming = StreamingConfig([0.16, 0.32], offline_share=0.4)
+
+    def __init__(self, ctc_head: object = None) -> None:
+        self.ctc_head = ctc_head
+
+
+@pytest.fixture
+def timed(corpus, tmp_path):
+    """A manifest with word times, the first line without, the last with those of other words."""
+    lines = [json.loads(line) for line in (corpus / "a.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line |= {"audio_filepath": str(corpus / line["audio_filepath"]), "id": f"u{i}"}
+        line["alignment"] = {"word": [["", 0.0, 0.1], ["A", 0.1, 0.1], [str(i), 0.2, 0.1]]}
+    del lines[0]["alignment"]
+    lines[-1]["alignment"]["word"].pop()
+    return SourceConfig(str(write_manifest(tmp_path / "timed.jsonl", lines)), lang="en")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_streams_have_chunks_that_follow_from_the_batch_and_words_as_they_are_played(timed, stream):
+    augment = AugmentConfig(speed=SpeedConfig([0.5]))
+    settings = DataConfig(
+        train=[replace(timed, stream=stream)], text=["lowercase"], max_duration=8.0, num_workers=0, augment=augment
+    )
+    loader = build_train_loader(settings, 1, labels=StreamedLabels(ctc_head="one"))
+    batches = list(loader)
+    assert {batch.chunk_seconds for batch in batches} == {None, 0.16, 0.32}
+    assert loader.skipped == {"word times of another text": 1}
+    words = {i: said for batch in batches for i, said in zip(batch.ids, batch.words, strict=True)}
+    assert words["u0"] is None and len(words) == 59
+    assert words["u4"] == (("a", pytest.approx(0.2), pytest.approx(0.4)), ("4", pytest.approx(0.4), pytest.approx(0.6)))
+    assert batches[0].inputs[-2:] == (batches[0].words, batches[0].chunk_seconds)
+    loader = build_train_loader(settings, 1, labels=StreamedLabels())
+    list(loader)
+    assert loader.skipped == {"word times of another text": 1, "no word times": 1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_resume_with_the_same_chunks(timed, workers):
+    settings = DataConfig(train=[timed], text=["lowercase"], max_duration=8.0, num_workers=workers)
+    loader = build_train_loader(settings, 1, labels=StreamedLabels("one"))
+    whole = [batch.chunk_seconds for batch in loader]
+    assert len(whole) > 8
+    batches = iter(loader)
+    for _ in range(5):
+        next(batches)
+    resumed = build_train_loader(settings, 1, labels=StreamedLabels("one"))
+    resumed.load_state_dict(loader.state_dict())
+    assert [batch.chunk_seconds for batch in resumed] == whole[5:]
+    ranks = [build_train_loader(settings, 1, rank, 2, StreamedLabels("one")) for rank in range(2)]
+    chunks = [[batch.chunk_seconds for batch in rank] for rank in ranks]
+    assert chunks[0] == chunks[1]  # the processes compute alike in each step
+
+
+def test_the_positions_of_streams_are_limited(timed):
+    settings = DataConfig(
+        train=[timed], text=["lowercase"], max_duration=1000.0, max_positions=120, num_buckets=4, num_workers=0
+    )
+    labels = StreamedLabels("one")
+    loader = build_train_loader(settings, 1, labels=labels)
+    fullest = 0
+    for batch in loader:
+        each = [
+            math.ceil(seconds / 0.08) + math.floor(seconds / 0.16) + len(text) + 1
+            for seconds, text in zip(batch.durations, batch.texts, strict=True)
+        ]
+        fullest = max(fullest, len(batch) * max(each))
+    assert 100 < fullest <= 120
+    assert {batch.chunk_seconds for batch in loader.largest_batches()} == {0.16}
+    evaluated = build_eval_loader(settings, [timed], labels=labels)
+    assert {batch.chunk_seconds for batch in evaluated} == {None}
 
 
 def test_the_content_of_augmentation_sources_belongs_to_the_place_in_an_epoch(corpus, tmp_path, caplog):

@@ -243,3 +243,11 @@ def test_call_errors(model, read):
         model.loss(ids[:, 1:], ids)
     with pytest.raises(ValueError, match="asked for at 7 positions of padding"):
         model.loss(ids, ids, lens=torch.tensor([2, 1]))
+
+
+@torch.no_grad()
+def test_a_state_goes_on_from_its_tensors(model, read):
+    tensors = {name: x.clone() for name, x in read.tensors().items()}
+    assert_same(model, type(read).from_tensors(tensors), read)
+    one = rows_of(read, 2)
+    assert_same(model, type(read).from_tensors(one.tensors()), one)

@@ -159,6 +159,7 @@ def test_decode_prints_character_error_rates_of_the_last_stage(run, trained):
         ("english/run.sh", ["--llm", "gpt2"], "--llm is rwkv7, smollm2 or none, not gpt2"),
         ("english/run.sh", ["--quick", "--llm"], "--llm needs a value"),
         ("english/run.sh", ["--config", "x"], "unknown argument --config"),
+        ("english/prepare.sh", ["--flite", "--steel-skies"], "unknown argument --steel-skies"),
     ],
 )
 def test_mistakes(run, script, options, said):

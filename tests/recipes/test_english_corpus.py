@@ -311,5 +311,7 @@ def test_packages_that_are_missing(packages, text, tmp_path):
     with pytest.raises(UserError, match="has no core-sounds-en.txt"):
         prepare_corpus.build_corpus(tmp_path, tmp_path / "corpus", text)
     assert not (tmp_path / "corpus").exists()
-    with pytest.raises(UserError, match="queen.1c: has the SHA-256 .*Remove it and fetch it again"):
-        prepare_corpus.check_hash(tmp_path / "queen.1c", prepare_corpus.QUEEN_SHA256)
+    with pytest.raises(
+        UserError, match="queen.1c: has the SHA-256 .* the package queen 1\\? Remove it and fetch it again"
+    ):
+        prepare_corpus.check_hash(tmp_path / "queen.1c", prepare_corpus.QUEEN_SHA256, "queen 1")

@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from rapidfuzz.distance import Levenshtein
+
+from speechllm.text.tokenizer import LexiconTokenizer, train_sentencepiece
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "english"
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(RECIPE))
     sys.modules.pop("prepare_corpus", None)  # the digits recipe has one too
+    import phones
     import prepare_text
     from english_text import EnglishText
 
@@ -48,7 +52,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def made(text, tmp_path):
-    """The documents of each of the two files."""
+    """The texts of each of the two files."""
     packages, corpus = tmp_path / "packages", tmp_path / "corpus"
     for name in ("usr/share/games/fortunes", "usr/share/dictd"):
         (packages / name).mkdir(parents=True)
@@ -61,10 +65,7 @@ def made(text, tmp_path):
     transcripts = {"train": ["you", "take one"], "valid": ["of you"], "test": ["choose a good husband"], "other": []}
     for name, texts in transcripts.items():
         (corpus / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    prepare_text.write_text(packages, corpus, tmp_path / "text", text)
-    lines = {name: (tmp_path / "text" / f"{name}.txt").read_text().splitlines() for name in ("train", "valid")}
-    assert all(line.startswith(" ") for line in lines["train"] + lines["valid"])  # as labels do
-    return {name: [line[1:] for line in found] for name, found in lines.items()}
+    return prepare_text.collect_text(packages, corpus, text)
 
 
 def test_sentences_of_each_package(made):
@@ -81,6 +82,33 @@ def test_sentences_of_each_package(made):
 
 def test_validation_is_a_share_of_all(text, tmp_path, made, monkeypatch):
     monkeypatch.setattr(prepare_text, "VALID_SHARE", 1)
-    prepare_text.write_text(tmp_path / "packages", tmp_path / "corpus", tmp_path / "again", text)
-    assert (tmp_path / "again" / "train.txt").read_text() == " you\n take one\n"
-    assert len((tmp_path / "again" / "valid.txt").read_text().splitlines()) == 4
+    again = prepare_text.collect_text(tmp_path / "packages", tmp_path / "corpus", text)
+    assert again["train"] == ["you", "take one"] and len(again["valid"]) == 4
+
+
+def test_readings_have_the_words_and_what_may_be_heard_of_them(tmp_path):
+    """As `speechllm tune` reads them: each copy has all words, in order, with other phones wrong."""
+    every = " ".join(sorted({phone for group in phones._SIMILAR for phone in group.split()}))
+    (tmp_path / "lexicon.txt").write_text(f"hello HH AH L OW\nworld W ER L D\nall {every}\n")
+    lexicon = LexiconTokenizer(tmp_path)
+    words = ["hello", "world"] * 50
+    prepare_text.write_readings({"train": [" ".join(words)], "valid": ["hello"]}, lexicon, 3, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    texts = "".join(line["text"] for line in lines)
+    assert texts.split() == words * 3 and all(line["text"].startswith(" ") for line in lines)
+    tokenizer = train_sentencepiece([" hello world"], tmp_path / "llm", 330, special_tokens=lexicon.tags)
+    tags = {tokenizer.encode(tag)[-1]: i for i, tag in enumerate(lexicon.tags, start=1)}
+    heard = [[tags.get(i) for i in tokenizer.encode(line["prompt"])] for line in lines]
+    said = [lexicon.encode(line["text"]) for line in lines]
+    distances = [Levenshtein.distance(x[:-1], y) / len(y) for x, y in zip(heard, said, strict=True)]
+    assert max(distances) < 0.7 and 0 < sum(distances) / len(distances) < 0.35
+    prepare_text.write_readings({"train": [" ".join(words)], "valid": ["hello"]}, lexicon, 3, tmp_path / "again")
+    assert (tmp_path / "again" / "train.jsonl").read_bytes() == (tmp_path / "out" / "train.jsonl").read_bytes()
+
+
+def test_pronunciations(tmp_path):
+    (tmp_path / "words.dict").write_text("the DH AH\nof AH V\nyou Y UW\nyou(2) Y AH\nprimate P R AY M EY T\n")
+    found = phones.pronunciations(tmp_path / "words.dict", EnglishText.load(tmp_path / "words.dict"))
+    assert found["you"] == ["Y", "UW"] and found["primate's"] == ["P", "R", "AY", "M", "EY", "T", "Z"]
+    assert found["zebu"] == ["Z", "EH", "B", "AH"], "by its letters"
+    assert all(found[word] for word in EnglishText.load(tmp_path / "words.dict").dictionary)

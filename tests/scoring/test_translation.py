@@ -31,6 +31,6 @@ def test_several_target_languages_have_no_common_score():
 
 
 def test_without_sacrebleu_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
     with pytest.raises(UserError, match=r"speechllm\[translation\]"):
         translation_scores(GERMAN)

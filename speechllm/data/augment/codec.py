@@ -30,7 +30,8 @@ _BAND_EDGE = 200.0
 
 
 def check_codec(name: str) -> None:
-    """
+    """Whether a codec can be used here.
+
     Raises:
         ValueError: there is no such codec, or the installed libsndfile cannot write it.
     """

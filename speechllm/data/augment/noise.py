@@ -11,7 +11,8 @@ import numpy as np
 from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 
-from speechllm.data.audio import UtteranceError, load_samples
+from speechllm.data.audio import load_samples
+from speechllm.data.audio_file import UtteranceError
 from speechllm.data.features import SAMPLE_RATE
 from speechllm.data.manifests.manifest import (
     HEADER_UNREAD,

@@ -52,7 +52,7 @@ def entry_of(name: str, duration: float, parts: Sequence[Part], source: SourceCo
     else:
         inside, writing = [], _without_supervisions(fields, source)
     words = [one.supervision.words for one in inside]
-    all_words = [word for of_one in words for word in of_one or ()]
+    all_words = tuple(word for of_one in words for word in of_one or ())
     return Entry(
         name,
         duration,
@@ -61,7 +61,7 @@ def entry_of(name: str, duration: float, parts: Sequence[Part], source: SourceCo
         writing.task,
         writing.ast_text,
         writing.target_lang,
-        None if None in words or not words else tuple(all_words),
+        None if None in words or not words else all_words,
         string_of(fields, "previous"),
         hotwords_of(fields),
     )

@@ -168,7 +168,8 @@ def _seconds(value: bytes, name: str) -> float:
 
 
 def _text(value: bytes, name: str) -> str:
-    """
+    """Bytes of a table as text.
+
     Args:
         name: what it is, for the error: the line is often that of another file.
 

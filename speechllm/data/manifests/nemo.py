@@ -111,7 +111,8 @@ def describe_nemo(line: dict, source: SourceConfig) -> Entry:
 
 
 def _check_served(line: dict) -> None:
-    """
+    """Whether it is a line that can be used.
+
     Raises:
         ValueError: it is of a kind of line that is not used.
     """
@@ -294,6 +295,7 @@ def tarred_files(source: SourceConfig) -> tuple[list[str], list[str]]:
 
 
 def tar_shards(source: SourceConfig) -> TarShards:
+    """The shards of a tarred source, and which lines of the manifests belong to each."""
     manifests, tars = tarred_files(source)
     if len(manifests) == len(tars):
         return TarShards([TarShard(*pair) for pair in zip(tars, manifests, strict=True)])

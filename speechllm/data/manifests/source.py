@@ -318,16 +318,30 @@ def label_of(entry: Entry, template: LabelTemplate, text_steps: Sequence[str], s
     Raises:
         LabelError: it lacks what the template needs.
     """
-    words = None
-    if template.has_times and entry.task == "asr" and entry.words is not None:
-        words = []
-        for word, start, end in entry.words:
-            if not -_TIME_TOLERANCE <= start <= end <= entry.duration + _TIME_TOLERANCE:
-                raise LabelError(
-                    "word times outside",
-                    f"alignment: {word!r} would be at {start:g} to {end:g} s of {entry.duration:g} s; its times are in "
-                    "seconds from the beginning of the file",
-                )
-            if said := normalize_text(word, text_steps, entry.lang):  # others are silence
-                words.append(WordTime(said, start / speed, end / speed))
+    words = said_words(entry, text_steps, speed) if template.has_times and entry.task == "asr" else None
     return template.fill(target_text(entry, text_steps), entry.request, words)
+
+
+def said_words(entry: Entry, text_steps: Sequence[str], speed: float = 1.0) -> list[WordTime] | None:
+    """The words of an utterance as its transcript has them, in seconds as it is played; None where the manifest has no
+    times.
+
+    Args:
+        text_steps, speed: see `label_of`.
+
+    Raises:
+        LabelError: a word is outside the utterance.
+    """
+    if entry.words is None:
+        return None
+    words = []
+    for word, start, end in entry.words:
+        if not -_TIME_TOLERANCE <= start <= end <= entry.duration + _TIME_TOLERANCE:
+            raise LabelError(
+                "word times outside",
+                f"alignment: {word!r} would be at {start:g} to {end:g} s of {entry.duration:g} s; its times are in "
+                "seconds from the beginning of the file",
+            )
+        if said := normalize_text(word, text_steps, entry.lang):  # others are silence
+            words.append(WordTime(said, start / speed, end / speed))
+    return words

@@ -106,7 +106,8 @@ def _cuts_in_place(
 def _cuts_in_memory(
     stream: Callable[[], Iterator[tuple[str, Cut | ManifestError]]], source: SourceConfig | None
 ) -> Iterator[Cut | ManifestError]:
-    """
+    """The cuts of a stream, as `describe_cut` reads them.
+
     Args:
         source: what it says is still to be filled in; None if not.
     """
