@@ -57,7 +57,7 @@ def test_what_stands_before_the_label_comes_with_its_first_word(before_label):
 
 
 def test_every_tokenizer_gives_whole_words(tokenizer_dir, tmp_path):
-    """Also pieces of bytes, tokens over several words, and characters that a tokenizer normalises."""
+    """Also pieces of bytes, tokens over several words, and characters that a tokenizer normalizes."""
     text = "one 七星 caf\u0065\u0301 été x"
     train_byte_level(["one two three"] * 3, tmp_path)
     rng = random.Random(0)
