@@ -32,14 +32,13 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from speechllm.cli.exits import run_to_exit
-from speechllm.cli.options import add_dtype_option
+from speechllm.cli.options import add_dtype_option, add_llm_weights_option
 from speechllm.cli.search_options import add_search_options, check_without_language_model, search_options
 from speechllm.config import ConfigError
 from speechllm.data import Batch, SourceConfig, build_eval_loader
 from speechllm.decode.interface import RecognizeOptions, Recognizer, Speech
 from speechllm.decode.result import Recognition
 from speechllm.errors import UserError
-from speechllm.linear import INFERENCE_WEIGHTS
 from speechllm.log import setup_logging
 from speechllm.model.build import load_model, prepare_for_inference
 from speechllm.model.card import add_results
@@ -54,6 +53,7 @@ from speechllm.scoring import (
     word_time_error,
     write_reports,
 )
+from speechllm.scoring.reports import aligned
 from speechllm.scoring.translation import translation_scores
 from speechllm.train.config import Experiment, load_experiment
 
@@ -67,13 +67,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="experiment configuration (YAML)")
     parser.add_argument("--exp-dir", required=True, type=Path, help="folder for logs and results")
     parser.add_argument("--model", required=True, type=Path, help="folder of the trained model")
-    parser.add_argument(
-        "--llm-weights",
-        choices=INFERENCE_WEIGHTS,
-        default="float32",
-        help="on the CPU, how the language model's matrices are kept: float32 is exact, bfloat16 faster on processors "
-        "that have its instructions, int8 smaller (default: %(default)s)",
-    )
+    add_llm_weights_option(parser)
     add_dtype_option(parser)
     parser.add_argument(
         "--timestamps",
@@ -218,12 +212,7 @@ def table_text(table: Mapping[tuple[str, str], Mapping[str, str]]) -> str:
     rows = [["test set", "language", *columns]]
     for (name, language), cells in table.items():
         rows.append([name, language, *(cells.get(column, "-") for column in columns)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, language, *numbers in rows:
-        right = "".join(f"  {cell:>{width}}" for cell, width in zip(numbers, widths[2:], strict=True))
-        lines.append(f"{name:<{widths[0]}}  {language:<{widths[1]}}{right}\n")
-    return "".join(lines)
+    return aligned(rows, left=2)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 
 from speechllm.cli.exits import run_to_exit
-from speechllm.cli.options import add_device_option, add_dtype_option, positive
+from speechllm.cli.options import add_device_option, add_dtype_option, add_llm_weights_option, positive
 from speechllm.cli.streaming_options import add_streaming_options, streaming_options
 from speechllm.config import ConfigError
 from speechllm.data import Batch, build_eval_loader
@@ -53,13 +53,13 @@ from speechllm.decode.result import StreamedWord, streamed_text
 from speechllm.decode.streaming import Stream, StreamingRecognizer
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
-from speechllm.linear import INFERENCE_WEIGHTS
 from speechllm.log import setup_logging
 from speechllm.model.build import load_model, prepare_for_inference
 from speechllm.model.encoder_model import EncoderModel
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.scoring import Transcript, transcripts, write_reports
 from speechllm.scoring.latency import Delays, percentile
+from speechllm.scoring.reports import aligned
 from speechllm.train.config import Experiment, load_experiment
 
 logger = logging.getLogger(__name__)
@@ -89,12 +89,7 @@ def main() -> None:
     parser.add_argument(
         "--streams", type=positive, default=8, help="how many are played at the same time (default: %(default)s)"
     )
-    parser.add_argument(
-        "--llm-weights",
-        choices=INFERENCE_WEIGHTS,
-        default="float32",
-        help="on the CPU, how the language model's matrices are kept (default: %(default)s)",
-    )
+    add_llm_weights_option(parser)
     add_device_option(parser)
     add_dtype_option(parser)
     add_streaming_options(parser)
@@ -172,7 +167,7 @@ def decode(
         plot_if_possible(points, exp_dir / f"streaming-{name}-{model_name}.png", name)
     if not rows:
         raise UserError(f"{model_name}: no utterance of the test sets can be recognized; the log says why")
-    text = table_text([HEADER, *rows])
+    text = aligned([HEADER, *rows])
     where = f"{count} streams at a time, {model.device}, {torch.get_num_threads()} threads\n"
     with replaced_file(exp_dir / f"streaming-summary-{model_name}.txt") as tmp:
         tmp.write_text(where + text, encoding="utf-8")
@@ -307,15 +302,6 @@ def row(name: str, label: str, words: int, wer: float, measured: Measured) -> tu
         "-" if label == "offline" else f"{per_core:.1f}",
         f"{measured.stream_bytes / 1024:.0f}" if measured.stream_bytes else "-",
     )
-
-
-def table_text(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        right = "".join(f"  {cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
-        lines.append(f"{first:<{widths[0]}}{right}\n")
-    return "".join(lines)
 
 
 def plot_if_possible(points: Sequence[tuple[str, float, Measured]], path: Path, title: str) -> None:

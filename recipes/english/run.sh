@@ -33,7 +33,7 @@ take_options llm corpus-dir encoder stage stop-stage -- "${rest[@]}"
 install_speechllm english
 
 here=recipes/english data=recipes/english/data
-ctc=$here/exp-ctc$quick settings=() ctc_settings=() llm_settings=(--tokens-per-step 1536 --steps 2300)
+ctc=$here/exp-ctc$quick settings=() ctc_settings=() llm_size=6x256 llm_settings=(--tokens-per-step 1536 --steps 2300)
 # bfloat16 is fast where the processor has matrix products of it, and slow where it has not
 if [ "$gpu" ] || grep -qs amx_bf16 /proc/cpuinfo; then
     settings+=(--train.mixed_precision bf16)
@@ -47,6 +47,7 @@ if [ "$gpu" ]; then
         --data.augment.spec_augment '{freq_masks: 2, freq_mask_bins: 20, time_mask_frames: 30, max_time_fraction: 0.2}'
     )
     ctc_settings+=(--train.num_steps 2500)
+    llm_size=8x448
     llm_settings=(--tokens-per-step 16384 --steps 1000 --bf16)
 fi
 if [ "$quick" ]; then
@@ -69,7 +70,7 @@ text_and_language_model() {
     [ "$corpus_dir" ] || python tools/fetch_packages.py debian "$packages" dict-wn dict-gcide fortunes
     python $here/prepare_text.py --packages-dir "$packages" --corpus-dir $data/corpus --lexicon $data/lexicon \
         --output-dir $data/text
-    python -m speechllm.cli tune --new 6x256 --tokenizer $data/tokenizer --output $data/rwkv7 \
+    python -m speechllm.cli tune --new $llm_size --tokenizer $data/tokenizer --output $data/rwkv7 \
         --text $data/text/train.jsonl --valid $data/text/valid.jsonl "${llm_settings[@]}" --lr 2e-3 --valid-every-n 230
 }
 

@@ -99,6 +99,17 @@ def add_dtype_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_llm_weights_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--llm-weights`, as `speechllm.model.build.prepare_for_inference` takes it."""
+    parser.add_argument(
+        "--llm-weights",
+        choices=("float32", "bfloat16", "int8"),
+        default="float32",
+        help="on the CPU, how the language model's matrices are kept: float32 is exact, bfloat16 faster on processors "
+        "that have its instructions, int8 smaller (default: %(default)s)",
+    )
+
+
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """Add what `command_line_request` reads besides `--language` and `--target-language`."""
     parser.add_argument("--previous", metavar="TEXT", help="the text before the audio, for the prompt's {previous}")

@@ -12,7 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
-from speechllm.cli.options import add_device_option, add_dtype_option, add_prompt_options, command_line_request
+from speechllm.cli.options import (
+    add_device_option,
+    add_dtype_option,
+    add_llm_weights_option,
+    add_prompt_options,
+    command_line_request,
+)
 from speechllm.cli.streaming_options import add_streaming_options, streaming_options
 
 # The rest of the library is imported where it is used: `speechllm --help` answers at once.
@@ -64,13 +70,7 @@ def add_stream(commands: argparse._SubParsersAction) -> None:
         choices=("text", "json"),
         help="lines of text, or a JSON object for each word (default: text on a terminal, else json)",
     )
-    stream.add_argument(
-        "--llm-weights",
-        choices=("float32", "bfloat16", "int8"),
-        default="float32",
-        help="on the CPU, how the language model's matrices are kept: float32 is exact, bfloat16 faster on processors "
-        "that have its instructions, int8 smaller (default: %(default)s)",
-    )
+    add_llm_weights_option(stream)
     add_device_option(stream)
     add_dtype_option(stream)
     add_streaming_options(stream)

@@ -6,7 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speechllm.cli.options import add_device_option, add_dtype_option, add_prompt_options, command_line_request
+from speechllm.cli.options import (
+    add_device_option,
+    add_dtype_option,
+    add_llm_weights_option,
+    add_prompt_options,
+    command_line_request,
+)
 from speechllm.cli.search_options import add_search_options, check_without_language_model, search_options
 
 # The rest of the library is imported where it is used: `speechllm --help` answers at once.
@@ -81,13 +87,7 @@ def add_transcribe(commands: argparse._SubParsersAction) -> None:
         help="longer audio is cut at pauses into segments of at most this many seconds (default: "
         f"{_MAX_SEGMENT:g}, or what the encoder can hear)",
     )
-    transcribe.add_argument(
-        "--llm-weights",
-        choices=("float32", "bfloat16", "int8"),
-        default="float32",
-        help="on the CPU, how the language model's matrices are kept: float32 is exact, bfloat16 faster on processors "
-        "that have its instructions, int8 smaller (default: %(default)s)",
-    )
+    add_llm_weights_option(transcribe)
     add_device_option(transcribe)
     add_dtype_option(transcribe)
     add_search_options(transcribe)

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -27,6 +27,7 @@ from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModelState
 from speechllm.prompt.request import Request
 from speechllm.rwkv7.initial_state import load_state
+from speechllm.text.words import word_spans
 
 # States that are kept. Where utterances have texts of their own before the audio, none would be used again.
 _MAX_STATES = 32
@@ -240,7 +241,12 @@ class SpeechLLMRecognizer:
         (spans,) = forced_align(log_probs[None], lens, [self.model.ctc_label_ids(text)], self.model.blank_id)
         if spans is None:  # more tokens than frames: whatever it is, it was not said
             return None
-        return words_from_alignment(spans, self.model.ctc_tokenizer, self.model.frame_seconds, len(log_probs))
+        words = words_from_alignment(spans, self.model.ctc_tokenizer, self.model.frame_seconds, len(log_probs))
+        said = [text[start:end] for start, end in word_spans(text)]
+        if len(words) != len(said):
+            return words
+        # of words that sound alike a lexicon knows one
+        return tuple(replace(word, text=spelling) for word, spelling in zip(words, said, strict=True))
 
 
 Recogniser = SpeechLLMRecognizer  # its name in 0.1

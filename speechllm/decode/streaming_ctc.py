@@ -120,5 +120,5 @@ class CTCDecoder:
         text.spans = spans[kept:]
         return [
             StreamedWord(**asdict(word), written=0.0, joined=found.joined)
-            for word, found in zip(timed, words, strict=False)
+            for word, found in zip(timed[: len(words)], words, strict=True)
         ]

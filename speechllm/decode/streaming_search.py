@@ -340,7 +340,7 @@ class TextDecoder:
         best = text.hypotheses[0]
         found = [
             StreamedWord(timed.text, timed.start, timed.end, _confidence(best.pieces, word), 0.0, joined=word.joined)
-            for timed, word in zip(self._timed(text, words[0], certain), words[0], strict=False)
+            for timed, word in zip(self._timed(text, words[0], certain), words[0][:certain], strict=True)
         ]
         text.hypotheses = [_without(text.hypotheses[i], words[i][certain - 1]) for i in agree]
         if len(agree) < len(words) and text.llm is not None:
@@ -369,10 +369,14 @@ class TextDecoder:
             lens = torch.tensor([frames], device=log_probs.device)
             (spans,) = forced_align(log_probs, lens, [model.ctc_label_ids(said)], model.blank_id)
         timed = list(words_from_alignment(spans, model.ctc_tokenizer, model.frame_seconds, frames)) if spans else []
-        if spans and [word.text for word in timed] == [word.text for word in words]:
-            letters = sum(len(word.text) for word in words[:certain])
-            said_letters = accumulate(len(model.ctc_tokenizer.decode([span.token]).strip()) for span in spans)
+        if spans and len(timed) == len(words):
+            letters = sum(len(word.text) for word in timed[:certain])
+            said_letters = accumulate(
+                len(piece.strip()) for piece in text_pieces([span.token for span in spans], model.ctc_tokenizer)
+            )
             kept = next((span.end for span, done in zip(spans, said_letters, strict=True) if done >= letters), frames)
+            # of words that sound alike a lexicon knows one
+            timed = [replace(word, text=heard.text) for word, heard in zip(timed, words, strict=True)]
         else:
             kept, share = frames, frames / certain * model.frame_seconds
             timed = [Word(word.text, i * share, (i + 1) * share, 0.0) for i, word in enumerate(words)]

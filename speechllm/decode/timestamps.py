@@ -38,7 +38,8 @@ def words_from_alignment(
     pending: list[TokenSpan] = []  # of a character that is not complete
     for span in spans:
         piece = stream.push(span.token)
-        if piece or tokenizer.decode([span.token]):  # not one of those that are left out of a text, such as tags
+        # not one of those that are left out of a text, such as tags, nor the border that ends a word of phones
+        if tokenizer.decode([span.token]) or (piece and not pending):
             pending.append(span)
         if piece:
             characters += _characters(piece, pending)

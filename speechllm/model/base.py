@@ -44,7 +44,7 @@ def takes_columns_too(forward: Callable[..., Losses]) -> Callable[..., Losses]:
     ) -> Losses:
         if "requests" in named or (given and all(isinstance(request, Request) for request in given[0])):
             return forward(self, features, feature_lens, texts, *given, **named)
-        columns = dict(zip(names, given, strict=False)) | named
+        columns = dict(zip(names[: len(given)], given, strict=True)) | named
         labels = columns.pop("labels", None)
         return forward(self, features, feature_lens, texts, requests_of(**columns), labels)
 

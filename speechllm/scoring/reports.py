@@ -111,7 +111,7 @@ def error_table(results: Iterable[Transcript], by: str = "language", unit: str =
                 *(UNKNOWN if bound is None else f"{bound:.2%}" for bound in bounds),
             ]
         )
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def translation_table(results: Sequence[Transcript], by: str = "language") -> str:
@@ -129,16 +129,15 @@ def translation_table(results: Sequence[Transcript], by: str = "language") -> st
             shown = [f"{scores.bleu:.2f}", f"{scores.chrf:.2f}"]
             signatures |= {f"BLEU: {scores.bleu_signature}": None, f"chrF2: {scores.chrf_signature}": None}
         rows.append([name, str(len(group)), *shown])
-    return _aligned(rows) + "".join(f"{signature}\n" for signature in signatures)
+    return aligned(rows) + "".join(f"{signature}\n" for signature in signatures)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table as text, a line each row: the first `left` columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) + "\n"
-        for row in rows
-    )
+    sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    lines = ("  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)) for row in rows)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def write_reports(

@@ -360,14 +360,15 @@ class LexiconTokenizer(Tokenizer):
 
     `decode` looks up what is between two borders, and writes the first word of the lexicon with these phones. Where
     there is none it writes the phones as tags, `<|HH|><|AH|>`. These are also the tokens' own texts (`piece_text`), for
-    a language model that has them as special tokens and reads what a CTC head hears (`model.ctc_tokenizer`).
+    a language model that has them as special tokens and reads what a CTC head hears (`model.ctc_tokenizer`). A `stream`
+    gives a word when its border comes.
 
     Args:
         path: the folder of `lexicon.txt`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: a line without phones, or no line at all.
+        UserError: a line without phones, no line at all, or no UTF-8.
     """
 
     BORDER = "_"
@@ -376,8 +377,12 @@ class LexiconTokenizer(Tokenizer):
     def __init__(self, path: str | Path) -> None:
         path = Path(path) / LEXICON_FILE
         self._lexicon = path.read_bytes()
+        try:
+            lines = self._lexicon.decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error})") from error
         self._pronunciation: dict[str, list[str]] = {}
-        for number, line in enumerate(self._lexicon.decode("utf-8").splitlines(), start=1):
+        for number, line in enumerate(lines, start=1):
             word, *phones = line.split() or [""]
             if word and not phones:
                 raise UserError(f"{path}, line {number}: {word!r} has no phones; a line is a word and its phones")
@@ -406,19 +411,11 @@ class LexiconTokenizer(Tokenizer):
         return ids
 
     def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
-        """Of tags: a word is known only when it is over."""
-        table = {i: tag.encode("utf-8") for i, tag in enumerate(self.tags, start=1)}
-        return StreamDecoder(table, table)
+        return _WordStream(self, continued)
 
-    def decode(self, ids: Iterable[int], keep_tags: bool = False) -> str:
-        words: list[list[str]] = [[]]
-        for i in ids:
-            name = self._names[i] if 0 < i < self.vocab_size else ""
-            if name == self.BORDER:
-                words.append([])
-            elif name:
-                words[-1].append(name)
-        return " ".join(self._word_of.get(tuple(phones), "".join(map(_tag, phones))) for phones in words if phones)
+    def word(self, phones: Sequence[str]) -> str:
+        """The first word with these phones, else their tags."""
+        return self._word_of.get(tuple(phones), "".join(map(_tag, phones)))
 
     @cached_property
     def _word_of(self) -> dict[tuple[str, ...], str]:
@@ -439,6 +436,31 @@ class LexiconTokenizer(Tokenizer):
     def save(self, folder: str | Path) -> None:
         with replaced_file(Path(folder) / LEXICON_FILE) as tmp:
             tmp.write_bytes(self._lexicon)
+
+
+class _WordStream(StreamDecoder):
+    """Words from phones: each when its border comes, the last one at the end."""
+
+    def __init__(self, tokenizer: LexiconTokenizer, continued: bool) -> None:
+        self._tokenizer = tokenizer
+        self._phones: list[str] = []
+        self._space = " " * continued
+
+    def push(self, token_id: int) -> str:
+        if token_id == self._tokenizer.eos_id or not 0 < token_id < self._tokenizer.vocab_size:
+            return ""
+        name = self._tokenizer.piece(token_id)
+        if name == self._tokenizer.BORDER:
+            return self.finish()
+        self._phones.append(name)
+        return ""
+
+    def finish(self) -> str:
+        if not self._phones:
+            return ""
+        text = self._space + self._tokenizer.word(self._phones)
+        self._phones, self._space = [], " "
+        return text
 
 
 def _tag(phone: str) -> str:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -328,7 +329,7 @@ def test_segments(speech_llm):
     assert [w.text for w in words] == [w.text for w in plain]
     assert {w.segment for w in plain} == {0} and len({w.segment for w in words}) > 1
     assert [w.segment for w in words] == sorted(w.segment for w in words)
-    for before, after in zip(words, words[1:], strict=False):
+    for before, after in pairwise(words):
         assert after.segment == before.segment or (after.written - before.written >= 0.4 and not after.joined)
 
 

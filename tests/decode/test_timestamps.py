@@ -67,3 +67,13 @@ def test_tokens_that_spell_nothing_take_no_time_of_words(tokenizer_dir):
     (word,) = words_from_alignment(spans, tokenizer, 1.0)
     assert (word.text, word.end) == ("two", 5 + len(ids)) and word.start >= 5
     assert word.confidence == pytest.approx(math.exp(-1))
+
+
+def test_words_of_phones_have_the_times_of_their_phones(tmp_path):
+    (tmp_path / "lexicon.txt").write_text("two T UW\ntoo T UW\neight EY T\n")
+    lexicon = load_tokenizer(tmp_path)
+    ids = lexicon.encode("two eight too")  # T UW _ EY T _ T UW
+    spans = [TokenSpan(token, 10 * i, 10 * i + 1, -1.0) for i, token in enumerate(ids)]
+    words = words_from_alignment(spans, lexicon, 0.1)
+    assert [word.text for word in words] == lexicon.decode(ids).split() == ["two", "eight", "two"]
+    assert [(w.start, w.end) for w in words] == [pytest.approx(t) for t in ((0, 1.3), (3, 4.3), (6, 7.1))]

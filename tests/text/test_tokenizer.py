@@ -302,6 +302,15 @@ def test_a_lexicon_makes_phones_of_words(tmp_path, small):
     assert phones.decode(ids) == "hello world <|unk|>" and phones.decode(ids[1:4]) == "<|AH|><|L|><|OW|>"
     assert phones.eos_id not in ids and phones.decode([phones.eos_id, -1, 10**6]) == ""
     assert phones.decode(phones.encode("helo hello")) == "hello hello", "homophones: the first"
+    stream = phones.stream(continued=True)
+    assert [stream.push(i) for i in ids] + [stream.finish()] == [
+        *[""] * 4,
+        " hello",
+        *[""] * 4,
+        " world",
+        "",
+        " <|unk|>",
+    ]
     # a language model reads them as its special tokens, one each
     llm = train_sentencepiece(["hello world"], tmp_path / "llm", 320, special_tokens=phones.tags)
     heard = "".join(map(phones.piece_text, ids))

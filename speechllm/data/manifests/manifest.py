@@ -240,15 +240,15 @@ class LazyManifest(Dillable):
 def manifest_cuts(source: SourceConfig) -> Iterator[Cut | ManifestError]:
     """The cuts of a manifest; in place of a line that cannot be used, what is wrong with it."""
     for where, found in iter_objects(source):
-        if isinstance(found, ManifestError):
-            yield found
-            continue
-        try:
-            cut = to_cut(found, source)
-        except LINE_ERRORS as error:
-            yield ManifestError(f"{where}: {explain(error)}")
-        else:
-            yield cut
+        yield found if isinstance(found, ManifestError) else cut_or_error(found, where, source)
+
+
+def cut_or_error(fields: dict, where: str, source: SourceConfig) -> Cut | ManifestError:
+    """`to_cut`, or what is wrong with the line; `where` is its file and number."""
+    try:
+        return to_cut(fields, source)
+    except LINE_ERRORS as error:
+        return ManifestError(f"{where}: {explain(error)}")
 
 
 def read_manifest(source: SourceConfig | str | Path) -> CutSet:

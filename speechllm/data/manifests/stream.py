@@ -15,7 +15,7 @@ from lhotse.cut import Cut
 
 from speechllm.data.manifests.cuts import settled_cut
 from speechllm.data.manifests.lines import is_compressed
-from speechllm.data.manifests.manifest import kind_of, manifest_cuts, to_cut
+from speechllm.data.manifests.manifest import cut_or_error, kind_of, manifest_cuts
 from speechllm.data.manifests.nemo import stream_tarred_shard, tar_shards, tarred_shard_objects
 from speechllm.data.manifests.shar import shar_shard_objects, shar_shards, stream_shar_shard
 from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, ShardError, SourceConfig, explain, is_remote
@@ -89,16 +89,10 @@ def _cuts_in_place(
             if isinstance(found, ShardError) and not is_broken:
                 is_broken = True
                 yield found
-            if isinstance(found, ManifestError):
-                if not is_broken:
-                    yield found
-                continue
-            try:
-                cut = to_cut(found, source)
-            except LINE_ERRORS as error:
-                yield ManifestError(f"{where}: {explain(error)}")
-            else:
-                yield cut
+            if not isinstance(found, ManifestError):
+                yield cut_or_error(found, where, source)
+            elif not is_broken:
+                yield found
     except ManifestError as error:
         yield ShardError(str(error))
 
