@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 r"""Decode test sets as streams: error rates against delay, and how fast it is.
 
-    python recipes/streaming_decode.py --config configs/digits-streaming.yaml --exp-dir recipes/digits/exp-streaming/write \
-        --model recipes/digits/exp-streaming/write/iter-2400-avg-5 --chunk-seconds 0.32 0.64 1.28 offline
+    python recipes/streaming_decode.py --config configs/digits-streaming.yaml --model EXP/iter-2400-avg-5 \
+        --exp-dir EXP --chunk-seconds 0.32 0.64 1.28 offline       # EXP=recipes/digits/exp-streaming/write
 
 The utterances of each set under `data.test` are played to --streams streams at a time, a chunk of audio to each, all of
 which are computed together; as one ends, the next utterance takes its place. `offline` hears all of an utterance before

@@ -3,7 +3,7 @@
 #
 #   recipes/english/prepare.sh [OPTION ...]
 #
-#   --steel-sky        more training speech: the voices of another game, 2.1 hours
+#   --steel-sky        more training speech: the voices of another game, 1.9 hours
 #   --tuxpaint         the same: a minute of a volunteer who names animals
 #   --flite            the same: two hours of synthetic speech, with words that nobody says in the rest
 #   --corpus-dir DIR   where the Debian packages are unpacked, on systems without apt-get (default: they are fetched to
