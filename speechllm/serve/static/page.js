@@ -38,7 +38,7 @@ async function start() {
 function offerChoices({ languages, default_language, needs_language, target_languages }) {
   const known = (languages.length ? languages : USUAL_LANGUAGES).map((tag) => new Option(nameOf(tag), tag));
   known.sort((a, b) => a.text.localeCompare(b.text));
-  if (!needs_language) known.unshift(new Option("Automatic", ""));
+  if (!needs_language && !default_language) known.unshift(new Option("Automatic", ""));
   byId("language").replaceChildren(...known);
   byId("language").value = default_language ?? known[0].value;
   const tasks = target_languages.map((tag) => new Option(`Translate to ${nameOf(tag)}`, tag));

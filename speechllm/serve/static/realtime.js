@@ -26,6 +26,7 @@ export class LiveTranscription {
     Object.assign(this, { model, choices, on });
     this.kept = []; // blocks of samples that are not written down for certain: {samples, start, captured}
     this.captured = 0; // samples since the beginning
+    this.done = 0; // of these, up to the end of the last item
     this.connection = 0; // how many have been opened
     this.tries = 0; // to connect, since it was last connected
     this.isStopping = this.hasEnded = false;
@@ -125,12 +126,11 @@ export class LiveTranscription {
         break;
       case "conversation.item.input_audio_transcription.completed":
         this.on.completed(id, event.transcript, event.words ?? []);
-        this.forget(this.sample(event.end));
-        // A commit has an item that ends with the last sample: this is it, or there was nothing more to say.
-        if (this.isStopping && this.captured - this.sample(event.end) < RATE / 10) this.end();
+        this.itemEnded(event.end);
         break;
       case "conversation.item.input_audio_transcription.failed":
         this.on.failed(id, sentence(event.error.message));
+        this.itemEnded(event.end);
         break;
       case "error":
         this.refused(event.error);
@@ -138,10 +138,21 @@ export class LiveTranscription {
     }
   }
 
+  itemEnded(seconds) {
+    this.done = this.sample(seconds);
+    this.forget(this.done);
+    this.endIfDone();
+  }
+
+  /** The item of a commit ends with the last sample, but for rounding. */
+  endIfDone() {
+    if (this.isStopping && this.captured - this.done < RATE / 10) this.end();
+  }
+
   refused({ code, message: said }) {
     const message = sentence(said);
     if (code === "input_audio_buffer_commit_empty") {
-      this.end();
+      this.endIfDone(); // or the item of what was said before is still to come
     } else if (code === "invalid_value") {
       this.end(message); // of the language or the task: what is heard would be written wrongly
     } else {

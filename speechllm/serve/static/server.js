@@ -96,7 +96,7 @@ export async function whyRefused() {
   try {
     await loadModel();
     const { streams, max_streams } = await request("health");
-    if (streams >= max_streams) return new ServerError(`All ${max_streams} places of the server are taken.`, 429);
+    if (streams >= max_streams) return new ServerError("All places of the server are taken.", 429);
     return new ServerError("The connection to the server broke.", 0);
   } catch (error) {
     return error.status === 0 ? new ServerError("The server does not answer.", 0) : error;
