@@ -8,6 +8,7 @@ import sys
 
 from speechllm.cli.data import add_data
 from speechllm.cli.exits import run_to_exit
+from speechllm.cli.explore import add_explore
 from speechllm.cli.plot import add_plot
 from speechllm.cli.prompt import add_prompt
 from speechllm.cli.score import add_score
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     add_prompt(commands)
     add_plot(commands)
     add_score(commands)
+    add_explore(commands)
     argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv, argparse.Namespace(overrides=overrides))
     if overrides and not getattr(args, "config", None):
