@@ -6,6 +6,7 @@ import argparse
 import itertools
 import sys
 
+from speechllm.cli.align import add_align
 from speechllm.cli.data import add_data
 from speechllm.cli.exits import run_to_exit
 from speechllm.cli.explore import add_explore
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     add_transcribe(commands)
     add_stream(commands)
+    add_align(commands)
     add_tune(commands)
     add_state(commands)
     add_data(commands)
