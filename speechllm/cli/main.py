@@ -6,8 +6,10 @@ import argparse
 import itertools
 import sys
 
+from speechllm.cli.align import add_align
 from speechllm.cli.data import add_data
 from speechllm.cli.exits import run_to_exit
+from speechllm.cli.explore import add_explore
 from speechllm.cli.plot import add_plot
 from speechllm.cli.prompt import add_prompt
 from speechllm.cli.score import add_score
@@ -24,12 +26,14 @@ def main(argv: list[str] | None = None) -> None:
     add_transcribe(commands)
     add_stream(commands)
     add_serve(commands)
+    add_align(commands)
     add_tune(commands)
     add_state(commands)
     add_data(commands)
     add_prompt(commands)
     add_plot(commands)
     add_score(commands)
+    add_explore(commands)
     argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv, argparse.Namespace(overrides=overrides))
     if overrides and not getattr(args, "config", None):

@@ -217,6 +217,10 @@ class StreamChunk(Protocol):
     @property
     def left_context_frames(self) -> int: ...
 
+    @property
+    def positions(self) -> int:
+        """Of the language model."""
+
 
 class StreamableSpeechLLM(StreamableModel, Protocol):
     """What `streaming_search.TextDecoder` asks of a model that has learned to write while it listens."""

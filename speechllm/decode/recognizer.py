@@ -16,7 +16,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, forced_align
+from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_label_scores, ctc_prefix_beam_search, forced_align
 from speechllm.decode.hotwords import Hotwords
 from speechllm.decode.interface import RecognizableSpeechLLM, RecognizeOptions, Speech, check_length
 from speechllm.decode.ngram import NGram
@@ -58,11 +58,16 @@ class SpeechLLMRecognizer:
         for name, used in (*uses_ctc.items(), ("ctc_beam", self.options.ctc_beam > 1)):
             if used and model.ctc_head is None and not (name == "timestamps" and label.has_times):
                 raise UserError(f"{name}: the model has no CTC head (it was trained with model.ctc_weight: 0)")
-        if self.options.ctc_weight > 0 and model.ctc_tokenizer is not model.tokenizer:
-            raise UserError(
-                "ctc_weight: the CTC head writes other pieces (model.ctc_tokenizer) than the language model's tokens, "
-                "which it cannot score"
-            )
+        # A head of other pieces cannot score tokens, but whole texts.
+        self._ranks_texts = self.options.ctc_weight > 0 and model.ctc_tokenizer is not model.tokenizer
+        self._search = self.options.search
+        if self._ranks_texts:
+            if self._search.width == 1:
+                raise UserError(
+                    "ctc_weight: the CTC head writes other pieces (model.ctc_tokenizer) than the language model's "
+                    "tokens, so that it ranks the texts of a beam: search with method beam"
+                )
+            self._search = replace(self._search, nbest=self._search.beam)
         for name in ("ctc_weight", "hotwords", "ngram"):
             if getattr(self.options, name) and not label.is_plain:
                 raise UserError(
@@ -88,7 +93,7 @@ class SpeechLLMRecognizer:
     def _build_scorers(self) -> list[Scorer]:
         options, model = self.options, self.model
         scorers: list[Scorer] = []
-        if options.ctc_weight > 0:
+        if options.ctc_weight > 0 and not self._ranks_texts:
             scorers.append(
                 CTCScorer(
                     options.ctc_weight,
@@ -128,10 +133,11 @@ class SpeechLLMRecognizer:
             while results and None not in results[0]:
                 yield [result for result in results.popleft() if result is not None]
 
-        options = self.options.search
-        for number, nbest in search(self.model.llm, prompts(), options, self.model.tokenizer.eos_id, self._scorers):
+        eos_id = self.model.tokenizer.eos_id
+        for number, nbest in search(self.model.llm, prompts(), self._search, eos_id, self._scorers):
             result, i = places.pop(number)
-            result[i] = self._recognition(self._utterances.pop(number), nbest)
+            utterance = self._utterances.pop(number)
+            result[i] = self._recognition(utterance, self._ranked(utterance, nbest) if self._ranks_texts else nbest)
             yield from finished()
         yield from finished()
 
@@ -270,6 +276,20 @@ class SpeechLLMRecognizer:
                 inputs_embeds=embeds[None], state=self._initial_state, logits_mask=is_last
             )
         return len(token_ids), self._states[token_ids]
+
+    def _ranked(self, utterance: _Utterance, nbest: tuple[Hypothesis, ...]) -> tuple[Hypothesis, ...]:
+        """The best of a beam by the scores of the search and those of the CTC head, of the whole text."""
+        assert utterance.ctc_log_probs is not None
+        labels = [self.model.ctc_label_ids(self.model.read_label(hypothesis.tokens).text) for hypothesis in nbest]
+        scores = (
+            self.options.ctc_weight * ctc_label_scores(utterance.ctc_log_probs, labels, self.model.blank_id)
+        ).tolist()
+        power = self._search.length_penalty
+        ranked = [
+            replace(hypothesis, score=hypothesis.score + score / len(hypothesis.log_probs) ** power)
+            for hypothesis, score in zip(nbest, scores, strict=True)
+        ]
+        return tuple(sorted(ranked, key=lambda hypothesis: -hypothesis.score)[: self.options.search.nbest])
 
     def _recognition(self, utterance: _Utterance, nbest: tuple[Hypothesis, ...]) -> Recognition:
         model = self.model

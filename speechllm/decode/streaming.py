@@ -8,8 +8,8 @@
     words = stream.finish()
 
 What a stream says does not depend on how its samples are cut, nor on what else is recognized at the same time. What it
-keeps from chunk to chunk has a fixed size (`Stream.nbytes`), unless the language model is one of transformers, whose
-cache grows with what it has read. `Stream.save` writes all of it.
+keeps from chunk to chunk stays small (`Stream.nbytes`), as the language model forgets what lies far back
+(`StreamingOptions.memory_seconds`). `Stream.save` writes all of it.
 """
 
 from __future__ import annotations

@@ -167,16 +167,20 @@ def _parts(
 
 
 def _blocks(progress: _Progress) -> Iterator[np.ndarray]:
+    for block in input_blocks(progress.input, progress.notes):
+        progress.duration += len(block) / SAMPLE_RATE
+        yield block
+
+
+def input_blocks(input: AudioInput, notes: list[AudioNote]) -> Iterator[np.ndarray]:
     """The audio of an input; whatever else goes wrong while it is read is an `UtteranceError` too."""
     try:
-        for block in progress.input.blocks(progress.notes):
-            progress.duration += len(block) / SAMPLE_RATE
-            yield block
+        yield from input.blocks(notes)
     except (UtteranceError, UserError, MemoryError):
         raise
     except Exception as error:  # each decoder raises what it likes about a broken file
         lines = str(error).splitlines() or [""]
-        details = f"{progress.input.name}: {type(error).__name__}: {lines[0][:300]}"
+        details = f"{input.name}: {type(error).__name__}: {lines[0][:300]}"
         raise UtteranceError("unreadable audio", details) from error
 
 
