@@ -9,12 +9,13 @@ model.llm: null) is decoded by its transducer's greedy search, if it has one, an
 EXP_DIR/greedy_search (or beam_search_4, ...) and EXP_DIR/ctc_greedy_search receive, as in icefall,
 recogs-SET-MODEL.txt, errs-SET-MODEL.txt, wer-summary-SET-MODEL.txt and wer-by-language-SET-MODEL.txt. By language are
 printed, and put into the model's card (README.md): WER, CER, the share of texts without any error (exact), that of
-languages identified rightly, by a model that does so, how far the times of words are off (those in the manifest are its
-`alignment`), where they are written by the model or found by --timestamps, and the BLEU of translations, where
-sacrebleu is installed. Translations are in groups such as en>zh, and CTC has none of them. A text that a guard has
-stopped, because it repeats itself or is too long for its audio, is cut there; how many is logged. An utterance that the
-model cannot recognize, such as one without the language that the prompt names, is logged and left out; one that is too
-short to hear anything in has an empty text. Ctrl-C ends the program with the status 130.
+languages identified rightly, by a model that does so, errors on hotwords (B-WER) and on the rest (U-WER), how far the
+times of words are off (those in the manifest are its `alignment`), where they are written by the model or found by
+--timestamps, and the BLEU of translations, where sacrebleu is installed. Translations are in groups such as en>zh, and
+CTC has none of them. A text that a guard has stopped, because it repeats itself or is too long for its audio, is cut
+there; how many is logged. An utterance that the model cannot recognize, such as one without the language that the
+prompt names, is logged and left out; one that is too short to hear anything in has an empty text. Ctrl-C ends the
+program with the status 130.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from speechllm.scoring import (
     word_time_error,
     write_reports,
 )
+from speechllm.scoring.hotwords import hotword_report
 from speechllm.scoring.reports import aligned
 from speechllm.scoring.translation import translation_scores
 from speechllm.train.config import Experiment, load_experiment
@@ -204,6 +206,10 @@ def measures(setting: str, group: Sequence[Transcript]) -> dict[str, str]:
         cells[f"{setting} language %"] = f"{100 * accuracy:.2f}"
     if (off := word_time_error(group)) is not None:
         cells[f"{setting} times off, ms"] = f"{1000 * off:.0f}"
+    if (hotwords := hotword_report(group)) is not None:
+        cells[f"{setting} B-WER %"] = f"{100 * hotwords.listed.rate:.2f}"
+        cells[f"{setting} U-WER %"] = f"{100 * hotwords.others.rate:.2f}"
+        cells[f"{setting} false hotwords"] = f"{hotwords.written}/{hotwords.absent}"
     if all(">" in (result.language or "") for result in group) and importlib.util.find_spec("sacrebleu") is not None:
         bleu = translation_scores(group)
         cells |= {f"{setting} BLEU": f"{bleu.bleu:.2f}"} if bleu is not None else {}
