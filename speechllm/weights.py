@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from speechllm.errors import UserError
+from speechllm.hub import identity
 
 
 class CheckpointError(UserError):
@@ -143,7 +144,10 @@ def foreign_format(path: str | Path) -> str | None:
 
 
 def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file or of a folder's files (names and contents): names the base weights of a checkpoint."""
+    """SHA-256 of a file or of a folder's files (names and contents): names the base weights of a checkpoint. That of an
+    id of the Hub is of its version there."""
+    if (version := identity(path)) is not None:
+        return hashlib.sha256(version.encode()).hexdigest()
     path, digest = Path(path), hashlib.sha256()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for file in files:
