@@ -107,6 +107,7 @@ def segments_server(speech_llm):
 def listen(page, spy, seconds):
     """Press the button, hear so much, press it again."""
     button = page.get_by_role("button", name="Start listening")
+    expect(button).to_be_enabled()
     button.press("Enter")
     wait_until(page, lambda: len(spy.samples) > seconds * RATE)
     page.get_by_role("button", name="Stop").press("Space")
@@ -116,7 +117,9 @@ def listen(page, spy, seconds):
 def test_captions_are_the_words_of_what_was_heard(words_server, streaming, open_page):
     page = open_page(words_server)
     spy = spied(page)
-    page.get_by_role("button", name="Start listening").press("Enter")
+    button = page.get_by_role("button", name="Start listening")
+    expect(button).to_be_enabled()
+    button.press("Enter")
     expect(page.locator("#live-status")).to_have_text("Listening")
     expect(page.locator("#captions p.partial")).to_be_visible()
     expect(page.locator("#delay")).to_have_text(re.compile(r"^Delay \d+\.\d s$"))
@@ -142,7 +145,7 @@ def test_captions_between_pauses_are_what_transcribe_gives(segments_server, spee
 
 
 def test_words_say_their_confidence_to_pointer_and_keys(words_server, open_page):
-    page = open_page(words_server)
+    page = open_page(words_server, permissions=["clipboard-read", "clipboard-write", "microphone"])
     listen(page, spied(page), seconds=2)
     note, words = page.get_by_role("tooltip"), page.locator("#captions .word")
     expect(note).to_be_hidden()
@@ -160,6 +163,11 @@ def test_words_say_their_confidence_to_pointer_and_keys(words_server, open_page)
     expect(note).to_be_hidden()
     page.keyboard.press("Tab")
     expect(page.get_by_role("button", name="Copy text").first).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("() => navigator.clipboard.readText()") == "\n".join(captions(page))
+    page.get_by_role("button", name="Clear").click()
+    assert captions(page) == []
 
 
 def test_a_lost_connection_loses_nothing(words_server, open_page):
@@ -291,22 +299,22 @@ RESAMPLE = """async ([rate, samples, block]) => {
 }"""
 
 
-@pytest.mark.parametrize("rate", [16000, 44100, 48000])
-def test_resampling_keeps_speech_and_folds_nothing_into_it(words_server, open_page, rate):
+def test_resampling_keeps_speech_and_folds_nothing_into_it(words_server, open_page):
     page = open_page(words_server)
 
-    def resampled(hertz, block):
+    def tone(hertz, rate):
+        return np.sin(2 * np.pi * hertz * np.arange(rate // 10) / rate)
+
+    def resampled(hertz, rate, block=128):
         return np.array(page.evaluate(RESAMPLE, [rate, tone(hertz, rate).tolist(), block]))
 
-    def tone(hertz, rate):
-        return np.sin(2 * np.pi * hertz * np.arange(rate // 4) / rate)
-
-    found = resampled(3000, 128)
-    assert len(found) > 3950
-    np.testing.assert_allclose(found[100:3900], tone(3000, 16000)[100:3900], atol=2e-3)
-    np.testing.assert_allclose(resampled(3000, 1000), found, atol=1e-6)
-    if rate > 16000:
-        assert abs(resampled(9000, 128)[100:]).max() < 2e-3
+    for rate in (16000, 44100, 48000):
+        found = resampled(3000, rate)
+        assert len(found) > 1550
+        np.testing.assert_allclose(found[100:1500], tone(3000, 16000)[100:1500], atol=2e-3)
+        np.testing.assert_allclose(resampled(3000, rate, block=1000)[: len(found)], found, atol=1e-6)
+        if rate > 16000:
+            assert abs(resampled(9000, rate)[100:]).max() < 2e-3
 
 
 CONTRASTS = """() => {
@@ -345,7 +353,7 @@ def test_it_is_read_and_used_on_a_phone_without_a_mouse(words_server, open_page,
     assert page.locator("#listen").evaluate("element => getComputedStyle(element).animationName") == "none"
     controls = page.locator("button:visible, select:visible, .file-button, audio")
     sizes = [controls.nth(i).bounding_box()["height"] for i in range(controls.count())]
-    assert len(sizes) > 5 and min(sizes) >= 44
+    assert len(sizes) >= 5 and min(sizes) >= 44
     # names of all that can be reached, as a screen reader has them
     tree = page.locator("body").aria_snapshot()
     for role in ("button", "combobox", "meter", "group", "img", "heading"):

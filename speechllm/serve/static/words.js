@@ -47,7 +47,7 @@ export class Words {
     element.className = "word";
     element.textContent = word.word;
     element.tabIndex = -1;
-    if (this.onChoose) element.role = "button";
+    if (this.onChoose) element.setAttribute("role", "button");
     if (word.confidence < DOUBTFUL) element.classList.add("doubtful");
     this.of.set(element, word);
     word.element = element;
