@@ -30,6 +30,7 @@ from speechllm.errors import UserError
 from speechllm.files import describe_write_error
 from speechllm.model.build import build_model
 from speechllm.model.config import ModelConfig
+from speechllm.optim.optimizer import freeze_parameters
 from speechllm.train.checkpoint import (
     average_between,
     average_state_dicts,
@@ -131,6 +132,7 @@ def write_model(
     if config.llm is None and not merged:
         raise UserError("--no-merge: there is no language model that has an adapter (model.llm: null): leave it out")
     model = build_model(config if languages is None else replace(config, languages=languages))
+    freeze_parameters(model, checkpoints[last]["config"]["optim"]["freeze"])
     load_trained(model, trained, last)
     try:
         model.save_pretrained(output) if merged else model.save_pretrained(output, merged=False)

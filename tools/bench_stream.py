@@ -62,9 +62,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="of the stream (default: %(default)g)")
     parser.add_argument("--chunk-seconds", type=float, default=0.64, help="(default: %(default)g)")
     parser.add_argument(
-        "--endpoint-seconds",
+        "--memory-seconds",
         type=float,
-        help="a new segment, from a fresh state of the language model, after so long without a word (default: none)",
+        help="of audio, that the language model remembers, and at most twice as much (default: all)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="a picture: .png, .svg")
@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> None:
         raise UserError(f"{args.manifest[0]}: utterances without word times: give `alignment` in every line")
     model = load_model(args.model)
     prepare_for_inference(model, "cpu")
-    options = StreamingOptions(endpoint_seconds=args.endpoint_seconds, fresh_segments=args.endpoint_seconds is not None)
+    options = StreamingOptions(memory_seconds=args.memory_seconds)
     recognizer = StreamingRecognizer(model, args.chunk_seconds, args.language, options=options)
     print(f"{len(utterances)} utterances by themselves: WER {alone(recognizer, utterances):.2f} %", flush=True)
     parts, words, refs = one_stream(recognizer, utterances, 60 * args.minutes, args.seed)

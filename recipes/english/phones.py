@@ -54,7 +54,7 @@ class Mishearing:
 
     BORDER = "_"
 
-    def __init__(self, seed: int, most: float = 0.35) -> None:
+    def __init__(self, seed: int, most: float) -> None:
         self._random = random.Random(seed)
         self._most = most
         self._like: dict[str, list[str]] = {}

@@ -14,10 +14,11 @@ Every text is normalized as the transcripts are (english_text.py); sentences wit
 of fewer than four words, are left out, and so are those of the test sets. One in 200 texts is for validation, and the
 validation transcripts.
 
-The language model learns to write what a CTC head of phones hears before there is one: texts are cut into pieces as
-long as utterances, their words become phones, and some of these are wrong (phones.py). Result, for `speechllm tune`:
-OUTPUT/{train,valid}.jsonl, {"prompt": phones, "text": words} a line, each text --copies times, otherwise cut and
-misheard.
+The language model learns to write what a CTC head of phones hears before there is one: texts are cut into pieces,
+their words become phones, and some of these are wrong (phones.py). It learns that a word stands for its phones soonest
+where there are few to choose from, so there are three levels of pieces, as long as utterances and as wrong as phones
+may be in the last. Result, for `speechllm tune`: OUTPUT/{train,valid}-{1,2,3}.jsonl, {"prompt": phones, "text": words}
+a line; all of the text in each file, otherwise cut and misheard.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Set
+from dataclasses import dataclass
 from pathlib import Path
 
 from english_text import EnglishText, installed_dictionary
@@ -42,7 +44,6 @@ from speechllm.files import replaced_folder
 from speechllm.text.tokenizer import LexiconTokenizer
 
 SENTENCE_WORDS = 4
-PIECE_WORDS = (2, 24)  # of an utterance of the training set, nearly always
 VALID_SHARE = 200
 # What is in quotation marks. With an author after it where marks are used for other things too, so that what lies
 # between two quotations is taken for none.
@@ -55,19 +56,31 @@ _ATTRIBUTION = re.compile(r"\n\s+--.*", re.DOTALL)
 _NOT_PROSE = frozenset(["art", "ascii-art", "perl", "translate-me", "knghtbrd", "linuxcookie", "debian", "zippy"])
 
 
+@dataclass(frozen=True)
+class Level:
+    """Pieces of fewest to most words, of whose phones at most the share `wrong` is."""
+
+    fewest: int
+    most: int
+    wrong: float
+
+
+# Of the last one the lengths are those of utterances in the training set, nearly always.
+LEVELS = (Level(1, 4, 0.15), Level(2, 10, 0.25), Level(2, 24, 0.35))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages-dir", type=Path, required=True, help="where the packages are unpacked")
     parser.add_argument("--corpus-dir", type=Path, required=True, help="that prepare_corpus.py has written")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder of the text; replaced as a whole")
     parser.add_argument("--lexicon", type=Path, required=True, help="folder that phones.py has written")
-    parser.add_argument("--copies", type=int, default=3, help="of each text (default: %(default)s)")
     parser.add_argument("--dictionary", type=Path, help="as of prepare_corpus.py")
     args = parser.parse_args()
     try:
         text = EnglishText.load(args.dictionary or installed_dictionary())
         documents = collect_text(args.packages_dir, args.corpus_dir, text)
-        write_readings(documents, LexiconTokenizer(args.lexicon), args.copies, args.output_dir)
+        write_readings(documents, LexiconTokenizer(args.lexicon), args.output_dir)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
 
@@ -93,29 +106,28 @@ def collect_text(packages: Path, corpus: Path, text: EnglishText) -> dict[str, l
     return documents
 
 
-def write_readings(documents: dict[str, list[str]], lexicon: LexiconTokenizer, copies: int, output: Path) -> None:
+def write_readings(documents: dict[str, list[str]], lexicon: LexiconTokenizer, output: Path) -> None:
     with replaced_folder(output) as folder:
         for name, lines in documents.items():
-            count = copies if name == "train" else 1
-            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-                for copy in range(count):
-                    # Python's random numbers of one seed are the same everywhere
-                    misheard, cut = Mishearing(copy), random.Random(f"{name} {copy}")
-                    for piece in pieces(lines, cut):
+            print(f"{name}: {len(lines)} documents, {sum(len(d.split()) for d in lines)} words")
+            for number, level in enumerate(LEVELS, start=1):
+                # Python's random numbers of one seed are the same everywhere
+                misheard, cut = Mishearing(number, level.wrong), random.Random(f"{name} {number}")
+                with open(folder / f"{name}-{number}.jsonl", "w", encoding="utf-8") as file:
+                    for piece in pieces(lines, level, cut):
                         phones = misheard([lexicon.piece(i) for i in lexicon.encode(piece)])
                         prompt = "".join(f"<|{phone.strip('<>')}|>" for phone in phones)
                         # as in the prompt of configs/english-rwkv7.yaml, and a label begins with a space
                         file.write(json.dumps({"prompt": prompt + "\n", "text": f" {piece}"}) + "\n")
-            print(f"{name}: {len(lines)} documents, {sum(len(d.split()) for d in lines)} words, {count} times")
 
 
-def pieces(documents: list[str], cut: random.Random) -> Iterator[str]:
-    """The documents, long ones cut anywhere into pieces of `PIECE_WORDS`."""
+def pieces(documents: list[str], level: Level, cut: random.Random) -> Iterator[str]:
+    """The documents, long ones cut anywhere."""
     for document in documents:
         words = document.split()
         while words:
-            size = cut.randint(*PIECE_WORDS)
-            if len(words) <= PIECE_WORDS[1] and cut.random() < 0.5:
+            size = cut.randint(level.fewest, level.most)
+            if len(words) <= level.most and cut.random() < 0.5:
                 size = len(words)
             yield " ".join(words[:size])
             words = words[size:]

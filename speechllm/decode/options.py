@@ -101,7 +101,8 @@ class RecognizeOptions:
       fallback: what becomes of a text that a guard has stopped, because it repeats itself or is longer than the audio
         can say: `cut`, it ends there; `ctc`, the text of the CTC head is taken instead, where there is one. None leaves
         it to the caller: `transcribe` takes `ctc`, `recognize` and recipes/decode.py `cut`.
-      ctc_weight: see arXiv 1609.06773.
+      ctc_weight: see arXiv 1609.06773. A CTC head that writes other pieces than the language model (`ctc_tokenizer`)
+        ranks the texts at the end of a beam search instead.
       timestamps: find the words' times with the CTC head, where the model does not write them itself.
       hotwords: see `speechllm.decode.hotwords.Hotwords.from_file`.
       initial_state: `RWKV7State.save` writes such files.
@@ -158,7 +159,7 @@ class StreamingOptions:
       ctc: greedily, also where there is a language model.
       hotwords: see `speechllm.decode.hotwords.Hotwords.from_file`.
       endpoint_seconds: None: there is one segment. Nothing is lost: the states go on.
-      fresh_segments: a model of transformers has to, or its cache would grow without end.
+      memory_seconds: None: `model.streaming.memory_seconds` of the model.
       max_rows: hypotheses of all streams.
 
     Raises:
@@ -180,6 +181,12 @@ class StreamingOptions:
     fresh_segments: bool = setting(
         False, help="the language model begins each segment anew, and knows nothing of those before"
     )
+    memory_seconds: float | None = setting(
+        None,
+        above=0,
+        help="the language model remembers so much of what it heard and wrote, at most twice as much (default: the "
+        "model's own); inf: all",
+    )
     tokens_per_second: float = setting(
         12.5, above=0, below=inf, help="tokens of the longest text for a second of audio"
     )
@@ -196,7 +203,7 @@ class StreamingOptions:
         found: dict[str, str] = {}
         if self.ctc:
             why = "is for the language model's search, and the CTC head writes"
-            found |= dict.fromkeys(("beam", "hotwords", "fresh_segments", "tokens_per_second"), why)
+            found |= dict.fromkeys(("beam", "hotwords", "fresh_segments", "memory_seconds", "tokens_per_second"), why)
         if self.beam == 1:
             found["stable_seconds"] = "is for a beam, and there is one hypothesis"
         if self.hotwords is None:

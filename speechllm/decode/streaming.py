@@ -8,8 +8,8 @@
     words = stream.finish()
 
 What a stream says does not depend on how its samples are cut, nor on what else is recognized at the same time. What it
-keeps from chunk to chunk has a fixed size (`Stream.nbytes`), unless the language model is one of transformers, whose
-cache grows with what it has read. `Stream.save` writes all of it.
+keeps from chunk to chunk stays small (`Stream.nbytes`), as the language model forgets what lies far back
+(`StreamingOptions.memory_seconds`). `Stream.save` writes all of it.
 """
 
 from __future__ import annotations
@@ -115,6 +115,13 @@ class Stream:
     def seconds(self) -> float:
         """How much audio it has heard."""
         return self.fbank.num_samples / SAMPLE_RATE
+
+    @property
+    def wanted(self) -> int:
+        """How many samples it has to hear until something can be computed from them."""
+        recognizer = self.recognizer
+        frames = self.steps * recognizer.shift + recognizer.window
+        return max(0, (frames - 1) * _SHIFT_SAMPLES + _LAST_SAMPLE - self.fbank.num_samples)
 
     @property
     def unstable(self) -> str:

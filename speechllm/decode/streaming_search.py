@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from speechllm.decode.timestamps import words_from_alignment
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModelState
 from speechllm.llm.transformers_cache import TransformersState
-from speechllm.prompt.interleave import interleave
+from speechllm.prompt.interleave import StreamingConfig, interleave
 from speechllm.prompt.request import Request
 from speechllm.rwkv7 import RWKV7State
 
@@ -58,11 +58,13 @@ class _Hypothesis:
     Attributes:
       score: of all its tokens, what was written for good aside; larger is better.
       hotwords: where it is in the phrases.
+      remembered: the tokens of each of the chunks that are remembered, written for good or not.
     """
 
     score: float = 0.0
     pieces: tuple[_Piece, ...] = ()
     hotwords: HotwordState | None = None
+    remembered: tuple[tuple[int, ...], ...] = ()
 
     @property
     def text(self) -> str:
@@ -80,6 +82,7 @@ class StreamText:
       has_next: `next` is still to be read.
       chunks: how many have been heard; frames: of the encoder's output.
       heard: (T, D) the last of these frames, in which words are looked for that come; (T, 0) without a CTC head.
+      remembered: (C, P, D_llm) the positions of the last chunks, from which the language model may begin again.
     """
 
     language: str | None
@@ -87,6 +90,7 @@ class StreamText:
     llm: LanguageModelState | None
     hypotheses: list[_Hypothesis]
     heard: Tensor
+    remembered: Tensor
     has_next: bool = False
     chunks: int = 0
     frames: int = 0
@@ -98,7 +102,7 @@ class StreamText:
 
     def tensors(self) -> dict[str, Tensor]:
         llm = {} if self.llm is None else {f"llm.{name}": x for name, x in self.llm.tensors().items()}
-        return {"heard": self.heard} | llm
+        return {"heard": self.heard, "remembered": self.remembered} | llm
 
     def counts(self) -> dict[str, Any]:
         return {
@@ -154,6 +158,8 @@ class TextDecoder:
         self._max_tokens = max(_FEWEST_TOKENS, math.ceil(chunk.seconds * options.tokens_per_second))
         seconds = chunk.seconds + _ALIGNED_SECONDS + (options.stable_seconds if options.beam > 1 else 0.0)
         self._most_heard = math.ceil(seconds / model.frame_seconds)
+        memory_seconds = options.memory_seconds or cast(StreamingConfig, model.config.streaming).memory_seconds
+        self._memory = None if math.isinf(memory_seconds) else math.ceil(memory_seconds / chunk.seconds)
         # Of the prompt of each language and context: embeddings after the audio, and the state before it.
         self._prompts: dict[Request, tuple[Tensor, LanguageModelState | None]] = {}
 
@@ -164,8 +170,10 @@ class TextDecoder:
           UserError: the prompt has a slot for what is not given.
         """
         _, llm = self._prompt(language, context)
-        heard = torch.empty(0, self._heard_dim, device=self.model.device)
-        return StreamText(language, context, llm, [self._empty()], heard)
+        device = self.model.device
+        heard = torch.empty(0, self._heard_dim, device=device)
+        remembered = torch.empty(0, self.chunk.positions, self.model.llm.hidden_size, device=device)
+        return StreamText(language, context, llm, [self._empty()], heard, remembered)
 
     def load(self, tensors: Mapping[str, Tensor], counts: dict[str, Any]) -> StreamText:
         """From what `StreamText.tensors` and `counts` gave."""
@@ -175,6 +183,7 @@ class TextDecoder:
                 found["score"],
                 tuple(_Piece(**piece) for piece in found["pieces"]),
                 found["hotwords"] and HotwordState(*found["hotwords"]),
+                tuple(map(tuple, found["remembered"])),
             )
             for found in counts["hypotheses"]
         ]
@@ -183,15 +192,14 @@ class TextDecoder:
             hotwords = context["hotwords"]
             context = Request(**context | {"hotwords": None if hotwords is None else tuple(hotwords)})
         llm = None if counts["llm"] is None else _STATES[counts["llm"]].from_tensors(parts)
-        return StreamText(
-            **counts | {"context": context, "hypotheses": hypotheses, "llm": llm, "heard": tensors["heard"]}
-        )
+        kept = {name: tensors[name] for name in ("heard", "remembered")}
+        return StreamText(**counts | {"context": context, "hypotheses": hypotheses, "llm": llm} | kept)
 
     def restart(self, text: StreamText) -> list[StreamedWord]:
         """Begin with the prompt again; the words that were not written for good."""
         words = self._write(text, is_end=True)
         _, text.llm = self._prompt(text.language, text.context)
-        text.hypotheses, text.has_next = [self._empty()], False
+        text.hypotheses, text.has_next, text.remembered = [self._empty()], False, text.remembered[:0]
         return words
 
     def decode(
@@ -213,6 +221,10 @@ class TextDecoder:
             some = texts[first : first + at_once]
             self._search(some, audio[first : first + at_once], is_end)
             words += [self._write(text, is_end) for text in some]
+            if self._memory is not None and not is_end:
+                for text, positions in zip(some, audio[first : first + at_once], strict=True):
+                    text.remembered = torch.cat([text.remembered, positions[None]])
+                self._forget([text for text in some if len(text.remembered) >= 2 * self._memory], self._memory)
         return words
 
     def _empty(self) -> _Hypothesis:
@@ -244,6 +256,26 @@ class TextDecoder:
         with self.model.encoding():
             audio, audio_lens = self.model.projector(encoder_out, lens)
         return [row[:length] for row, length in zip(audio, audio_lens.tolist(), strict=True)]
+
+    def _forget(self, texts: Sequence[StreamText], chunks: int) -> None:
+        """Begin again with the prompt and the last `chunks`, read with what was written after each."""
+        prompts, llm = [], self.model.llm
+        for text in texts:
+            text.remembered = text.remembered[-chunks:]
+            text.hypotheses = [replace(h, remembered=h.remembered[-chunks:]) for h in text.hypotheses]
+            _, state = self._prompt(text.language, text.context)
+            for hypothesis in text.hypotheses:
+                parts = []
+                for audio, tokens in zip(text.remembered, hypothesis.remembered, strict=True):
+                    written = llm.embed(torch.tensor([*tokens, self._eos], device=audio.device))
+                    parts += [audio.to(written.dtype), written]
+                # the last `next` is read together with the audio that follows
+                prompts.append(Prompt(torch.cat(parts)[:-1], self._max_tokens, state))
+        if prompts:
+            _, states = read_prompts(llm, prompts)
+            rows = torch.arange(len(prompts)).split([len(text.hypotheses) for text in texts])
+            for text, own in zip(texts, rows, strict=True):
+                text.llm = states.select(own)
 
     # ------------------------------------------------------------------------------------------------------------
     # Search in one chunk
@@ -318,7 +350,8 @@ class TextDecoder:
         for found, state in sorted(ended, key=lambda e: -e.hypothesis.score):
             texts = text_pieces(found.tokens, self.model.tokenizer)
             pieces = tuple(map(_Piece, texts, found.log_probs, [text.chunks] * len(texts)))
-            hypothesis = _Hypothesis(found.score, found.before.pieces + pieces, found.hotwords)
+            remembered = () if self._memory is None else (*found.before.remembered, found.tokens)
+            hypothesis = _Hypothesis(found.score, found.before.pieces + pieces, found.hotwords, remembered)
             taken.setdefault(hypothesis.text, (hypothesis, state))
         best = list(taken.values())[: self.options.beam]
         top = best[0][0].score

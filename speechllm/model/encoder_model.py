@@ -90,6 +90,15 @@ class EncoderModel(SpeechModel):
         """How much audio one frame of the encoder's output stands for."""
         return self.frame_seconds
 
+    @property
+    def ctc_tokenizer(self) -> Tokenizer:
+        """Of the CTC head's pieces, as of all that it writes."""
+        return self.tokenizer
+
+    def ctc_label_ids(self, text: str) -> list[int]:
+        """The pieces of a transcript that the CTC head is to write."""
+        return self.label_ids(text)
+
     def encoders(self) -> list[tuple[str, EncoderSection, Encoder]]:
         """Name as a part of the model, configuration and module of the encoder; see `SpeechLLM.encoders`."""
         return [("encoder", self.config.encoder, self.encoder)]

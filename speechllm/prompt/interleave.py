@@ -64,6 +64,9 @@ class StreamingConfig:
         delay_seconds: words are written in the chunk in which they ended so long ago. More delay, more context.
         offline_share: of the training batches; they have all audio before the text, in the prompt of offline
             recognition. Validation is offline.
+        memory_seconds: how much of a stream the language model remembers, unless the recognizer is told otherwise: at
+            least so much audio and its text, at most twice as much. Not more than the utterances of training last, as
+            no model does well what it has never had to do; it is not the encoder's left context.
 
     Raises:
         ValueError: a value is out of range.
@@ -72,10 +75,13 @@ class StreamingConfig:
     chunk_seconds: list[float] = field(default_factory=lambda: [0.32, 0.64, 1.28])
     delay_seconds: float = 0.0
     offline_share: float = 0.3
+    memory_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         if not self.chunk_seconds or min(self.chunk_seconds) <= 0:
             raise ValueError(f"chunk_seconds must be a list of times above 0, got {self.chunk_seconds}")
+        if not self.memory_seconds > 0:
+            raise ValueError(f"memory_seconds must be above 0, got {self.memory_seconds}")
         if self.delay_seconds < 0:
             raise ValueError(f"delay_seconds must be at least 0, got {self.delay_seconds}")
         if not 0 < self.offline_share < 1:

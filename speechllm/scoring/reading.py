@@ -59,6 +59,15 @@ def read_lines(path: Path) -> dict[str, Line]:
     return _by_id(_lines_of(path))
 
 
+def read_all(paths: Sequence[Path]) -> dict[str, Line]:
+    """The utterances of several files; see `read_lines`.
+
+    Raises:
+        UserError: as `read_lines`; an id is in two of them.
+    """
+    return _by_id((str(path), line) for path in paths for line in read_lines(path).values())
+
+
 def read_pair(ref: Path, hyp: Path) -> tuple[dict[str, Line], dict[str, Line]]:
     """The utterances of two files that belong together; see `read_lines`.
 
@@ -151,15 +160,9 @@ def all_lines(path: Path) -> list[tuple[str, str]]:
 
 
 def _lines_of(path: Path) -> Iterator[tuple[str, Line]]:
-    kind = _suffix(path)
-    if path.is_dir() or not path.is_file():
+    if _json_form(path) is not None:
         return _json_lines(path)
-    if kind not in _TEXT_KINDS:
-        first, second = ([text.strip() for _, text in itertools.islice(_first_lines(path), 2)] + ["", ""])[:2]
-        if first.startswith("[") or first == "{" or (first.startswith("{") and kind == ".json" and not second):
-            return _json_array(path)
-        if first.startswith("{"):
-            return _json_lines(path)
+    kind = _suffix(path)
     lines = all_lines(path)
     if kind in _READERS:
         return _READERS[kind](lines)
@@ -279,15 +282,16 @@ def matched(
     ]
 
 
-def with_manifest(results: Iterable[Transcript], path: Path) -> list[Transcript]:
-    """The results with language, speaker and duration as a manifest says.
+def with_manifest(results: Iterable[Transcript], paths: Sequence[Path]) -> list[Transcript]:
+    """The results with language, speaker and duration as manifests say.
 
     Raises:
-        UserError: it cannot be read, or does not have all of their ids.
+        UserError: they cannot be read, or do not have all of the ids.
     """
-    lines, results = read_lines(path), list(results)
+    lines, results = read_all(paths), list(results)
     if unknown := [result.id for result in results if result.id not in lines]:
-        raise UserError(f"{path}: does not have {len(unknown)} of the {len(results)} utterances: {listed(unknown)}")
+        names = ", ".join(map(str, paths))
+        raise UserError(f"{names}: does not have {len(unknown)} of the {len(results)} utterances: {listed(unknown)}")
     return [
         replace(result, language=line.language, speaker=line.speaker, duration=line.duration)
         for result in results
@@ -323,8 +327,54 @@ def _recogs(texts: Iterable[tuple[str, str]]) -> dict[str, Line]:
     return {id: Line(id, found.get("ref"), found.get("hyp")) for id, found in sides.items()}
 
 
-def _json_array(path: Path) -> Iterator[tuple[str, Line]]:
-    """A JSON array of objects, or one object, over any number of lines."""
+def read_objects(path: Path) -> dict[str, tuple[dict, SourceConfig]]:
+    """The JSON objects of the utterances by their ids, as they are, and where they are from; none of a file of another
+    form. `to_cut` makes cuts of those that are lines of a manifest.
+
+    Raises:
+        UserError: as `read_lines`.
+    """
+    files = [file for file, _ in _transcribed_files(path)] if path.is_dir() else []
+    return {
+        _json_line(obj, source).id: (obj, source)
+        for file in files or [path]
+        if _json_form(file) is not None
+        for _, obj, source in _json_objects(file)
+    }
+
+
+def _json_form(path: Path) -> str | None:
+    """`lines` (a manifest in a folder, too), `array` (or one object, over any number of lines), or None: no JSON."""
+    if path.is_dir() or not path.is_file():
+        return "lines"
+    if _suffix(path) in _TEXT_KINDS:
+        return None
+    first, second = ([text.strip() for _, text in itertools.islice(_first_lines(path), 2)] + ["", ""])[:2]
+    if first.startswith("[") or first == "{" or (first.startswith("{") and _suffix(path) == ".json" and not second):
+        return "array"
+    return "lines" if first.startswith("{") else None
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Line]]:
+    for where, obj, source in _json_objects(path):
+        try:
+            yield where, _json_line(obj, source)
+        except LINE_ERRORS as error:
+            raise UserError(f"{where}: {explain(error)}") from error
+
+
+def _json_objects(path: Path) -> Iterator[tuple[str, dict, SourceConfig]]:
+    source = SourceConfig(str(path))
+    if _json_form(path) == "array":
+        yield from _array_objects(path, source)
+        return
+    for where, obj in iter_objects(source):
+        if isinstance(obj, ManifestError):
+            raise obj
+        yield where, obj, source
+
+
+def _array_objects(path: Path, source: SourceConfig) -> Iterator[tuple[str, dict, SourceConfig]]:
     try:
         found = json.loads("\n".join(text for _, text in all_lines(path)))
     except ValueError as error:
@@ -335,21 +385,7 @@ def _json_array(path: Path) -> Iterator[tuple[str, Line]]:
             raise UserError(f"{where}: expected a JSON object, found {type(obj).__name__}")
         if isinstance(found, dict):  # of one recording, as openai/whisper writes it
             obj = {"id": path.stem, **obj}
-        try:
-            yield where, _json_line(obj, SourceConfig(str(path)))
-        except LINE_ERRORS as error:
-            raise UserError(f"{where}: {explain(error)}") from error
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Line]]:
-    source = SourceConfig(str(path))
-    for where, obj in iter_objects(source):
-        if isinstance(obj, ManifestError):
-            raise obj
-        try:
-            yield where, _json_line(obj, source)
-        except LINE_ERRORS as error:
-            raise UserError(f"{where}: {explain(error)}") from error
+        yield where, obj, source
 
 
 def _json_line(obj: dict, source: SourceConfig) -> Line:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import subprocess
 import sys
 from itertools import pairwise
@@ -99,6 +100,7 @@ KINDS = {
     "beam": (0.32, StreamingOptions(beam=3, stable_seconds=0.5)),
     "segments": (0.32, StreamingOptions(endpoint_seconds=0.6)),
     "fresh segments": (0.32, StreamingOptions(beam=2, endpoint_seconds=0.6, fresh_segments=True)),
+    "forgetful": (0.32, StreamingOptions(beam=2, memory_seconds=0.6)),
     "ctc": (0.32, StreamingOptions(ctc=True)),
 }
 
@@ -232,7 +234,7 @@ def test_greedy_search_is_the_row_that_the_model_was_trained_on(speech_llm):
 
 
 def test_a_language_model_of_transformers(model_config, tmp_path):
-    """Its cache grows, unless segments begin anew; all else is the same."""
+    """Its cache grows with what it remembers; all else is the same."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     llm = LLMSection(transformers={"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 300, **sizes})
     streaming = StreamingConfig(chunk_seconds=[0.32])
@@ -252,6 +254,38 @@ def test_a_language_model_of_transformers(model_config, tmp_path):
     for i, found in enumerate(recognizer.finish(streams)):
         assert_same(words[i] + found, expected[i])
     assert sizes[-1] > sizes[1] + 20_000
+    stream = StreamingRecognizer(model, 0.32, options=StreamingOptions(beam=2, memory_seconds=0.32)).open()
+    stream.accept(utterances[0])
+    assert stream.nbytes < sizes[-1] - 20_000
+
+
+def test_what_is_forgotten(speech_llm):
+    """The state is that of the prompt and the last chunks; with time enough nothing is forgotten."""
+    samples = noise(4.0, seed=7)
+    recognizer = StreamingRecognizer(speech_llm, 0.32, "en", options=StreamingOptions(memory_seconds=0.64))
+    stream, llm = recognizer.open(), speech_llm.llm
+    seen = set()
+    for at in range(0, len(samples), 1600):
+        stream.accept(samples[at : at + 1600])
+        text = stream.text
+        (hypothesis,), prompt = text.hypotheses, recognizer.open().text.llm
+        assert len(text.remembered) == len(hypothesis.remembered) <= 3
+        seen.add(len(text.remembered))
+        if len(text.remembered) and text.chunks >= 4:
+            eos = [speech_llm.tokenizer.eos_id]
+            rows = [(audio, llm.embed(torch.tensor([*tokens, *eos]))) for audio, tokens in
+                    zip(text.remembered, hypothesis.remembered, strict=True)]  # fmt: skip
+            read = torch.cat([part for row in rows for part in row])[:-1]
+            with torch.no_grad():
+                _, expected = llm(inputs_embeds=read[None], state=prompt)
+            for name, x in expected.tensors().items():
+                torch.testing.assert_close(text.llm.tensors()[name], x, rtol=1e-4, atol=1e-5)
+    assert seen == {0, 1, 2, 3}
+    greedy = streamed(StreamingRecognizer(speech_llm, 0.32, "en"), samples)
+    for seconds in (2.0, math.inf):
+        options = StreamingOptions(memory_seconds=seconds)
+        assert_same(streamed(StreamingRecognizer(speech_llm, 0.32, "en", options=options), samples), greedy)
+    assert speech_llm.config.streaming.memory_seconds == 10.0
 
 
 def test_ctc_of_a_stream_is_that_of_the_whole(encoder_model):

@@ -87,23 +87,28 @@ def test_validation_is_a_share_of_all(text, tmp_path, made, monkeypatch):
 
 
 def test_readings_have_the_words_and_what_may_be_heard_of_them(tmp_path):
-    """As `speechllm tune` reads them: each copy has all words, in order, with other phones wrong."""
+    """As `speechllm tune` reads them: each level has all words, in order, and more phones wrong than the one before."""
     every = " ".join(sorted({phone for group in phones._SIMILAR for phone in group.split()}))
     (tmp_path / "lexicon.txt").write_text(f"hello HH AH L OW\nworld W ER L D\nall {every}\n")
     lexicon = LexiconTokenizer(tmp_path)
     words = ["hello", "world"] * 50
-    prepare_text.write_readings({"train": [" ".join(words)], "valid": ["hello"]}, lexicon, 3, tmp_path / "out")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
-    texts = "".join(line["text"] for line in lines)
-    assert texts.split() == words * 3 and all(line["text"].startswith(" ") for line in lines)
+    prepare_text.write_readings({"train": [" ".join(words)], "valid": ["hello"]}, lexicon, tmp_path / "out")
     tokenizer = train_sentencepiece([" hello world"], tmp_path / "llm", 330, special_tokens=lexicon.tags)
     tags = {tokenizer.encode(tag)[-1]: i for i, tag in enumerate(lexicon.tags, start=1)}
-    heard = [[tags.get(i) for i in tokenizer.encode(line["prompt"])] for line in lines]
-    said = [lexicon.encode(line["text"]) for line in lines]
-    distances = [Levenshtein.distance(x[:-1], y) / len(y) for x, y in zip(heard, said, strict=True)]
-    assert max(distances) < 0.7 and 0 < sum(distances) / len(distances) < 0.35
-    prepare_text.write_readings({"train": [" ".join(words)], "valid": ["hello"]}, lexicon, 3, tmp_path / "again")
-    assert (tmp_path / "again" / "train.jsonl").read_bytes() == (tmp_path / "out" / "train.jsonl").read_bytes()
+    wrong = []
+    for number, level in enumerate(prepare_text.LEVELS, start=1):
+        lines = [json.loads(line) for line in (tmp_path / "out" / f"train-{number}.jsonl").read_text().splitlines()]
+        texts = [line["text"] for line in lines]
+        assert "".join(texts).split() == words and all(text.startswith(" ") for text in texts)
+        assert max(len(text.split()) for text in texts) <= level.most
+        heard = [[tags.get(i) for i in tokenizer.encode(line["prompt"])] for line in lines]
+        said = [lexicon.encode(text) for text in texts]
+        distances = [Levenshtein.distance(x[:-1], y) / len(y) for x, y in zip(heard, said, strict=True)]
+        wrong.append(sum(distances) / len(distances))
+    assert 0 < wrong[0] < wrong[-1] < 0.35
+    prepare_text.write_readings({"train": [" ".join(words)], "valid": ["hello"]}, lexicon, tmp_path / "again")
+    for path in (tmp_path / "out").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_pronunciations(tmp_path):
