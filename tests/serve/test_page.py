@@ -19,7 +19,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 expect = playwright.expect
-expect.set_options(timeout=30000)  # of a machine with much to do
+expect.set_options(timeout=90000)  # of a machine with much to do
 MICROPHONE = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 
@@ -44,7 +44,7 @@ def open_page(browser):
     def open_page(running, init=None, **options):
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(30000)
+        page.set_default_timeout(90000)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda said: said.type == "error" and complaints.append(said.text))
         page.on("request", lambda sent: sent.url.startswith((running.url, "blob:")) or complaints.append(sent.url))
@@ -79,7 +79,7 @@ def spied(page):
     return spy
 
 
-def wait_until(page, what, seconds=30):
+def wait_until(page, what, seconds=90):
     for _ in range(round(10 * seconds)):
         if what():
             return
@@ -343,24 +343,25 @@ def test_it_is_read_and_used_on_a_phone_without_a_mouse(words_server, open_page,
     page = open_page(words_server, color_scheme=color_scheme, reduced_motion="reduce", **PHONE)
     page.get_by_role("button", name="Start listening").click()
     expect(page.locator("#captions .word").first).to_be_visible()
+    contrasts = page.evaluate(CONTRASTS)
+    assert page.locator("#listen").evaluate("element => getComputedStyle(element).animationName") == "none"
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#live-status")).to_have_text("Stopped")
     drop(page, "a.wav", wav(noise(3, 1)).read())
     expect(page.locator("#waveform")).to_be_visible()
     # as while something is wrong
     page.locator("#recording-error").evaluate("element => (element.textContent = 'Something')")
-    contrasts = page.evaluate(CONTRASTS)
+    contrasts += page.evaluate(CONTRASTS)
     assert len(contrasts) > 20 and not [found for found in contrasts if found[0] < 4.5]
     assert page.evaluate("() => document.documentElement.scrollWidth") == PHONE["viewport"]["width"]
-    assert page.locator("#listen").evaluate("element => getComputedStyle(element).animationName") == "none"
     controls = page.locator("button:visible, select:visible, .file-button, audio")
     sizes = [controls.nth(i).bounding_box()["height"] for i in range(controls.count())]
-    assert len(sizes) >= 5 and min(sizes) >= 44
+    assert len(sizes) > 5 and min(sizes) >= 44
     # names of all that can be reached, as a screen reader has them
     tree = page.locator("body").aria_snapshot()
     for role in ("button", "combobox", "meter", "group", "img", "heading"):
         named = re.findall(rf"- {role}(.*)", tree)
         assert named and all(re.match(r' "[^"]+"', name) for name in named), (role, tree)
-    page.get_by_role("button", name="Stop").click()
-    expect(page.get_by_role("button", name="Start listening")).to_be_visible()
 
 
 def test_what_the_markup_promises():
