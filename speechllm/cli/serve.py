@@ -6,7 +6,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from speechllm.cli.options import (
     add_device_option,
@@ -181,7 +181,7 @@ def live_recognizer(
         chunks = [frames * 0.02 for frames in model.encoder.config.chunk_size if frames > 0]
     if not chunks and not is_asked:
         return None
-    given = {} if args.fresh_segments is False else {"fresh_segments": True}
+    given: dict[str, Any] = {"fresh_segments": True} if args.fresh_segments else {}
     if not with_ctc:
         given |= {"hotwords": recognize.hotwords, "hotword_weight": recognize.hotword_weight}
         given |= {"beam": recognize.search.width, "tokens_per_second": recognize.search.tokens_per_second}

@@ -25,8 +25,6 @@ from speechllm.serve.options import ServeOptions
 from speechllm.text.languages import language_tag
 
 _LANGUAGE_SLOTS = {"lang", "language"}
-# Scorers have no part in sampling.
-_NOT_IN_SAMPLING = {"ctc_weight": 0.0, "hotwords": None, "hotword_weight": 1.0, "ngram": None, "ngram_weight": 0.3}
 
 
 class Service:
@@ -137,7 +135,8 @@ class Service:
         try:
             language = self._known(language) if language else self.default_language
             if prompt and "previous" not in slots and "hotwords" in slots and hotwords is None:
-                prompt, hotwords = None, [part.strip() for part in re.split(r"[,\n]", prompt) if part.strip()]
+                hotwords = [part.strip() for part in re.split(r"[,\n]", prompt) if part.strip()]
+                prompt = None
             request = Request(
                 language=language if slots & _LANGUAGE_SLOTS else None,
                 target_language=target_language,
@@ -172,5 +171,12 @@ class Service:
                 max_repeats=options.search.max_repeats,
                 max_rows=options.search.max_rows,
             )
-            options = replace(options, search=search, **_NOT_IN_SAMPLING)
+            # n-grams, hotwords and CTC have no part in sampling
+            return RecognizeOptions(
+                search,
+                fallback=options.fallback,
+                ctc_beam=options.ctc_beam,
+                timestamps=options.timestamps,
+                initial_state=options.initial_state,
+            )
         return options

@@ -59,17 +59,19 @@ def changed(config: SessionConfig, session: Any, service: Service) -> SessionCon
         config = replace(config, silence_seconds=_silence(heard["turn_detection"], service))
     asked = _object(heard.get("transcription"), "session.audio.input.transcription")
     service.check_model(asked.get("model"))
+    given: dict[str, Any] = {}
     for name in ("language", "target_language", "prompt"):
         if name in asked:
             value = asked[name]
             if not isinstance(value, str | None):
                 raise _wrong(name, value, "a text or null")
-            config = replace(config, **{name: value or None})
+            given[name] = value or None
     if "keywords" in asked:
         words = asked["keywords"]
         if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
             raise _wrong("keywords", words, "a list of texts")
-        config = replace(config, keywords=None if words is None else tuple(words))
+        given["keywords"] = None if words is None else tuple(words)
+    config = replace(config, **given)
     request = service.request(config.language, config.target_language, config.prompt, config.keywords)
     return replace(config, request=request, lacks=None)
 
