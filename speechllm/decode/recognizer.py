@@ -21,7 +21,7 @@ from speechllm.decode.hotwords import Hotwords
 from speechllm.decode.interface import RecognizableSpeechLLM, RecognizeOptions, Speech, check_length
 from speechllm.decode.ngram import NGram
 from speechllm.decode.result import Hypothesis, Recognition, Word, without_sound
-from speechllm.decode.search import Prompt, Scorer, search
+from speechllm.decode.search import Prompt, RunningSearch, Scorer, search
 from speechllm.decode.timestamps import words_from_alignment, words_from_label
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModelState
@@ -85,6 +85,10 @@ class SpeechLLMRecognizer:
         self._tag_tokens = len(encode(label.fill("", Request(language="xx", target_language="xx"))))
         self._label_growth = 1 + 2 * len(encode("<88.88>")) if label.has_times else 1
         self._states: dict[tuple[int, ...], LanguageModelState | None] = {}  # by the tokens before the audio
+        # of utterances that join
+        self._running = RunningSearch(model.llm, self.options.search, model.tokenizer.eos_id, self._scorers)
+        self._numbers = itertools.count()
+        self._done: list[tuple[int, Recognition]] = []
 
     def _build_scorers(self) -> list[Scorer]:
         options, model = self.options, self.model
@@ -114,21 +118,15 @@ class SpeechLLMRecognizer:
           UserError: an utterance that `check` refuses.
         """
         results: deque[list[Recognition | None]] = deque()  # of the batches that were drawn and not given out
-        numbers = itertools.count()
         places: dict[int, tuple[list[Recognition | None], int]] = {}  # in `results`, by the number of the prompt
+        numbers = itertools.count()
 
         def prompts() -> Iterator[Prompt]:
             for speech in batches:
-                is_heard = [frames >= self.model.min_frames for frames in speech.feature_lens.tolist()]
-                result: list[Recognition | None] = [
-                    None if heard else self._without_sound(request)
-                    for heard, request in zip(is_heard, speech.requests, strict=True)
-                ]
+                result: list[Recognition | None] = [*self._unheard(speech)]
                 results.append(result)
-                rows = [i for i, heard in enumerate(is_heard) if heard]
-                for i, (utterance, prompt) in zip(rows, self._prompts(speech.rows(rows)) if rows else (), strict=True):
-                    number = next(numbers)
-                    self._utterances[number], places[number] = utterance, (result, i)
+                for i, number, prompt in self._entering(speech, result, numbers):
+                    places[number] = result, i
                     yield prompt
 
         def finished() -> Iterator[list[Recognition]]:
@@ -142,6 +140,65 @@ class SpeechLLMRecognizer:
             result[i] = self._recognition(utterance, self._ranked(utterance, nbest) if self._ranks_texts else nbest)
             yield from finished()
         yield from finished()
+
+    @property
+    def free(self) -> int:
+        """How many utterances may `join` now."""
+        return self._running.free
+
+    @torch.no_grad()
+    def join(self, speech: Speech) -> list[int]:
+        """Take utterances into the search that `step` goes on with, whatever else is in it; not while batches are
+        recognized by calling this.
+
+        Returns:
+          a number for each, which `step` gives its result with.
+
+        Raises:
+          UserError: an utterance that `check` refuses.
+        """
+        unheard = self._unheard(speech)
+        found = list(self._entering(speech, unheard, self._numbers))
+        self._running.join([(number, prompt) for _, number, prompt in found])
+        numbers = {row: number for row, number, _ in found}
+        for row, result in enumerate(unheard):
+            if result is not None:
+                numbers[row] = next(self._numbers)
+                self._done.append((numbers[row], result))
+        return [numbers[row] for row in range(len(unheard))]
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[int, Recognition]]:
+        """One token more for each utterance that has joined; the results of those that are finished by that."""
+        done, self._done = self._done, []
+        for number, nbest in self._running.step():
+            done.append((number, self._recognition(self._utterances.pop(number), nbest)))
+        return done
+
+    def leave(self, numbers: Iterable[int]) -> None:
+        """Nobody waits for the results of these any more; others may have their places."""
+        gone = set(numbers)
+        self._running.leave(gone)
+        self._done = [(number, result) for number, result in self._done if number not in gone]
+        for number in gone:
+            self._utterances.pop(number, None)
+
+    def _unheard(self, speech: Speech) -> list[Recognition | None]:
+        """The results of utterances that are too short for the encoder to hear anything in; None for the others."""
+        return [
+            None if frames >= self.model.min_frames else self._without_sound(request)
+            for frames, request in zip(speech.feature_lens.tolist(), speech.requests, strict=True)
+        ]
+
+    def _entering(
+        self, speech: Speech, unheard: Sequence[Recognition | None], numbers: Iterator[int]
+    ) -> Iterator[tuple[int, int, Prompt]]:
+        """Row, number and prompt of each of the others."""
+        rows = [row for row, result in enumerate(unheard) if result is None]
+        for row, (utterance, prompt) in zip(rows, self._prompts(speech.rows(rows)) if rows else (), strict=True):
+            number = next(numbers)
+            self._utterances[number] = utterance
+            yield row, number, prompt
 
     def check(self, request: Request, frames: int | None = None) -> None:
         """Whether an utterance can be recognized; `frames`: of its features, where they are known.
