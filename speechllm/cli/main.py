@@ -14,6 +14,7 @@ from speechllm.cli.plot import add_plot
 from speechllm.cli.prompt import add_prompt
 from speechllm.cli.push import add_push
 from speechllm.cli.score import add_score
+from speechllm.cli.serve import add_serve
 from speechllm.cli.state import add_state
 from speechllm.cli.stream import add_stream
 from speechllm.cli.transcribe import add_transcribe
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     add_transcribe(commands)
     add_stream(commands)
+    add_serve(commands)
     add_align(commands)
     add_tune(commands)
     add_state(commands)

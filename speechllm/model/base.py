@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechllm.decode.interface import RecognizeOptions, Recognizer, Speech
+from speechllm.decode.interface import ContinuousRecognizer, RecognizeOptions, Recognizer, Speech
 from speechllm.decode.result import Recognition
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModel
@@ -127,7 +127,7 @@ class SpeechModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def recognizer(self, options: RecognizeOptions | None = None) -> Recognizer:
+    def recognizer(self, options: RecognizeOptions | None = None) -> ContinuousRecognizer:
         """What recognizes any number of batches: called with batches of speech, it gives the results of each.
 
         Raises:
