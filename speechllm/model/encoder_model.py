@@ -35,7 +35,7 @@ from speechllm.model.parts import Encoder, build_encoder, saved_section
 from speechllm.prompt.label import LabelTemplate
 from speechllm.prompt.request import Request
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
-from speechllm.weights import load_state_dict_strict
+from speechllm.weights import load_state_dict_strict, restored, stored
 
 
 class EncoderModel(SpeechModel):
@@ -195,9 +195,13 @@ class EncoderModel(SpeechModel):
             how.append("a transducer")
         return encoder_card(parts, " and ".join(how))
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the whole model: config.yaml, model.safetensors, tokenizer, README.md; and config.json, with which
         `encoder.load_encoder` finds the encoder in it. Replaces `folder` in one move.
+
+        Args:
+          dtype: of the matrices in the file, such as torch.bfloat16 for half its size; they are float32 again when the
+            folder is loaded.
         """
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
@@ -207,7 +211,7 @@ class EncoderModel(SpeechModel):
             if isinstance(self.encoder, WhisperEncoder):  # as a released Whisper says it
                 sizes = {"model_type": "whisper", **self.encoder.config.to_dict()}
             (tmp / "config.json").write_text(f"{json.dumps(sizes, indent=2)}\n", encoding="utf-8")
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, tmp / "model.safetensors")
+            save_file(stored(self.state_dict(), dtype), tmp / "model.safetensors")
             (tmp / "README.md").write_text(self.card(), encoding="utf-8")
 
     @classmethod
@@ -220,5 +224,5 @@ class EncoderModel(SpeechModel):
         path = Path(folder) / "model.safetensors"
         with torch.device("meta"):  # no time for initial values that are about to be replaced
             model = cls.from_config(load_model_config(folder))
-        load_state_dict_strict(model, load_file(path), path, assign=True)
+        load_state_dict_strict(model, restored(load_file(path)), path, assign=True)
         return model.eval()

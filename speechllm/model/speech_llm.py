@@ -47,7 +47,7 @@ from speechllm.prompt.splice import PromptEmbedder, Spliced, splice
 from speechllm.prompt.template import PromptConfig
 from speechllm.rwkv7 import RWKV7
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
-from speechllm.weights import load_state_dict_strict
+from speechllm.weights import load_state_dict_strict, restored, stored
 
 # What stands before a transcript in a CTC head's own pieces: what an encoder alone has learned to write.
 _CTC_PREFIX = PromptConfig().label_prefix
@@ -421,7 +421,7 @@ class SpeechLLM(SpeechModel):
         parts += [("CTC head", self.ctc_head)] if self.ctc_head is not None else []
         return model_card(self.config, parts)
 
-    def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
+    def save_pretrained(self, folder: str | Path, merged: bool = True, dtype: torch.dtype | None = None) -> None:
         """Write the whole model: config.yaml, model.safetensors, tokenizer, README.md. Replaces `folder` in one move.
 
         What was tuned of the language model is in `adapter` by itself (see `rwkv7.save_adapter`).
@@ -430,6 +430,8 @@ class SpeechLLM(SpeechModel):
           merged: the adapter is merged into the language model, all of which is in model.safetensors (a quantized base
             in floating point, as it is after quantization). Otherwise nothing of the base is in the folder: config.yaml
             names its path.
+          dtype: of the matrices in the file, such as torch.bfloat16 for half its size; they are float32 again when the
+            folder is loaded.
 
         Raises:
           UserError: there is no adapter to be kept apart from its base.
@@ -467,7 +469,7 @@ class SpeechLLM(SpeechModel):
             if merged:
                 tied = self.llm.tied_weights()
                 weights |= {f"llm.{k}": v for k, v in merged_state_dict(self.llm).items() if k not in tied}
-            save_file({k: v.contiguous() for k, v in weights.items()}, tmp / "model.safetensors")
+            save_file(stored(weights, dtype), tmp / "model.safetensors")
             if has_adapter:
                 save_adapter(self.llm, tmp / "adapter", base=section.path)
             (tmp / "README.md").write_text(self.card(), encoding="utf-8")
@@ -486,7 +488,7 @@ class SpeechLLM(SpeechModel):
                 "model on it (model.encoder.path)"
             )
         path = folder / "model.safetensors"
-        weights = load_file(path)
+        weights = restored(load_file(path))
         if config.llm.path is not None:
             if not Path(config.llm.path).exists():
                 raise FileNotFoundError(
