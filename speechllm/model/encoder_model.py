@@ -35,7 +35,7 @@ from speechllm.model.parts import Encoder, build_encoder, saved_section
 from speechllm.prompt.label import LabelTemplate
 from speechllm.prompt.request import Request
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
-from speechllm.weights import load_state_dict_strict
+from speechllm.weights import load_state_dict_strict, meta_device
 
 
 class EncoderModel(SpeechModel):
@@ -209,7 +209,7 @@ class EncoderModel(SpeechModel):
           FileNotFoundError, UserError: the folder is not one, or its parts do not fit together.
         """
         path = Path(folder) / "model.safetensors"
-        with torch.device("meta"):  # no time for initial values that are about to be replaced
+        with meta_device():
             model = cls.from_config(load_model_config(folder))
         load_state_dict_strict(model, load_file(path), path, assign=True)
         return model.eval()
