@@ -12,6 +12,7 @@ from speechllm.cli.exits import run_to_exit
 from speechllm.cli.explore import add_explore
 from speechllm.cli.plot import add_plot
 from speechllm.cli.prompt import add_prompt
+from speechllm.cli.push import add_push
 from speechllm.cli.score import add_score
 from speechllm.cli.serve import add_serve
 from speechllm.cli.state import add_state
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     add_plot(commands)
     add_score(commands)
     add_explore(commands)
+    add_push(commands)
     argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv, argparse.Namespace(overrides=overrides))
     if overrides and not getattr(args, "config", None):

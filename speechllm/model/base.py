@@ -79,8 +79,12 @@ class SpeechModel(nn.Module, ABC):
         """Load what `save_pretrained` wrote; in evaluation mode, on the CPU."""
 
     @abstractmethod
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole model. Replaces `folder` in one move."""
+    def save_pretrained(self, folder: str | Path, *, push_to_hub: str | None = None) -> None:
+        """Write the whole model. Replaces `folder` in one move.
+
+        Args:
+          push_to_hub: upload the folder to this repository of the Hugging Face Hub, too (`speechllm.hub.push_folder`).
+        """
 
     @property
     @abstractmethod

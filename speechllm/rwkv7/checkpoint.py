@@ -19,9 +19,10 @@ from torch import Tensor
 
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
+from speechllm.hub import local_path
 from speechllm.rwkv7.model import RWKV7, RWKV7Config
 from speechllm.rwkv7.state import RWKV7State, time_state_names, tuned_wkv
-from speechllm.weights import load_state_dict_strict, read_rwkv_pth
+from speechllm.weights import load_state_dict_strict, meta_device, read_rwkv_pth
 
 # Present in released files, never used: the first layer has no earlier values to mix in.
 _UNUSED = {f"blocks.0.att.v{i}" for i in range(3)}
@@ -91,7 +92,7 @@ def load_rwkv7(path: str | Path, dtype: torch.dtype | None = torch.float32, wkv_
       UserError: the file is not a checkpoint, is of another RWKV version or quantized, its names or shapes do not
         fit, or the configuration asks for what this model does not have; the message lists the names.
     """
-    path = Path(path)
+    path = local_path(path)
     hf_config = None
     if path.is_dir():
         hf_config = _read_hf_config(path / "config.json")
@@ -100,7 +101,7 @@ def load_rwkv7(path: str | Path, dtype: torch.dtype | None = torch.float32, wkv_
     else:
         weights, source = _read_pth(path), str(path)
     wkv = tuned_wkv(weights, path, remove=True)
-    with torch.device("meta"):
+    with meta_device():
         model = RWKV7(_infer_config(weights, source), wkv_backend)
     if hf_config is not None:
         _check_hf_config(hf_config, model, path / "config.json")
@@ -136,7 +137,7 @@ def save_rwkv7(model: RWKV7, path: str | Path) -> None:
         state, for which a folder has no place.
     """
     path = Path(path)
-    with torch.device("meta"):
+    with meta_device():
         expected = RWKV7(model.config).state_dict().keys()
     weights = {name: x.detach().cpu() for name, x in model.state_dict().items()}
     wkv = weights.pop("initial_wkv", None)

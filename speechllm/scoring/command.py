@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from speechllm.errors import UserError
-from speechllm.scoring.counting import UNITS, Transcript
-from speechllm.scoring.reading import listed, matched, read_all, read_lines, read_pair, with_manifest
+from speechllm.scoring.counting import UNITS, Transcript, normalized_hotwords
+from speechllm.scoring.hotwords import hotword_report
+from speechllm.scoring.reading import all_lines, listed, matched, read_all, read_lines, read_pair, with_manifest
 from speechllm.scoring.reports import error_table, translation_table, write_reports
 from speechllm.scoring.significance import FEW_SEGMENTS, REPLICATES, Comparison, compare, resampled_by
 from speechllm.scoring.text_files import Line
@@ -28,6 +29,7 @@ def score_files(
     bleu: bool = False,
     missing_as_empty: bool = False,
     output: Path | None = None,
+    hotwords: Path | None = None,
 ) -> str:
     """Score a file of hypotheses against one of references: the tables to print.
 
@@ -41,6 +43,7 @@ def score_files(
         bleu: BLEU and chrF as well.
         missing_as_empty: see `matched`.
         output: folder for the files of `write_reports`.
+        hotwords: phrases, one a line, the same for all utterances; None: those of the manifest, if it has any.
 
     Raises:
         UserError: files cannot be read or do not match; steps are unknown; what `by` asks for is not known.
@@ -53,6 +56,13 @@ def score_files(
     drawn_by = resampled_by(results)
     within_one = ", within one by utterance" if drawn_by == "speaker" else ""
     text = f"{error_table(results, by, unit)}95%: bootstrap, drawn by {drawn_by}{within_one}\n"
+    if hotwords is not None:
+        phrases = [line.strip() for _, line in all_lines(hotwords) if line.strip()]
+        results = [
+            replace(result, hotwords=normalized_hotwords(phrases, text_steps, result.language)) for result in results
+        ]
+    if (report := hotword_report(results, UNITS[unit].split)) is not None:
+        text += f"\n{report.text(UNITS[unit])}"
     if bleu:
         text += f"\n{translation_table(results, by)}"
     if compare_with is not None and second is not None:
@@ -97,7 +107,7 @@ def read_results(
         lines, hyps = pair(hyp)
     results = matched(lines, hyps, (ref, hyp or ref), text_steps, missing_as_empty)
     if manifests:
-        results = with_manifest(results, manifests)
+        results = with_manifest(results, manifests, text_steps)
     if compare_with is None:
         return results, None
     compared, others = pair(compare_with)

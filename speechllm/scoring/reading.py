@@ -20,8 +20,17 @@ from speechllm.data.manifests.manifest import LINE_ERRORS, ManifestError, Source
 from speechllm.data.manifests.nemo import is_nemo
 from speechllm.data.manifests.source import string_of
 from speechllm.errors import UserError
-from speechllm.scoring.counting import Transcript, language_label
-from speechllm.scoring.text_files import Line, assign_words, read_ctm, read_stm, read_subtitles, read_table, read_trn
+from speechllm.scoring.counting import Transcript, language_label, normalized_hotwords
+from speechllm.scoring.text_files import (
+    Line,
+    assign_words,
+    read_ctm,
+    read_stm,
+    read_subtitles,
+    read_table,
+    read_textgrid,
+    read_trn,
+)
 from speechllm.text.normalize import normalize_text
 
 _RECOGS_LINE = re.compile(r"([^\t]*):\t(ref|hyp)=(\[.*\])\s*")
@@ -33,7 +42,7 @@ _ID = re.compile(r"(?=.*\d).*[^\d.,:/].*|\d{4,}")
 
 
 # What `speechllm transcribe --output` writes, a file for each recording; of several the first of these is read.
-_TRANSCRIBED = (".json", ".jsonl", ".ctm", ".tsv", ".vtt", ".srt", ".txt")
+_TRANSCRIBED = (".json", ".jsonl", ".ctm", ".TextGrid", ".tsv", ".vtt", ".srt", ".txt")
 
 
 def read_lines(path: Path) -> dict[str, Line]:
@@ -42,9 +51,10 @@ def read_lines(path: Path) -> dict[str, Line]:
     Its form is told by the suffix, or else by the first line: `recogs-*` files as icefall and recipes/decode.py write
     them; JSON (lines, an array, or one object) with `text` (NeMo manifests, where `pred_text` is what was recognized,
     lhotse cuts, what `speechllm transcribe` writes, or just `id` and `text`); NIST's `.trn`, `.ctm` and `.stm`;
-    `.srt` and `.vtt`; `.csv` and `.tsv` with a header; and Kaldi's `text`, an id and words. A directory is a manifest
-    in Kaldi's or Shar's form, or holds a file for each recording as `speechllm transcribe` writes them. Without an
-    `id`, that of a JSON line comes from its `audio_filepath`, as everywhere (`speechllm.data.manifests.nemo`).
+    `.srt`, `.vtt` and `.TextGrid`; `.csv` and `.tsv` with a header; and Kaldi's `text`, an id and words. A directory is
+    a manifest in Kaldi's or Shar's form, or holds a file for each recording as `speechllm transcribe` writes them.
+    Without an `id`, that of a JSON line comes from its `audio_filepath`, as everywhere
+    (`speechllm.data.manifests.nemo`).
 
     Raises:
         UserError: the file, or a line of it, cannot be read, or an id comes twice.
@@ -172,6 +182,8 @@ def _lines_of(path: Path) -> Iterator[tuple[str, Line]]:
         return read_table(lines, path.stem, delimiter)
     if kind in (".srt", ".vtt"):
         return read_subtitles(lines, path.stem)
+    if kind == ".textgrid":
+        return read_textgrid(lines, path.stem)
     lines = [(where, text) for where, text in lines if text.strip()]
     if lines and _RECOGS_LINE.fullmatch(lines[0][1]):
         return iter(_recogs(lines).items())
@@ -184,9 +196,9 @@ _READERS: dict[str, Callable[[Sequence[tuple[str, str]]], Iterator[tuple[str, Li
     ".stm": read_stm,
 }
 # Told by their suffix; all others by their first line.
-_TEXT_KINDS = {*_READERS, ".csv", ".tsv", ".srt", ".vtt"}
+_TEXT_KINDS = {*_READERS, ".csv", ".tsv", ".srt", ".vtt", ".textgrid"}
 # Files of one recording, which have no other name for it than their own.
-_ONE_RECORDING = {".srt", ".vtt", ".tsv", ".txt", ".json"}
+_ONE_RECORDING = {".srt", ".vtt", ".tsv", ".TextGrid", ".txt", ".json"}
 
 
 def _suffix(path: Path) -> str:
@@ -277,13 +289,19 @@ def matched(
             line.language,
             line.speaker,
             line.duration,
+            hotwords=normalized_hotwords(line.hotwords, text_steps, line.written_language),
         )
         for id, line in refs.items()
     ]
 
 
-def with_manifest(results: Iterable[Transcript], paths: Sequence[Path]) -> list[Transcript]:
-    """The results with language, speaker and duration as manifests say.
+def with_manifest(
+    results: Iterable[Transcript], paths: Sequence[Path], text_steps: Sequence[str] = ()
+) -> list[Transcript]:
+    """The results with language, speaker, duration and hotwords as manifests say.
+
+    Args:
+        text_steps: of the hotwords.
 
     Raises:
         UserError: they cannot be read, or do not have all of the ids.
@@ -293,7 +311,13 @@ def with_manifest(results: Iterable[Transcript], paths: Sequence[Path]) -> list[
         names = ", ".join(map(str, paths))
         raise UserError(f"{names}: does not have {len(unknown)} of the {len(results)} utterances: {listed(unknown)}")
     return [
-        replace(result, language=line.language, speaker=line.speaker, duration=line.duration)
+        replace(
+            result,
+            language=line.language,
+            speaker=line.speaker,
+            duration=line.duration,
+            hotwords=normalized_hotwords(line.hotwords, text_steps, line.written_language),
+        )
         for result in results
         for line in [lines[result.id]]
     ]
@@ -405,4 +429,5 @@ def _json_line(obj: dict, source: SourceConfig) -> Line:
         language_label(entry.request),
         next(filter(None, speakers), None),
         entry.duration if complete is obj or "duration" in obj else None,
+        hotwords=entry.hotwords,
     )

@@ -123,8 +123,8 @@ class Items:
         """The item has no transcript."""
         assert self._item is not None
         item, self._item = self._item, None
-        what = {"type": f"{_TRANSCRIPTION}.failed", "item_id": item.id, "content_index": 0, "error": error.body()}
-        self._emit(what)
+        what = {"item_id": item.id, "content_index": 0, "error": error.body(), "end": round(end, 3)}
+        self._emit({"type": f"{_TRANSCRIPTION}.failed"} | what)
         self._previous, self._end = item.id, end
 
     def cleared(self, end: float) -> None:

@@ -56,6 +56,15 @@ export class Captions {
     item.textContent = message;
   }
 
+  /** Nothing more comes: what is certain stays. */
+  settle() {
+    for (const [id, item] of this.items) {
+      item.querySelector(".unstable")?.remove();
+      const words = [...item.querySelectorAll(".word")].map((element) => this.words.of.get(element));
+      this.complete(id, item.textContent, words);
+    }
+  }
+
   /** Forget captions that are not completed. */
   dropPartial() {
     for (const item of this.items.values()) item.remove();

@@ -2,7 +2,7 @@ import { Captions } from "./captions.js";
 import { level, openMicrophone } from "./microphone.js";
 import { LiveTranscription } from "./realtime.js";
 
-const SILENCE = 4; // seconds after which a person is asked whether the microphone is on
+const SILENCE = 4; // seconds from the start after which a person is asked whether the microphone is on
 const SOFTEST = 0.1; // level of a microphone that is on
 
 /** The button, the microphone behind it, and the captions. */
@@ -13,7 +13,6 @@ export class LivePanel {
     this.captions = new Captions(byId("captions"), byId("announcer"));
     this.transcription = null; // from the press of the button until the last words have come
     this.microphone = null; // while it is open
-    byId("copy-captions").addEventListener("click", () => navigator.clipboard.writeText(this.captions.text));
     byId("clear-captions").addEventListener("click", () => {
       this.captions.clear();
       this.showTools();
@@ -48,7 +47,7 @@ export class LivePanel {
     } finally {
       byId("listen").disabled = false;
     }
-    this.lastSound = performance.now();
+    this.silentSince = performance.now();
     this.transcription = new LiveTranscription(model.id, choices, {
       status: (text) => (byId("live-status").textContent = text),
       error: (message) => (byId("live-error").textContent = message),
@@ -70,8 +69,8 @@ export class LivePanel {
     this.transcription?.append(samples);
     const now = level(samples);
     this.byId("level").value = now;
-    if (now > SOFTEST) this.lastSound = performance.now();
-    this.byId("live-hint").hidden = performance.now() - this.lastSound < SILENCE * 1000;
+    if (now > SOFTEST) this.silentSince = Infinity; // it is on, and pauses are no fault
+    this.byId("live-hint").hidden = performance.now() - this.silentSince < SILENCE * 1000;
   }
 
   async stop() {
@@ -96,6 +95,8 @@ export class LivePanel {
 
   async ended() {
     this.transcription = null;
+    this.captions.settle();
+    this.showTools();
     this.showButton("Start listening", false);
     this.byId("live-status").textContent = "Stopped";
     await this.closeMicrophone();

@@ -19,7 +19,7 @@ export async function openMicrophone(onSamples, onLost) {
     await context.resume();
   } catch (error) {
     stop(stream, context);
-    throw new MicrophoneError(`The browser cannot process sound: ${error.message}. Reload the page, or use another browser.`);
+    throw new MicrophoneError(`The browser cannot process sound: ${error.message}. Reload, or use another browser.`);
   }
   const worklet = new AudioWorkletNode(context, "microphone", { channelCount: 1, channelCountMode: "explicit" });
   context.createMediaStreamSource(stream).connect(worklet);
@@ -50,7 +50,7 @@ async function askForMicrophone() {
     return await navigator.mediaDevices.getUserMedia({ audio });
   } catch (error) {
     const messages = {
-      NotAllowedError: "The browser may not use the microphone. Allow it for this page, beside the address, and try again.",
+      NotAllowedError: "The browser may not use the microphone. Allow it for this page, beside its address.",
       NotFoundError: "No microphone was found. Connect one and try again.",
       NotReadableError: "The microphone cannot be opened: another program may be using it. End that one and try again.",
     };

@@ -5,7 +5,7 @@ import { RecordingPanel } from "./recording.js";
 import { apiKey, loadModel } from "./server.js";
 
 // For models that do not say which languages they know.
-const USUAL_LANGUAGES = ["ar", "de", "en", "es", "fr", "hi", "id", "it", "ja", "ko", "nl", "pl", "pt", "ru", "sv", "tr", "uk", "vi", "zh"];
+const USUAL_LANGUAGES = "ar de en es fr hi id it ja ko nl pl pt ru sv tr uk vi zh".split(" ");
 
 const byId = (id) => document.getElementById(id);
 const names = new Intl.DisplayNames("en", { type: "language" });
@@ -25,7 +25,8 @@ async function start() {
     const isKey = error.status === 401;
     if (isKey) byId("key-box").open = true;
     byId("key-box").hidden &&= !isKey;
-    byId("key-error").textContent = isKey && apiKey.get() ? "The server does not take this key. Enter another one." : "";
+    const isWrong = isKey && apiKey.get() !== "";
+    byId("key-error").textContent = isWrong ? "The server does not take this key. Enter another one." : "";
     byId("page-error").textContent = isKey ? "This server asks for an API key: enter it below." : error.message;
     return;
   }
@@ -40,7 +41,8 @@ function offerChoices({ languages, default_language, needs_language, target_lang
   known.sort((a, b) => a.text.localeCompare(b.text));
   if (!needs_language && !default_language) known.unshift(new Option("Automatic", ""));
   byId("language").replaceChildren(...known);
-  byId("language").value = default_language ?? known[0].value;
+  const mine = known.find(({ value }) => needs_language && value === navigator.language.split("-")[0]);
+  byId("language").value = default_language ?? (mine ?? known[0]).value;
   const tasks = target_languages.map((tag) => new Option(`Translate to ${nameOf(tag)}`, tag));
   byId("task").replaceChildren(new Option("Transcribe", ""), ...tasks);
   byId("task-choice").hidden = tasks.length === 0;
@@ -64,6 +66,20 @@ function choices() {
 byId("choices").addEventListener("change", () => live.configure(choices()));
 byId("choices").addEventListener("submit", (event) => event.preventDefault());
 byId("listen").addEventListener("click", () => live.toggle(model, choices()));
+
+/** Browsers let a page write to the clipboard where they give it the microphone: https and localhost. */
+function offerCopy(id, text) {
+  const button = byId(id);
+  button.hidden = !navigator.clipboard;
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(text());
+    button.textContent = "Copied";
+    setTimeout(() => (button.textContent = "Copy text"), 1500);
+  });
+}
+
+offerCopy("copy-captions", () => live.captions.text);
+offerCopy("copy-transcript", () => recording.text);
 
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();

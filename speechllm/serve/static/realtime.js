@@ -1,7 +1,7 @@
 import { openRealtime, sentence, ServerError, whyRefused } from "./server.js";
 
 const RATE = 16000;
-const MOST_KEPT = 60 * RATE; // samples that are kept for a connection that comes back
+const MOST_KEPT = 120 * RATE; // samples that are kept for a connection that comes back
 const LONGEST_WAIT = 15; // seconds between two tries to connect
 
 /**
@@ -11,7 +11,7 @@ const LONGEST_WAIT = 15; // seconds between two tries to connect
  * What happens is told to the functions of `on`:
  * - `status(text)`: what the connection does now
  * - `error(message)`: something that a person should know; "" when it is over
- * - `restart()`: captions that are not completed will come once more
+ * - `restart()`: the captions that are not completed will come once more
  * - `text(id, text, words, unstable)`: more text of a caption, and what may still follow
  * - `completed(id, transcript, words)`, `failed(id, message)`: the end of a caption
  * - `delay(seconds)`: from the end of a word until its text came
@@ -80,7 +80,6 @@ export class LiveTranscription {
     clearTimeout(this.timer);
     this.socket?.close(1000);
     if (message) this.on.error(message);
-    this.on.restart(); // what is not completed now never will be
     this.on.ended();
   }
 
@@ -118,6 +117,7 @@ export class LiveTranscription {
   // From the server
 
   receive(event) {
+    if (this.hasEnded) return; // it was on its way
     const id = `${this.connection}.${event.item_id}`; // each connection counts its items anew
     switch (event.type) {
       case "conversation.item.input_audio_transcription.delta":
@@ -188,7 +188,8 @@ export class LiveTranscription {
     const wasReady = this.wasReady;
     this.wasReady = false;
     this.on.restart();
-    const why = wasReady ? new ServerError(this.fault || "The connection to the server was lost.", 0) : await whyRefused();
+    const lost = new ServerError(this.fault || "The connection to the server was lost.", 0);
+    const why = wasReady ? lost : await whyRefused();
     if (this.hasEnded) return; // stopped meanwhile
     if (why.status === 401 || why.status === 403 || why.status === 404) {
       this.end(why.message);

@@ -14,7 +14,6 @@ export class RecordingPanel {
     this.audio.addEventListener("play", () => this.follow());
     for (const name of ["timeupdate", "seeked"]) this.audio.addEventListener(name, () => this.showPlace());
     byId("cancel").addEventListener("click", () => this.request.abort());
-    byId("copy-transcript").addEventListener("click", () => navigator.clipboard.writeText(this.text));
   }
 
   get text() {

@@ -38,7 +38,7 @@ async function request(path, options = {}) {
   }
   const body = await response.json().catch(() => null);
   if (response.ok && body !== null) return body;
-  if (response.status === 401) throw new ServerError("The API key is missing or wrong. Enter it at the top of this page.", 401);
+  if (response.status === 401) throw new ServerError("The API key is missing or wrong. Enter it above.", 401);
   const said = body?.error?.message ?? `the server answered ${response.status} ${response.statusText}`;
   throw new ServerError(sentence(said), response.status);
 }

@@ -92,19 +92,22 @@ export class Waveform {
     }
   }
 
-  /** The words below their sound, in two lines in turn: one line is too narrow for short words. */
+  /** The words below their sound; one that has no room in the first line is in the second. */
   drawWords(pen, from, scale, width, height, color) {
     const { fontFamily } = getComputedStyle(document.documentElement);
     pen.font = `14px ${fontFamily}`;
     pen.textBaseline = "middle";
-    for (const [i, { word, start, end }] of this.words.entries()) {
+    let firstLineEnd = -Infinity;
+    for (const { word, start, end } of this.words) {
       const [left, right] = [(start - from) * scale, (end - from) * scale];
       if (right < 0 || left > width) continue;
+      const hasRoom = left > firstLineEnd;
+      if (hasRoom) firstLineEnd = left + pen.measureText(`${word} `).width;
       const isPlayed = start <= this.at && this.at < end;
       pen.fillStyle = color(isPlayed ? "accent" : "line");
       pen.fillRect(left, height - 46, Math.max(2, right - left - 1), isPlayed ? 4 : 2);
       pen.fillStyle = color(isPlayed ? "accent" : "text");
-      pen.fillText(word, left, height - (i % 2 ? 10 : 30));
+      pen.fillText(word, left, height - (hasRoom ? 30 : 10));
     }
   }
 }

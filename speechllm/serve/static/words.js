@@ -19,7 +19,7 @@ export class Words {
     for (const name of ["pointerover", "focusin"]) {
       container.addEventListener(name, ({ target }) => this.of.has(target) && showNote(target, this.of.get(target)));
     }
-    for (const name of ["pointerout", "focusout", "scroll"]) container.addEventListener(name, hideNote);
+    for (const name of ["pointerout", "focusout"]) container.addEventListener(name, hideNote);
   }
 
   /**
@@ -47,7 +47,7 @@ export class Words {
     element.className = "word";
     element.textContent = word.word;
     element.tabIndex = -1;
-    if (this.onChoose) element.role = "button";
+    if (this.onChoose) element.setAttribute("role", "button");
     if (word.confidence < DOUBTFUL) element.classList.add("doubtful");
     this.of.set(element, word);
     word.element = element;
@@ -60,6 +60,7 @@ export class Words {
 
   keyPressed(event) {
     const { key, target } = event;
+    if (event.altKey || event.ctrlKey || event.metaKey) return; // the browser's own keys
     if (key === "Escape") hideNote();
     if ((key === "Enter" || key === " ") && this.onChoose && this.of.has(target)) {
       event.preventDefault();
@@ -80,19 +81,32 @@ export function describe({ confidence, start, end }) {
   return [...certain, `${start.toFixed(2)} to ${end.toFixed(2)} s`].join(" · ");
 }
 
+let noted = null; // the element whose note is shown
+
 function showNote(element, word) {
   hideNote();
+  noted = element;
   const note = document.getElementById("word-note");
   note.textContent = describe(word);
   note.hidden = false;
-  const at = element.getClientRects()[0];
+  element.setAttribute("aria-describedby", note.id);
+  placeNote();
+}
+
+/** Above the word, or below it where there is no room. */
+function placeNote() {
+  const note = document.getElementById("word-note");
+  const at = noted.getClientRects()[0];
   const left = Math.min(at.left, document.documentElement.clientWidth - note.offsetWidth - 8);
   note.style.left = `${Math.max(8, left)}px`;
   note.style.top = `${at.top > note.offsetHeight + 8 ? at.top - note.offsetHeight - 4 : at.bottom + 4}px`;
-  element.setAttribute("aria-describedby", note.id);
 }
 
 function hideNote() {
   document.getElementById("word-note").hidden = true;
-  document.querySelector("[aria-describedby=word-note]")?.removeAttribute("aria-describedby");
+  noted?.removeAttribute("aria-describedby");
+  noted = null;
 }
+
+// A word that the keys go to may be scrolled into view after its note is shown.
+document.addEventListener("scroll", () => noted?.isConnected && placeNote(), { capture: true, passive: true });
