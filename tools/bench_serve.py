@@ -157,9 +157,7 @@ async def live(server: Server, audio: np.ndarray, streams: int, seconds: float, 
     during = asyncio.ensure_future(_memory_later(server, seconds * 0.9))
     await asyncio.gather(*clients)
     share = (server.cpu_seconds - cpu) / (monotonic() - began)
-    if len(played.delays) < 2:
-        raise UserError("the server has written no words")
-    delays = quantiles(played.delays, n=20)
+    delays = quantiles(played.delays, n=20) if len(played.delays) > 1 else [math.nan] * 19
     memory = (await during - before) / streams / 1024
     return [streams, len(played.delays), 1000 * delays[9], 1000 * delays[18], share, streams / share, max(0.0, memory)]
 
