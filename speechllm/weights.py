@@ -4,11 +4,14 @@ import hashlib
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from speechllm.errors import UserError
 from speechllm.hub import identity
@@ -48,6 +51,25 @@ def check_fits(own: dict[str, Tensor], state: dict[str, Tensor], source: str | P
     if problems:
         shown = "\n".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise CheckpointError(f"{source}: does not fit {target}:\n{shown}")
+
+
+class _WithoutNormalValues(TorchFunctionMode):
+    """Leaves out `normal_`, for which PyTorch imports its compiler on the meta device, a second and a half."""
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Inside, modules are made on the meta device: no time and memory for initial values that are to be replaced."""
+    with torch.device("meta"), _WithoutNormalValues():
+        yield
 
 
 # What training programs put before the names of a model that they wrap.

@@ -18,7 +18,7 @@ from speechllm.encoder.zipformer import Zipformer, ZipformerConfig
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
 from speechllm.hub import local_path
-from speechllm.weights import foreign_format, load_state_dict_strict
+from speechllm.weights import foreign_format, load_state_dict_strict, meta_device
 
 WEIGHT_FILES = ("model.safetensors", "pretrained.safetensors", "pretrained.pt", "model.pt", "pytorch_model.bin")
 # The names a composite model gives its encoder; its config.json has "<name>_config", or "<name>".
@@ -55,7 +55,7 @@ def load_encoder(
     """
     weights_path = _weights_path(local_path(path))
     config = _encoder_config(weights_path.parent / "config.json", sizes)
-    with torch.device("meta"):
+    with meta_device():
         encoder = WhisperEncoder(config) if isinstance(config, WhisperEncoderConfig) else Zipformer(config)
     if isinstance(encoder, WhisperEncoder):
         state_dict = encoder.state_dict_of(_read_weights(weights_path, encoder.is_in_released))

@@ -60,6 +60,7 @@ from speechllm.llm.transformers_versions import (
     update_needed,
 )
 from speechllm.quiet import quiet
+from speechllm.weights import meta_device
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
@@ -138,7 +139,7 @@ class TransformersLM(TunableModel[TransformersState]):
 
     def untuned(self) -> TransformersLM:
         """A model of the same sizes, to be loaded: its values are not set."""
-        with torch.device("meta"):
+        with meta_device():
             return new_transformers_lm(self.config)
 
     def tied_weights(self) -> dict[str, str]:
@@ -631,7 +632,7 @@ def _checked(path: Path, causal_lm: PreTrainedModel, found: dict[str, Any], unex
     if problems:
         raise UserError("\n  ".join([f"{path}: the weights do not fit its configuration:", *problems[:20]]))
     # Loading loses the mark of what trains in another way than by gradients, such as the balance of experts.
-    with torch.device("meta"):
+    with meta_device():
         fresh = type(causal_lm)(causal_lm.config)
     for name, parameter in fresh.named_parameters():
         causal_lm.get_parameter(name).requires_grad_(parameter.requires_grad)

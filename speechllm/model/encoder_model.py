@@ -36,7 +36,7 @@ from speechllm.model.parts import Encoder, build_encoder, saved_section
 from speechllm.prompt.label import LabelTemplate
 from speechllm.prompt.request import Request
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
-from speechllm.weights import load_state_dict_strict, restored, stored
+from speechllm.weights import load_state_dict_strict, meta_device, restored, stored
 
 
 class EncoderModel(SpeechModel):
@@ -236,7 +236,7 @@ class EncoderModel(SpeechModel):
         """
         folder = local_path(folder)
         path = folder / "model.safetensors"
-        with torch.device("meta"):  # no time for initial values that are about to be replaced
+        with meta_device():
             model = cls.from_config(load_model_config(folder))
         load_state_dict_strict(model, restored(load_file(path)), path, assign=True)
         return model.eval()

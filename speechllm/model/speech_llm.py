@@ -48,7 +48,7 @@ from speechllm.prompt.splice import PromptEmbedder, Spliced, splice
 from speechllm.prompt.template import PromptConfig
 from speechllm.rwkv7 import RWKV7
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
-from speechllm.weights import load_state_dict_strict, restored, stored
+from speechllm.weights import load_state_dict_strict, meta_device, restored, stored
 
 # What stands before a transcript in a CTC head's own pieces: what an encoder alone has learned to write.
 _CTC_PREFIX = PromptConfig().label_prefix
@@ -517,7 +517,7 @@ class SpeechLLM(SpeechModel):
             model = cls.from_config(config)
             weights |= {name: t for name, t in model.state_dict().items() if name.startswith("llm.")}
         else:
-            with torch.device("meta"):  # no time for initial values that are about to be replaced
+            with meta_device():
                 model = cls.from_config(config)
                 if "llm.initial_wkv" in weights:
                     model.llm.tune_initial_state()

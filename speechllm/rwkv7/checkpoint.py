@@ -22,7 +22,7 @@ from speechllm.files import replaced_file
 from speechllm.hub import local_path
 from speechllm.rwkv7.model import RWKV7, RWKV7Config
 from speechllm.rwkv7.state import RWKV7State, time_state_names, tuned_wkv
-from speechllm.weights import load_state_dict_strict, read_rwkv_pth
+from speechllm.weights import load_state_dict_strict, meta_device, read_rwkv_pth
 
 # Present in released files, never used: the first layer has no earlier values to mix in.
 _UNUSED = {f"blocks.0.att.v{i}" for i in range(3)}
@@ -101,7 +101,7 @@ def load_rwkv7(path: str | Path, dtype: torch.dtype | None = torch.float32, wkv_
     else:
         weights, source = _read_pth(path), str(path)
     wkv = tuned_wkv(weights, path, remove=True)
-    with torch.device("meta"):
+    with meta_device():
         model = RWKV7(_infer_config(weights, source), wkv_backend)
     if hf_config is not None:
         _check_hf_config(hf_config, model, path / "config.json")
@@ -137,7 +137,7 @@ def save_rwkv7(model: RWKV7, path: str | Path) -> None:
         state, for which a folder has no place.
     """
     path = Path(path)
-    with torch.device("meta"):
+    with meta_device():
         expected = RWKV7(model.config).state_dict().keys()
     weights = {name: x.detach().cpu() for name, x in model.state_dict().items()}
     wkv = weights.pop("initial_wkv", None)

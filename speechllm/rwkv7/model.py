@@ -21,6 +21,7 @@ from speechllm.linear import Linear, linear_cross_entropy, product
 from speechllm.llm.interface import IGNORE, TunableModel
 from speechllm.rwkv7.state import RWKV7State
 from speechllm.rwkv7.wkv import row_lengths, wkv7
+from speechllm.weights import meta_device
 
 # The log-decay is -exp(-0.5) * sigmoid(.): a channel forgets at most 45% of its content in one position.
 _LARGEST_DECAY = math.exp(-0.5)
@@ -441,7 +442,7 @@ class RWKV7(TunableModel[RWKV7State]):
 
     def untuned(self) -> "RWKV7":
         """A model of the same sizes on the meta device, to be loaded."""
-        with torch.device("meta"):
+        with meta_device():
             model = RWKV7(self.config)
             if self.initial_wkv is not None:
                 model.add_initial_state()

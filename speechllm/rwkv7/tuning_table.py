@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from speechllm.llm.adapters import METHODS, TuneConfig, options_of, tune
 from speechllm.rwkv7.model import RWKV7, RWKV7Config
+from speechllm.weights import meta_device
 
 
 def tuning_table(
@@ -30,7 +29,7 @@ def tuning_table(
             rank=rank if "rank" in has else None,
             targets=list(targets) if targets is not None and "targets" in has else None,
         )
-        with torch.device("meta"):
+        with meta_device():
             model = RWKV7(config)
         total = sum(p.numel() for p in model.parameters())
         tune(model, tuned)

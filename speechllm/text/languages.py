@@ -13,8 +13,6 @@ from __future__ import annotations
 import re
 from functools import cache
 
-import langcodes
-
 from speechllm.errors import UserError
 
 NAMES_IN = ("en", "zh", "zh-hant")
@@ -189,4 +187,8 @@ def same_language(one: str, other: str) -> bool:
 def _is_code(code: str) -> bool:
     if len(code) == 2:
         return code in _TWO_LETTERS
-    return code not in _NO_LANGUAGE and (code in _TWO_LETTERS or langcodes.tag_is_valid(code))
+    if code in _NO_LANGUAGE or code in _TWO_LETTERS:
+        return code not in _NO_LANGUAGE
+    import langcodes  # its tables take time to load, and most languages are found without them
+
+    return langcodes.tag_is_valid(code)

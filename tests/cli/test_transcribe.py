@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from speechllm.cli.main import main
@@ -70,6 +72,25 @@ def test_a_whole_model_transcribes(folder, audio, tmp_path, capsys):
     assert "4 of 5 were done before" in capsys.readouterr().err
     assert ran(*arguments, "--length-penalty", "0.5") == 1
     assert "were done before" not in capsys.readouterr().err
+
+
+def test_what_takes_seconds_to_import_is_imported_when_needed(folder, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.sin(np.arange(16000) / 5), 16000)
+    script = (
+        "import sys\n"
+        "def check(*names): assert not set(names) & set(sys.modules), set(names) & set(sys.modules)\n"
+        "import speechllm\n"
+        "check('torch', 'numpy')\n"
+        "from speechllm import SpeechLLM\n"
+        "later = 'transformers peft accelerate tensorboard matplotlib pandas scipy torchaudio av langcodes'.split()\n"
+        "later += ['torch.utils.tensorboard', 'torch._dynamo']\n"  # the compiler: `speechllm.weights.meta_device`
+        "check('lhotse', 'soundfile', 'sentencepiece', *later)\n"
+        "from speechllm.cli.main import main\n"
+        f"try: main(['transcribe', {str(tmp_path / 'a.wav')!r}, '--model', {str(folder)!r}, '--language', 'en'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "check(*later)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from lhotse import Recording
 
-from speechllm.data import audio_file
+from speechllm.data import audio_av
 from speechllm.data.audio import load_samples
 from speechllm.data.audio_file import UtteranceError, open_audio
 from speechllm.data.blocks import read_blocks
@@ -192,8 +192,8 @@ def test_a_part_of_a_long_file_is_that_part_of_the_whole(tmp_path, suffix, chain
     with open_audio(path, "x") as file:
         whole = np.concatenate(list(file.blocks()), axis=1)
     decoded = []
-    original = audio_file._float_samples
-    monkeypatch.setattr(audio_file, "_float_samples", lambda frame: decoded.append(frame.samples) or original(frame))
+    original = audio_av._float_samples
+    monkeypatch.setattr(audio_av, "_float_samples", lambda frame: decoded.append(frame.samples) or original(frame))
     for start in (3.1, 31.7, 70.123):
         first, count = round(start * file.rate), 2 * file.rate
         del decoded[:]

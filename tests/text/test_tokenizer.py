@@ -1,5 +1,6 @@
 """Tokenizers: nothing is lost on the way there and back, and no id sequence can stop a decoder."""
 
+import ast
 import io
 import json
 import random
@@ -265,6 +266,13 @@ def test_save_and_load(tmp_path, small, byte_level, byte_fallback):
     assert len({tokenizer.identity() for tokenizer in named.values()}) == len(named)
     assert isinstance(load_tokenizer("rwkv"), RWKVTokenizer)
     assert load_tokenizer(tmp_path / "small/tokenizer.model").vocab_size == small.vocab_size
+
+
+def test_literals_of_the_vocabulary_are_what_python_takes_them_for():
+    with open(rwkv()._encoder.vocab_filepath, encoding="utf-8") as file:
+        literals = {int(line.split(" ", 1)[0]): line.split(" ", 1)[1].rsplit(" ", 1)[0] for line in file}
+    pieces = {index: ast.literal_eval(literal) for index, literal in literals.items()}
+    assert rwkv()._bytes_of == {i: p if isinstance(p, bytes) else p.encode("utf-8") for i, p in pieces.items()}
 
 
 def test_identity_is_that_of_the_vocabulary(tmp_path, small):
