@@ -3,18 +3,19 @@
 
     python recipes/decode.py --config configs/digits.yaml --exp-dir recipes/digits/exp --model recipes/digits/exp/AVG
 
---model is a folder written by tools/average_ckpt.py. An encoder alone (trained with model.llm: null) is decoded by its
-transducer's greedy search, if it has one, and by CTC, if it has that. Each set under `data.test` is decoded by the
-search that is asked for and, where the model has a CTC head, by CTC as well. EXP_DIR/greedy_search (or beam_search_4,
-...) and EXP_DIR/ctc_greedy_search receive, as in icefall, recogs-SET-MODEL.txt, errs-SET-MODEL.txt,
-wer-summary-SET-MODEL.txt and wer-by-language-SET-MODEL.txt. By language are printed, and put into the model's card
-(README.md): WER, CER, the share of texts without any error (exact), that of languages identified rightly, by a model
-that does so, how far the times of words are off (those in the manifest are its `alignment`), where they are written by
-the model or found by --timestamps, and the BLEU of translations, where sacrebleu is installed. Translations are in
-groups such as en>zh, and CTC has none of them. A text that a guard has stopped, because it repeats itself or is too
-long for its audio, is cut there; how many is logged. An utterance that the model cannot recognize, such as one
-without the language that the prompt names, is logged and left out; one that is too short to hear anything in has an
-empty text. Ctrl-C ends the program with the status 130.
+--model is a folder written by tools/average_ckpt.py, or an id of the Hugging Face Hub. An encoder alone (trained with
+model.llm: null) is decoded by its transducer's greedy search, if it has one, and by CTC, if it has that. Each set under
+`data.test` is decoded by the search that is asked for and, where the model has a CTC head, by CTC as well.
+EXP_DIR/greedy_search (or beam_search_4, ...) and EXP_DIR/ctc_greedy_search receive, as in icefall,
+recogs-SET-MODEL.txt, errs-SET-MODEL.txt, wer-summary-SET-MODEL.txt and wer-by-language-SET-MODEL.txt. By language are
+printed, and put into the model's card (README.md): WER, CER, the share of texts without any error (exact), that of
+languages identified rightly, by a model that does so, errors on hotwords (B-WER) and on the rest (U-WER), how far the
+times of words are off (those in the manifest are its `alignment`), where they are written by the model or found by
+--timestamps, and the BLEU of translations, where sacrebleu is installed. Translations are in groups such as en>zh, and
+CTC has none of them. A text that a guard has stopped, because it repeats itself or is too long for its audio, is cut
+there; how many is logged. An utterance that the model cannot recognize, such as one without the language that the
+prompt names, is logged and left out; one that is too short to hear anything in has an empty text. Ctrl-C ends the
+program with the status 130.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from speechllm.data import Batch, SourceConfig, build_eval_loader
 from speechllm.decode.interface import RecognizeOptions, Recognizer, Speech
 from speechllm.decode.result import Recognition
 from speechllm.errors import UserError
+from speechllm.hub import hub_id
 from speechllm.log import setup_logging
 from speechllm.model.build import load_model, prepare_for_inference
 from speechllm.model.card import add_results
@@ -53,6 +55,7 @@ from speechllm.scoring import (
     word_time_error,
     write_reports,
 )
+from speechllm.scoring.hotwords import hotword_report
 from speechllm.scoring.reports import aligned
 from speechllm.scoring.translation import translation_scores
 from speechllm.train.config import Experiment, load_experiment
@@ -105,6 +108,7 @@ def decode(
     if model.llm is None and model.transducer is None:
         search = ctc_search
     table: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    rates: dict[tuple[str, str], float] = {}
     for name, sources in config.data.test.items():
         results: dict[str, list[Transcript]] = defaultdict(list)  # by search
         audio_seconds, stopped, left_out, start = 0.0, 0, 0, time.perf_counter()
@@ -150,6 +154,7 @@ def decode(
         for setting, recognized in results.items():
             report = write_reports(exp_dir / setting, name, model_dir.name, recognized, setting=setting)
             logger.info("%s, %s: WER %s", name, setting, report)
+            rates[name, setting] = round(100 * report.rate, 2)
             spoken = sorted({t.language for t in recognized if t.language is not None})
             groups = [(language, [t for t in recognized if t.language == language]) for language in spoken]
             for language, group in [*groups, ("all", recognized)]:
@@ -159,7 +164,8 @@ def decode(
         raise UserError(f"{model_dir}: no utterance of the test sets can be recognized; the log says why")
     text = table_text(table)
     print(f"\n{text}", end="")
-    add_results(model_dir, text)
+    if hub_id(model_dir) is None:  # the card of a model on the Hub is its owner's
+        add_results(model_dir, text, rates)
 
 
 def speech_of(batch: Batch) -> Speech:
@@ -200,6 +206,10 @@ def measures(setting: str, group: Sequence[Transcript]) -> dict[str, str]:
         cells[f"{setting} language %"] = f"{100 * accuracy:.2f}"
     if (off := word_time_error(group)) is not None:
         cells[f"{setting} times off, ms"] = f"{1000 * off:.0f}"
+    if (hotwords := hotword_report(group)) is not None:
+        cells[f"{setting} B-WER %"] = f"{100 * hotwords.listed.rate:.2f}"
+        cells[f"{setting} U-WER %"] = f"{100 * hotwords.others.rate:.2f}"
+        cells[f"{setting} false hotwords"] = f"{hotwords.written}/{hotwords.absent}"
     if all(">" in (result.language or "") for result in group) and importlib.util.find_spec("sacrebleu") is not None:
         bleu = translation_scores(group)
         cells |= {f"{setting} BLEU": f"{bleu.bleu:.2f}"} if bleu is not None else {}

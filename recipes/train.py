@@ -73,6 +73,8 @@ SHORT_OPTIONS = {
     "--keep-last-k": "train.keep_last_k",
     "--save-every-n": "train.save_every_n",
     "--tensorboard": "train.tensorboard",
+    "--report-to": "train.report_to",
+    "--profile": "train.profile",
 }
 PRECISION = "train.mixed_precision"
 
@@ -162,7 +164,7 @@ def train(
     if not train_epochs(accelerator, config, exp_dir, model, valid_loader, state):
         return False
     logger.info("done: %d steps, %d epochs", state.step, state.epoch)
-    if accelerator.is_main_process and config.train.tensorboard:
+    if accelerator.is_main_process and "tensorboard" in config.train.trackers:
         plot_if_possible(exp_dir)
     return True
 
@@ -217,18 +219,18 @@ def train_epochs(
     """The loop: steps, epochs, validation and checkpoints. False if a signal stopped it."""
     config = experiment.train
     num_steps, last_epoch = config.num_steps, config.num_epochs or math.inf
-    log = RunLog(accelerator, exp_dir, num_steps, state.step, config.tensorboard)
+    log = RunLog(accelerator, exp_dir, state.step, experiment)
     with logging_redirect_tqdm(), StopSignal() as stopping, closing(log):
         while state.step < num_steps and state.epoch <= last_epoch:
             loader = log.throughput.timed(state.loader)
             for batches, told_to_stop in batch_groups(accelerator, loader, config.accumulate, stopping):
                 schedule_new_encoders(accelerator.unwrap_model(model), state.step)
                 log_now = (state.step + 1) % config.log_every_n == 0
-                ctc_only = state.step < config.ctc_only_steps
-                result = train_step(
-                    accelerator, model, state.optimizer, batches, experiment.optim.max_grad_norm, ctc_only,
-                    extra_loss=state.ranks.loss, with_norms=log_now,
-                )  # fmt: skip
+                with log.watching(state.step + 1):
+                    result = train_step(
+                        accelerator, model, state.optimizer, batches, experiment.optim.max_grad_norm,
+                        state.step < config.ctc_only_steps, extra_loss=state.ranks.loss, with_norms=log_now,
+                    )  # fmt: skip
                 state.check_gradient(result.grad_norm, batches, config.max_bad_steps, exp_dir)
                 state.scheduler.step_batch()
                 state.step += 1
@@ -238,11 +240,10 @@ def train_epochs(
                 if state.average is not None:
                     state.average.update(state.step)
                 state.total.add(result.losses, decay=1 - 1 / 200)
-                log.advance(batches)
+                log.advance(batches, result.losses)
                 state.languages.add(batches)
                 if log_now:
-                    lr = state.scheduler.get_last_lr()[0]
-                    scalars = {"lr": lr, "grad_norm": result.grad_norm, **result.norms}
+                    scalars = {"lr": state.scheduler.get_last_lr()[0], "grad_norm": result.grad_norm, **result.norms}
                     log.training(state.epoch, state.step, result.losses, state.total, batches, scalars)
 
                 names = []

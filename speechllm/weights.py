@@ -4,7 +4,7 @@ import hashlib
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from speechllm.errors import UserError
+from speechllm.hub import identity
 
 
 class CheckpointError(UserError):
@@ -73,6 +74,27 @@ def meta_device() -> Iterator[None]:
 
 # What training programs put before the names of a model that they wrap.
 _WRAPPERS = re.compile(r"^(_forward_module\.|_orig_mod\.|module\.|base_model\.|model\.)*(?=(emb|blocks|ln_out|head)\.)")
+
+
+def stored(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Weights as they are written to a file: matrices in `dtype` if it is given; vectors are small and stay as they
+    are, as norms and rates of decay suffer most from rounding."""
+    return {
+        name: (x.to(dtype) if dtype is not None and x.is_floating_point() and x.dim() > 1 else x).contiguous()
+        for name, x in weights.items()
+    }
+
+
+def restored(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `stored`: matrices beside float32 vectors are float32 again.
+
+    A part (what is before the first dot of a name) that is in half precision altogether stays so: a large language
+    model is computed with as it was released.
+    """
+    whole = {name.split(".")[0] for name, x in weights.items() if x.dtype == torch.float32}
+    return {
+        name: x.float() if x.is_floating_point() and name.split(".")[0] in whole else x for name, x in weights.items()
+    }
 
 
 def read_rwkv_pth(path: str | Path) -> dict[str, Tensor]:
@@ -144,7 +166,10 @@ def foreign_format(path: str | Path) -> str | None:
 
 
 def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file or of a folder's files (names and contents): names the base weights of a checkpoint."""
+    """SHA-256 of a file or of a folder's files (names and contents): names the base weights of a checkpoint. That of an
+    id of the Hub is of its version there."""
+    if (version := identity(path)) is not None:
+        return hashlib.sha256(version.encode()).hexdigest()
     path, digest = Path(path), hashlib.sha256()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for file in files:

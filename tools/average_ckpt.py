@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -30,6 +31,8 @@ from speechllm.errors import UserError
 from speechllm.files import describe_write_error
 from speechllm.model.build import build_model
 from speechllm.model.config import ModelConfig
+from speechllm.model.speech_llm import SpeechLLM
+from speechllm.optim.optimizer import freeze_parameters
 from speechllm.train.checkpoint import (
     average_between,
     average_state_dicts,
@@ -57,6 +60,7 @@ def main() -> None:
         action="store_true",
         help="leave the adapter unmerged, and its base where it is: a small folder that names the path of the base",
     )
+    parser.add_argument("--bf16", action="store_true", help="the matrices in the file are bfloat16: half its size")
     parser.add_argument(
         "--output",
         type=Path,
@@ -73,7 +77,7 @@ def main() -> None:
         parser.error("FILES need --output")
     try:
         if args.files:
-            average(args.files, args.output, merged=not args.no_merge)
+            average(args.files, args.output, merged=not args.no_merge, bf16=args.bf16)
             return
         name, kind, number = ("epoch", "epoch", args.epoch) if args.iter is None else ("iter", "checkpoint", args.iter)
         avg = 1 if args.avg is None else args.avg
@@ -81,21 +85,21 @@ def main() -> None:
         suffix = "-use-averaged-model" if args.use_averaged_model else ""
         output = args.output or args.exp_dir / f"{name}-{number}-avg-{avg}{suffix}"
         if args.use_averaged_model:
-            average_by_difference(*paths, output, merged=not args.no_merge)
+            average_by_difference(*paths, output, merged=not args.no_merge, bf16=args.bf16)
         else:
-            average(paths, output, merged=not args.no_merge)
+            average(paths, output, merged=not args.no_merge, bf16=args.bf16)
     except (UserError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")
 
 
-def average(paths: list[Path], output: Path, merged: bool = True) -> None:
+def average(paths: list[Path], output: Path, merged: bool = True, bf16: bool = False) -> None:
     """Write the model with the mean of the parameters in `paths`; frozen parts are as in the last."""
     print("averaging:", *paths, sep="\n  ")
     checkpoints = {path: load_checkpoint(path) for path in paths}
-    write_model(average_state_dicts([c["model"] for c in checkpoints.values()]), checkpoints, output, merged)
+    write_model(average_state_dicts([c["model"] for c in checkpoints.values()]), checkpoints, output, merged, bf16)
 
 
-def average_by_difference(start: Path, end: Path, output: Path, merged: bool = True) -> None:
+def average_by_difference(start: Path, end: Path, output: Path, merged: bool = True, bf16: bool = False) -> None:
     """Write the model with the mean of the parameters over the steps after `start` up to `end`."""
     checkpoints = {path: load_checkpoint(path) for path in (start, end)}
     for path, checkpoint in checkpoints.items():
@@ -106,11 +110,11 @@ def average_by_difference(start: Path, end: Path, output: Path, merged: bool = T
         print(f"  {path} (up to step {checkpoint['model_avg']['step']})")
     mean = average_between(*(checkpoint["model_avg"] for checkpoint in checkpoints.values()))
     # what an earlier stage has trained and this one has frozen is in no running average
-    write_model({**checkpoints[end]["model"], **mean}, checkpoints, output, merged)
+    write_model({**checkpoints[end]["model"], **mean}, checkpoints, output, merged, bf16)
 
 
 def write_model(
-    trained: dict[str, Tensor], checkpoints: dict[Path, dict[str, Any]], output: Path, merged: bool
+    trained: dict[str, Tensor], checkpoints: dict[Path, dict[str, Any]], output: Path, merged: bool, bf16: bool
 ) -> None:
     """Put what was trained on the frozen parts, and write the model.
 
@@ -131,9 +135,14 @@ def write_model(
     if config.llm is None and not merged:
         raise UserError("--no-merge: there is no language model that has an adapter (model.llm: null): leave it out")
     model = build_model(config if languages is None else replace(config, languages=languages))
+    freeze_parameters(model, checkpoints[last]["config"]["optim"]["freeze"])
     load_trained(model, trained, last)
     try:
-        model.save_pretrained(output) if merged else model.save_pretrained(output, merged=False)
+        dtype = torch.bfloat16 if bf16 else None
+        if isinstance(model, SpeechLLM):
+            model.save_pretrained(output, merged, dtype)
+        else:
+            model.save_pretrained(output, dtype)
     except (OSError, SafetensorError) as e:
         raise UserError(describe_write_error(output, e)) from e
     print(f"wrote {output}")

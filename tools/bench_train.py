@@ -71,14 +71,12 @@ from bench_wkv import (
     product_rate,
 )
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from speechllm.config import from_dict
 from speechllm.data import Batch, DataConfig, build_train_loader
 from speechllm.data.features import SAMPLE_RATE
 from speechllm.encoder import ZipformerConfig, init_from_data
 from speechllm.encoder.pretrained import FULLY_TRAINED
-from speechllm.linear import has_onednn
 from speechllm.llm.adapters import TuneConfig, tune
 from speechllm.model.config import EncoderSection, LLMSection, ModelConfig
 from speechllm.model.speech_llm import SpeechLLM
@@ -86,6 +84,7 @@ from speechllm.optim.optimizer import OptimConfig, build_optimizer
 from speechllm.rwkv7 import RWKV7Config
 from speechllm.text.tokenizer import train_sentencepiece
 from speechllm.train.checkpoint import RunningAverage
+from speechllm.train.watch import flop_counter
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
 from train import train_step
@@ -348,18 +347,7 @@ def measure(
 
 def count_flops(run: Callable[[], object]) -> int:
     """Of the products and convolutions in `run`, backward passes included."""
-
-    # called with the shapes of an operator's tensors, other arguments as they are
-    def baddbmm(shape, x, y, **_) -> int:
-        return 2 * math.prod(x) * y[-1]
-
-    def linear(x, weight, *_, **__) -> int:
-        return 2 * math.prod(x) * weight[0]
-
-    unknown_to_the_counter = {torch.ops.aten.baddbmm_: baddbmm}
-    if has_onednn():
-        unknown_to_the_counter[torch.ops.mkldnn._linear_pointwise] = linear
-    with FlopCounterMode(display=False, custom_mapping=unknown_to_the_counter) as counter:
+    with flop_counter() as counter:
         run()
     return counter.get_total_flops()
 

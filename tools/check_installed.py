@@ -13,6 +13,7 @@ import soundfile
 import torch
 
 import speechllm
+import speechllm.serve
 from speechllm import SpeechLLM
 from speechllm.config import from_dict
 from speechllm.model.config import ModelConfig
@@ -51,6 +52,8 @@ def main() -> None:
     checkout = Path(__file__).resolve().parents[1]
     if checkout in Path(speechllm.__file__).resolve().parents and "site-packages" not in speechllm.__file__:
         raise SystemExit(f"error: {speechllm.__file__} is the checkout's; run this from another directory")
+    # the page, and no need of what serves it
+    assert (Path(speechllm.serve.__file__).parent / "static" / "index.html").is_file()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tags = ["User: ", "\n\nAssistant:", "<|en|>", "<|es|>"]

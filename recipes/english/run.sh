@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # A recognizer of English human speech, from the packages to a table of word error rates. See README.md in this folder.
 #
-#   recipes/english/run.sh [--quick] [OPTION ...]
+#   recipes/english/run.sh [--quick | --smoke] [OPTION ...]
 #
 #   --quick            an encoder alone, trained for a few minutes, in exp-ctc-quick
-#   --gpu              all of the encoder is trained, on recordings made faster and slower, larger batches, bf16
+#   --smoke            all stages, each with a minute of speech or a few texts, in exp-*-smoke: shows that they work
+#   --gpu              larger batches, a larger language model, bf16
 #   --llm NAME         which language model reads what the encoder hears: rwkv7, smollm2, or none (default: rwkv7)
 #   --corpus-dir DIR   where the Debian packages are unpacked, on systems without apt-get
 #   --encoder X        folder of a Whisper, or OWNER/REPO of the Hugging Face Hub (default: Whisper tiny.en, as a package)
@@ -18,10 +19,10 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 . recipes/shared.sh
 
-quick='' gpu='' rest=()
+kind='' gpu='' rest=()
 for argument in "$@"; do
     case $argument in
-    --quick) quick=-quick ;;
+    --quick | --smoke) kind=-${argument#--} ;;
     --gpu) gpu=yes ;;
     *) rest+=("$argument") ;;
     esac
@@ -33,26 +34,31 @@ take_options llm corpus-dir encoder stage stop-stage -- "${rest[@]}"
 install_speechllm english
 
 here=recipes/english data=recipes/english/data
-ctc=$here/exp-ctc$quick settings=() ctc_settings=() llm_size=6x256 llm_settings=(--tokens-per-step 1536 --steps 2300)
+ctc=$here/exp-ctc$kind ctc_config=configs/english-ctc.yaml more=(--steel-sky --tuxpaint --flite)
+settings=() joint_settings=() llm_settings=()
+llm_size=6x256 level_steps=(750 600 1400) level_tokens=(768 1536 1536)  # of each level of the text
 # bfloat16 is fast where the processor has matrix products of it, and slow where it has not
 if [ "$gpu" ] || grep -qs amx_bf16 /proc/cpuinfo; then
     settings+=(--train.mixed_precision bf16)
     llm_settings+=(--bf16)
 fi
 if [ "$gpu" ]; then
-    settings+=(
-        --data.cache_encoder null --model.encoder.freeze_stacks 0 --data.num_workers 8 --data.max_duration 240
-        --data.augment.speed '{factors: [0.9, 1.0, 1.1]}' --data.augment.volume '{probability: 0.3}'
-        --data.augment.reverb '{probability: 0.15}'
-        --data.augment.spec_augment '{freq_masks: 2, freq_mask_bins: 20, time_mask_frames: 30, max_time_fraction: 0.2}'
-    )
-    ctc_settings+=(--train.num_steps 2500)
-    llm_size=8x448
-    llm_settings=(--tokens-per-step 16384 --steps 1000 --bf16)
+    settings+=(--data.num_workers 8 --data.max_duration 240)
+    llm_size=8x448 level_steps=(300 300 700) level_tokens=(8192 16384 16384)
 fi
-if [ "$quick" ]; then
+if [ "$kind" ]; then
+    ctc_config=configs/english-quick.yaml more=()
+fi
+if [ "$kind" = -quick ]; then
     llm=none
-    ctc_settings+=(--train.num_steps 400 --train.valid_every_n 100 --train.save_every_n 20 --optim.warmup_steps 40)
+elif [ "$kind" = -smoke ]; then
+    settings+=(
+        --data.train "[{path: $data/corpus/other.jsonl}]" --data.valid "[{path: $data/corpus/other.jsonl}]"
+        --data.test "{other: [{path: $data/corpus/other.jsonl}]}"
+        --train.num_steps 10 --train.valid_every_n 10 --train.save_every_n 2
+    )
+    joint_settings+=(--model.encoder.path "$ctc/model" --model.llm.path "$data/rwkv7-smoke")
+    llm_size=2x64 level_steps=(20 20 20) level_tokens=(512 512 512)
 fi
 tables=("$ctc")
 
@@ -65,13 +71,21 @@ average_and_decode() {
     python recipes/decode.py --config "$exp/config.yaml" --exp-dir "$exp" --model "$exp/model"
 }
 
-text_and_language_model() {
+text_of_language_model() {
     local packages=${corpus_dir:-$data/packages}
     [ "$corpus_dir" ] || python tools/fetch_packages.py debian "$packages" dict-wn dict-gcide fortunes
     python $here/prepare_text.py --packages-dir "$packages" --corpus-dir $data/corpus --lexicon $data/lexicon \
         --output-dir $data/text
-    python -m speechllm.cli tune --new $llm_size --tokenizer $data/tokenizer --output $data/rwkv7 \
-        --text $data/text/train.jsonl --valid $data/text/valid.jsonl "${llm_settings[@]}" --lr 2e-3 --valid-every-n 230
+}
+
+# language_model LEVEL: of 1 to 3, on the text of that level; the last one is the whole model.
+language_model() {
+    local start=(--new "$llm_size") output=$data/rwkv7$kind-level-$1
+    [ "$1" = 1 ] || start=(--llm "$data/rwkv7$kind-level-$(($1 - 1))" --method full)
+    [ "$1" != 3 ] || output=$data/rwkv7$kind
+    python -m speechllm.cli tune "${start[@]}" --tokenizer $data/tokenizer --output "$output" \
+        --text "$data/text/train-$1.jsonl" --valid "$data/text/valid-$1.jsonl" "${llm_settings[@]}" --lr 2e-3 \
+        --steps "${level_steps[$1 - 1]}" --tokens-per-step "${level_tokens[$1 - 1]}" --valid-every-n 150
 }
 
 lexicon_and_tokenizer() {
@@ -81,26 +95,29 @@ lexicon_and_tokenizer() {
 }
 
 if [ "$stage" -le 1 ]; then
-    $here/prepare.sh ${corpus_dir:+--corpus-dir "$corpus_dir"} ${encoder:+--encoder "$encoder"}
+    $here/prepare.sh "${more[@]}" ${corpus_dir:+--corpus-dir "$corpus_dir"} ${encoder:+--encoder "$encoder"}
 fi
 run_stage $data 2 tokenizer lexicon_and_tokenizer
 run_stage "$ctc" 3 trained \
-    python recipes/train.py --config configs/english-ctc.yaml --exp-dir "$ctc" "${settings[@]}" "${ctc_settings[@]}"
+    python recipes/train.py --config $ctc_config --exp-dir "$ctc" "${settings[@]}"
 run_stage "$ctc" 3 decoded average_and_decode "$ctc"
 if [ "$llm" = rwkv7 ]; then
-    run_stage $data 4 language-model text_and_language_model
+    run_stage $data 4 text text_of_language_model
+    for level in 1 2 3; do
+        run_stage $data 4 "rwkv7$kind-level-$level" language_model $level
+    done
 fi
 if [ "$llm" != none ]; then
-    exp=$here/exp-$llm
+    exp=$here/exp-$llm$kind
     tables+=("$exp")
-    run_stage "$exp" 5 trained \
-        python recipes/train.py --config "configs/english-$llm.yaml" --exp-dir "$exp" "${settings[@]}"
+    run_stage "$exp" 5 trained python recipes/train.py --config "configs/english-$llm.yaml" --exp-dir "$exp" \
+        "${settings[@]}" "${joint_settings[@]}"
     run_stage "$exp" 5 decoded average_and_decode "$exp"
 fi
 if [ "$stop_stage" -ge 6 ]; then
     echo "== 6. table"
     systems=(whisper pocketsphinx)
-    [ -z "$quick" ] || systems=()
+    [ -z "$kind" ] || systems=()
     mapfile -t recogs < <(find "${tables[@]}" -name 'recogs-*.txt' | sort)
     $here/baselines.sh "${recogs[@]}" --systems "${systems[@]}"
 fi

@@ -63,7 +63,8 @@ def add_settings(parser: argparse._ActionsContainer, of: type) -> None:
             parser.add_argument(option_of(field.name), action="store_true", default=None, help=field.metadata["help"])
             continue
         kind, metavar = _TYPES[str(field.type)]
-        default = "" if field.default is None else f" (default: {field.default:g})"
+        value = field.default if isinstance(field.default, int | None) else f"{field.default:g}"
+        default = "" if value is None else f" (default: {value})"
         parser.add_argument(option_of(field.name), type=kind, metavar=metavar, help=field.metadata["help"] + default)
 
 

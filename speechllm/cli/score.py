@@ -15,8 +15,8 @@ def add_score(commands: argparse._SubParsersAction) -> None:
         description="Compare what was recognized with what was said: WER, CER or mixed error rate with confidence "
         "intervals and the share of exact matches, by group; two systems; BLEU and chrF of translations. Files are "
         "recogs-*.txt (which hold both sides); JSON with text and pred_text (NeMo manifests), lhotse cuts; Kaldi's "
-        "text (an id and words); trn, ctm and stm of NIST; srt and vtt; csv and tsv with a header; plain texts, "
-        "compared line by line; or the folder that speechllm transcribe has written. Utterances are matched by id.",
+        "text (an id and words); trn, ctm and stm of NIST; srt, vtt and TextGrid; csv and tsv with a header; plain "
+        "texts, compared line by line; or a folder that speechllm transcribe has written. They are matched by id.",
     )
     score.add_argument("ref", type=Path, metavar="REF", help="references, or references and hypotheses")
     score.add_argument("hyp", nargs="?", type=Path, metavar="HYP", help="hypotheses (default: those in REF)")
@@ -49,6 +49,13 @@ def add_score(commands: argparse._SubParsersAction) -> None:
     )
     score.add_argument("--bleu", action="store_true", help="BLEU and chrF as well (needs sacrebleu)")
     score.add_argument(
+        "--hotwords",
+        type=Path,
+        metavar="FILE",
+        help="error rates on these phrases, one a line, and on the rest (B-WER, U-WER), and how often one is written "
+        "that is not said (default: those of each utterance, where REF or --manifest have hotwords)",
+    )
+    score.add_argument(
         "--missing-as-empty", action="store_true", help="utterances without a hypothesis count as all deleted"
     )
     score.add_argument("--output", type=Path, metavar="DIR", help="write recogs, errs, wer-summary and the table there")
@@ -69,6 +76,7 @@ def run_score(args: argparse.Namespace) -> int:
         bleu=args.bleu,
         missing_as_empty=args.missing_as_empty,
         output=args.output,
+        hotwords=args.hotwords,
     )
     print(text, end="")
     return 0

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from speechllm.decode.interface import RecognizeOptions
     from speechllm.transcribe.segments import SegmentOptions
 
-_FORMATS = ("txt", "json", "srt", "vtt", "ctm", "tsv")
-_FORMATS_WITH_WORD_TIMES = ("json", "srt", "vtt", "ctm")
+_FORMATS = ("txt", "json", "srt", "vtt", "ctm", "tsv", "TextGrid")
+_FORMATS_WITH_WORD_TIMES = ("json", "srt", "vtt", "ctm", "TextGrid")
 _MAX_SEGMENT = 30.0
 
 
@@ -55,8 +55,8 @@ def add_transcribe(commands: argparse._SubParsersAction) -> None:
         "--format",
         choices=_FORMATS,
         default="txt",
-        help="txt, or with times: json (an object a line), srt and vtt (subtitles), ctm (words), tsv (default: "
-        "%(default)s)",
+        help="txt, or with times: json (an object a line), srt and vtt (subtitles), ctm (words), tsv, TextGrid "
+        "(Praat; default: %(default)s)",
     )
     transcribe.add_argument(
         "--output",

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from statistics import median
 from typing import cast
@@ -30,6 +30,9 @@ from speechllm.data.resample import resample_blocks
 _WITH_LENGTH = ("flac", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "asf")
 # In these a jump of the timestamps means lost data; in others it may be silence that was not sent.
 _WITHOUT_JUMPS = ("ogg", "flac")
+# Playlists, descriptions of streams, and filters and scripts as inputs.
+_OPENS_OTHERS = {"applehttp", "avisynth", "concat", "dash", "gxf", "hls", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp"}
+_OPENS_OTHERS |= {"vapoursynth", "webm_dash_manifest", "image2", "image2pipe", "tty", "ffmetadata"}
 # Tags of files that were written one after another; no audio, and no damage.
 _TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICSBEGIN")
 # Timestamps of packets may be off by a block of Vorbis; what is further off is a gap, or the next link of a chain.
@@ -166,9 +169,17 @@ class AVFile(AudioFile):
 
 
 def _container(source: str | Path | bytes) -> av.container.InputContainer:
-    # a name with a colon is no URL, and a playlist opens nothing else
+    # a name with a colon is no URL
     name = openable(source) if isinstance(source, bytes) else f"file:{source}"
-    return av.open(name, "r", metadata_errors="ignore", options={"protocol_whitelist": "file"})
+    options = {"protocol_whitelist": "file", "format_whitelist": _formats()}
+    return av.open(name, "r", metadata_errors="ignore", options=options)
+
+
+@cache
+def _formats() -> str:
+    """All of ffmpeg's formats but those that open what the file names: another file of this machine, which is then
+    taken for the recording, or a device."""
+    return ",".join(sorted(av.formats_available - _OPENS_OTHERS))
 
 
 def _track(container: av.container.InputContainer, track: int | None, name: str) -> av.AudioStream:

@@ -25,6 +25,7 @@ from speechllm.data.features import (
     extract_features_padded,
     num_frames,
 )
+from speechllm.data.hotwords import HotwordDrawer
 from speechllm.data.index import Corpus
 from speechllm.data.manifests.manifest import describe_cut
 from speechllm.data.manifests.source import DataError, Entry, label_of, said_words, target_text
@@ -203,6 +204,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         min_frames: of features; the encoder cannot hear shorter utterances.
         word_times: for the streams of training: `required` of all transcripts, or `used` where the manifest has them.
             With None words are as the manifest has them.
+        hotwords: draws those of utterances without any; `as given`: these have an empty list; None: they have none.
     """
 
     def __init__(
@@ -220,6 +222,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         duration_tolerance: float = DURATION_TOLERANCE,
         min_frames: int = 0,
         word_times: Literal["required", "used"] | None = None,
+        hotwords: HotwordDrawer | Literal["as given"] | None = None,
     ) -> None:
         self._corpus = corpus
         self._text_steps = text_steps
@@ -233,6 +236,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         self._duration_tolerance = duration_tolerance
         self._min_frames = min_frames
         self._word_times = word_times
+        self._hotwords = hotwords
 
     def __getitem__(
         self, plan: BatchPlan
@@ -288,8 +292,15 @@ class SpeechDataset(torch.utils.data.Dataset):
         elif features is not None and self._augmenter is not None:
             features = self._augmenter.features(features, rng, self._feature_kind)
         draw = instruction_draw(self._seed, epoch, times, cut.id) if self._augmenter is not None else 0.0
-        request = replace(entry.request, draw=draw)
+        request = self._with_hotwords(replace(entry.request, draw=draw), text, epoch, times)
         return Utterance(request, samples, features, text, label, duration, words, rng, second_view)
+
+    def _with_hotwords(self, request: Request, text: str, epoch: int, times: int) -> Request:
+        if self._hotwords is None or request.hotwords is not None:
+            return request
+        if isinstance(self._hotwords, HotwordDrawer):
+            return self._hotwords.with_hotwords(request, text, hotwords_rng(self._seed, epoch, times, request.id or ""))
+        return replace(request, hotwords=())
 
     def _words(self, entry: Entry, text: str, speed: float) -> tuple[WordTime, ...] | None:
         if entry.task == "ast":
@@ -333,6 +344,11 @@ def augmentation_rng(seed: int, epoch: int, times: int, id: str) -> np.random.Ge
 def instruction_draw(seed: int, epoch: int, times: int, id: str) -> float:
     """`Request.draw` of one utterance in training, as reproducible as `augmentation_rng`, and independent."""
     return float(np.random.default_rng([*_words(seed, epoch, times, id), 1]).random())
+
+
+def hotwords_rng(seed: int, epoch: int, times: int, id: str) -> np.random.Generator:
+    """The random numbers that draw the hotwords of one utterance; independent of the others."""
+    return np.random.default_rng([*_words(seed, epoch, times, id), 2])
 
 
 def _words(seed: int, epoch: int, times: int, id: str) -> list[int]:

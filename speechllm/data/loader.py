@@ -30,8 +30,10 @@ from speechllm.data.augment.augmenter import AugmentConfig, Augmenter
 from speechllm.data.blocks import DURATION_TOLERANCE
 from speechllm.data.commands import share_command_output
 from speechllm.data.dataset import FEATURES_ON, Batch, BatchPlan, Noted, Skipped, SpeechDataset, WaveformBatch
+from speechllm.data.hotwords import HotwordDrawer, HotwordsConfig
 from speechllm.data.index import Corpus, Labels, open_index
-from speechllm.data.manifests.manifest import DataError, SourceConfig
+from speechllm.data.manifests.manifest import DataError, SourceConfig, describe_cut
+from speechllm.data.manifests.source import target_text
 from speechllm.data.plan import Plan, draw, evaluation_plan, training_plan
 from speechllm.data.sampling import BatchLimits, Lengths, UtteranceLimits, curriculum_limit
 from speechllm.data.streams import mix, stream_batches
@@ -67,6 +69,8 @@ class DataConfig:
     Curriculum: with `curriculum_seconds`, the first `curriculum_hold_epochs` epochs have utterances up to so
     long; over the `curriculum_epochs` epochs that follow the limit grows evenly to `max_seconds`.
 
+    `hotwords`: lists for the prompt's `{hotwords}` are drawn (`speechllm.data.hotwords`).
+
     Audio may be `duration_tolerance` seconds shorter or longer than its manifest says.
 
     More than `max_bad_share` of unusable utterances or manifest lines stop the run.
@@ -97,6 +101,7 @@ class DataConfig:
     curriculum_epochs: int = 0
     duration_tolerance: float = setting(DURATION_TOLERANCE, at_least=0)
     max_bad_share: float = setting(0.5, at_least=0, at_most=1)
+    hotwords: HotwordsConfig | None = None
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
@@ -577,6 +582,7 @@ def build_train_loader(
             duration_tolerance=config.duration_tolerance,
             min_frames=min_frames,
             word_times=word_times,
+            hotwords=_hotword_drawer(config, corpus),
         ),
         epochs,
         num_workers=config.num_workers,
@@ -585,6 +591,23 @@ def build_train_loader(
         streaming=streaming,
         seed=seed,
     )
+
+
+def _hotword_drawer(config: DataConfig, corpus: Corpus | None) -> HotwordDrawer | None:
+    if config.hotwords is None:
+        return None
+    return HotwordDrawer(config.hotwords, None if corpus is None else _OtherTexts(corpus, config.text))
+
+
+class _OtherTexts:
+    """The text of any utterance of a corpus, for hotwords; goes to the workers."""
+
+    def __init__(self, corpus: Corpus, text_steps: Sequence[str]) -> None:
+        self._corpus, self._text_steps = corpus, text_steps
+
+    def __call__(self, rng: np.random.Generator) -> str:
+        cut = self._corpus[int(rng.integers(len(self._corpus)))]
+        return target_text(describe_cut(cut), self._text_steps)
 
 
 def build_eval_loader(
@@ -618,6 +641,7 @@ def build_eval_loader(
             label=LabelTemplate() if labels is None else labels.label_template,
             duration_tolerance=config.duration_tolerance,
             min_frames=getattr(labels, "min_frames", 0),
+            hotwords=None if config.hotwords is None else "as given",
         ),
         EvaluationEpochs(config, corpus, rank, world_size),
         num_workers=config.num_workers,

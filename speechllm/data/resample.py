@@ -43,27 +43,62 @@ def resample(samples: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
 def resample_blocks(blocks: Iterable[np.ndarray], from_rate: int, to_rate: int) -> Iterator[np.ndarray]:
     """`resample` of a stream in blocks of any length, (..., num_samples) each: the blocks that are yielded are the
     same as one call would give for all of it, joined. What is held is two seconds, or two of the blocks."""
-    if from_rate == to_rate:
-        yield from (np.asarray(block, dtype=np.float32) for block in blocks)
-        return
-    period, new_period = _ratio(from_rate, to_rate)
-    # the filter reaches its width to both sides; whole periods, so that the phases of a later start are the same
-    margin = math.ceil(_resampler(period, new_period).width / period) * period
-    parts: list[np.ndarray] = []
-    held = context = 0  # samples in parts, and how many of them were resampled before
+    stream = ResampledStream(from_rate, to_rate, at_least=from_rate)
     for block in blocks:
-        parts.append(block)
-        held += block.shape[-1]
-        if held < context + 2 * margin + from_rate:
-            continue
-        samples = np.concatenate(parts, axis=-1)
-        end = (held - margin) // period * period
-        found = resample(samples[..., : end + margin], period, new_period)
-        yield found[..., context // period * new_period : end // period * new_period]
-        parts, held, context = [samples[..., end - margin :]], held - end + margin, margin
-    if parts:
-        found = resample(np.concatenate(parts, axis=-1), period, new_period)
-        yield found[..., context // period * new_period :]
+        found = stream.accept(block)
+        if found is not None:
+            yield found
+    found = stream.finish()
+    if found is not None:
+        yield found
+
+
+class ResampledStream:
+    """`resample` of samples as they come: all that it gives, joined, is what one call would give of all of them.
+
+    Args:
+        at_least: of so many samples that wait something is made; 1 is the shortest delay, more is less computing.
+    """
+
+    def __init__(self, from_rate: int, to_rate: int, at_least: int = 1) -> None:
+        self._is_same = from_rate == to_rate
+        if self._is_same:
+            return
+        self._period, self._new_period = _ratio(from_rate, to_rate)
+        # the filter reaches its width to both sides; whole periods, so that the phases of a later start are the same
+        width = _resampler(self._period, self._new_period).width
+        self._margin = math.ceil(width / self._period) * self._period
+        self._at_least = max(at_least, self._period)
+        self._parts: list[np.ndarray] = []
+        self._held = self._context = 0  # samples in parts, and how many of them were resampled before
+
+    def accept(self, block: np.ndarray) -> np.ndarray | None:
+        """(..., num_samples) -> (..., new_num_samples) float32; None where it is too little yet."""
+        if self._is_same:
+            return np.asarray(block, dtype=np.float32)
+        self._parts.append(block)
+        self._held += block.shape[-1]
+        if self._held < self._context + 2 * self._margin + self._at_least:
+            return None
+        samples = np.concatenate(self._parts, axis=-1)
+        end = (self._held - self._margin) // self._period * self._period
+        found = self._resampled(samples[..., : end + self._margin])
+        self._parts = [samples[..., end - self._margin :]]
+        beyond = found[..., self._new_place(self._context) : self._new_place(end)]
+        self._held, self._context = self._held - end + self._margin, self._margin
+        return beyond
+
+    def finish(self) -> np.ndarray | None:
+        """The rest; None where nothing has come. Nothing may come after."""
+        if self._is_same or not self._parts:
+            return None
+        return self._resampled(np.concatenate(self._parts, axis=-1))[..., self._new_place(self._context) :]
+
+    def _resampled(self, samples: np.ndarray) -> np.ndarray:
+        return resample(samples, self._period, self._new_period)
+
+    def _new_place(self, place: int) -> int:
+        return place // self._period * self._new_period
 
 
 def _ratio(from_rate: int, to_rate: int) -> tuple[int, int]:

@@ -38,6 +38,19 @@ def ctc_greedy(log_probs: Tensor, lens: Tensor, blank: int) -> list[list[int]]:
     ]
 
 
+def ctc_label_scores(log_probs: Tensor, labels: Sequence[Sequence[int]], blank: int) -> Tensor:
+    """CTC's log probability of each of several texts of one utterance: (N,) float32, at least `IMPOSSIBLE`.
+
+    Args:
+      log_probs: (T, V).
+    """
+    lens = torch.tensor([len(label) for label in labels])
+    targets = torch.tensor([token for label in labels for token in label], dtype=torch.long)
+    frames = torch.full((len(labels),), len(log_probs))
+    emissions = log_probs.float().cpu()[:, None].expand(-1, len(labels), -1)
+    return -F.ctc_loss(emissions, targets, frames, lens, blank, reduction="none").clamp(max=-IMPOSSIBLE)
+
+
 class CTCHypothesis(NamedTuple):
     """A text that CTC gives."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ class EncoderRecognizer:
         for name, asked in (("ctc_beam", given.ctc_beam > 1), ("timestamps", given.timestamps)):
             if asked and model.ctc_head is None:
                 raise UserError(f"{name}: the model has no CTC head (it was trained with model.ctc_weight: 0)")
+        self._numbers = count()  # of utterances that join
+        self._done: list[tuple[int, Recognition]] = []
 
     @torch.no_grad()
     def __call__(self, batches: Iterable[Speech]) -> Iterator[list[Recognition]]:
@@ -64,6 +67,32 @@ class EncoderRecognizer:
             for i, result in zip(heard, self._recognize(speech.rows(heard)) if heard else [], strict=True):
                 results[i] = result
             yield results
+
+    @property
+    def free(self) -> int:
+        """How many utterances may `join` now."""
+        return self.options.search.max_rows - len(self._done)
+
+    def join(self, speech: Speech) -> list[int]:
+        """Recognize utterances; `step` gives their results, by the numbers that are returned.
+
+        Raises:
+          UserError: something is to be translated.
+        """
+        found = next(self([speech]))
+        numbers = list(islice(self._numbers, len(found)))
+        self._done += zip(numbers, found, strict=True)
+        return numbers
+
+    def step(self) -> list[tuple[int, Recognition]]:
+        """The results of the utterances that have joined since."""
+        done, self._done = self._done, []
+        return done
+
+    def leave(self, numbers: Iterable[int]) -> None:
+        """Nobody waits for the results of these any more."""
+        gone = set(numbers)
+        self._done = [(number, result) for number, result in self._done if number not in gone]
 
     def check(self, request: Request, frames: int | None = None) -> None:
         """Whether an utterance can be recognized; `frames`: of its features, where they are known.

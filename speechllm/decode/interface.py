@@ -26,6 +26,7 @@ from speechllm.text.tokenizer import Tokenizer
 
 __all__ = [
     "FRAME_SECONDS",
+    "ContinuousRecognizer",
     "Recognizable",
     "RecognizableEncoder",
     "RecognizableSpeechLLM",
@@ -70,6 +71,31 @@ class Recognizer(Protocol):
         Raises:
           UserError: says what it lacks, or is asked for in vain.
         """
+        ...
+
+
+class ContinuousRecognizer(Recognizer, Protocol):
+    """A recognizer that utterances also join and leave while others are recognized, as in a server's loop."""
+
+    @property
+    def free(self) -> int:
+        """How many may join now."""
+        ...
+
+    def join(self, speech: Speech) -> list[int]:
+        """Take utterances in; a number for each.
+
+        Raises:
+          UserError: an utterance that `check` refuses.
+        """
+        ...
+
+    def step(self) -> list[tuple[int, Recognition]]:
+        """Compute a little for each; the numbers and results of those that are finished."""
+        ...
+
+    def leave(self, numbers: Iterable[int]) -> None:
+        """Nobody waits for these any more."""
         ...
 
 

@@ -101,7 +101,8 @@ class RecognizeOptions:
       fallback: what becomes of a text that a guard has stopped, because it repeats itself or is longer than the audio
         can say: `cut`, it ends there; `ctc`, the text of the CTC head is taken instead, where there is one. None leaves
         it to the caller: `transcribe` takes `ctc`, `recognize` and recipes/decode.py `cut`.
-      ctc_weight: see arXiv 1609.06773.
+      ctc_weight: see arXiv 1609.06773. A CTC head that writes other pieces than the language model (`ctc_tokenizer`)
+        ranks the texts at the end of a beam search instead.
       timestamps: find the words' times with the CTC head, where the model does not write them itself.
       hotwords: see `speechllm.decode.hotwords.Hotwords.from_file`.
       initial_state: `RWKV7State.save` writes such files.

@@ -16,12 +16,12 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, forced_align
+from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_label_scores, ctc_prefix_beam_search, forced_align
 from speechllm.decode.hotwords import Hotwords
 from speechllm.decode.interface import RecognizableSpeechLLM, RecognizeOptions, Speech, check_length
 from speechllm.decode.ngram import NGram
 from speechllm.decode.result import Hypothesis, Recognition, Word, without_sound
-from speechllm.decode.search import Prompt, Scorer, search
+from speechllm.decode.search import Prompt, RunningSearch, Scorer, search
 from speechllm.decode.timestamps import words_from_alignment, words_from_label
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModelState
@@ -58,11 +58,16 @@ class SpeechLLMRecognizer:
         for name, used in (*uses_ctc.items(), ("ctc_beam", self.options.ctc_beam > 1)):
             if used and model.ctc_head is None and not (name == "timestamps" and label.has_times):
                 raise UserError(f"{name}: the model has no CTC head (it was trained with model.ctc_weight: 0)")
-        if self.options.ctc_weight > 0 and model.ctc_tokenizer is not model.tokenizer:
-            raise UserError(
-                "ctc_weight: the CTC head writes other pieces (model.ctc_tokenizer) than the language model's tokens, "
-                "which it cannot score"
-            )
+        # A head of other pieces cannot score tokens, but whole texts.
+        self._ranks_texts = self.options.ctc_weight > 0 and model.ctc_tokenizer is not model.tokenizer
+        self._search = self.options.search
+        if self._ranks_texts:
+            if self._search.width == 1:
+                raise UserError(
+                    "ctc_weight: the CTC head writes other pieces (model.ctc_tokenizer) than the language model's "
+                    "tokens, so that it ranks the texts of a beam: search with method beam"
+                )
+            self._search = replace(self._search, nbest=self._search.beam)
         for name in ("ctc_weight", "hotwords", "ngram"):
             if getattr(self.options, name) and not label.is_plain:
                 raise UserError(
@@ -80,11 +85,15 @@ class SpeechLLMRecognizer:
         self._tag_tokens = len(encode(label.fill("", Request(language="xx", target_language="xx"))))
         self._label_growth = 1 + 2 * len(encode("<88.88>")) if label.has_times else 1
         self._states: dict[tuple[int, ...], LanguageModelState | None] = {}  # by the tokens before the audio
+        # of utterances that join
+        self._running = RunningSearch(model.llm, self.options.search, model.tokenizer.eos_id, self._scorers)
+        self._numbers = itertools.count()
+        self._done: list[tuple[int, Recognition]] = []
 
     def _build_scorers(self) -> list[Scorer]:
         options, model = self.options, self.model
         scorers: list[Scorer] = []
-        if options.ctc_weight > 0:
+        if options.ctc_weight > 0 and not self._ranks_texts:
             scorers.append(
                 CTCScorer(
                     options.ctc_weight,
@@ -109,33 +118,87 @@ class SpeechLLMRecognizer:
           UserError: an utterance that `check` refuses.
         """
         results: deque[list[Recognition | None]] = deque()  # of the batches that were drawn and not given out
-        numbers = itertools.count()
         places: dict[int, tuple[list[Recognition | None], int]] = {}  # in `results`, by the number of the prompt
+        numbers = itertools.count()
 
         def prompts() -> Iterator[Prompt]:
             for speech in batches:
-                is_heard = [frames >= self.model.min_frames for frames in speech.feature_lens.tolist()]
-                result: list[Recognition | None] = [
-                    None if heard else self._without_sound(request)
-                    for heard, request in zip(is_heard, speech.requests, strict=True)
-                ]
+                result: list[Recognition | None] = [*self._unheard(speech)]
                 results.append(result)
-                rows = [i for i, heard in enumerate(is_heard) if heard]
-                for i, (utterance, prompt) in zip(rows, self._prompts(speech.rows(rows)) if rows else (), strict=True):
-                    number = next(numbers)
-                    self._utterances[number], places[number] = utterance, (result, i)
+                for i, number, prompt in self._entering(speech, result, numbers):
+                    places[number] = result, i
                     yield prompt
 
         def finished() -> Iterator[list[Recognition]]:
             while results and None not in results[0]:
                 yield [result for result in results.popleft() if result is not None]
 
-        options = self.options.search
-        for number, nbest in search(self.model.llm, prompts(), options, self.model.tokenizer.eos_id, self._scorers):
+        eos_id = self.model.tokenizer.eos_id
+        for number, nbest in search(self.model.llm, prompts(), self._search, eos_id, self._scorers):
             result, i = places.pop(number)
-            result[i] = self._recognition(self._utterances.pop(number), nbest)
+            utterance = self._utterances.pop(number)
+            result[i] = self._recognition(utterance, self._ranked(utterance, nbest) if self._ranks_texts else nbest)
             yield from finished()
         yield from finished()
+
+    @property
+    def free(self) -> int:
+        """How many utterances may `join` now."""
+        return self._running.free
+
+    @torch.no_grad()
+    def join(self, speech: Speech) -> list[int]:
+        """Take utterances into the search that `step` goes on with, whatever else is in it; not while batches are
+        recognized by calling this.
+
+        Returns:
+          a number for each, which `step` gives its result with.
+
+        Raises:
+          UserError: an utterance that `check` refuses.
+        """
+        unheard = self._unheard(speech)
+        found = list(self._entering(speech, unheard, self._numbers))
+        self._running.join([(number, prompt) for _, number, prompt in found])
+        numbers = {row: number for row, number, _ in found}
+        for row, result in enumerate(unheard):
+            if result is not None:
+                numbers[row] = next(self._numbers)
+                self._done.append((numbers[row], result))
+        return [numbers[row] for row in range(len(unheard))]
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[int, Recognition]]:
+        """One token more for each utterance that has joined; the results of those that are finished by that."""
+        done, self._done = self._done, []
+        for number, nbest in self._running.step():
+            done.append((number, self._recognition(self._utterances.pop(number), nbest)))
+        return done
+
+    def leave(self, numbers: Iterable[int]) -> None:
+        """Nobody waits for the results of these any more; others may have their places."""
+        gone = set(numbers)
+        self._running.leave(gone)
+        self._done = [(number, result) for number, result in self._done if number not in gone]
+        for number in gone:
+            self._utterances.pop(number, None)
+
+    def _unheard(self, speech: Speech) -> list[Recognition | None]:
+        """The results of utterances that are too short for the encoder to hear anything in; None for the others."""
+        return [
+            None if frames >= self.model.min_frames else self._without_sound(request)
+            for frames, request in zip(speech.feature_lens.tolist(), speech.requests, strict=True)
+        ]
+
+    def _entering(
+        self, speech: Speech, unheard: Sequence[Recognition | None], numbers: Iterator[int]
+    ) -> Iterator[tuple[int, int, Prompt]]:
+        """Row, number and prompt of each of the others."""
+        rows = [row for row, result in enumerate(unheard) if result is None]
+        for row, (utterance, prompt) in zip(rows, self._prompts(speech.rows(rows)) if rows else (), strict=True):
+            number = next(numbers)
+            self._utterances[number] = utterance
+            yield row, number, prompt
 
     def check(self, request: Request, frames: int | None = None) -> None:
         """Whether an utterance can be recognized; `frames`: of its features, where they are known.
@@ -213,6 +276,20 @@ class SpeechLLMRecognizer:
                 inputs_embeds=embeds[None], state=self._initial_state, logits_mask=is_last
             )
         return len(token_ids), self._states[token_ids]
+
+    def _ranked(self, utterance: _Utterance, nbest: tuple[Hypothesis, ...]) -> tuple[Hypothesis, ...]:
+        """The best of a beam by the scores of the search and those of the CTC head, of the whole text."""
+        assert utterance.ctc_log_probs is not None
+        labels = [self.model.ctc_label_ids(self.model.read_label(hypothesis.tokens).text) for hypothesis in nbest]
+        scores = (
+            self.options.ctc_weight * ctc_label_scores(utterance.ctc_log_probs, labels, self.model.blank_id)
+        ).tolist()
+        power = self._search.length_penalty
+        ranked = [
+            replace(hypothesis, score=hypothesis.score + score / len(hypothesis.log_probs) ** power)
+            for hypothesis, score in zip(nbest, scores, strict=True)
+        ]
+        return tuple(sorted(ranked, key=lambda hypothesis: -hypothesis.score)[: self.options.search.nbest])
 
     def _recognition(self, utterance: _Utterance, nbest: tuple[Hypothesis, ...]) -> Recognition:
         model = self.model

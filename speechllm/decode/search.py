@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from math import inf, isnan
@@ -138,57 +138,107 @@ def search(
     Raises:
       UserError: scorers with `sample`; scorers that forbid all that an utterance could go on with; logits that are NaN.
     """
-    if options.method == "sample" and scorers:
-        raise UserError("scorers have no part in sampling: search with method greedy or beam")
-    places = options.max_rows // options.width
+    running = RunningSearch(llm, options, eos_id, scorers)
     numbered = enumerate(prompts)
-    utterances: list[_Utterance] = []
-    logits: Tensor | None = None  # of the running hypotheses of all utterances, one after the other
-    state: LanguageModelState | None = None
-    scorer_states: list[list[Any]] = [[] for _ in scorers]
     while True:
-        if places - len(utterances) >= _REFILL * places:
-            entering = list(islice(numbered, places - len(utterances)))
-            if entering:
-                entered = [
-                    _Utterance(number, prompt.max_tokens, options, eos_id, prompt.key) for number, prompt in entering
-                ]
-                new_logits, new_state = read_prompts(llm, [prompt for _, prompt in entering])
-                rows = len(entered[0].running)
-                if rows > 1:
-                    new_logits, new_state = new_logits.repeat_interleave(rows, dim=0), new_state.repeat(rows)
-                if utterances and logits is not None and state is not None:
-                    new_logits, new_state = torch.cat([logits, new_logits]), type(state).cat([state, new_state])
-                logits, state = new_logits, new_state
-                utterances += entered
-                for states, scorer in zip(scorer_states, scorers, strict=True):
-                    states += [scorer.start(utterance.number) for utterance in entered]
-        if not utterances or logits is None or state is None:
+        if running.free >= _REFILL * running.places:
+            running.join(list(islice(numbered, running.free)))
+        if not running.utterances:
             return
+        yield from running.step()
 
-        candidates = _candidates(logits, utterances, options, scorers, scorer_states)
+
+class RunningSearch:
+    """A search that prompts join and leave between any two steps; `search` has its arguments and says how it goes.
+
+    Attributes:
+      places: the most utterances that run at a time; free: how many more may join now.
+      utterances: those that run.
+    """
+
+    def __init__(self, llm: LanguageModel, options: SearchOptions, eos_id: int, scorers: Sequence[Scorer] = ()) -> None:
+        if options.method == "sample" and scorers:
+            raise UserError("scorers have no part in sampling: search with method greedy or beam")
+        self.llm, self.options, self.eos_id, self.scorers = llm, options, eos_id, scorers
+        self.places = options.max_rows // options.width
+        self.utterances: list[_Utterance] = []
+        self._logits: Tensor | None = None  # of the running hypotheses of all utterances, one after the other
+        self._state: LanguageModelState | None = None
+        self._scorer_states: list[list[Any]] = [[] for _ in scorers]
+
+    @property
+    def free(self) -> int:
+        return self.places - len(self.utterances)
+
+    @torch.no_grad()
+    def join(self, entering: Sequence[tuple[int, Prompt]]) -> None:
+        """Read prompts, each with a number of its own."""
+        if not entering:
+            return
+        entered = [
+            _Utterance(number, prompt.max_tokens, self.options, self.eos_id, prompt.key) for number, prompt in entering
+        ]
+        logits, state = read_prompts(self.llm, [prompt for _, prompt in entering])
+        rows = len(entered[0].running)
+        if rows > 1:
+            logits, state = logits.repeat_interleave(rows, dim=0), state.repeat(rows)
+        if self.utterances and self._logits is not None and self._state is not None:
+            logits, state = torch.cat([self._logits, logits]), type(state).cat([self._state, state])
+        self._logits, self._state = logits, state
+        self.utterances += entered
+        for states, scorer in zip(self._scorer_states, self.scorers, strict=True):
+            states += [scorer.start(utterance.number) for utterance in entered]
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[int, tuple[Hypothesis, ...]]]:
+        """One token more of each running hypothesis; the numbers and n-best of the utterances that are finished."""
+        if self._logits is None or self._state is None:
+            return []
+        candidates = _candidates(self._logits, self.utterances, self.options, self.scorers, self._scorer_states)
         parents: list[int] = []  # of each hypothesis that goes on
         first = 0
-        for utterance in utterances:
+        for utterance in self.utterances:
             rows = len(utterance.running)
             parents += [first + row for row in utterance.extend(candidates[first : first + rows])]
             first += rows
-        for utterance in utterances:
-            if not utterance.running:
-                yield utterance.number, utterance.result()
-        utterances = [utterance for utterance in utterances if utterance.running]
-        if not utterances:
-            scorer_states = [[] for _ in scorers]
-            continue
+        finished = [(utterance.number, utterance.result()) for utterance in self.utterances if not utterance.running]
+        self.utterances = [utterance for utterance in self.utterances if utterance.running]
+        if not self.utterances:
+            self._forget()
+            return finished
 
-        if parents != list(range(first)):
-            state = state.select(torch.tensor(parents), overwrite=True)
-        tokens = [hypothesis.tokens[-1] for utterance in utterances for hypothesis in utterance.running]
-        logits, state = llm.step(torch.tensor(tokens, device=logits.device), state, overwrite=True)
-        scorer_states = [
+        state = self._state if parents == list(range(first)) else self._selected(parents)
+        tokens = [hypothesis.tokens[-1] for utterance in self.utterances for hypothesis in utterance.running]
+        self._logits, self._state = self.llm.step(
+            torch.tensor(tokens, device=self._logits.device), state, overwrite=True
+        )
+        self._scorer_states = [
             scorer.advance([states[parent] for parent in parents], tokens)
-            for scorer, states in zip(scorers, scorer_states, strict=True)
+            for scorer, states in zip(self.scorers, self._scorer_states, strict=True)
         ]
+        return finished
+
+    def leave(self, numbers: Container[int]) -> None:
+        """The utterances with these numbers run no longer; their places are free."""
+        rows: list[int] = []
+        first = 0
+        for utterance in self.utterances:
+            if utterance.number not in numbers:
+                rows += range(first, first + len(utterance.running))
+            first += len(utterance.running)
+        self.utterances = [utterance for utterance in self.utterances if utterance.number not in numbers]
+        if not self.utterances:
+            self._forget()
+        elif len(rows) < first and self._logits is not None:
+            self._logits, self._state = self._logits[rows], self._selected(rows)
+            self._scorer_states = [[states[row] for row in rows] for states in self._scorer_states]
+
+    def _selected(self, rows: Sequence[int]) -> LanguageModelState:
+        return cast(LanguageModelState, self._state).select(torch.tensor(rows), overwrite=True)
+
+    def _forget(self) -> None:
+        self._logits = self._state = None
+        self._scorer_states = [[] for _ in self.scorers]
 
 
 def read_prompts(llm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Tensor, LanguageModelState]:

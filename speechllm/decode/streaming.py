@@ -117,6 +117,13 @@ class Stream:
         return self.fbank.num_samples / SAMPLE_RATE
 
     @property
+    def wanted(self) -> int:
+        """How many samples it has to hear until something can be computed from them."""
+        recognizer = self.recognizer
+        frames = self.steps * recognizer.shift + recognizer.window
+        return max(0, (frames - 1) * _SHIFT_SAMPLES + _LAST_SAMPLE - self.fbank.num_samples)
+
+    @property
     def unstable(self) -> str:
         """Text that follows the words so far, for now: a beam may still change its mind. Greedy search has none."""
         return self.text.unstable

@@ -17,6 +17,7 @@ from speechllm.encoder.whisper import WRAPPERS, WhisperEncoder, WhisperEncoderCo
 from speechllm.encoder.zipformer import Zipformer, ZipformerConfig
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
+from speechllm.hub import local_path
 from speechllm.weights import foreign_format, load_state_dict_strict, meta_device
 
 WEIGHT_FILES = ("model.safetensors", "pretrained.safetensors", "pretrained.pt", "model.pt", "pytorch_model.bin")
@@ -41,7 +42,8 @@ def load_encoder(
     where its own file leaves the encoder out.
 
     Args:
-        path: a folder with config.json and one of `WEIGHT_FILES`, or such a file with config.json beside it.
+        path: a folder with config.json and one of `WEIGHT_FILES`, or such a file with config.json beside it; or an id
+            of the Hub (`speechllm.hub`).
         sizes: of a Zipformer, where there is no config.json, as in icefall's releases; the keys are named as the
             options of icefall's `zipformer/train.py`, and have the same defaults.
         map_location: the device it shall be on.
@@ -51,7 +53,7 @@ def load_encoder(
         UserError: if they do not belong together, with the names of all weights that are missing, left over
             or of another shape; `sizes` contradict config.json; a file cannot be read.
     """
-    weights_path = _weights_path(Path(path))
+    weights_path = _weights_path(local_path(path))
     config = _encoder_config(weights_path.parent / "config.json", sizes)
     with meta_device():
         encoder = WhisperEncoder(config) if isinstance(config, WhisperEncoderConfig) else Zipformer(config)
@@ -68,7 +70,7 @@ def load_encoder(
 
 def is_whisper(path: str | Path) -> bool:
     """Whether a released encoder is a Whisper's, by the config.json of its folder."""
-    path = Path(path)
+    path = local_path(path)
     folder = _encoder_folder(path) if path.is_dir() else path.parent
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))

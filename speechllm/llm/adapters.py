@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
+from speechllm.hub import local_path
 from speechllm.llm import rwkv_peft
 from speechllm.llm.interface import LAYER_NAME, TunableModel, Tuning, is_conv1d, is_matrix
 from speechllm.llm.quantize import QUANTIZED, dequantized, quantize
@@ -227,7 +228,7 @@ def load_adapter(
       FileNotFoundError: the folder holds neither an adapter nor a state.
       UserError: it does not fit the model, whose weights are as before; the message lists the names.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     if model.tuning is not None:
         raise UserError(f"{folder}: the model is tuned already; load the base anew")
     if alpha is not None and folder.is_dir():

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechllm.errors import UserError
+from speechllm.hub import local_path
 from speechllm.linear import linear_cross_entropy
 from speechllm.llm.interface import IGNORE, LAYER_NAME, TunableModel, is_matrix, stacked_matrices
 from speechllm.llm.transformers_cache import (
@@ -505,7 +506,8 @@ def is_transformers_model(path: str | Path) -> bool:
     Raises:
       UserError: its config.json cannot be read.
     """
-    config = Path(path) / "config.json"
+    path = local_path(path)
+    config = path / "config.json"
     return is_gguf(path) or (config.is_file() and _read_settings(config).get("model_type") != "rwkv7")
 
 
@@ -513,11 +515,12 @@ def is_transformers_model(path: str | Path) -> bool:
 def load_transformers_lm(
     path: str | Path, dtype: torch.dtype | None = torch.float32, attention: str | None = None
 ) -> TransformersLM:
-    """Loads a model to the CPU, in `eval` mode. Nothing is downloaded, no code of the folder is run.
+    """Loads a model to the CPU, in `eval` mode. No code of the folder is run.
 
     Args:
       path: a folder with `config.json` and `model.safetensors` or its shards, as they are on the Hugging Face hub; of a
-        model that also sees or hears, the text part is loaded. Or a GGUF file, whose weights are dequantized.
+        model that also sees or hears, the text part is loaded. Or a GGUF file, whose weights are dequantized. Either
+        may be an id of the Hub (`speechllm.hub`).
       dtype: of the weights; None for that of the checkpoint.
       attention: an implementation of `ATTENTION`; None for the choice of transformers, which is sdpa where the model
         has it.
@@ -527,7 +530,7 @@ def load_transformers_lm(
       UserError: it is not a causal language model that `TransformersLM` serves, is quantized in another format than
         GGUF, or weights are missing, unexpected or of another shape; the message lists the names.
     """
-    path = Path(path)
+    path = local_path(path)
     if is_gguf(path):
         return _load_gguf(path, dtype, attention)
     if not (path / "config.json").is_file():

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speechllm.decode.interface import RecognizeOptions, Recognizer, Speech
+from speechllm.decode.interface import ContinuousRecognizer, RecognizeOptions, Recognizer, Speech
 from speechllm.decode.result import Recognition
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModel
@@ -79,8 +79,12 @@ class SpeechModel(nn.Module, ABC):
         """Load what `save_pretrained` wrote; in evaluation mode, on the CPU."""
 
     @abstractmethod
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole model. Replaces `folder` in one move."""
+    def save_pretrained(self, folder: str | Path, *, push_to_hub: str | None = None) -> None:
+        """Write the whole model. Replaces `folder` in one move.
+
+        Args:
+          push_to_hub: upload the folder to this repository of the Hugging Face Hub, too (`speechllm.hub.push_folder`).
+        """
 
     @property
     @abstractmethod
@@ -123,7 +127,7 @@ class SpeechModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def recognizer(self, options: RecognizeOptions | None = None) -> Recognizer:
+    def recognizer(self, options: RecognizeOptions | None = None) -> ContinuousRecognizer:
         """What recognizes any number of batches: called with batches of speech, it gives the results of each.
 
         Raises:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from speechllm.errors import UserError
+from speechllm.hub import local_path
 from speechllm.linear import pack_for_inference
 from speechllm.llm.precision import convert, half_precision
 from speechllm.model.config import ModelConfig, load_model_config
@@ -32,7 +33,7 @@ def load_model(folder: str | Path) -> SpeechLLM | EncoderModel:
 
 def model_identity(folder: str | Path) -> str:
     """A text that differs between models that may give other results, wherever their folders are."""
-    folder = Path(folder)
+    folder = local_path(folder)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / "README.md"]
     identity = {str(file.relative_to(folder)): file_hash(file) for file in files}
     llm = load_model_config(folder).llm

@@ -14,6 +14,7 @@ from speechllm.encoder.ctc import CRCTCConfig
 from speechllm.encoder.pretrained import is_whisper
 from speechllm.encoder.transducer import TransducerConfig
 from speechllm.errors import UserError
+from speechllm.hub import local_path
 from speechllm.llm.adapters import TuneConfig
 from speechllm.llm.precision import DTYPES
 from speechllm.llm.transformers import ATTENTION, transformers_config
@@ -284,9 +285,10 @@ def load_model_config(folder: str | Path) -> ModelConfig:
     Raises:
       FileNotFoundError, ConfigError: the folder is not one.
     """
-    path = Path(folder) / "config.yaml"
+    given, folder = folder, local_path(folder)
+    path = folder / "config.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no config.yaml: not a folder written by save_pretrained")
+        raise FileNotFoundError(f"{given}: no config.yaml: not a folder written by save_pretrained")
     config = load_config(ModelConfig, path)
-    ctc_tokenizer = None if config.ctc_tokenizer is None else str(Path(folder) / config.ctc_tokenizer)
-    return dataclasses.replace(config, tokenizer=str(Path(folder) / config.tokenizer), ctc_tokenizer=ctc_tokenizer)
+    ctc_tokenizer = None if config.ctc_tokenizer is None else str(folder / config.ctc_tokenizer)
+    return dataclasses.replace(config, tokenizer=str(folder / config.tokenizer), ctc_tokenizer=ctc_tokenizer)

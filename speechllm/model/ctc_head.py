@@ -10,6 +10,7 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from speechllm.hub import local_path
 from speechllm.llm.interface import LanguageModel
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -23,7 +24,7 @@ def load_ctc_head(head: nn.Linear, path: str | Path, tokenizer: Tokenizer) -> No
       path: `model.encoder.path`: a folder that `save_pretrained` wrote, or anything else, which has no head.
       tokenizer: of `head`.
     """
-    folder = Path(path)
+    folder = local_path(path)
     config_path, weights_path = folder / "config.yaml", folder / "model.safetensors"
     if not (config_path.is_file() and weights_path.is_file()):
         return

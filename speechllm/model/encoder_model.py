@@ -27,6 +27,7 @@ from speechllm.encoder.ctc import consistency_losses, ctc_losses
 from speechllm.encoder.transducer import Transducer
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
+from speechllm.hub import local_path, push_folder
 from speechllm.model.base import Losses, SpeechModel, takes_columns_too
 from speechllm.model.card import encoder_card, encoder_name
 from speechllm.model.config import EncoderSection, ModelConfig, load_model_config
@@ -35,7 +36,7 @@ from speechllm.model.parts import Encoder, build_encoder, saved_section
 from speechllm.prompt.label import LabelTemplate
 from speechllm.prompt.request import Request
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
-from speechllm.weights import load_state_dict_strict, meta_device
+from speechllm.weights import load_state_dict_strict, meta_device, restored, stored
 
 
 class EncoderModel(SpeechModel):
@@ -89,6 +90,15 @@ class EncoderModel(SpeechModel):
     def seconds_per_position(self) -> float:
         """How much audio one frame of the encoder's output stands for."""
         return self.frame_seconds
+
+    @property
+    def ctc_tokenizer(self) -> Tokenizer:
+        """Of the CTC head's pieces, as of all that it writes."""
+        return self.tokenizer
+
+    def ctc_label_ids(self, text: str) -> list[int]:
+        """The pieces of a transcript that the CTC head is to write."""
+        return self.label_ids(text)
 
     def encoders(self) -> list[tuple[str, EncoderSection, Encoder]]:
         """Name as a part of the model, configuration and module of the encoder; see `SpeechLLM.encoders`."""
@@ -184,11 +194,25 @@ class EncoderModel(SpeechModel):
         if self.transducer is not None:
             parts.append(("transducer (decoder and joiner)", self.transducer))
             how.append("a transducer")
-        return encoder_card(parts, " and ".join(how))
+        return encoder_card(self.config, parts, " and ".join(how))
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        *,
+        push_to_hub: str | None = None,
+    ) -> None:
         """Write the whole model: config.yaml, model.safetensors, tokenizer, README.md; and config.json, with which
         `encoder.load_encoder` finds the encoder in it. Replaces `folder` in one move.
+
+        Args:
+          dtype: of the matrices in the file, such as torch.bfloat16 for half its size; they are float32 again when the
+            folder is loaded.
+          push_to_hub: upload the folder to this repository of the Hugging Face Hub, too (`speechllm.hub.push_folder`).
+
+        Raises:
+          UserError: it cannot be pushed.
         """
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
@@ -198,8 +222,10 @@ class EncoderModel(SpeechModel):
             if isinstance(self.encoder, WhisperEncoder):  # as a released Whisper says it
                 sizes = {"model_type": "whisper", **self.encoder.config.to_dict()}
             (tmp / "config.json").write_text(f"{json.dumps(sizes, indent=2)}\n", encoding="utf-8")
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, tmp / "model.safetensors")
+            save_file(stored(self.state_dict(), dtype), tmp / "model.safetensors")
             (tmp / "README.md").write_text(self.card(), encoding="utf-8")
+        if push_to_hub is not None:
+            push_folder(folder, push_to_hub)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> EncoderModel:
@@ -208,8 +234,9 @@ class EncoderModel(SpeechModel):
         Raises:
           FileNotFoundError, UserError: the folder is not one, or its parts do not fit together.
         """
-        path = Path(folder) / "model.safetensors"
+        folder = local_path(folder)
+        path = folder / "model.safetensors"
         with meta_device():
             model = cls.from_config(load_model_config(folder))
-        load_state_dict_strict(model, load_file(path), path, assign=True)
+        load_state_dict_strict(model, restored(load_file(path)), path, assign=True)
         return model.eval()

@@ -30,6 +30,7 @@ from speechllm.encoder import ZipformerConfig
 from speechllm.encoder.ctc import ctc_losses
 from speechllm.errors import UserError
 from speechllm.files import replaced_folder
+from speechllm.hub import hub_id, local_path, push_folder
 from speechllm.llm.adapters import load_adapter, merged_state_dict, save_adapter, tune
 from speechllm.llm.interface import IGNORE, TunableModel
 from speechllm.llm.transformers import TransformersLM
@@ -47,7 +48,7 @@ from speechllm.prompt.splice import PromptEmbedder, Spliced, splice
 from speechllm.prompt.template import PromptConfig
 from speechllm.rwkv7 import RWKV7
 from speechllm.text.tokenizer import Tokenizer, load_tokenizer
-from speechllm.weights import load_state_dict_strict, meta_device
+from speechllm.weights import load_state_dict_strict, meta_device, restored, stored
 
 # What stands before a transcript in a CTC head's own pieces: what an encoder alone has learned to write.
 _CTC_PREFIX = PromptConfig().label_prefix
@@ -421,7 +422,14 @@ class SpeechLLM(SpeechModel):
         parts += [("CTC head", self.ctc_head)] if self.ctc_head is not None else []
         return model_card(self.config, parts)
 
-    def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        merged: bool = True,
+        dtype: torch.dtype | None = None,
+        *,
+        push_to_hub: str | None = None,
+    ) -> None:
         """Write the whole model: config.yaml, model.safetensors, tokenizer, README.md. Replaces `folder` in one move.
 
         What was tuned of the language model is in `adapter` by itself (see `rwkv7.save_adapter`).
@@ -430,9 +438,13 @@ class SpeechLLM(SpeechModel):
           merged: the adapter is merged into the language model, all of which is in model.safetensors (a quantized base
             in floating point, as it is after quantization). Otherwise nothing of the base is in the folder: config.yaml
             names its path.
+          dtype: of the matrices in the file, such as torch.bfloat16 for half its size; they are float32 again when the
+            folder is loaded.
+          push_to_hub: upload the folder to this repository of the Hugging Face Hub, too (`speechllm.hub.push_folder`).
 
         Raises:
-          UserError: there is no adapter to be kept apart from its base.
+          UserError: there is no adapter to be kept apart from its base; it cannot be pushed, or nobody else could load
+            it, as its base is a path of this machine.
         """
         section = self.llm_section
         has_adapter = section.tune is not None and section.tune.freezes_base
@@ -444,7 +456,12 @@ class SpeechLLM(SpeechModel):
             llm = LLMSection(transformers=cast(TransformersLM, self.llm).config)
         if not merged:
             base, dtype = cast(str, section.path), str(self.llm.dtype).removeprefix("torch.")
-            path = str(Path(base).absolute())
+            path = base if hub_id(base) else str(Path(base).absolute())
+            if push_to_hub is not None and hub_id(base) is None:
+                raise UserError(
+                    f"push_to_hub: {push_to_hub}: merged=False leaves out the base, {base}, which is on this machine "
+                    "only: push the merged model, or name the base by its id on the Hub (model.llm.path)"
+                )
             llm = LLMSection(path=path, freeze=True, adapter="adapter", dtype=None if dtype == "float32" else dtype)
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
@@ -467,10 +484,12 @@ class SpeechLLM(SpeechModel):
             if merged:
                 tied = self.llm.tied_weights()
                 weights |= {f"llm.{k}": v for k, v in merged_state_dict(self.llm).items() if k not in tied}
-            save_file({k: v.contiguous() for k, v in weights.items()}, tmp / "model.safetensors")
+            save_file(stored(weights, dtype), tmp / "model.safetensors")
             if has_adapter:
                 save_adapter(self.llm, tmp / "adapter", base=section.path)
             (tmp / "README.md").write_text(self.card(), encoding="utf-8")
+        if push_to_hub is not None:
+            push_folder(folder, push_to_hub)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> SpeechLLM:
@@ -479,16 +498,16 @@ class SpeechLLM(SpeechModel):
         Raises:
           FileNotFoundError, UserError: the folder is not one, or its parts do not fit together.
         """
-        folder, config = Path(folder), load_model_config(folder)
+        folder, config = local_path(folder), load_model_config(folder)
         if config.llm is None:
             raise UserError(
                 f"{folder}: holds an encoder without a language model: load it as an EncoderModel, or train a language "
                 "model on it (model.encoder.path)"
             )
         path = folder / "model.safetensors"
-        weights = load_file(path)
+        weights = restored(load_file(path))
         if config.llm.path is not None:
-            if not Path(config.llm.path).exists():
+            if not local_path(config.llm.path).exists():
                 raise FileNotFoundError(
                     f"{folder}: holds an adapter without its base, and {config.llm.path} is not there: set llm.path in "
                     f"{folder / 'config.yaml'} to where the checkpoint is"

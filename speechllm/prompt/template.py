@@ -141,6 +141,9 @@ class PromptConfig:
     `instructions`, `ast_instructions`: what `{instruction}` stands for, the name of a shipped pool (en, zh, zh-hant) or
     a list of templates; null for en. Training draws one for each utterance, decoding takes the first.
 
+    `end_of_text_first`: before everything else comes the token that ends texts, as a document begins in RWKV's
+    pre-training and in `speechllm tune`; a small model that has always read so is at a loss without.
+
     `whole_tags`: every <|...|> must be one token of the tokenizer; <|im_start|> and <|im_end|> must always.
 
     Learned parts: `boundary`, an embedding before and one after the audio; `soft_tokens`, so many embeddings before
@@ -155,6 +158,7 @@ class PromptConfig:
     before_label: str | None = None
     instructions: list[str] | str | None = None
     ast_instructions: list[str] | str | None = None
+    end_of_text_first: bool = False
     whole_tags: bool = False
     boundary: bool = False
     soft_tokens: int = setting(0, at_least=0)
@@ -172,8 +176,11 @@ class PromptConfig:
             if found.count("audio") != 1:
                 raise UserError(f"{name}: the slot {{audio}} must be there once, it is {found.count('audio')} times")
             is_audio_alone = not any(text for text, *_ in _parsed(template)) and {*found} <= {"audio", *_CONTEXT_SLOTS}
-            if is_audio_alone and not (self.boundary or self.soft_tokens):
-                raise UserError(f"{name}: a prompt needs more than audio: text that is always there, or soft_tokens")
+            if is_audio_alone and not (self.boundary or self.soft_tokens or self.end_of_text_first):
+                raise UserError(
+                    f"{name}: a prompt needs more than audio: text that is always there, soft_tokens, or "
+                    "end_of_text_first"
+                )
             pool = _POOLS[name]
             if "instruction" in found:
                 for number, instruction in enumerate(self._pool(name)):
@@ -273,7 +280,7 @@ class PromptConfig:
         for text in texts if self.whole_tags else ():
             check_whole_tags("prompt", text, tokenizer, tokenizer.identity().split()[0], whole_tags=True)
         before, after = (tokenizer.encode(text) if text else [] for text in texts)
-        return before, after
+        return [tokenizer.eos_id] * self.end_of_text_first + before, after
 
     def check_tags(self, tokenizer: Tokenizer, name: str) -> None:
         """Raise a `UserError` where the templates have a tag that must be one token, and `name`'s tokenizer splits it.

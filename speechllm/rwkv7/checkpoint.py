@@ -19,6 +19,7 @@ from torch import Tensor
 
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
+from speechllm.hub import local_path
 from speechllm.rwkv7.model import RWKV7, RWKV7Config
 from speechllm.rwkv7.state import RWKV7State, time_state_names, tuned_wkv
 from speechllm.weights import load_state_dict_strict, meta_device, read_rwkv_pth
@@ -91,7 +92,7 @@ def load_rwkv7(path: str | Path, dtype: torch.dtype | None = torch.float32, wkv_
       UserError: the file is not a checkpoint, is of another RWKV version or quantized, its names or shapes do not
         fit, or the configuration asks for what this model does not have; the message lists the names.
     """
-    path = Path(path)
+    path = local_path(path)
     hf_config = None
     if path.is_dir():
         hf_config = _read_hf_config(path / "config.json")

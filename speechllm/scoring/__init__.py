@@ -6,6 +6,7 @@
 | `reports.py` | tables, and the `recogs`, `errs`, `wer-summary` files |
 | `significance.py` | confidence intervals, and the comparison of two systems |
 | `translation.py` | BLEU and chrF |
+| `hotwords.py` | errors on hotwords and on the rest |
 | `reading.py`, `text_files.py` | the files that `speechllm score` reads, and the forms of other programs |
 | `command.py` | what it does with them |
 """

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from speechllm.errors import UserError
-from speechllm.scoring.counting import UNITS
-from speechllm.scoring.reading import listed, matched, read_lines, read_pair, with_manifest
+from speechllm.scoring.counting import UNITS, Transcript, normalized_hotwords
+from speechllm.scoring.hotwords import hotword_report
+from speechllm.scoring.reading import all_lines, listed, matched, read_all, read_lines, read_pair, with_manifest
 from speechllm.scoring.reports import error_table, translation_table, write_reports
 from speechllm.scoring.significance import FEW_SEGMENTS, REPLICATES, Comparison, compare, resampled_by
 from speechllm.scoring.text_files import Line
@@ -28,6 +29,7 @@ def score_files(
     bleu: bool = False,
     missing_as_empty: bool = False,
     output: Path | None = None,
+    hotwords: Path | None = None,
 ) -> str:
     """Score a file of hypotheses against one of references: the tables to print.
 
@@ -41,43 +43,80 @@ def score_files(
         bleu: BLEU and chrF as well.
         missing_as_empty: see `matched`.
         output: folder for the files of `write_reports`.
+        hotwords: phrases, one a line, the same for all utterances; None: those of the manifest, if it has any.
 
     Raises:
         UserError: files cannot be read or do not match; steps are unknown; what `by` asks for is not known.
     """
-    try:
-        check_steps(text_steps)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if hyp is None:
-        refs = hyps = read_lines(ref)
-    else:
-        refs, hyps = read_pair(ref, hyp)
-    results = matched(refs, hyps, (ref, hyp or ref), text_steps, missing_as_empty)
-    if manifest is not None:
-        results = with_manifest(results, manifest)
+    manifests = [] if manifest is None else [manifest]
+    results, second = read_results([ref], hyp, text_steps, manifests, compare_with, missing_as_empty)
     if by is not None and all(getattr(result, by) is None for result in results):
         raise UserError(f"{manifest or ref}: says no {by} of any utterance; name a manifest that does with --manifest")
     by = by or "language"
     drawn_by = resampled_by(results)
     within_one = ", within one by utterance" if drawn_by == "speaker" else ""
     text = f"{error_table(results, by, unit)}95%: bootstrap, drawn by {drawn_by}{within_one}\n"
+    if hotwords is not None:
+        phrases = [line.strip() for _, line in all_lines(hotwords) if line.strip()]
+        results = [
+            replace(result, hotwords=normalized_hotwords(phrases, text_steps, result.language)) for result in results
+        ]
+    if (report := hotword_report(results, UNITS[unit].split)) is not None:
+        text += f"\n{report.text(UNITS[unit])}"
     if bleu:
         text += f"\n{translation_table(results, by)}"
-    if compare_with is not None:
-        compared, others = read_pair(ref, compare_with)
-        if compared.keys() != refs.keys():
-            raise UserError(f"{compare_with}: of another form than {hyp or ref}: give both in the same form")
-        if hyp is None:
-            _check_same_references(refs, others, (ref, compare_with), text_steps)
-        second = matched(refs, others, (ref, compare_with), text_steps, missing_as_empty)
-        second = [replace(result, hyp=other.hyp) for result, other in zip(results, second, strict=True)]
+    if compare_with is not None and second is not None:
         comparison = compare(results, second, UNITS[unit])
-        text += f"\n{_comparison_text(comparison, hyp or ref, compare_with, unit, drawn_by)}"
+        text += f"\n{comparison_text(comparison, hyp or ref, compare_with, unit, drawn_by)}"
     if output is not None:
         names = [path.stem.removeprefix("recogs-") for path in (ref, hyp) if path is not None]
         write_reports(output, "-".join(names), unit, results, str(hyp or ref), unit, by)
     return text
+
+
+def read_results(
+    refs: Sequence[Path],
+    hyp: Path | None = None,
+    text_steps: Sequence[str] = (),
+    manifests: Sequence[Path] = (),
+    compare_with: Path | None = None,
+    missing_as_empty: bool = False,
+) -> tuple[list[Transcript], list[Transcript] | None]:
+    """References with what was recognized instead, and with what another system has recognized, if one is named.
+
+    Args:
+        refs: files of references, with one `hyp`; or one file that holds both.
+        manifests: say languages, speakers and durations, where `refs` do not.
+        hyp, text_steps, compare_with, missing_as_empty: see `score_files`.
+
+    Raises:
+        UserError: files cannot be read or do not match; steps are unknown.
+    """
+    try:
+        check_steps(text_steps)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    ref = refs[0]
+
+    def pair(other: Path) -> tuple[dict[str, Line], dict[str, Line]]:
+        return read_pair(ref, other) if len(refs) == 1 else (read_all(refs), read_lines(other))
+
+    if hyp is None:
+        lines = hyps = read_lines(ref)
+    else:
+        lines, hyps = pair(hyp)
+    results = matched(lines, hyps, (ref, hyp or ref), text_steps, missing_as_empty)
+    if manifests:
+        results = with_manifest(results, manifests, text_steps)
+    if compare_with is None:
+        return results, None
+    compared, others = pair(compare_with)
+    if compared.keys() != lines.keys():
+        raise UserError(f"{compare_with}: of another form than {hyp or ref}: give both in the same form")
+    if hyp is None:
+        _check_same_references(lines, others, (ref, compare_with), text_steps)
+    second = matched(lines, others, (ref, compare_with), text_steps, missing_as_empty)
+    return results, [replace(result, hyp=other.hyp) for result, other in zip(results, second, strict=True)]
 
 
 def _check_same_references(
@@ -102,7 +141,13 @@ def _check_same_references(
         )
 
 
-def _comparison_text(comparison: Comparison, first: Path, second: Path, unit: str, drawn_by: str) -> str:
+def comparison_text(comparison: Comparison, first: Path | str, second: Path | str, unit: str, drawn_by: str) -> str:
+    """Both error rates, their difference, and whether it could be chance.
+
+    Args:
+        first, second: names of the systems.
+        drawn_by: see `resampled_by`.
+    """
     rate, test = UNITS[unit].rate, comparison.test
     lines = [
         f"first   {rate} {comparison.first}  {first}",

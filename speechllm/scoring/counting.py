@@ -37,7 +37,8 @@ class Transcript:
 
     The others are None where unknown. `language` (`en`, or `en>zh` for a translation), `speaker` and `duration` (in
     seconds) group the results. `found_language`: of the speech, as the model has identified it. `words`: when the words
-    of the reference are said; `found_words`: when those recognized are, as was found.
+    of the reference are said; `found_words`: when those recognized are, as was found. `hotwords`: the list that the
+    model was given.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Transcript:
     found_language: str | None = None
     words: tuple[WordTime, ...] | None = None
     found_words: tuple[WordTime, ...] | None = None
+    hotwords: tuple[str, ...] | None = None
 
 
 def transcripts(
@@ -86,10 +88,18 @@ def transcripts(
             found_language=found_language,
             words=_said(words, text_steps),
             found_words=_said(found and [WordTime(word.text, word.start, word.end) for word in found], text_steps),
+            hotwords=normalized_hotwords(request.hotwords, text_steps, request.target_language or request.language),
         )
         for request, ref, hyp, duration, found_language, words, found in zip(*columns, strict=True)
         if hyp is not None
     ]
+
+
+def normalized_hotwords(
+    hotwords: Sequence[str] | None, text_steps: Sequence[str], language: str | None
+) -> tuple[str, ...] | None:
+    """Hotwords in the form of the texts that they are in."""
+    return None if hotwords is None else tuple(normalize_text(phrase, text_steps, language) for phrase in hotwords)
 
 
 def _said(words: Sequence[WordTime] | None, text_steps: Sequence[str]) -> tuple[WordTime, ...] | None:

@@ -20,8 +20,17 @@ from speechllm.data.manifests.manifest import LINE_ERRORS, ManifestError, Source
 from speechllm.data.manifests.nemo import is_nemo
 from speechllm.data.manifests.source import string_of
 from speechllm.errors import UserError
-from speechllm.scoring.counting import Transcript, language_label
-from speechllm.scoring.text_files import Line, assign_words, read_ctm, read_stm, read_subtitles, read_table, read_trn
+from speechllm.scoring.counting import Transcript, language_label, normalized_hotwords
+from speechllm.scoring.text_files import (
+    Line,
+    assign_words,
+    read_ctm,
+    read_stm,
+    read_subtitles,
+    read_table,
+    read_textgrid,
+    read_trn,
+)
 from speechllm.text.normalize import normalize_text
 
 _RECOGS_LINE = re.compile(r"([^\t]*):\t(ref|hyp)=(\[.*\])\s*")
@@ -33,7 +42,7 @@ _ID = re.compile(r"(?=.*\d).*[^\d.,:/].*|\d{4,}")
 
 
 # What `speechllm transcribe --output` writes, a file for each recording; of several the first of these is read.
-_TRANSCRIBED = (".json", ".jsonl", ".ctm", ".tsv", ".vtt", ".srt", ".txt")
+_TRANSCRIBED = (".json", ".jsonl", ".ctm", ".TextGrid", ".tsv", ".vtt", ".srt", ".txt")
 
 
 def read_lines(path: Path) -> dict[str, Line]:
@@ -42,9 +51,10 @@ def read_lines(path: Path) -> dict[str, Line]:
     Its form is told by the suffix, or else by the first line: `recogs-*` files as icefall and recipes/decode.py write
     them; JSON (lines, an array, or one object) with `text` (NeMo manifests, where `pred_text` is what was recognized,
     lhotse cuts, what `speechllm transcribe` writes, or just `id` and `text`); NIST's `.trn`, `.ctm` and `.stm`;
-    `.srt` and `.vtt`; `.csv` and `.tsv` with a header; and Kaldi's `text`, an id and words. A directory is a manifest
-    in Kaldi's or Shar's form, or holds a file for each recording as `speechllm transcribe` writes them. Without an
-    `id`, that of a JSON line comes from its `audio_filepath`, as everywhere (`speechllm.data.manifests.nemo`).
+    `.srt`, `.vtt` and `.TextGrid`; `.csv` and `.tsv` with a header; and Kaldi's `text`, an id and words. A directory is
+    a manifest in Kaldi's or Shar's form, or holds a file for each recording as `speechllm transcribe` writes them.
+    Without an `id`, that of a JSON line comes from its `audio_filepath`, as everywhere
+    (`speechllm.data.manifests.nemo`).
 
     Raises:
         UserError: the file, or a line of it, cannot be read, or an id comes twice.
@@ -57,6 +67,15 @@ def read_lines(path: Path) -> dict[str, Line]:
             for where, line in (_whole_text(file, path_id) if suffix == ".txt" else _lines_of(file))
         )
     return _by_id(_lines_of(path))
+
+
+def read_all(paths: Sequence[Path]) -> dict[str, Line]:
+    """The utterances of several files; see `read_lines`.
+
+    Raises:
+        UserError: as `read_lines`; an id is in two of them.
+    """
+    return _by_id((str(path), line) for path in paths for line in read_lines(path).values())
 
 
 def read_pair(ref: Path, hyp: Path) -> tuple[dict[str, Line], dict[str, Line]]:
@@ -151,15 +170,9 @@ def all_lines(path: Path) -> list[tuple[str, str]]:
 
 
 def _lines_of(path: Path) -> Iterator[tuple[str, Line]]:
-    kind = _suffix(path)
-    if path.is_dir() or not path.is_file():
+    if _json_form(path) is not None:
         return _json_lines(path)
-    if kind not in _TEXT_KINDS:
-        first, second = ([text.strip() for _, text in itertools.islice(_first_lines(path), 2)] + ["", ""])[:2]
-        if first.startswith("[") or first == "{" or (first.startswith("{") and kind == ".json" and not second):
-            return _json_array(path)
-        if first.startswith("{"):
-            return _json_lines(path)
+    kind = _suffix(path)
     lines = all_lines(path)
     if kind in _READERS:
         return _READERS[kind](lines)
@@ -169,6 +182,8 @@ def _lines_of(path: Path) -> Iterator[tuple[str, Line]]:
         return read_table(lines, path.stem, delimiter)
     if kind in (".srt", ".vtt"):
         return read_subtitles(lines, path.stem)
+    if kind == ".textgrid":
+        return read_textgrid(lines, path.stem)
     lines = [(where, text) for where, text in lines if text.strip()]
     if lines and _RECOGS_LINE.fullmatch(lines[0][1]):
         return iter(_recogs(lines).items())
@@ -181,9 +196,9 @@ _READERS: dict[str, Callable[[Sequence[tuple[str, str]]], Iterator[tuple[str, Li
     ".stm": read_stm,
 }
 # Told by their suffix; all others by their first line.
-_TEXT_KINDS = {*_READERS, ".csv", ".tsv", ".srt", ".vtt"}
+_TEXT_KINDS = {*_READERS, ".csv", ".tsv", ".srt", ".vtt", ".textgrid"}
 # Files of one recording, which have no other name for it than their own.
-_ONE_RECORDING = {".srt", ".vtt", ".tsv", ".txt", ".json"}
+_ONE_RECORDING = {".srt", ".vtt", ".tsv", ".TextGrid", ".txt", ".json"}
 
 
 def _suffix(path: Path) -> str:
@@ -274,22 +289,35 @@ def matched(
             line.language,
             line.speaker,
             line.duration,
+            hotwords=normalized_hotwords(line.hotwords, text_steps, line.written_language),
         )
         for id, line in refs.items()
     ]
 
 
-def with_manifest(results: Iterable[Transcript], path: Path) -> list[Transcript]:
-    """The results with language, speaker and duration as a manifest says.
+def with_manifest(
+    results: Iterable[Transcript], paths: Sequence[Path], text_steps: Sequence[str] = ()
+) -> list[Transcript]:
+    """The results with language, speaker, duration and hotwords as manifests say.
+
+    Args:
+        text_steps: of the hotwords.
 
     Raises:
-        UserError: it cannot be read, or does not have all of their ids.
+        UserError: they cannot be read, or do not have all of the ids.
     """
-    lines, results = read_lines(path), list(results)
+    lines, results = read_all(paths), list(results)
     if unknown := [result.id for result in results if result.id not in lines]:
-        raise UserError(f"{path}: does not have {len(unknown)} of the {len(results)} utterances: {listed(unknown)}")
+        names = ", ".join(map(str, paths))
+        raise UserError(f"{names}: does not have {len(unknown)} of the {len(results)} utterances: {listed(unknown)}")
     return [
-        replace(result, language=line.language, speaker=line.speaker, duration=line.duration)
+        replace(
+            result,
+            language=line.language,
+            speaker=line.speaker,
+            duration=line.duration,
+            hotwords=normalized_hotwords(line.hotwords, text_steps, line.written_language),
+        )
         for result in results
         for line in [lines[result.id]]
     ]
@@ -323,8 +351,54 @@ def _recogs(texts: Iterable[tuple[str, str]]) -> dict[str, Line]:
     return {id: Line(id, found.get("ref"), found.get("hyp")) for id, found in sides.items()}
 
 
-def _json_array(path: Path) -> Iterator[tuple[str, Line]]:
-    """A JSON array of objects, or one object, over any number of lines."""
+def read_objects(path: Path) -> dict[str, tuple[dict, SourceConfig]]:
+    """The JSON objects of the utterances by their ids, as they are, and where they are from; none of a file of another
+    form. `to_cut` makes cuts of those that are lines of a manifest.
+
+    Raises:
+        UserError: as `read_lines`.
+    """
+    files = [file for file, _ in _transcribed_files(path)] if path.is_dir() else []
+    return {
+        _json_line(obj, source).id: (obj, source)
+        for file in files or [path]
+        if _json_form(file) is not None
+        for _, obj, source in _json_objects(file)
+    }
+
+
+def _json_form(path: Path) -> str | None:
+    """`lines` (a manifest in a folder, too), `array` (or one object, over any number of lines), or None: no JSON."""
+    if path.is_dir() or not path.is_file():
+        return "lines"
+    if _suffix(path) in _TEXT_KINDS:
+        return None
+    first, second = ([text.strip() for _, text in itertools.islice(_first_lines(path), 2)] + ["", ""])[:2]
+    if first.startswith("[") or first == "{" or (first.startswith("{") and _suffix(path) == ".json" and not second):
+        return "array"
+    return "lines" if first.startswith("{") else None
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Line]]:
+    for where, obj, source in _json_objects(path):
+        try:
+            yield where, _json_line(obj, source)
+        except LINE_ERRORS as error:
+            raise UserError(f"{where}: {explain(error)}") from error
+
+
+def _json_objects(path: Path) -> Iterator[tuple[str, dict, SourceConfig]]:
+    source = SourceConfig(str(path))
+    if _json_form(path) == "array":
+        yield from _array_objects(path, source)
+        return
+    for where, obj in iter_objects(source):
+        if isinstance(obj, ManifestError):
+            raise obj
+        yield where, obj, source
+
+
+def _array_objects(path: Path, source: SourceConfig) -> Iterator[tuple[str, dict, SourceConfig]]:
     try:
         found = json.loads("\n".join(text for _, text in all_lines(path)))
     except ValueError as error:
@@ -335,21 +409,7 @@ def _json_array(path: Path) -> Iterator[tuple[str, Line]]:
             raise UserError(f"{where}: expected a JSON object, found {type(obj).__name__}")
         if isinstance(found, dict):  # of one recording, as openai/whisper writes it
             obj = {"id": path.stem, **obj}
-        try:
-            yield where, _json_line(obj, SourceConfig(str(path)))
-        except LINE_ERRORS as error:
-            raise UserError(f"{where}: {explain(error)}") from error
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Line]]:
-    source = SourceConfig(str(path))
-    for where, obj in iter_objects(source):
-        if isinstance(obj, ManifestError):
-            raise obj
-        try:
-            yield where, _json_line(obj, source)
-        except LINE_ERRORS as error:
-            raise UserError(f"{where}: {explain(error)}") from error
+        yield where, obj, source
 
 
 def _json_line(obj: dict, source: SourceConfig) -> Line:
@@ -369,4 +429,5 @@ def _json_line(obj: dict, source: SourceConfig) -> Line:
         language_label(entry.request),
         next(filter(None, speakers), None),
         entry.duration if complete is obj or "duration" in obj else None,
+        hotwords=entry.hotwords,
     )

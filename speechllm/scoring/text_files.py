@@ -52,6 +52,7 @@ class Line:
         duration: in seconds.
         span: of a segment of a recording, in an stm file.
         words: each with when it is said, in a ctm file.
+        hotwords: what the utterance's list of them is, in a manifest.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Line:
     duration: float | None = None
     span: Span | None = None
     words: tuple[tuple[Span, str], ...] | None = None
+    hotwords: tuple[str, ...] | None = None
 
     @property
     def written_language(self) -> str | None:
@@ -151,6 +153,25 @@ def read_subtitles(lines: Numbered, id: str) -> Iterator[tuple[str, Line]]:
     if not cues and any(text.strip() and not text.startswith("WEBVTT") for _, text in lines):
         raise UserError(f"{lines[0][0]}: no times of a cue follow, such as 00:00:01,000 --> 00:00:02,500")
     yield id, Line(id, html.unescape(" ".join(said)))
+
+
+def read_textgrid(lines: Numbered, id: str) -> Iterator[tuple[str, Line]]:
+    """Praat's long text form: the text of the first tier is that of one recording."""
+    said: list[str] = []
+    tiers = 0
+    for where, text in lines:
+        name, _, value = (part.strip() for part in text.partition("="))
+        tiers += name == "class"
+        if name != "text" or tiers > 1:
+            continue
+        if len(value) < 2 or not (value.startswith('"') and value.endswith('"')):
+            raise UserError(f'{where}: expected text = "..." in one line')
+        said.append(value[1:-1].replace('""', '"'))
+    if not tiers:
+        raise UserError(
+            f"{lines[0][0] if lines else id}: no tier follows; TextGrids are read in Praat's long text form"
+        )
+    yield id, Line(id, " ".join(text for text in said if text))
 
 
 def read_table(lines: Numbered, id: str, delimiter: str) -> Iterator[tuple[str, Line]]:

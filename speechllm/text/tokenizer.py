@@ -33,6 +33,7 @@ from typing import Any, Protocol
 
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
+from speechllm.hub import local_path
 
 MODEL_FILE = "tokenizer.model"
 LEXICON_FILE = "lexicon.txt"
@@ -650,7 +651,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
     Args:
         spec: `rwkv`, a sentencepiece `.model` file, a `.gguf` file, the folder of a Hugging Face model, one with a
-            `lexicon.txt`, or one that `Tokenizer.save` wrote.
+            `lexicon.txt`, or one that `Tokenizer.save` wrote; or an id of the Hub (`speechllm.hub`).
 
     Raises:
         FileNotFoundError: nothing of that name.
@@ -658,7 +659,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """
     if str(spec) == "rwkv":
         return RWKVTokenizer()
-    path = Path(spec)
+    path = local_path(spec)
     if path.suffix.lower() == GGUF_SUFFIX:
         return HFTokenizer(path)
     if path.is_file():

@@ -12,6 +12,7 @@ from speechllm.config import ConfigError, check_limits, load_config, override, p
 from speechllm.data import DataConfig
 from speechllm.model.config import ModelConfig
 from speechllm.optim.optimizer import OptimConfig
+from speechllm.train.trackers import tracker_names
 
 
 @dataclass
@@ -24,6 +25,10 @@ class TrainConfig:
     `scan_largest_batches`: the largest batches are run before the first step, so that memory runs out then if it does.
     `fsdp`: the language model is sharded over the processes, for one whose training does not fit on one GPU
     (`speechllm.train.sharding`).
+    `report_to`: where the numbers go besides the log, names with commas between them: tensorboard, wandb, trackio,
+    mlflow, swanlab, comet_ml, clearml, aim; or none. `tensorboard: false` leaves that one out. `profile`: so many steps
+    are traced, after the first ones (`speechllm.train.watch`). `peak_tflops`: what one of the GPUs could do at most,
+    for the model FLOPs utilization (MFU) in the log; that of usual ones is known where training is in half precision.
 
     In the first `ctc_only_steps` the CTC loss alone trains (the encoder): a language model that begins with an encoder
     that hears nothing learns to ignore the audio, and takes long to unlearn it.
@@ -45,11 +50,20 @@ class TrainConfig:
     scan_largest_batches: bool = True
     fsdp: bool = False
     tensorboard: bool = True
+    report_to: str = "tensorboard"
+    profile: int = setting(0, at_least=0)
+    peak_tflops: float | None = setting(None, above=0)
 
     def __post_init__(self) -> None:
+        tracker_names(self.report_to)
         if self.mixed_precision not in (None, "bf16", "fp16"):
             raise ValueError(f"mixed_precision must be bf16, fp16 or null, got {self.mixed_precision!r}")
         check_limits(self)
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`, less what `tensorboard: false` leaves out."""
+        return [name for name in tracker_names(self.report_to) if name != "tensorboard" or self.tensorboard]
 
 
 @dataclass
@@ -68,6 +82,11 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.train.ctc_only_steps and not self.model.ctc_weight:
             raise ValueError("train.ctc_only_steps needs a CTC head: set model.ctc_weight above 0")
+        if self.data.hotwords is not None and "hotwords" not in self.model.prompt.slots():
+            raise ValueError(
+                "data.hotwords draws lists for the prompt, and model.prompt has no {hotwords}: put the slot into "
+                "prompt.asr, or leave out data.hotwords"
+            )
         if self.model.llm is None:
             for name, given in (
                 ("train.ctc_only_steps", self.train.ctc_only_steps),

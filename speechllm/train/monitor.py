@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -18,12 +19,15 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import speechllm
+from speechllm.config import to_dict
 from speechllm.data import Batch
+from speechllm.train.config import Experiment
 from speechllm.train.sharding import total_norm
+from speechllm.train.trackers import Trackers
+from speechllm.train.watch import StepWatch, peak_tflops
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +52,11 @@ class Averages:
     def add(self, other: Averages, decay: float = 1.0) -> None:
         self.values = self.values * decay + other.values
 
+    @property
+    def tokens(self) -> float:
+        """Of the labels."""
+        return self.values[self._NAMES.index("tokens")].item()
+
     def items(self) -> dict[str, float]:
         """The mean loss of a token, its parts that are not 0, and with a language model the share of right tokens."""
         sums = dict(zip(self._NAMES, self.values.tolist(), strict=True))
@@ -57,7 +66,7 @@ class Averages:
 
     def __str__(self) -> str:
         values = ", ".join(f"{name}={value:.4g}" for name, value in self.items().items())
-        return f"[{values}, over {self.values[self._NAMES.index('tokens')]:.0f} tokens]"
+        return f"[{values}, over {self.tokens:.0f} tokens]"
 
 
 class Throughput:
@@ -69,13 +78,17 @@ class Throughput:
 
     def restart(self) -> None:
         self._since = time.perf_counter()
-        self._audio_seconds = self._frames = self._padded_frames = self._waited = 0.0
+        self._audio_seconds = self._frames = self._padded_frames = self._waited = self._tokens = 0.0
 
     def add(self, batch: Batch) -> None:
         frames = batch.features.shape[0] * batch.features.shape[1]
         self._audio_seconds += batch.audio_seconds
         self._frames += frames
         self._padded_frames += batch.padding_share * frames
+
+    def add_tokens(self, tokens: float) -> None:
+        """Those of the labels of a step, of all processes."""
+        self._tokens += tokens
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The same items; how long each lets one wait is counted."""
@@ -94,6 +107,7 @@ class Throughput:
         elapsed = time.perf_counter() - self._since
         return {
             "audio_seconds_per_second": world_size * self._audio_seconds / elapsed,
+            "tokens_per_second": self._tokens / elapsed,
             "padding_share": self._padded_frames / max(self._frames, 1.0),
             "data_wait_share": self._waited / elapsed,
         }
@@ -130,19 +144,40 @@ class RunLog:
       step: that the run goes on from: what an earlier one has written of later steps is taken back.
     """
 
-    def __init__(self, accelerator: Accelerator, exp_dir: Path, num_steps: int, step: int, tensorboard: bool) -> None:
+    def __init__(self, accelerator: Accelerator, exp_dir: Path, step: int, experiment: Experiment) -> None:
         self._accelerator = accelerator
         self.throughput = Throughput()
-        is_main = accelerator.is_main_process
-        self._writer = SummaryWriter(exp_dir / "tensorboard", purge_step=step + 1) if is_main and tensorboard else None
+        config, is_main = experiment.train, accelerator.is_main_process
+        self._trackers = Trackers(config.trackers, exp_dir, step, to_dict(experiment)) if is_main else None
+        known = peak_tflops(accelerator.device) if config.mixed_precision is not None else None
+        # sharded tensors are no matter for the counter
+        self._peak = None if config.fsdp else config.peak_tflops or known
+        self._watch = StepWatch(exp_dir, config.profile if is_main else 0, self._peak is not None)
+        self._flops_per_second: float | None = None  # of audio
         # None: a bar on a terminal only
-        self._bar = tqdm(total=num_steps, initial=step, unit="step", disable=None if is_main else True, smoothing=0.05)
+        self._bar = tqdm(
+            total=config.num_steps, initial=step, unit="step", disable=None if is_main else True, smoothing=0.05
+        )
 
-    def advance(self, batches: Sequence[Batch]) -> None:
-        """To be called after each step, with its batches."""
+    def watching(self, step: int) -> AbstractContextManager[None]:
+        """To be around step number `step`."""
+        return self._watch.step(step)
+
+    def advance(self, batches: Sequence[Batch], losses: Averages) -> None:
+        """To be called after each step, with its batches, and its losses over all processes."""
         for batch in batches:
             self.throughput.add(batch)
+        self.throughput.add_tokens(losses.tokens)
+        if self._watch.flops is not None and self._flops_per_second is None:
+            self._flops_per_second = self._watch.flops / sum(batch.audio_seconds for batch in batches)
         self._bar.update()
+
+    def _utilization(self, audio_seconds_per_second: float) -> dict[str, float]:
+        """The products of one process in a second, and what part that is of what its GPU could do."""
+        if self._flops_per_second is None or self._peak is None:
+            return {}
+        tflops = self._flops_per_second * audio_seconds_per_second / self._accelerator.num_processes / 1e12
+        return {"tflops": tflops, "mfu": tflops / self._peak}
 
     def training(
         self,
@@ -156,9 +191,12 @@ class RunLog:
         """The losses of a step, `total` over the last ones, and more: `lr`, `grad_norm`, norms by part."""
         rows = sum(len(batch) for batch in batches)
         speed = self.throughput.scalars(self._accelerator.num_processes)
+        speed |= self._utilization(speed["audio_seconds_per_second"])
         logger.info(
-            "Epoch %d, step %d, loss%s, tot_loss%s, batch size: %d, lr: %.2e, grad norm: %.2f, %.0f audio s/s",
+            "Epoch %d, step %d, loss%s, tot_loss%s, batch size: %d, lr: %.2e, grad norm: %.2f, %.0f audio s/s, "
+            "%.0f tokens/s%s",
             epoch, step, averages, total, rows, scalars["lr"], scalars["grad_norm"], speed["audio_seconds_per_second"],
+            speed["tokens_per_second"], f", MFU: {speed['mfu']:.1%}" if "mfu" in speed else "",
         )  # fmt: skip
         running = {f"tot_{name}": value for name, value in total.items().items()}
         memory = {"peak_memory_gb": peak_memory_gb(self._accelerator.device)}
@@ -169,19 +207,18 @@ class RunLog:
         values = ", ".join(f"{name}: {value:.4g}" for name, value in scalars.items())
         logger.info("Epoch %d, step %d, validation: %s\n%s", epoch, step, values, examples)
         self._write("valid", scalars, step)
-        if self._writer is not None:
-            self._writer.add_text("valid/examples", examples.replace("\n", "  \n"), step)
+        if self._trackers is not None:
+            self._trackers.text("valid/examples", examples, step)
         self.throughput.restart()
 
     def _write(self, kind: str, scalars: dict[str, float], step: int) -> None:
-        if self._writer is not None:
-            for name, value in scalars.items():
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
+        if self._trackers is not None:
+            self._trackers.scalars(kind, scalars, step)
 
     def close(self) -> None:
         self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def describe_parameters(model: nn.Module) -> str:

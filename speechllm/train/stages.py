@@ -14,6 +14,7 @@ from speechllm.model.speech_llm import SpeechLLM
 from speechllm.train.checkpoint import load_checkpoint, newest_checkpoint
 from speechllm.train.config import Experiment, check_same_projectors, load_experiment, stages_of
 from speechllm.train.languages import languages_of
+from speechllm.train.trackers import check_installed
 from speechllm.weights import CheckpointError, load_state_dict_strict
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ def plan_stages(
     configs = stages_of(path, config, overrides)
     if only is not None and only not in configs:
         raise ConfigError(f"--stage: {only} is none of {', '.join(configs) or 'no stages at all'}")
+    for one in (config, *configs.values()):
+        check_installed(one.train.trackers)
     if not configs:
         return [Stage(config, exp_dir)]
     folders = [exp_dir / name for name in configs]

@@ -90,8 +90,14 @@ class TrainState:
         averages_here = accelerator.is_main_process or config.train.fsdp
         self.average = RunningAverage(model, config.train.average_period) if averages_here else None
         self.languages = TrainedLanguages(model.config.languages or ())
-        # Trained in a stage before and frozen now: not in the files that bases come from, so every checkpoint has it.
-        carried = sorted(n for n, p in model.named_parameters() if not p.requires_grad and n in from_stage_before)
+        # Frozen, but not in the files that encoders and language model come from, so every checkpoint has it: what was
+        # trained in a stage before, and parts that have no file of their own.
+        in_files = ("llm.", *(f"{name}." for name, _, _ in model.encoders()))
+        carried = sorted(
+            n
+            for n, p in model.named_parameters()
+            if not p.requires_grad and (n in from_stage_before or not n.startswith(in_files))
+        )
         self._accelerator = accelerator
         # under the names that they have in a checkpoint; None is what this run or this process does not have
         self._parts: dict[str, Stateful | None] = {
@@ -212,7 +218,7 @@ class TrainState:
 
 
 class TrainedWeights:
-    """What is trained of a model, and what was trained in a stage before and is frozen now (`carried`)."""
+    """What is trained of a model, and what is frozen and in no other file (`carried`)."""
 
     def __init__(self, model: nn.Module, carried: list[str]) -> None:
         self.model, self.carried = model, carried

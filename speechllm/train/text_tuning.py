@@ -106,15 +106,34 @@ def text_loss(model: RWKV7, documents: Sequence[Document], options: TextTuning, 
     device = model.emb.weight.device
     total = tokens = 0.0
     model.eval()
-    for document in documents:
-        ids, labels, _ = inputs_and_labels([document], eos_id)
-        state = None
-        for part in torch.arange(ids.shape[1]).split(options.segment):
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-                loss, state = model.loss(labels[:, part], ids[:, part], state=state)
-            total, tokens = total + loss.loss.item(), tokens + loss.tokens.item()
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+        for pack in _packs(documents, options.segment):
+            ids, labels, cu_seqlens = inputs_and_labels(pack, eos_id)
+            if len(pack) > 1:
+                parts = [model.loss(labels, ids, cu_seqlens=cu_seqlens)[0]]
+            else:
+                parts, state = [], None
+                for part in torch.arange(ids.shape[1]).split(options.segment):
+                    loss, state = model.loss(labels[:, part], ids[:, part], state=state)
+                    parts.append(loss)
+            total += sum(loss.loss.item() for loss in parts)
+            tokens += sum(loss.tokens.item() for loss in parts)
     model.train()
     return total / tokens
+
+
+def _packs(documents: Sequence[Document], positions: int) -> Iterator[list[Document]]:
+    """Documents in their order, as many together as have so many positions; longer ones by themselves."""
+    pack: list[Document] = []
+    size = 0
+    for document in documents:
+        if pack and size + len(document) + 1 > positions:
+            yield pack
+            pack, size = [], 0
+        pack.append(document)
+        size += len(document) + 1
+    if pack:
+        yield pack
 
 
 def tune_on_text(

@@ -6,6 +6,7 @@
     srt    subtitles (SubRip)
     vtt    subtitles (WebVTT, https://www.w3.org/TR/webvtt1)
     ctm    a word a line: name, channel, start, duration, word, confidence, as NIST's sclite reads it
+    TextGrid  intervals of segments and words, as Praat and the Montreal Forced Aligner have them
 
 All times are seconds, or what a format has for them, from the start of the recording. Texts end with a newline, or are
 empty where there is nothing to say.
@@ -173,6 +174,62 @@ def format_ctm(recording: Recording) -> str:
     return "".join(lines)
 
 
+def format_textgrid(recording: Recording) -> str:
+    """Praat's long text form: a tier of segments and, where there are word times, one of words.
+
+    Intervals follow one another without a gap, as Praat wants them; what is between texts is empty. Words that would
+    overlap begin where the one before ends.
+    """
+    segments = [(s.offset, s.offset + s.duration, s.text) for s in _spoken(recording)]
+    words = [(word.start, word.end, word.text) for s in _spoken(recording) for word in s.words or ()]
+    said = {"segments": segments} | ({"words": words} if words else {})
+    end = max(_intervals(texts, round(1000 * recording.duration))[-1][1] for texts in said.values())
+    tiers = [(name, _intervals(texts, end)) for name, texts in said.items()]
+    lines = [
+        'File type = "ooTextFile"',
+        'Object class = "TextGrid"',
+        "",
+        "xmin = 0",
+        f"xmax = {end / 1000:.3f}",
+        "tiers? <exists>",
+        f"size = {len(tiers)}",
+        "item []:",
+    ]
+    for number, (name, intervals) in enumerate(tiers, start=1):
+        lines += [
+            f"    item [{number}]:",
+            '        class = "IntervalTier"',
+            f'        name = "{name}"',
+            "        xmin = 0",
+            f"        xmax = {end / 1000:.3f}",
+            f"        intervals: size = {len(intervals)}",
+        ]
+        for place, (start, until, text) in enumerate(intervals, start=1):
+            quoted = text.replace('"', '""')
+            lines += [
+                f"        intervals [{place}]:",
+                f"            xmin = {start / 1000:.3f}",
+                f"            xmax = {until / 1000:.3f}",
+                f'            text = "{quoted}"',
+            ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _intervals(said: Sequence[tuple[float, float, str]], end: int) -> list[tuple[int, int, str]]:
+    """Texts with their times, and empty ones between them, up to `end`, in milliseconds."""
+    intervals: list[tuple[int, int, str]] = []
+    last = 0
+    for seconds, until, text in said:
+        start = max(round(1000 * seconds), last)
+        if start > last:
+            intervals.append((last, start, ""))
+        last = max(round(1000 * until), start + 1)  # Praat reads no interval without a length
+        intervals.append((start, last, text))
+    if end > last or not intervals:
+        intervals.append((last, max(end, 1), ""))
+    return intervals
+
+
 FORMATS: dict[str, Callable[[Recording], str]] = {
     "txt": format_txt,
     "json": format_json,
@@ -180,6 +237,7 @@ FORMATS: dict[str, Callable[[Recording], str]] = {
     "srt": format_srt,
     "vtt": format_vtt,
     "ctm": format_ctm,
+    "TextGrid": format_textgrid,
 }
 
 

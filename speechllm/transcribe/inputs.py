@@ -58,6 +58,7 @@ class AudioInput:
         files: what the audio is read from; None where it can be read once only, as a stream.
         part: which part of them it is, where it is not all.
         error: why there is no audio at all.
+        text: what is said, as a manifest has it; None where there is none.
     """
 
     id: str
@@ -68,6 +69,7 @@ class AudioInput:
     files: tuple[str, ...] | None = ()
     part: str = ""
     error: UserError | None = None
+    text: str | None = None
 
     def content(self) -> str | None:
         """What the audio is, as far as that can be known without reading it: another text when a file has changed. None
@@ -312,6 +314,7 @@ class Inputs:
             self._request(entry),
             (*files, *(member["path"] for member in members)),
             f"{cut.id}, {cut.start:g} s and {cut.duration:g} s from there",
+            text=entry.text,
         )
 
     def _request(self, entry: Entry) -> Request:

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import cast
@@ -31,7 +31,7 @@ from speechllm.transcribe.segments import SegmentOptions, transcribe_inputs
 _INDEX = ".transcribed.jsonl"
 # What is wrong with the name of one result; all other errors would meet the next ones too.
 _OF_ONE_FILE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
-_FORMATS_OF_ONE_FILE = ("srt", "vtt", "tsv")
+_FORMATS_OF_ONE_FILE = ("srt", "vtt", "tsv", "TextGrid")
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,14 @@ class Output:
 
     Attributes:
         made_with: a text that differs where the results would: of the model and all options.
+        of_text: whether they depend on what is said by the manifest (`AudioInput.text`), too.
     """
 
     format: str = "txt"
     folder: Path | None = None
     overwrite: bool = False
     made_with: str = ""
+    of_text: bool = False
     _index: _Index | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -165,7 +167,7 @@ class Output:
         return str(file.relative_to(cast(Path, self.folder)))
 
     def _result(self, input: AudioInput, file: Path, sha256: str) -> _Result:
-        asked = repr((self.made_with, input.request))
+        asked = repr((self.made_with, input.request, *([input.text] if self.of_text else [])))
         return _Result(
             self._name(file),
             sha256,
@@ -242,16 +244,34 @@ def transcribe_all(
     output: Output,
     feature_kind: str = "fbank",
 ) -> int:
-    """Transcribes what is not done yet, with a progress bar on a terminal; returns 1 when something failed, else 0.
+    """Transcribes what is not done yet; see `run_all`."""
+    return run_all(
+        inputs,
+        lambda to_do, on_progress: transcribe_inputs(to_do, recognizer, options, on_progress, feature_kind),
+        output,
+        "transcribed",
+    )
 
-    `inputs` are iterated over twice: to count them, and to transcribe them.
+
+def run_all(
+    inputs: Iterable[AudioInput],
+    make: Callable[[Iterator[AudioInput], Callable[[float], None]], Iterable[tuple[AudioInput, Recording | UserError]]],
+    output: Output,
+    done: str,
+) -> int:
+    """Makes the results that are not there yet, with a progress bar on a terminal; returns 1 when something failed,
+    else 0.
+
+    Args:
+        inputs: iterated over twice: to count them, and to work on them.
+        make: of inputs their results, and calls what it is given with the seconds of audio that are done.
+        done: what could not be done with an input that failed, such as `transcribed`.
 
     Raises:
         UserError: a result cannot be written, as when the disk is full: none could be.
     """
     with _Progress(total=sum(1 for _ in inputs)) as progress:
-        to_do = _to_do(inputs, output, progress)
-        for input, found in transcribe_inputs(to_do, recognizer, options, progress.recognized, feature_kind):
+        for input, found in make(_to_do(inputs, output, progress), progress.recognized):
             if isinstance(found, Exception):
                 progress.failure(found)
                 continue
@@ -270,7 +290,7 @@ def transcribe_all(
             f"{progress.done_before} of {progress.total} were done before (--overwrite replaces them)", file=sys.stderr
         )
     if progress.failed:
-        print(f"error: {progress.failed} of {progress.total} could not be transcribed", file=sys.stderr)
+        print(f"error: {progress.failed} of {progress.total} could not be {done}", file=sys.stderr)
     return 1 if progress.failed else 0
 
 

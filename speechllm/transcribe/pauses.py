@@ -24,17 +24,17 @@ import numpy as np
 
 from speechllm.data.features import SAMPLE_RATE
 
-_FRAME = SAMPLE_RATE // 100  # samples
+FRAME = SAMPLE_RATE // 100  # samples
 _FRAMES_PER_SECOND = 100
 _LOWEST_LEVEL, _HIGHEST_LEVEL = -100, 60
-_SILENCE = -70.0
-_SOUND_RANGE = 40.0
+SILENCE = -70.0
+SOUND_RANGE = 40.0
 _LOUD_SHARE = 0.05
-_NOISE_PERCENTILE = 10
-_NOISE_MARGIN = 6.0
+NOISE_PERCENTILE = 10
+NOISE_MARGIN = 6.0
 _QUIETER = 15.0
-_PADDING = 30  # frames kept before and after sound
-_LEAST_SOUND = 10
+PADDING = 30  # frames kept before and after sound
+LEAST_SOUND = 10
 _LONG_SILENCE = 200
 _PAUSE = 20
 _OVERLAP = 100  # frames on both sides of a cut
@@ -70,28 +70,28 @@ def split_at_pauses(blocks: Iterable[np.ndarray], max_seconds: float = 30.0) -> 
     if not max_seconds >= SHORTEST_MAX_SECONDS:
         raise ValueError(f"max_seconds: must be at least {SHORTEST_MAX_SECONDS:g}, got {max_seconds}")
     max_frames = int(max_seconds * _FRAMES_PER_SECOND)
-    blocks, loudness = iter(blocks), _Loudness()
+    blocks, loudness = iter(blocks), Loudness()
     buffer = np.zeros(0, dtype=np.float32)
     start = shared = 0  # frames before the buffer; frames at its beginning that the last segment has too
     while True:
-        buffer, is_rest = _filled(buffer, blocks, max_frames * _FRAME)
-        levels = _levels(buffer[: max_frames * _FRAME])
+        buffer, is_rest = _filled(buffer, blocks, max_frames * FRAME)
+        levels = frame_levels(buffer[: max_frames * FRAME])
         loudness.add(start, levels)
         loud = loudness.level()
         sound = levels > _threshold(levels, loud)
         first = int(sound.argmax()) if sound.any() else len(levels)
         if is_rest and (start == 0 or first == len(levels)):
             end = after = len(levels)
-        elif first > _PADDING:
-            end = after = first - _PADDING
+        elif first > PADDING:
+            end = after = first - PADDING
         elif (silence := _long_silence(sound, first)) is not None:
-            end = after = silence + _PADDING
+            end = after = silence + PADDING
         elif is_rest:
             end = after = len(levels)
         else:
-            end, after = _cut(levels, loud)
-        if emitted := np.count_nonzero(sound[:end]) >= _LEAST_SOUND:
-            samples = buffer if is_rest and end == len(levels) else buffer[: end * _FRAME]
+            end, after = best_cut(levels, loud)
+        if emitted := np.count_nonzero(sound[:end]) >= LEAST_SOUND:
+            samples = buffer if is_rest and end == len(levels) else buffer[: end * FRAME]
             overlap = shared / _FRAMES_PER_SECOND
             yield AudioSegment(samples.copy(), start / _FRAMES_PER_SECOND, overlap)
         if is_rest and after == len(levels):
@@ -99,7 +99,7 @@ def split_at_pauses(blocks: Iterable[np.ndarray], max_seconds: float = 30.0) -> 
         # What was left out in front may have been shared.
         shared = end - after if emitted else max(0, shared - after)
         start += after
-        buffer = buffer[after * _FRAME :]
+        buffer = buffer[after * FRAME :]
 
 
 def _filled(buffer: np.ndarray, blocks: Iterator[np.ndarray], size: int) -> tuple[np.ndarray, bool]:
@@ -114,13 +114,13 @@ def _filled(buffer: np.ndarray, blocks: Iterator[np.ndarray], size: int) -> tupl
     return np.concatenate(parts), held <= size
 
 
-def _levels(samples: np.ndarray) -> np.ndarray:
+def frame_levels(samples: np.ndarray) -> np.ndarray:
     """(num_frames,) dB; a last frame that is not complete is none."""
-    frames = samples[: len(samples) // _FRAME * _FRAME].reshape(-1, _FRAME)
+    frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME)
     return 10 * np.log10(frames.var(axis=1, dtype=np.float64) + 10.0 ** (_LOWEST_LEVEL / 10))
 
 
-class _Loudness:
+class Loudness:
     """The level that the loudest frames of a stream exceed, to 1 dB, in memory that does not grow."""
 
     def __init__(self) -> None:
@@ -135,15 +135,15 @@ class _Loudness:
         self._counts += np.bincount(bins, minlength=len(self._counts))
 
     def level(self) -> float:
-        counts = self._counts[int(_SILENCE) - _LOWEST_LEVEL :]
+        counts = self._counts[int(SILENCE) - _LOWEST_LEVEL :]
         louder = counts[::-1].cumsum()
-        return _HIGHEST_LEVEL - float(np.argmax(louder >= _LOUD_SHARE * louder[-1])) if louder[-1] else _SILENCE
+        return _HIGHEST_LEVEL - float(np.argmax(louder >= _LOUD_SHARE * louder[-1])) if louder[-1] else SILENCE
 
 
 def _threshold(levels: np.ndarray, loud: float) -> float:
     """The level above which a frame is sound."""
-    noise = float(np.percentile(levels, _NOISE_PERCENTILE)) if len(levels) else _SILENCE
-    return max(_SILENCE, loud - _SOUND_RANGE, min(noise + _NOISE_MARGIN, loud - _QUIETER))
+    noise = float(np.percentile(levels, NOISE_PERCENTILE)) if len(levels) else SILENCE
+    return max(SILENCE, loud - SOUND_RANGE, min(noise + NOISE_MARGIN, loud - _QUIETER))
 
 
 def _long_silence(sound: np.ndarray, first: int) -> int | None:
@@ -154,7 +154,7 @@ def _long_silence(sound: np.ndarray, first: int) -> int | None:
     return int(places[long[0]]) + 1 if len(long) else None
 
 
-def _cut(levels: np.ndarray, loud: float) -> tuple[int, int]:
+def best_cut(levels: np.ndarray, loud: float) -> tuple[int, int]:
     """Where to end a segment and where to begin the next one, in frames."""
     power = 10 ** (levels / 10)
     window = slice(len(levels) // 2 - _PAUSE // 2, len(levels) - _OVERLAP + _PAUSE // 2)

@@ -167,16 +167,20 @@ def _parts(
 
 
 def _blocks(progress: _Progress) -> Iterator[np.ndarray]:
+    for block in input_blocks(progress.input, progress.notes):
+        progress.duration += len(block) / SAMPLE_RATE
+        yield block
+
+
+def input_blocks(input: AudioInput, notes: list[AudioNote]) -> Iterator[np.ndarray]:
     """The audio of an input; whatever else goes wrong while it is read is an `UtteranceError` too."""
     try:
-        for block in progress.input.blocks(progress.notes):
-            progress.duration += len(block) / SAMPLE_RATE
-            yield block
+        yield from input.blocks(notes)
     except (UtteranceError, UserError, MemoryError):
         raise
     except Exception as error:  # each decoder raises what it likes about a broken file
         lines = str(error).splitlines() or [""]
-        details = f"{progress.input.name}: {type(error).__name__}: {lines[0][:300]}"
+        details = f"{input.name}: {type(error).__name__}: {lines[0][:300]}"
         raise UtteranceError("unreadable audio", details) from error
 
 
@@ -216,10 +220,25 @@ def _speech(parts: list[_Part]) -> Speech:
 
 
 def _joined(parts: list[_Part]) -> list[Segment]:
-    segments: list[Segment] = []
-    for part in parts:
-        segment = Segment(part.offset, part.duration, cast(Recognition, part.recognition))
-        if part.overlap:
-            segments[-1], segment = without_overlap(segments[-1], segment)
-        segments.append(segment)
-    return segments
+    found = ((Segment(part.offset, part.duration, cast(Recognition, part.recognition)), part.overlap) for part in parts)
+    return list(joined_segments(found))
+
+
+def joined_segments(found: Iterable[tuple[Segment, float]]) -> Iterator[Segment]:
+    """The segments of a recording as they are in its result: words that two have, as they overlap, are in one of them.
+
+    Args:
+        found: each segment with the seconds at its beginning that are the end of the one before.
+
+    Yields:
+        each as soon as the next one is known.
+    """
+    last: Segment | None = None
+    for segment, overlap in found:
+        if last is not None:
+            if overlap:
+                last, segment = without_overlap(last, segment)
+            yield last
+        last = segment
+    if last is not None:
+        yield last

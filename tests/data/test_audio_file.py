@@ -226,9 +226,16 @@ def test_names_are_names(tmp_path, name):
     assert abs(read(tmp_path / name)[0] - 2.0) < 0.1
 
 
-def test_a_playlist_opens_nothing(tmp_path):
+@pytest.mark.parametrize(
+    "playlist",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\na.mp3\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile a.mp3\n",
+    ],
+)
+def test_a_playlist_opens_nothing(tmp_path, playlist):
     encoded(tmp_path / "a.mp3", 2.0)
-    (tmp_path / "list.mp3").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\na.mp3\n#EXT-X-ENDLIST\n")
+    (tmp_path / "list.mp3").write_text(playlist)
     with pytest.raises(UtteranceError, match="unreadable audio"):
         read(tmp_path / "list.mp3")
 

@@ -10,7 +10,7 @@ import torch
 import torchaudio
 from lhotse.augmentation.torchaudio import get_or_create_resampler
 
-from speechllm.data.resample import resample, resample_blocks
+from speechllm.data.resample import ResampledStream, resample, resample_blocks
 
 RATES = [8000, 11025, 12000, 14400, 22050, 24000, 32000, 44100, 48000, 96000, 192000]
 
@@ -56,6 +56,18 @@ def test_blocks_give_what_the_whole_gives(rate, block):
     samples = noise(5 * rate + 11 if block > 1 else 300)
     blocks = (samples[start : start + block] for start in range(0, len(samples), block))
     found = list(resample_blocks(blocks, rate, 16000))
+    np.testing.assert_allclose(np.concatenate(found), resample(samples, rate, 16000), atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 24000, 44100, 48000])
+def test_live_samples_come_at_once(rate):
+    samples = noise(2 * rate + 7)
+    stream, found = ResampledStream(rate, 16000), []
+    for start in range(0, len(samples), rate // 50):
+        found += [x for x in [stream.accept(samples[start : start + rate // 50])] if x is not None]
+        late = min(start + rate // 50, len(samples)) / rate - sum(map(len, found)) / 16000
+        assert late < 0.03
+    found += [x for x in [stream.finish()] if x is not None]
     np.testing.assert_allclose(np.concatenate(found), resample(samples, rate, 16000), atol=1e-6)
 
 

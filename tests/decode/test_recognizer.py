@@ -68,6 +68,41 @@ def test_batches_are_searched_together_and_given_back_in_order(talkative):
         assert [outcome(found) for found in recognizer(batches[:1])] == alone[:1]  # and it can be used again
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        RecognizeOptions(SearchOptions(max_rows=4)),
+        RecognizeOptions(SearchOptions("beam", beam=2, max_rows=8), ctc_weight=0.5, timestamps=True),
+        RecognizeOptions(SearchOptions("sample", seed=3, max_rows=4)),
+    ],
+)
+def test_utterances_join_and_leave_and_have_the_texts_that_they_have_alone(talkative, options):
+    lengths = (120, 300, 3, 200, 150, 260, 90)
+    keyed = [
+        batch._replace(requests=[dataclasses.replace(batch.requests[0], key=str(n))])
+        for n in lengths
+        for batch in [speech(n)]
+    ]
+    alone = [next(SpeechLLMRecognizer(talkative, options)([batch])) for batch in keyed]
+    recognizer = SpeechLLMRecognizer(talkative, options)
+    found, numbers, gone, waiting = {}, {}, set(), list(enumerate(keyed))
+    for turn in range(1000):
+        if turn % 3 == 0 and waiting and recognizer.free:
+            i, batch = waiting.pop(0)
+            (numbers[i],) = recognizer.join(batch)
+            assert recognizer.free >= 0
+        if turn == 4:  # one goes away in the middle of its text
+            gone = {i for i in numbers if numbers[i] not in found and i != 0}
+            recognizer.leave([numbers[i] for i in gone])
+        found |= dict(recognizer.step())
+        if not waiting and len(found) + len(gone) == len(keyed):
+            break
+    assert gone and recognizer.free == 4 and not recognizer._utterances
+    for i, expected in enumerate(alone):
+        if i not in gone:
+            assert outcome([found[numbers[i]]]) == outcome(expected) and found[numbers[i]].words == expected[0].words
+
+
 @pytest.mark.parametrize("options", [{}, {"ctc_weight": 0.5}, {"timestamps": True, "ctc_beam": 4}])
 def test_beam_1_is_greedy_whatever_takes_part(talkative, options):
     batch = speech(120, 200, 90)

@@ -1,5 +1,7 @@
 import dataclasses
 
+from huggingface_hub import ModelCard
+
 from speechllm.model.card import add_results
 from speechllm.model.encoder_model import EncoderModel
 
@@ -19,3 +21,18 @@ def test_the_use_that_a_card_shows_is_one_that_the_model_takes(model, model_conf
     assert "--model PATH --language es`" in model.card()
     encoder = EncoderModel.from_config(dataclasses.replace(model_config, llm=None))
     assert 'transcribe(["speech.wav"])' in encoder.card() and "--language" not in encoder.card()
+
+
+def test_results_in_the_header_are_what_the_hub_reads(model, tmp_path):
+    (tmp_path / "README.md").write_text(model.card())
+    for wer in (3.5, 2.25):
+        add_results(tmp_path, "table", {("test_clean", "greedy_search"): wer, ("test_clean", "ctc_greedy_search"): 9.0})
+    card = ModelCard.load(tmp_path / "README.md")
+    found = {
+        (r.dataset_name, r.metric_name): (r.task_type, r.metric_type, r.metric_value) for r in card.data.eval_results
+    }
+    assert found == {
+        ("test_clean", "Test WER (greedy_search)"): ("automatic-speech-recognition", "wer", 2.25),
+        ("test_clean", "Test WER (ctc_greedy_search)"): ("automatic-speech-recognition", "wer", 9.0),
+    }
+    assert card.text.startswith("\n# SpeechLLM") and card.text.count("## Results") == 1

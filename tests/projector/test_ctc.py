@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from speechllm.config import ConfigError, from_dict, override
+from speechllm.decode.options import SearchOptions
 from speechllm.decode.recognizer import RecognizeOptions
 from speechllm.encoder import WhisperEncoderConfig
 from speechllm.errors import UserError
@@ -181,10 +182,45 @@ def test_own_pieces_start_as_the_mean_of_the_tokens_of_their_text(llm_section, m
     assert model.ctc_text(model.ctc_label_ids("one two")) == "one two"
 
 
-def test_scores_of_other_pieces_cannot_join_a_search(llm_section, model_config, pieces_dir):
-    model = SpeechLLM.from_config(dataclasses.replace(model_config, llm=llm_section, ctc_tokenizer=str(pieces_dir)))
+def test_a_head_of_other_pieces_ranks_the_texts_of_a_beam(llm_section, model_config, pieces_dir, batch):
+    torch.manual_seed(0)
+    config = dataclasses.replace(model_config, llm=llm_section, ctc_tokenizer=str(pieces_dir))
+    model = SpeechLLM.from_config(config).eval()
     with pytest.raises(UserError, match="ctc_weight: the CTC head writes other pieces"):
         model.recognizer(RecognizeOptions(ctc_weight=0.3))
+    features, lens, _, requests = batch
+    search = SearchOptions("beam", beam=4, nbest=4, tokens_per_second=4)
+
+    def recognized(**options):
+        return model.recognize(features, lens, requests, options=RecognizeOptions(**options))
+
+    with torch.no_grad():
+        encoder_out, encoder_lens, _, _ = model.encode(features, lens)
+        log_probs = model.ctc_head(encoder_out).log_softmax(-1)
+    plain, ranked = recognized(search=search), recognized(search=search, ctc_weight=5.0)
+    for row, (before, after) in enumerate(zip(plain, ranked, strict=True)):
+        assert sorted(before.texts) == sorted(after.texts)
+        assert after.text == after.texts[0]
+        scores = {}
+        for hypothesis, text in zip(before.nbest, before.texts, strict=True):
+            label = torch.tensor([model.ctc_label_ids(text)])
+            loss = torch.nn.functional.ctc_loss(
+                log_probs[row : row + 1, : encoder_lens[row]].transpose(0, 1),
+                label,
+                encoder_lens[row : row + 1],
+                torch.tensor([label.shape[1]]),
+                model.blank_id,
+                reduction="none",
+            )
+            scores[hypothesis.tokens] = (
+                hypothesis.score + max(-5.0 * loss.item(), -5e4) / len(hypothesis.log_probs)
+            )  # fmt: skip
+        assert [h.tokens for h in after.nbest] == sorted(scores, key=lambda tokens: -scores[tokens])
+        for hypothesis in after.nbest:
+            assert hypothesis.score == pytest.approx(scores[hypothesis.tokens], abs=1e-3)
+    assert [r.text for r in plain] != [r.text for r in ranked]
+    best = recognized(search=dataclasses.replace(search, nbest=1), ctc_weight=5.0)
+    assert [r.texts for r in best] == [r.texts[:1] for r in ranked]
 
 
 @pytest.mark.parametrize("own_pieces", [False, True])

@@ -389,3 +389,10 @@ def test_a_small_model_learns_with_its_prompt(model_config, batch):
     assert all(not torch.equal(p, before[name]) for name, p in model.prompt.named_parameters())
     found = model.eval().recognize(features, lens, requests)
     assert [r.text for r in found] == texts
+
+
+def test_end_of_text_comes_before_everything():
+    plain, ended = (PromptConfig(asr="{audio}\n", end_of_text_first=x, soft_tokens=1) for x in (False, True))
+    before, after = plain.encoded(tokenizer, Request())
+    assert ended.encoded(tokenizer, Request()) == ([tokenizer.eos_id, *before], after)
+    assert PromptConfig(asr="{audio}", end_of_text_first=True).encoded(tokenizer, Request()) == ([tokenizer.eos_id], [])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from speechllm.config import ConfigError, from_dict, load_config, override, to_dict
 from speechllm.data import Batch
@@ -348,9 +349,16 @@ def test_an_encoder_alone_is_trained_resumed_averaged_and_decoded(experiment, tm
     transcribe = [sys.executable, "-m", "speechllm.cli", "transcribe", str(wav), "--model", str(folder)]
     words = json.loads(run(*transcribe, "--format", "json").stdout)
     assert words["duration"] > 0
-    # and a language model is trained on it
-    settings = ["--model.encoder", f"{{path: {folder}, freeze: true}}", "--train.num_steps", "1"]
-    assert "encoder 0." in run(*command(experiment, tmp_path / "llm", *settings)).stderr
+    # and a language model is trained on it; what is frozen stays, whether it has a file or not
+    settings = ["--model.encoder.path", str(folder), "--optim.freeze", "[encoder, projector]", "--train.num_steps", "1"]
+    exp = tmp_path / "llm"
+    assert "encoder 0." in run(*command(experiment, exp, "--model.encoder.zipformer", "null", *settings)).stderr
+    run(sys.executable, "tools/average_ckpt.py", "--exp-dir", str(exp), "--iter", "1", "--avg", "1")
+    weights = load_file(exp / "iter-1-avg-1" / "model.safetensors")
+    for name, value in load_file(folder / "model.safetensors").items():
+        assert not name.startswith("encoder.") or torch.equal(weights[name], value)
+    projector = {n: v for n, v in load_checkpoint(exp / "checkpoint-1.pt")["model"].items() if "projector" in n}
+    assert projector and all(torch.equal(weights[name], value) for name, value in projector.items())
 
 
 def test_a_quantized_language_model_is_tuned_by_two_processes(experiment, tmp_path):

@@ -1,9 +1,11 @@
 """Output formats: golden lines, and what a reader of each format gets back."""
 
 import html
+import itertools
 import json
 import math
 import os
+import random
 import re
 
 import pytest
@@ -227,3 +229,35 @@ def test_json_is_valid_whatever_the_numbers_and_names():
     assert one["words"][0]["confidence"] is None
     assert two["nbest"][1] == {"text": "\\ud800", "score": None, "confidence": None, "stopped": "end"}
     assert "nan" not in write("ctm", Recording("x", "x.wav", 2.0, [Segment(0, 1.0, nan), Segment(1.0, 1.0, bad)]))
+
+
+def parsed_textgrid(text):
+    """Tiers as {name: [(start, end, text)]}, and the end."""
+    tiers = {}
+    for tier in text.split('class = "IntervalTier"')[1:]:
+        intervals = re.findall(r'xmin = ([\d.]+)\s+xmax = ([\d.]+)\s+text = "((?:[^"]|"")*)"', tier)
+        name = re.search(r'name = "(\w+)"', tier)[1]
+        tiers[name] = [(float(start), float(end), said.replace('""', '"')) for start, end, said in intervals]
+        assert len(intervals) == int(re.search(r"intervals: size = (\d+)", tier)[1])
+    return tiers, float(re.search(r"xmax = ([\d.]+)", text)[1])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_intervals_of_a_textgrid_follow_one_another(seed):
+    rng = random.Random(seed)
+    starts = sorted(rng.uniform(0, 9) for _ in range(20))
+    words = [Word(f'w"{i}', start, start + rng.choice([0.0, 0.2, 2.0]), 0.5) for i, start in enumerate(starts)]
+    text = " ".join(word.text for word in words)
+    found = Recognition(text, (Hypothesis((1,), (-1.0,), 0.0, "end"),), (text,), words=tuple(words))
+    tiers, end = parsed_textgrid(FORMATS["TextGrid"](Recording("a", "a.wav", 10.0, [Segment(0.0, 9.5, found)])))
+    assert [said for *_, said in tiers["words"] if said] == [word.text for word in words]
+    assert [said for *_, said in tiers["segments"] if said] == [text]
+    for intervals in tiers.values():
+        assert intervals[0][0] == 0 and intervals[-1][1] == end >= 10.0
+        assert all(start < until for start, until, _ in intervals)
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(intervals))
+
+
+def test_a_textgrid_of_silence_is_one_empty_interval():
+    tiers, end = parsed_textgrid(FORMATS["TextGrid"](Recording("a", "a.wav", 2.5, [])))
+    assert tiers == {"segments": [(0.0, 2.5, "")]} and end == 2.5
