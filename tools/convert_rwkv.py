@@ -5,14 +5,17 @@
     tools/convert_rwkv.py rwkv7-g1-0.1b rwkv7-g1-0.1b.pth                     # for rwkv, RWKV-LM, RWKV-Runner
     tools/convert_rwkv.py rwkv7-g1-0.1b.pth float32.pth --dtype float32       # the same form in another precision
 
+    tools/convert_rwkv.py exp/iter-2200-avg-5 tuned.pth                       # of a model that was trained here
+
     tools/convert_rwkv.py rwkv-0.pth adapter --alpha 32                       # an adapter of RWKV-PEFT, for peft
     tools/convert_rwkv.py adapter rwkv-0.pth                                  # and back, for RWKV-PEFT
     tools/convert_rwkv.py state.safetensors state.pth                         # a tuned state for RWKV-PEFT, and back
     tools/convert_rwkv.py base.pth merged.pth --adapter rwkv-0.pth --alpha 32 # adapter or state, merged into its base
 
 A folder of a model is in the naming of flash-linear-attention (config.json, model.safetensors or its shards). Without
---dtype every weight stays as it is, bit for bit. Tokenizer files are not converted: copy them into the folder. A PiSSA
-of RWKV-PEFT needs its init_pissa.pth beside it.
+--dtype every weight stays as it is, bit for bit. Of a model of speech (a folder with config.yaml) the language model is
+taken, with its adapter merged into it: rwkv.cpp, web-rwkv, llama.cpp and others convert the .pth to their own forms.
+Tokenizer files are not converted: copy them into the folder. A PiSSA of RWKV-PEFT needs its init_pissa.pth beside it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import torch
 
 from speechllm.errors import UserError
 from speechllm.llm.adapters import convert_adapter, load_adapter, merged_state_dict
+from speechllm.model.build import load_model
 from speechllm.rwkv7 import RWKV7, load_rwkv7, save_rwkv7
 from speechllm.rwkv7.state import RWKV7State
 from speechllm.weights import read_rwkv_pth
@@ -99,7 +103,7 @@ def convert(
 ) -> None:
     if alpha is not None and adapter is None:
         raise UserError("--alpha: is for a LoRA, which --adapter merges into a model")
-    model = load_rwkv7(source, dtype)
+    model = of_speech_model(source, dtype) if (source / "config.yaml").is_file() else load_rwkv7(source, dtype)
     print(f"read {source}: {describe(model)}")
     if adapter is not None:
         model = merged(model, adapter, alpha)
@@ -113,13 +117,21 @@ def convert(
     print(f"wrote {target}: {written.stat().st_size / 1e6:.1f} MB in {model.emb.weight.dtype}")
 
 
-def merged(model: RWKV7, adapter: Path, alpha: float | None) -> RWKV7:
-    """The model that computes what `model` does with an adapter, or from a tuned state, in its precision.
+def of_speech_model(folder: Path, dtype: torch.dtype | None) -> RWKV7:
+    """The language model of a folder that `save_pretrained` wrote, adapter and all, in float32 unless `dtype` says
+    otherwise.
 
-    The sum is taken in float32, and rounded once.
+    Raises:
+        UserError: it has another language model, or none.
     """
-    dtype = model.emb.weight.dtype
-    load_adapter(model.float(), adapter, alpha=alpha)
+    llm = load_model(folder).llm
+    if not isinstance(llm, RWKV7):
+        raise UserError(f"{folder}: the language model is {'none' if llm is None else llm.name}, not RWKV-7")
+    return plain_model(llm.float(), dtype)
+
+
+def plain_model(model: RWKV7, dtype: torch.dtype | None) -> RWKV7:
+    """The model without what it was tuned with, which is merged into it; rounded once, its tuned state not at all."""
     plain = model.untuned()
     plain.load_state_dict(merged_state_dict(model), assign=True)
     state = plain.initial_state(1) if plain.initial_wkv is not None else None
@@ -128,6 +140,16 @@ def merged(model: RWKV7, adapter: Path, alpha: float | None) -> RWKV7:
     if state is not None:
         plain.add_initial_state(state)
     return plain
+
+
+def merged(model: RWKV7, adapter: Path, alpha: float | None) -> RWKV7:
+    """The model that computes what `model` does with an adapter, or from a tuned state, in its precision.
+
+    The sum is taken in float32, and rounded once.
+    """
+    dtype = model.emb.weight.dtype
+    load_adapter(model.float(), adapter, alpha=alpha)
+    return plain_model(model, dtype)
 
 
 def convert_state(source: Path, target: Path) -> None:

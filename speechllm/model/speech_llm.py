@@ -455,14 +455,15 @@ class SpeechLLM(SpeechModel):
         else:
             llm = LLMSection(transformers=cast(TransformersLM, self.llm).config)
         if not merged:
-            base, dtype = cast(str, section.path), str(self.llm.dtype).removeprefix("torch.")
+            base, base_dtype = cast(str, section.path), str(self.llm.dtype).removeprefix("torch.")
             path = base if hub_id(base) else str(Path(base).absolute())
             if push_to_hub is not None and hub_id(base) is None:
                 raise UserError(
                     f"push_to_hub: {push_to_hub}: merged=False leaves out the base, {base}, which is on this machine "
                     "only: push the merged model, or name the base by its id on the Hub (model.llm.path)"
                 )
-            llm = LLMSection(path=path, freeze=True, adapter="adapter", dtype=None if dtype == "float32" else dtype)
+            stated = None if base_dtype == "float32" else base_dtype
+            llm = LLMSection(path=path, freeze=True, adapter="adapter", dtype=stated)
         with replaced_folder(folder) as tmp:
             self.tokenizer.save(tmp)
             has_own_pieces = self.ctc_tokenizer is not self.tokenizer

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -51,13 +52,13 @@ def flop_counter() -> Iterator[FlopCounterMode]:
     """Inside, the products and convolutions are counted, backward passes included. Triton kernels are not seen."""
 
     # called with the shapes of an operator's tensors, other arguments as they are
-    def baddbmm(shape, x, y, **_) -> int:  # type: ignore[no-untyped-def]
+    def baddbmm(shape: Any, x: Any, y: Any, **_: Any) -> int:
         return 2 * math.prod(x) * y[-1]
 
-    def linear(x, weight, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    def linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
         return 2 * math.prod(x) * weight[0]
 
-    unknown_to_the_counter = {torch.ops.aten.baddbmm_: baddbmm}
+    unknown_to_the_counter: dict[Any, Callable[..., int]] = {torch.ops.aten.baddbmm_: baddbmm}
     if has_onednn():
         unknown_to_the_counter[torch.ops.mkldnn._linear_pointwise] = linear
     with FlopCounterMode(display=False, custom_mapping=unknown_to_the_counter) as counter:

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import runpy
 import sys
@@ -6,7 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from speechllm.rwkv7 import load_rwkv7
+from speechllm import SpeechLLM
+from speechllm.llm.adapters import TuneConfig
+from speechllm.model.config import LLMSection
+from speechllm.model.encoder_model import EncoderModel
+from speechllm.rwkv7 import load_rwkv7, save_rwkv7
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "rwkv7" / "small" / "model.pth"
@@ -143,3 +148,31 @@ def test_errors_about_adapters_write_nothing(convert, tmp_path, capsys):
             convert(*arguments)
         assert message in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("how", ["whole", "merged", "apart", "state"])
+def test_the_language_model_of_a_trained_model(convert, model, model_config, tmp_path, how):
+    """As official weights, it computes what it does with its adapter; a tuned state is in the file, too."""
+    torch.manual_seed(0)
+    save_rwkv7(model.llm, tmp_path / "base.pth")
+    if how != "whole":
+        tune = TuneConfig(method="state") if how == "state" else TuneConfig(method="lora", rank=2)
+        section = LLMSection(path=str(tmp_path / "base.pth"), tune=tune)
+        model = SpeechLLM.from_config(dataclasses.replace(model_config, llm=section))
+        for parameter in model.llm.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+    model.eval().save_pretrained(tmp_path / "model", merged=how != "apart")
+    convert(tmp_path / "model", tmp_path / "out.pth")
+    ids = torch.randint(0, 200, (2, 9))
+    expected, _ = model.llm(input_ids=ids, state=model.llm.initial_state(2) if how == "state" else None)
+    exported = load_rwkv7(tmp_path / "out.pth")
+    assert (exported.initial_wkv is not None) == (how == "state")
+    logits, _ = exported(input_ids=ids, state=exported.initial_state(2) if how == "state" else None)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_rwkv7_is_refused(convert, model_config, tmp_path):
+    EncoderModel.from_config(dataclasses.replace(model_config, llm=None)).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="the language model is none, not RWKV-7"):
+        convert(tmp_path / "model", tmp_path / "out.pth")
