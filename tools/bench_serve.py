@@ -10,7 +10,8 @@ play utterances of the manifests, 0.1 s at a time as they would be spoken, each 
 delay of words is from when the client has sent the sample that they needed (`audio_end`) to when their event has come.
 It ends when 95 % of them are no longer within a second. "per core" is how many streams the time that the server has
 computed for (user and system, from /proc) would suffice for: other processes have no influence on it. Then --uploads
-clients send the utterances one after the other, for --seconds.
+clients send the utterances one after the other, for --seconds. With --url that is done to another server of OpenAI's
+interface, which runs already.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import argparse
 import asyncio
 import base64
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from statistics import quantiles
 from time import monotonic
@@ -50,20 +53,22 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass
 class Server:
-    """A server in a process of its own."""
+    """A server in another process."""
 
-    process: subprocess.Popen
+    pid: int | None  # None where it is not known
     url: str
 
     @property
     def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        if self.pid is None:
+            return math.nan
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     @property
     def memory(self) -> int:
         """Resident, in bytes."""
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass
@@ -75,7 +80,11 @@ class Played:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a trained model")
+    served = parser.add_mutually_exclusive_group(required=True)
+    served.add_argument("--model", type=Path, help="folder of a trained model")
+    served.add_argument("--url", help="of a server that runs, such as http://127.0.0.1:9000; uploads only")
+    parser.add_argument("--pid", type=int, help="of the process that --url is of, for its share of a core")
+    parser.add_argument("--name", help="of its model")
     parser.add_argument("--manifest", type=Path, nargs="+", required=True, help="what the clients say")
     parser.add_argument("--language", help="of the speech")
     parser.add_argument(
@@ -89,11 +98,15 @@ def main() -> None:
 
 def measure(args: argparse.Namespace) -> None:
     entries = [(cut, describe_cut(cut)) for path in args.manifest for cut in read_manifest(path)]
-    files = [Path(cut.recording.sources[0].source) for cut, _ in entries]
+    files = [(Path(cut.recording.sources[0].source), cut.duration) for cut, _ in entries]
     audio = np.concatenate([load_samples(cut) for cut, _ in entries])
     if not len(audio):
         raise UserError(f"{args.manifest[0]}: there is no utterance in it")
-    server = start(args)
+    if args.url is not None:
+        show_uploads(Server(args.pid, args.url), files, args)
+        return
+    process, url = start(args)
+    server = Server(process.pid, url)
     try:
         asyncio.run(live(server, audio, 1, 3.0, args.language))  # what is made once is made
         rows = []
@@ -103,16 +116,18 @@ def measure(args: argparse.Namespace) -> None:
                 break
         title = ["streams", "words", "delay, ms: median", "p95", "of a core", "streams per core", "KiB/stream"]
         print_table(title, [[f"{value:.0f}" if i != 4 else f"{value:.2f}" for i, value in enumerate(r)] for r in rows])
-        print_table(
-            ["clients", "uploads a minute", "audio hours an hour", "of a core"],
-            [asyncio.run(uploads(server, files, args))],
-        )
+        show_uploads(server, files, args)
     finally:
-        server.process.send_signal(signal.SIGTERM)
-        server.process.wait()
+        process.send_signal(signal.SIGTERM)
+        process.wait()
 
 
-def start(args: argparse.Namespace) -> Server:
+def show_uploads(server: Server, files: list[tuple[Path, float]], args: argparse.Namespace) -> None:
+    row = asyncio.run(uploads(server, files, args))
+    print_table(["clients", "uploads a minute", "times real time", "of a core"], [row])
+
+
+def start(args: argparse.Namespace) -> tuple[subprocess.Popen, str]:
     most = max(*args.streams, args.uploads)
     limits = {"max-streams": most, "max-connections": 2 * most + 64, "requests-per-minute": 10**6}
     command = [sys.executable, "-m", "speechllm.cli", "serve", "--model", str(args.model), "--port", "0"]
@@ -129,7 +144,7 @@ def start(args: argparse.Namespace) -> Server:
     if ": http://" not in line:
         raise UserError(f"the server has not started: {line or 'it says why above'}")
     print(line.strip())
-    return Server(process, line.split(": ")[1].split(",")[0])
+    return process, line.split(": ")[1].split(",")[0]
 
 
 async def live(server: Server, audio: np.ndarray, streams: int, seconds: float, language: str | None) -> list[float]:
@@ -142,9 +157,7 @@ async def live(server: Server, audio: np.ndarray, streams: int, seconds: float, 
     during = asyncio.ensure_future(_memory_later(server, seconds * 0.9))
     await asyncio.gather(*clients)
     share = (server.cpu_seconds - cpu) / (monotonic() - began)
-    if len(played.delays) < 2:
-        raise UserError("the server has written no words")
-    delays = quantiles(played.delays, n=20)
+    delays = quantiles(played.delays, n=20) if len(played.delays) > 1 else [math.nan] * 19
     memory = (await during - before) / streams / 1024
     return [streams, len(played.delays), 1000 * delays[9], 1000 * delays[18], share, streams / share, max(0.0, memory)]
 
@@ -186,22 +199,22 @@ async def read(socket, sent: list[float], played: Played) -> None:
             played.delays += [came - sent[needed]] * max(1, len(event["words"] or ()))
 
 
-async def uploads(server: Server, files: list[Path], args: argparse.Namespace) -> list[str]:
+async def uploads(server: Server, files: list[tuple[Path, float]], args: argparse.Namespace) -> list[str]:
     """A row: clients, uploads a minute, audio in real times, share of a core."""
+    fields = {name: value for name, value in (("language", args.language), ("model", args.name)) if value}
     cpu, began = server.cpu_seconds, monotonic()
-    done, seconds, number = 0, 0.0, iter(range(10**9))
+    done, seconds, number = 0, 0.0, count()
 
     async def client(http: httpx.AsyncClient) -> None:
         nonlocal done, seconds
         while monotonic() - began < args.seconds:
-            file = files[next(number) % len(files)]
-            fields = {"language": args.language} if args.language else {}
+            file, duration = files[next(number) % len(files)]
             url = f"{server.url}/v1/audio/transcriptions"
-            answer = await http.post(url, files={"file": file.read_bytes()}, data=fields)
+            answer = await http.post(url, files={"file": (file.name, file.read_bytes())}, data=fields)
             if answer.status_code != 200:
                 raise UserError(f"the server says: {answer.text}")
             done += 1
-            seconds += answer.json()["usage"]["seconds"]
+            seconds += duration
 
     async with httpx.AsyncClient(timeout=None) as http:
         await asyncio.gather(*(client(http) for _ in range(args.uploads)))

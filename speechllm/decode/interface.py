@@ -18,6 +18,7 @@ from speechllm.decode.result import Recognition
 from speechllm.encoder.transducer import Transducer
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModel
+from speechllm.prompt.interleave import StreamingConfig
 from speechllm.prompt.label import LabelTemplate, ReadLabel
 from speechllm.prompt.request import Request
 from speechllm.prompt.splice import Spliced
@@ -171,6 +172,9 @@ class RecognizableSpeechLLM(Recognizable, Protocol):
 class PromptHolder(Protocol):
     @property
     def prompt(self) -> PromptConfig: ...
+
+    @property
+    def streaming(self) -> StreamingConfig | None: ...
 
 
 class StreamableModel(Protocol):

@@ -219,12 +219,12 @@ class StreamingRecognizer:
             )
         self.encoder: Zipformer = model.encoder
         if self.options.ctc:
-            self.chunk: StreamChunk = self._encoder_chunk(chunk_seconds)
+            self.chunk: StreamChunk | EncoderChunk = self._encoder_chunk(chunk_seconds)
             self.decoder: ChunkDecoder = _ctc_decoder(model)
         else:
             speech_llm = cast(StreamableSpeechLLM, model)
-            self.chunk = _trained_chunk(speech_llm, chunk_seconds)
-            self.decoder = TextDecoder(speech_llm, self.encoder.output_dim, self.chunk, self.options)
+            chunk = self.chunk = _trained_chunk(speech_llm, chunk_seconds)
+            self.decoder = TextDecoder(speech_llm, self.encoder.output_dim, chunk, self.options)
         if before_label := model.config.prompt.label_prefix.strip():
             raise UserError(f"prompt.before_label: {before_label!r} is no white space, and in a stream would be a word")
         self.window, self.shift = self.encoder.step_frames(self.chunk.encoder_frames)

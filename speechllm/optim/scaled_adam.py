@@ -14,6 +14,10 @@ from torch.optim.optimizer import ParamsT
 logger = logging.getLogger(__name__)
 
 _EARLY_CLIPPING_STEPS = (10, 20, 40)
+# The correction of the second moment's bias that is left out.
+_NO_BIAS = 0.99
+# Elements of a large tensor that are updated at a time: the tensors of one update are in a second-level cache then.
+_PIECE = 65536
 
 
 class ScaledAdam(torch.optim.Optimizer):
@@ -135,33 +139,31 @@ class ScaledAdam(torch.optim.Optimizer):
         return factor
 
     def _step_tensors(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
-        lr, eps, step = group["lr"], group["eps"], group["step"]
+        lr, step = group["lr"], group["step"]
         beta1, beta2 = group["betas"]
-        deltas = [self.state[p]["delta"] for p in params]
-        exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in params]
         sizes = self.state[group["params"][0]]
-
-        torch._foreach_mul_(deltas, beta1)
         phase = step % group["size_update_period"]
         sizes["scale_grads"][phase] = torch.stack(
             [torch.dot(p.reshape(-1), grad.reshape(-1)) for p, grad in zip(params, grads, strict=True)]
         )
+        changes = [0.0] * len(params)
         if phase == group["size_update_period"] - 1:
             sizes["param_rms"] = _rms(params)
             if step > 0:
                 changes = (self._size_steps(group, sizes) * (1 - beta1)).tolist()
-                torch._foreach_add_(deltas, torch._foreach_mul(params, changes))
-
-        torch._foreach_mul_(exp_avg_sqs, beta2)
-        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-        denominators = torch._foreach_sqrt(exp_avg_sqs)
-        bias_correction = 1 - beta2 ** (step + 1)
-        if bias_correction < 0.99:
-            torch._foreach_div_(denominators, bias_correction**0.5)
-        torch._foreach_add_(denominators, eps)
         rates = (-lr * (1 - beta1) * sizes["param_rms"].clamp(min=group["param_min_rms"])).tolist()
-        torch._foreach_addcdiv_(deltas, grads, denominators, rates)
-        torch._foreach_add_(params, deltas)
+
+        is_biased = 1 - beta2 ** (step + 1) < _NO_BIAS
+        bias_step, scratch = torch.tensor(step + 1.0 if is_biased else math.inf), torch.zeros(_PIECE)
+        together = []
+        for p, grad, change, rate in zip(params, grads, changes, rates, strict=True):
+            delta, exp_avg_sq = self.state[p]["delta"], self.state[p]["exp_avg_sq"]
+            if _is_updated_in_pieces(p, grad, delta, exp_avg_sq):
+                _update_in_pieces(group, (p, grad, delta, exp_avg_sq), change, rate, bias_step, scratch)
+            else:
+                together.append((p, grad, delta, exp_avg_sq, change, rate))
+        if together:
+            _update_together(group, *map(list, zip(*together, strict=True)))
 
     def _size_steps(self, group: dict, sizes: dict[str, Tensor]) -> Tensor:
         """The relative change of each tensor's size, (tensors,)."""
@@ -188,6 +190,70 @@ class ScaledAdam(torch.optim.Optimizer):
         torch._foreach_clamp_min_(params, -group["scalar_max"])
         torch._foreach_clamp_max_(params, group["scalar_max"])
         torch._foreach_add_(params, deltas)
+
+
+def _update_together(
+    group: dict,
+    params: list[Tensor],
+    grads: list[Tensor],
+    deltas: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    changes: list[float],
+    rates: list[float],
+) -> None:
+    """Change the sizes of tensors by `changes`, relative to them, and take Adam's steps at `rates`."""
+    beta1, beta2 = group["betas"]
+    torch._foreach_mul_(deltas, beta1)
+    if any(changes):
+        torch._foreach_add_(deltas, torch._foreach_mul(params, changes))
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    if (bias_correction := 1 - beta2 ** (group["step"] + 1)) < _NO_BIAS:
+        torch._foreach_div_(denominators, bias_correction**0.5)
+    torch._foreach_add_(denominators, group["eps"])
+    torch._foreach_addcdiv_(deltas, grads, denominators, rates)
+    torch._foreach_add_(params, deltas)
+
+
+def _is_updated_in_pieces(*tensors: Tensor) -> bool:
+    return tensors[0].numel() > _PIECE and all(
+        t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
+    )
+
+
+def _update_in_pieces(
+    group: dict, tensors: tuple[Tensor, ...], change: float, rate: float, bias_step: Tensor, scratch: Tensor
+) -> None:
+    """`_update_together` of one large tensor on the CPU: a piece that one operation has read, the next finds in the
+    cache. Adam's step is PyTorch's fused one, of `delta` and without momentum, as that is in `delta` itself.
+
+    Args:
+      tensors: the parameter, its gradient, `delta` and `exp_avg_sq`.
+      bias_step: the step, from 1, by which the second moment's bias is corrected; infinite for no correction.
+      scratch: finite, of the size of a piece.
+    """
+    beta1, beta2 = group["betas"]
+    for p, grad, delta, exp_avg_sq in zip(*(t.view(-1).split(_PIECE) for t in tensors), strict=True):
+        delta.mul_(beta1)
+        if change:
+            delta.add_(p, alpha=change)
+        torch._fused_adam_(
+            [delta],
+            [grad],
+            [scratch[: grad.numel()]],
+            [exp_avg_sq],
+            [],
+            [bias_step],
+            lr=-rate,
+            beta1=0.0,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+        p.add_(delta)
 
 
 def _rms(tensors: list[Tensor]) -> Tensor:

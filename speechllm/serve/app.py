@@ -60,10 +60,9 @@ def make_app(service: Service, is_loopback: bool = True) -> Starlette:
 
     async def health(request: Request) -> Response:
         places = service.places
-        status = "draining" if places.is_closed else "ok"
-        return JSONResponse(
-            {"status": status, "streams": places.taken, "max_streams": places.most}, 503 if places.is_closed else 200
-        )
+        status = "draining" if places.is_closed else "ok" if service.engine.is_alive else "failed"
+        record = {"status": status, "streams": places.taken, "max_streams": places.most}
+        return JSONResponse(record, 200 if status == "ok" else 503)
 
     async def metrics(request: Request) -> Response:
         service.metrics.queue.set(service.engine.waiting)

@@ -61,6 +61,7 @@ class _Segment:
 class _Lane:
     """The segments that are recognized with the same options."""
 
+    options: RecognizeOptions
     recognizer: ContinuousRecognizer
     waiting: deque[_Segment] = field(default_factory=deque)
     joined: dict[int, _Segment] = field(default_factory=dict)
@@ -221,6 +222,11 @@ class Engine:
         self._thread.join()
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
     def waiting(self) -> int:
         """How many segments wait for a place."""
         with self.changed:
@@ -266,7 +272,7 @@ class Engine:
             idle = [other for other, lane in self._lanes.items() if lane.is_idle]
             for other in idle[: max(0, len(idle) + 1 - _MOST_IDLE_RECOGNIZERS)]:
                 del self._lanes[other]
-            self._lanes[options] = _Lane(self._model.recognizer(options))
+            self._lanes[options] = _Lane(options, self._model.recognizer(options))
         return self._lanes[options]
 
     # ------------------------------------------------------------------------------------------------------------
@@ -296,7 +302,8 @@ class Engine:
         for live in list(self.streams):
             try:
                 step = live.take(self._streaming)
-            except UserError as error:  # the prompt lacks something
+            except Exception as error:
+                logger.exception("a live stream cannot begin")
                 live.fail(error)
                 continue
             if step is not None:
@@ -342,8 +349,7 @@ class Engine:
                 for segment in (*lane.joined.values(), *entering):
                     segment.fail(error)
                 lane.joined.clear()
-                options = next(options for options, other in self._lanes.items() if other is lane)
-                lane.recognizer = self._model.recognizer(options)
+                lane.recognizer = self._model.recognizer(lane.options)
             return 0.0
         seconds = 0.0
         for number, recognition in done:

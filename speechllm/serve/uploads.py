@@ -204,19 +204,20 @@ class Upload:
         """Begin, in a thread of its own."""
         loop = asyncio.get_running_loop()
 
-        def put(item: Segment | Exception | None) -> None:
-            loop.call_soon_threadsafe(self._found.put_nowait, item)
+        def end(last: Exception | None) -> None:
+            # before the client is told: it may ask for a place again at once
+            self._place.release()
+            self._found.put_nowait(last)
 
         def work() -> None:
+            last: Exception | None = None
             try:
                 for segment in self._segments():
-                    put(segment)
-                put(None)
+                    loop.call_soon_threadsafe(self._found.put_nowait, segment)
             except Exception as error:
-                put(error)
-            finally:
-                self._file.close()
-                loop.call_soon_threadsafe(self._place.release)
+                last = error
+            self._file.close()
+            loop.call_soon_threadsafe(end, last)
 
         self._service.threads.submit(work)
 
@@ -246,6 +247,7 @@ class Upload:
         with tempfile.NamedTemporaryFile(prefix="speechllm-") as copy:
             shutil.copyfileobj(self._file, copy, 1 << 20)
             copy.flush()
+            self._file.close()
             with open_audio(copy.name, "the file") as opened:
                 _check(opened.rate, opened.channels)
             yield from joined_segments(self._recognized(copy.name))

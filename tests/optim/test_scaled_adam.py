@@ -74,6 +74,26 @@ def test_a_resumed_run_is_the_same_bit_for_bit():
         assert all(torch.equal(a, b) for a, b in zip(params, second_params, strict=True)), stop
 
 
+@pytest.mark.parametrize("beta2", [0.98, 0.5])
+def test_large_tensors_in_pieces_are_updated_as_all_together(beta2, monkeypatch):
+    """Small pieces here, the last one shorter; also of a tensor that is not contiguous, which is not cut up."""
+    start, gradients = problem(40)
+    start.append(nn.Parameter(torch.randn(6, 5).t()))
+    gradients = [[*grads, torch.randn(5, 6)] for grads in gradients]
+    ends, states = [], []
+    for piece in (4, 1000):
+        monkeypatch.setattr("speechllm.optim.scaled_adam._PIECE", piece)
+        params = [nn.Parameter(p.detach().clone()) for p in start]
+        optimizer = ScaledAdam(params, lr=0.03, betas=(0.9, beta2), clipping_scale=2.0)
+        train(optimizer, params, gradients)
+        ends.append(params)
+        states.append([optimizer.state[p] for p in params])
+    for one, other, one_state, other_state in zip(*ends, *states, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+        for name in ("delta", "exp_avg_sq"):
+            torch.testing.assert_close(one_state[name], other_state[name], atol=1e-6, rtol=1e-6)
+
+
 def test_groups_with_the_same_settings_are_one_model():
     start, gradients = problem(60)
     ends = []

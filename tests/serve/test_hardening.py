@@ -175,7 +175,7 @@ def test_a_server_ends_with_sigterm_when_all_is_served(encoder_model, tmp_path):
             os.kill(program.pid, signal.SIGTERM)
             events = live.events("error")
         assert of(events, ".completed") and events[-1]["error"]["code"] == "server_shutting_down"
-        out, err = program.communicate(30)
+        out, err = program.communicate(120)
         assert program.poll() == 0 and "tiny: http://127.0.0.1:" in out and "word by word" in out
         assert "draining: 1 are being served" in err and "Traceback" not in err
     finally:

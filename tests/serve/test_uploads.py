@@ -206,3 +206,11 @@ def test_health_and_metrics(words_server):
     answer = httpx.get(f"{words_server.url}/v1/models")
     assert json.loads(answer.text)["data"][0]["id"] == "tiny"
     assert answer.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'")
+
+
+def test_as_many_clients_as_there_are_places_never_wait(speech_llm):
+    """A place is free again when the client is told the text, not a moment later."""
+    with serving(speech_llm, max_streams=1) as running, httpx.Client() as client:
+        for _ in range(20):
+            answer = client.post(f"{running.url}/v1/audio/transcriptions", files={"file": wav(noise(0.3, seed=1))})
+            assert answer.status_code == 200
