@@ -34,6 +34,9 @@ def opened(browser):
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text))
         page.on("request", lambda request: None if request.url.startswith("file:") else complaints.append(request.url))
+        # what the page's thread computes, however busy the machine is
+        page.metrics = page.context.new_cdp_session(page)
+        page.metrics.send("Performance.enable", {"timeDomain": "threadTicks"})
         page.goto((folder / "index.html").as_uri())
         pages.append(page)
         return page
@@ -54,7 +57,8 @@ def test_ten_thousand_utterances_open_in_two_seconds(tmp_path, opened):
     page = opened(tmp_path / "page")
     page.keyboard.press("2")
     rows(page).first.wait_for()
-    assert page.evaluate("performance.now()") < 2000
+    metrics = {m["name"]: m["value"] for m in page.metrics.send("Performance.getMetrics")["metrics"]}
+    assert 0 < metrics["TaskDuration"] < 2
     assert rows(page).count() < 60
     assert page.locator("#count").inner_text() == f"{MANY} of {MANY}"
     page.keyboard.press("End")
