@@ -23,6 +23,10 @@ MEL_BINS = {"fbank": NUM_MEL_BINS, "whisper80": 80, "whisper128": 128}
 _WHISPER_WINDOW = 400  # samples
 # Samples that the last frame may reach beyond the end of the utterance; they are those before the end, mirrored.
 _OVERHANG = 200
+# Kaldi's frames: samples of one, points of its Fourier transform; how many are computed at a time on the CPU.
+_FRAME = 400
+_FFT = 512
+_BLOCK = 256
 # Samples from the start of a frame's shift to the end of its window.
 _REACH = 280
 
@@ -121,11 +125,46 @@ def fbank(samples: np.ndarray | Tensor) -> Tensor:
     Args:
         samples: (num_samples,) float32 in [-1, 1], 16 kHz mono; at least 25 ms.
 
+    On the CPU a block of frames is done at a time, so that what one operation writes the next finds in the cache; it is
+    what `plain_fbank` computes, three times as fast.
+
     Returns:
         (num_frames(num_samples), 80) float32, natural logarithm of mel energies.
     """
+    samples = torch.as_tensor(samples).reshape(-1)
+    if samples.device.type != "cpu" or samples.dtype != torch.float32:
+        return plain_fbank(samples)
+    window, filters = _fbank_constants()
+    frames = num_frames(len(samples))
+    left, right = (_FRAME - _SHIFT) // 2, (frames - 1) * _SHIFT + _FRAME - (_FRAME - _SHIFT) // 2 - len(samples)
+    features = torch.empty(frames, NUM_MEL_BINS)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        padded = torch.cat([samples[:left].flip(0), samples, samples[-right:].flip(0)])
+        framed = padded.unfold(0, _FRAME, _SHIFT)
+        centered, windowed = torch.empty(_BLOCK, _FRAME), torch.zeros(_BLOCK, _FFT)
+        for start in range(0, frames, _BLOCK):
+            block = framed[start : start + _BLOCK]
+            x, y = centered[: len(block)], windowed[: len(block)]
+            torch.sub(block, block.mean(1, keepdim=True), out=x)
+            # the first sample of a frame has the weight 0 in the window
+            torch.sub(x[:, 1:], x[:, :-1], alpha=0.97, out=y[:, 1:_FRAME])
+            y[:, :_FRAME] *= window
+            spectrum = torch.view_as_real(torch.fft.rfft(y)).flatten(1)
+            torch.mm(spectrum.square_(), filters, out=features[start : start + _BLOCK])
+        return features.clamp_(min=torch.finfo(torch.float32).eps).log_()
+
+
+@cache
+def _fbank_constants() -> tuple[Tensor, Tensor]:
+    """The window (400,), and mel filters (514, 80) for the squares of real and imaginary parts, one after the other."""
+    extractor = fbank_extractor().extractor
+    return extractor.wav2win._window.detach(), extractor._fb.detach().repeat_interleave(2, dim=0)
+
+
+def plain_fbank(samples: Tensor) -> Tensor:
+    """`fbank` by lhotse's extractor, on any device."""
     with torch.no_grad():
-        return fbank_extractor().extract(torch.as_tensor(samples).reshape(1, -1), SAMPLE_RATE)
+        return fbank_extractor(str(samples.device)).extract(samples.reshape(1, -1), SAMPLE_RATE)
 
 
 class FbankStream:
@@ -189,6 +228,16 @@ def fbank_padded(samples: Tensor, sample_lens: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         features (N, num_frames(S), 80) float32, zero beyond feature_lens, and feature_lens (N,) int64.
     """
+    if samples.device.type != "cpu":
+        return plain_fbank_padded(samples, sample_lens)
+    features = torch.zeros(len(samples), num_frames(samples.shape[1]), NUM_MEL_BINS)
+    for row, out, length in zip(samples, features, sample_lens.tolist(), strict=True):
+        out[: num_frames(length)] = fbank(row[:length])
+    return features, num_frames(sample_lens)
+
+
+def plain_fbank_padded(samples: Tensor, sample_lens: Tensor) -> tuple[Tensor, Tensor]:
+    """`fbank_padded` by lhotse's extractor, all rows at once, on any device."""
     device = samples.device
     # half precision of an autocast around this would spoil the logarithms
     with torch.no_grad(), torch.autocast(device.type, enabled=False):

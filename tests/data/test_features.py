@@ -17,6 +17,8 @@ from speechllm.data.features import (
     fbank_extractor,
     fbank_padded,
     num_frames,
+    plain_fbank,
+    plain_fbank_padded,
 )
 
 from .conftest import write_tone
@@ -28,6 +30,12 @@ def padded(utterances, garbage=0.0):
     for row, utterance in zip(samples, utterances, strict=True):
         row[: len(utterance)] = utterance
     return samples, lens
+
+
+def assert_same_energies(features, expected):
+    """Of energies near the floor, at -15.9, float32's rounding is a part: lhotse's are as far from those in float64."""
+    torch.testing.assert_close(features, expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(features.exp(), expected.exp(), atol=1e-6, rtol=2e-5)
 
 
 @pytest.mark.parametrize("kind", MEL_BINS)
@@ -93,6 +101,27 @@ def test_features_of_a_stream_are_those_of_the_whole(step, lengths):
         torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_samples", [400, 479, 480, 16000, 256 * 160, 70001])
+@pytest.mark.parametrize("offset", [0.0, 0.2])
+def test_the_fast_fbank_is_the_plain_one(num_samples, offset):
+    """Across blocks of frames; with a constant offset, with silence, and loud."""
+    generator = torch.Generator().manual_seed(num_samples)
+    samples = torch.randn(num_samples, generator=generator) * torch.linspace(0, 0.5, num_samples) + offset
+    fast, plain = fbank(samples), plain_fbank(samples)
+    assert fast.shape == plain.shape == (num_frames(num_samples), 80)
+    assert_same_energies(fast, plain)
+    assert fbank(torch.zeros(16000)).unique().tolist() == plain_fbank(torch.zeros(16000)).unique().tolist()
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1e4, float("nan")])
+def test_the_fast_fbank_of_a_batch_is_the_plain_one(garbage):
+    generator = torch.Generator().manual_seed(1)
+    samples, lens = padded([0.1 * torch.randn(400 + 97 * i, generator=generator) for i in range(20)], garbage)
+    (fast, fast_lens), (plain, plain_lens) = fbank_padded(samples, lens), plain_fbank_padded(samples, lens)
+    assert torch.equal(fast_lens, plain_lens)
+    assert_same_energies(fast, plain)
+
+
 def test_rows_may_all_be_shorter_than_the_batch():
     utterance = 0.1 * torch.randn(5000, generator=torch.Generator().manual_seed(1))
     samples = torch.cat([utterance, torch.ones(3000)])[None]
@@ -121,7 +150,7 @@ def test_precomputed_features_are_those_of_the_worker(cut, tmp_path, in_memory):
         cut = cut.move_to_memory(load_audio=False)
     features = load_precomputed(cut, "fbank")
     assert features.dtype == torch.float32
-    torch.testing.assert_close(features, fbank(load_samples(cut)), rtol=0, atol=1e-5)
+    assert_same_energies(features, fbank(load_samples(cut)))
     part = load_precomputed(cut.truncate(offset=0.4, duration=0.5), "fbank")
     assert torch.equal(part, features[40:90])
 
