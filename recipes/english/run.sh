@@ -62,15 +62,13 @@ elif [ "$kind" = -smoke ]; then
 fi
 tables=("$ctc")
 
-# average_and_decode EXP [OPTION ...]: the mean of its last checkpoints, as EXP/model, and what that makes of the test
-# sets, with options of recipes/decode.py.
+# average EXP: the mean of its last checkpoints, as EXP/model, and what that makes of the test sets.
 average_and_decode() {
     local exp=$1 step
-    shift
     step=$(newest_step "$exp")
     python tools/average_ckpt.py --exp-dir "$exp" --iter "$step" --avg 5
     ln -sfn "iter-$step-avg-5" "$exp/model"
-    python recipes/decode.py --config "$exp/config.yaml" --exp-dir "$exp" --model "$exp/model" "$@"
+    python recipes/decode.py --config "$exp/config.yaml" --exp-dir "$exp" --model "$exp/model"
 }
 
 text_of_language_model() {
@@ -114,8 +112,7 @@ if [ "$llm" != none ]; then
     tables+=("$exp")
     run_stage "$exp" 5 trained python recipes/train.py --config "configs/english-$llm.yaml" --exp-dir "$exp" \
         "${settings[@]}" "${joint_settings[@]}"
-    # chosen on `valid`
-    run_stage "$exp" 5 decoded average_and_decode "$exp" --search beam --beam 16 --ctc-weight 1.0 --length-penalty 0
+    run_stage "$exp" 5 decoded average_and_decode "$exp"
 fi
 if [ "$stop_stage" -ge 6 ]; then
     echo "== 6. table"

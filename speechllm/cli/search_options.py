@@ -16,29 +16,35 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--search",
         choices=get_args(Method),
-        default=SearchOptions.method,
-        help="search of the language model (default: %(default)s)",
+        help="search of the language model (default: greedy, or, where no option of the search is given, what the "
+        "model's config.yaml says: decoding)",
     )
     add_settings(search, SearchOptions)
     add_settings(parser.add_argument_group("what takes part in the search"), RecognizeOptions)
 
 
-def search_options(args: argparse.Namespace, *, shows_nbest: bool = True) -> RecognizeOptions:
-    """The options that were given.
+def search_options(
+    args: argparse.Namespace, own: RecognizeOptions | None = None, *, shows_nbest: bool = True
+) -> RecognizeOptions:
+    """The options that were given; the model's own if none were.
 
     Args:
+      own: `ModelConfig.decoding`.
       shows_nbest: whether more than the best result of an utterance is written.
 
     Raises:
       UserError: a value is out of range, or an option that was given has no effect.
     """
     of_search, of_recognizer = given_settings(args, SearchOptions), given_settings(args, RecognizeOptions)
-    options = RecognizeOptions(SearchOptions(args.search, **of_search), **of_recognizer)
+    if own is not None and args.search is None and not of_search and not of_recognizer:
+        return own
+    method = args.search or SearchOptions.method
+    options = RecognizeOptions(SearchOptions(method, **of_search), **of_recognizer)
     # A value that is the default has no effect either, but only here is it known that it was given.
     for name, why in (options.search.without_effect() | options.without_effect()).items():
         if name in of_search or name in of_recognizer:
             raise UserError(f"{option_of(name)}: {why}")
-    if options.search.nbest > 1 and args.search == "beam" and not shows_nbest:
+    if options.search.nbest > 1 and method == "beam" and not shows_nbest:
         raise UserError(
             f"--nbest {options.search.nbest}: only the best result is written here (all are by speechllm transcribe "
             "--format json)"

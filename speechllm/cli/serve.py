@@ -108,12 +108,13 @@ def run_serve(args: argparse.Namespace) -> int:
 
     # What can be refused before the model is loaded is.
     options = ServeOptions(**given_settings(args, ServeOptions))
-    recognize = replace(search_options(args, shows_nbest=False), fallback="ctc")
+    config = load_model_config(args.model)
+    recognize = replace(search_options(args, config.decoding, shows_nbest=False), fallback="ctc")
     keys = read_keys(args.api_key_file)
     if not args.max_segment >= SHORTEST_MAX_SECONDS:
         raise UserError(f"--max-segment: must be at least {SHORTEST_MAX_SECONDS:g} seconds, got {args.max_segment:g}")
     device = usable_device(args.device)
-    if load_model_config(args.model).llm is None:
+    if config.llm is None:
         check_without_language_model(args)
     listening = listen(args.host, args.port)
     model = load_model(args.model)

@@ -112,14 +112,14 @@ def run_transcribe(args: argparse.Namespace) -> int:
     from speechllm.transcribe.segments import SegmentOptions
 
     # What can be refused before the model is loaded is.
-    how = replace(search_options(args, shows_nbest=args.format == "json"), fallback="ctc")
+    config = load_model_config(args.model)
+    how = replace(search_options(args, config.decoding, shows_nbest=args.format == "json"), fallback="ctc")
     request = command_line_request(args)
     inputs = Inputs(args.inputs, request, args.task, args.channel, args.track)
     options = SegmentOptions(args.batch_duration, _MAX_SEGMENT if args.max_segment is None else args.max_segment)
     output = Output(args.format, args.output, args.overwrite)
     output.check(args.inputs)
     device = usable_device(args.device)
-    config = load_model_config(args.model)
     if config.llm is None:
         check_without_language_model(args)
     inputs = replace(inputs, request=checked_request(config, request))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from speechllm.config import check_limits, load_config, setting
+from speechllm.decode.options import RecognizeOptions
 from speechllm.encoder import WhisperEncoder, WhisperEncoderConfig, Zipformer, ZipformerConfig
 from speechllm.encoder.ctc import CRCTCConfig
 from speechllm.encoder.pretrained import is_whisper
@@ -167,6 +168,8 @@ class ModelConfig:
     encoder is left out of an utterance with this probability, but never all (as ModDrop, arXiv 1501.00102, drops whole
     modalities); in decoding all are there.
     `streaming`: the model learns to write while it listens, chunk by chunk (`speechllm.prompt.interleave`).
+    `decoding`: how the model is recognized best, found on its validation set: what `transcribe` and `recipes/decode.py`
+    do where nobody asks for another search. Validation in training is greedy.
     `languages`: what the model was trained on, `en` for transcripts of English, `en>de` for translations into German.
     It is put into a trained model's folder; where it is null, nothing is checked against it.
 
@@ -187,6 +190,7 @@ class ModelConfig:
     cr_ctc: CRCTCConfig | None = None
     transducer: TransducerConfig | None = None
     streaming: StreamingConfig | None = None
+    decoding: RecognizeOptions | None = None
     languages: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -256,6 +260,7 @@ class ModelConfig:
             ("ctc_tokenizer", self.ctc_tokenizer, None),
             ("more_encoders", self.more_encoders, []),
             ("streaming", self.streaming, None),
+            ("decoding", self.decoding, None),
         ):
             if given != default:
                 raise ValueError(f"{name} leads to the language model, and llm is null: leave out {name}")

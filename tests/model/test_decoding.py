@@ -1,0 +1,29 @@
+"""The search that a model's folder asks for."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from speechllm.decode.options import RecognizeOptions, SearchOptions
+from speechllm.model.build import load_model
+from speechllm.model.config import load_model_config
+from speechllm.model.speech_llm import SpeechLLM
+
+
+def test_transcribe_searches_as_the_folder_says(model_config, tmp_path):
+    torch.manual_seed(0)
+    decoding = RecognizeOptions(SearchOptions("beam", beam=3, tokens_per_second=4))
+    SpeechLLM.from_config(dataclasses.replace(model_config, decoding=decoding)).save_pretrained(tmp_path)
+    assert load_model_config(tmp_path).decoding == decoding
+    model, asked = load_model(tmp_path), []
+    recognizer = model.recognizer
+    model.recognizer = lambda options: asked.append(options) or recognizer(options)
+    for options in (None, RecognizeOptions()):
+        model.transcribe(0.1 * torch.randn(16000), language="en", options=options)
+    assert asked == [dataclasses.replace(options, fallback="ctc") for options in (decoding, RecognizeOptions())]
+
+
+def test_an_encoder_alone_has_no_search(model_config):
+    with pytest.raises(ValueError, match="decoding leads to the language model"):
+        dataclasses.replace(model_config, llm=None, ctc_weight=1.0, decoding=RecognizeOptions())
