@@ -82,8 +82,8 @@ def main() -> None:
 
     def run() -> None:
         config = load_experiment(args.config, overrides)
-        own = load_model_config(args.model)
-        options = replace(search_options(args, own.decoding, shows_nbest=False), timestamps=args.timestamps)
+        asked, own = search_options(args, shows_nbest=False), load_model_config(args.model)
+        options = replace(asked or own.decoding or RecognizeOptions(), timestamps=args.timestamps)
         if own.llm is None:
             check_without_language_model(args)
         decode(config, args.exp_dir, args.model, args.dtype, args.llm_weights, options)

@@ -135,7 +135,8 @@ def write_model(
     if config.llm is None and not merged:
         raise UserError("--no-merge: there is no language model that has an adapter (model.llm: null): leave it out")
     model = build_model(config if languages is None else replace(config, languages=languages))
-    freeze_parameters(model, checkpoints[last]["config"]["optim"]["freeze"])
+    # a checkpoint of a version before `optim.freeze` has none
+    freeze_parameters(model, checkpoints[last]["config"].get("optim", {}).get("freeze", []))
     load_trained(model, trained, last)
     try:
         dtype = torch.bfloat16 if bf16 else None

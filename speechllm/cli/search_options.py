@@ -23,21 +23,18 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     add_settings(parser.add_argument_group("what takes part in the search"), RecognizeOptions)
 
 
-def search_options(
-    args: argparse.Namespace, own: RecognizeOptions | None = None, *, shows_nbest: bool = True
-) -> RecognizeOptions:
-    """The options that were given; the model's own if none were.
+def search_options(args: argparse.Namespace, *, shows_nbest: bool = True) -> RecognizeOptions | None:
+    """The options that were given; None if none were: then the model's own hold (`ModelConfig.decoding`).
 
     Args:
-      own: `ModelConfig.decoding`.
       shows_nbest: whether more than the best result of an utterance is written.
 
     Raises:
       UserError: a value is out of range, or an option that was given has no effect.
     """
     of_search, of_recognizer = given_settings(args, SearchOptions), given_settings(args, RecognizeOptions)
-    if own is not None and args.search is None and not of_search and not of_recognizer:
-        return own
+    if args.search is None and not of_search and not of_recognizer:
+        return None
     method = args.search or SearchOptions.method
     options = RecognizeOptions(SearchOptions(method, **of_search), **of_recognizer)
     # A value that is the default has no effect either, but only here is it known that it was given.

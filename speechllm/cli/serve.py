@@ -16,11 +16,11 @@ from speechllm.cli.options import (
     given_settings,
 )
 from speechllm.cli.search_options import add_search_options, check_without_language_model, search_options
+from speechllm.decode.options import RecognizeOptions
 from speechllm.serve.options import ServeOptions
 
 # The rest of the library is imported where it is used: `speechllm --help` answers at once.
 if TYPE_CHECKING:
-    from speechllm.decode.interface import RecognizeOptions
     from speechllm.decode.streaming import StreamingRecognizer
     from speechllm.model.base import SpeechModel
 
@@ -108,12 +108,13 @@ def run_serve(args: argparse.Namespace) -> int:
 
     # What can be refused before the model is loaded is.
     options = ServeOptions(**given_settings(args, ServeOptions))
-    config = load_model_config(args.model)
-    recognize = replace(search_options(args, config.decoding, shows_nbest=False), fallback="ctc")
+    asked = search_options(args, shows_nbest=False)
     keys = read_keys(args.api_key_file)
     if not args.max_segment >= SHORTEST_MAX_SECONDS:
         raise UserError(f"--max-segment: must be at least {SHORTEST_MAX_SECONDS:g} seconds, got {args.max_segment:g}")
     device = usable_device(args.device)
+    config = load_model_config(args.model)
+    recognize = replace(asked or config.decoding or RecognizeOptions(), fallback="ctc")
     if config.llm is None:
         check_without_language_model(args)
     listening = listen(args.host, args.port)

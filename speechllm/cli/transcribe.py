@@ -14,10 +14,10 @@ from speechllm.cli.options import (
     command_line_request,
 )
 from speechllm.cli.search_options import add_search_options, check_without_language_model, search_options
+from speechllm.decode.options import RecognizeOptions
 
 # The rest of the library is imported where it is used: `speechllm --help` answers at once.
 if TYPE_CHECKING:
-    from speechllm.decode.interface import RecognizeOptions
     from speechllm.transcribe.segments import SegmentOptions
 
 _FORMATS = ("txt", "json", "srt", "vtt", "ctm", "tsv", "TextGrid")
@@ -112,14 +112,14 @@ def run_transcribe(args: argparse.Namespace) -> int:
     from speechllm.transcribe.segments import SegmentOptions
 
     # What can be refused before the model is loaded is.
-    config = load_model_config(args.model)
-    how = replace(search_options(args, config.decoding, shows_nbest=args.format == "json"), fallback="ctc")
+    asked = search_options(args, shows_nbest=args.format == "json")
     request = command_line_request(args)
     inputs = Inputs(args.inputs, request, args.task, args.channel, args.track)
     options = SegmentOptions(args.batch_duration, _MAX_SEGMENT if args.max_segment is None else args.max_segment)
     output = Output(args.format, args.output, args.overwrite)
     output.check(args.inputs)
     device = usable_device(args.device)
+    config = load_model_config(args.model)
     if config.llm is None:
         check_without_language_model(args)
     inputs = replace(inputs, request=checked_request(config, request))
@@ -130,7 +130,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
         raise UserError(f"--max-segment {args.max_segment:g}: the encoder hears at most {model.max_seconds:g} s")
     options = replace(options, max_seconds=min(options.max_seconds, model.max_seconds))
     timestamps = args.format in _FORMATS_WITH_WORD_TIMES and model.ctc_head is not None
-    how = replace(how, timestamps=timestamps)
+    how = replace(asked or config.decoding or RecognizeOptions(), fallback="ctc", timestamps=timestamps)
     if args.output is not None:
         output = replace(output, made_with=made_with(args, how, options))
     return transcribe_all(inputs, model.recognizer(how), options, output, model.feature_kind)

@@ -8,21 +8,16 @@ from speechllm.decode.search import SearchOptions
 from speechllm.errors import UserError
 
 
-def parse(*arguments, own=None):
+def parse(*arguments):
     parser = argparse.ArgumentParser()
     add_search_options(parser)
-    return search_options(parser.parse_args(arguments), own)
+    return search_options(parser.parse_args(arguments))
 
 
-def test_defaults_are_those_of_the_library():
-    assert parse() == RecognizeOptions()
-
-
-def test_the_models_own_are_taken_where_nothing_is_given():
-    own = RecognizeOptions(SearchOptions("beam", beam=16), ctc_weight=1.0)
-    assert parse(own=own) == own
-    assert parse("--search", "greedy", own=own) == RecognizeOptions()
-    assert parse("--ctc-beam", "4", own=own) == RecognizeOptions(ctc_beam=4)
+def test_nothing_is_asked_for_where_nothing_is_given():
+    assert parse() is None
+    assert parse("--search", "greedy") == RecognizeOptions()
+    assert parse("--ctc-beam", "4") == RecognizeOptions(ctc_beam=4)
 
 
 def test_what_is_given_arrives():
