@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 r"""One long stream: whether memory and word error rate stay what they are at its beginning.
 
-    tools/bench_stream.py --model recipes/digits/exp-streaming/write/iter-2400-avg-5 --language en \
+    tools/bench_stream.py --model recipes/digits/exp-streaming/offline/iter-900-avg-5 --language en \
         --manifest recipes/digits/data/test-en.jsonl --minutes 60
 
 The utterances of the manifests follow one another without a pause, in a random order that begins anew when all have
