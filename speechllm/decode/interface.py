@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.decode.options import RecogniseOptions, RecognizeOptions
 from speechllm.decode.result import Recognition
@@ -51,6 +52,12 @@ class Speech(NamedTuple):
     features: Tensor
     feature_lens: Tensor
     requests: Sequence[Request]
+
+    @classmethod
+    def padded(cls, features: Sequence[Tensor], requests: Sequence[Request]) -> Speech:
+        """Of the features (T, F) of each utterance."""
+        lens = torch.tensor([len(rows) for rows in features])
+        return cls(pad_sequence([*features], batch_first=True), lens, requests)
 
     def rows(self, numbers: Sequence[int]) -> Speech:
         """The rows with these numbers, without padding that is not needed any more."""

@@ -86,7 +86,7 @@ class SpeechLLMRecognizer:
         self._label_growth = 1 + 2 * len(encode("<88.88>")) if label.has_times else 1
         self._states: dict[tuple[int, ...], LanguageModelState | None] = {}  # by the tokens before the audio
         # of utterances that join
-        self._running = RunningSearch(model.llm, self.options.search, model.tokenizer.eos_id, self._scorers)
+        self._running = RunningSearch(model.llm, self._search, model.tokenizer.eos_id, self._scorers)
         self._numbers = itertools.count()
         self._done: list[tuple[int, Recognition]] = []
 
@@ -136,8 +136,7 @@ class SpeechLLMRecognizer:
         eos_id = self.model.tokenizer.eos_id
         for number, nbest in search(self.model.llm, prompts(), self._search, eos_id, self._scorers):
             result, i = places.pop(number)
-            utterance = self._utterances.pop(number)
-            result[i] = self._recognition(utterance, self._ranked(utterance, nbest) if self._ranks_texts else nbest)
+            result[i] = self._finished(number, nbest)
             yield from finished()
         yield from finished()
 
@@ -172,7 +171,7 @@ class SpeechLLMRecognizer:
         """One token more for each utterance that has joined; the results of those that are finished by that."""
         done, self._done = self._done, []
         for number, nbest in self._running.step():
-            done.append((number, self._recognition(self._utterances.pop(number), nbest)))
+            done.append((number, self._finished(number, nbest)))
         return done
 
     def leave(self, numbers: Iterable[int]) -> None:
@@ -276,6 +275,11 @@ class SpeechLLMRecognizer:
                 inputs_embeds=embeds[None], state=self._initial_state, logits_mask=is_last
             )
         return len(token_ids), self._states[token_ids]
+
+    def _finished(self, number: int, nbest: tuple[Hypothesis, ...]) -> Recognition:
+        """The result of an utterance whose search has ended."""
+        utterance = self._utterances.pop(number)
+        return self._recognition(utterance, self._ranked(utterance, nbest) if self._ranks_texts else nbest)
 
     def _ranked(self, utterance: _Utterance, nbest: tuple[Hypothesis, ...]) -> tuple[Hypothesis, ...]:
         """The best of a beam by the scores of the search and those of the CTC head, of the whole text."""

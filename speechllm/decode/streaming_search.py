@@ -383,7 +383,7 @@ class TextDecoder:
     def _certain(self, text: StreamText, words: Sequence[Sequence[WordPieces]]) -> int:
         """How many words all hypotheses begin with, or the best one has had for `stable_seconds`."""
         shared = 0
-        for same in zip(*words, strict=False):
+        for same in zip(*words, strict=False):  # as far as the shortest has words
             if len({(word.text, word.joined) for word in same}) > 1:
                 break
             shared += 1

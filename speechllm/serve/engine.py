@@ -18,9 +18,7 @@ from time import monotonic
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.data.features import SAMPLE_RATE
 from speechllm.decode.interface import FRAME_SECONDS, ContinuousRecognizer, RecognizeOptions, Speech
@@ -387,8 +385,4 @@ def _speech(segments: Sequence[_Segment]) -> Speech:
     features = [segment.features for segment in segments if segment.features is not None]
     for segment in segments:
         segment.features = None
-    return Speech(
-        pad_sequence(features, batch_first=True),
-        torch.tensor([len(rows) for rows in features]),
-        [segment.request for segment in segments],
-    )
+    return Speech.padded(features, [segment.request for segment in segments])

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.data.audio_file import AudioNote, UtteranceError
 from speechllm.data.features import SAMPLE_RATE, extract_features
@@ -212,11 +210,7 @@ def _speech(parts: list[_Part]) -> Speech:
     features = [part.features for part in parts if part.features is not None]
     for part in parts:
         part.features = None
-    return Speech(
-        pad_sequence(features, batch_first=True),
-        torch.tensor([len(rows) for rows in features]),
-        [replace(part.input.request, id=part.input.name, key=part.key) for part in parts],
-    )
+    return Speech.padded(features, [replace(part.input.request, id=part.input.name, key=part.key) for part in parts])
 
 
 def _joined(parts: list[_Part]) -> list[Segment]:

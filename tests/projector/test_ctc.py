@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from speechllm.config import ConfigError, from_dict, override
+from speechllm.decode.interface import Speech
 from speechllm.decode.options import SearchOptions
 from speechllm.decode.recognizer import RecognizeOptions
 from speechllm.encoder import WhisperEncoderConfig
@@ -219,6 +220,11 @@ def test_a_head_of_other_pieces_ranks_the_texts_of_a_beam(llm_section, model_con
         for hypothesis in after.nbest:
             assert hypothesis.score == pytest.approx(scores[hypothesis.tokens], abs=1e-3)
     assert [r.text for r in plain] != [r.text for r in ranked]
+    recognizer = model.recognizer(RecognizeOptions(search=search, ctc_weight=5.0))
+    numbers, joined = recognizer.join(Speech(features, lens, requests)), {}
+    while len(joined) < len(numbers):
+        joined.update(recognizer.step())
+    assert [joined[number].texts for number in numbers] == [result.texts for result in ranked]
     best = recognized(search=dataclasses.replace(search, nbest=1), ctc_weight=5.0)
     assert [r.texts for r in best] == [r.texts[:1] for r in ranked]
 
