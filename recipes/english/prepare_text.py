@@ -6,9 +6,10 @@ r"""Make English text to train a language model on: the transcripts, and what pe
 
 PACKAGES holds, unpacked, the Debian packages
 
-    dict-wn      WordNet: the sentences that show how a word is used, which are the most like speech
-    dict-gcide   the Collaborative International Dictionary: quotations, many of them old
-    fortunes     sayings, dialogues and jokes
+    dict-wn             WordNet: the sentences that show how a word is used, which are the most like speech
+    dict-gcide          the Collaborative International Dictionary: quotations, many of them old
+    fortunes            sayings, dialogues and jokes
+    r-cran-janeaustenr  Jane Austen's novels, for long sentences; without Sense and Sensibility, of which `other` is
 
 Every text is normalized as the transcripts are (english_text.py); sentences with words that are in no dictionary, or
 of fewer than four words, are left out, and so are those of the test sets. One in 200 texts is for validation, and the
@@ -50,6 +51,8 @@ VALID_SHARE = 200
 _EXAMPLE = re.compile(r'"([^"]{12,600})"')
 _CITATION = re.compile(r'"([^"]{12,600})"\s*--[A-Z]')
 _END_OF_SENTENCE = re.compile(r"(?<=[.!?;:])[\s\"')]+|--+")
+# The first line of the novel of which recordings are in the test sets.
+_IN_TEST_SET = "SENSE AND SENSIBILITY"
 # Who said it, at the end of a saying.
 _ATTRIBUTION = re.compile(r"\n\s+--.*", re.DOTALL)
 # Tables, code, verse that is drawn, and languages other than English.
@@ -143,6 +146,7 @@ def paragraphs(packages: Path) -> dict[str, Iterator[str]]:
         "dict-wn": quotations(find(packages, "wn.dict.dz"), _EXAMPLE),
         "dict-gcide": quotations(find(packages, "gcide.dict.dz"), _CITATION),
         "fortunes": sayings(find(packages, "games/fortunes")),
+        "r-cran-janeaustenr": novels(find(packages, "janeaustenr/data/Rdata.rdb")),
     }
 
 
@@ -167,6 +171,43 @@ def sayings(folder: Path) -> Iterator[str]:
             continue
         for entry in path.read_text(encoding="utf-8", errors="replace").split("\n%\n"):
             yield _ATTRIBUTION.sub("", entry)
+
+
+def novels(database: Path) -> Iterator[str]:
+    """The paragraphs of the novels in a database of R's lazy loading, the one apart of which a test set is.
+
+    It is vectors of strings, a line of the book each, one after another: the length in four bytes, then zlib's form.
+    """
+    packed = database.read_bytes()
+    while packed:
+        unpacking = zlib.decompressobj()
+        title, *lines = strings_of_r(unpacking.decompress(packed[4:]))
+        packed = unpacking.unused_data
+        if title != _IN_TEST_SET:
+            yield from " ".join(lines).replace("  ", "\n").split("\n")
+
+
+def strings_of_r(serialized: bytes) -> list[str]:
+    """A vector of strings in the XDR form, version 3, of R's serialization (R Internals, section 1.8).
+
+    Raises:
+        UserError: it is something else.
+    """
+    vector, string, header = 16, 9, 14
+    encoding_size = int.from_bytes(serialized[header : header + 4], "big")
+    at = header + 4 + encoding_size
+    if serialized[:6] != b"X\n\0\0\0\3" or serialized[at + 3] != vector:
+        raise UserError("no vector of strings as R writes it: another version of the package r-cran-janeaustenr?")
+    count = int.from_bytes(serialized[at + 4 : at + 8], "big")
+    at += 8
+    strings = []
+    for _ in range(count):
+        if serialized[at + 3] != string:
+            raise UserError(f"byte {at}: no string in a vector of R's strings")
+        size = int.from_bytes(serialized[at + 4 : at + 8], "big")
+        strings.append(serialized[at + 8 : at + 8 + size].decode("utf-8", errors="replace"))
+        at += 8 + size
+    return strings
 
 
 def sentences(paragraph: str, text: EnglishText, held_out: Set[str]) -> list[str]:

@@ -73,7 +73,8 @@ average_and_decode() {
 
 text_of_language_model() {
     local packages=${corpus_dir:-$data/packages}
-    [ "$corpus_dir" ] || python tools/fetch_packages.py debian "$packages" dict-wn dict-gcide fortunes
+    [ "$corpus_dir" ] || python tools/fetch_packages.py debian "$packages" dict-wn dict-gcide fortunes \
+        r-cran-janeaustenr
     python $here/prepare_text.py --packages-dir "$packages" --corpus-dir $data/corpus --lexicon $data/lexicon \
         --output-dir $data/text
 }
