@@ -402,7 +402,7 @@ class SpeechLLM(SpeechModel):
             # Of translations it counts nothing, but it is computed: every parameter gets a gradient in every batch.
             is_transcript = torch.tensor([r.target_language is None for r in requests], device=losses.device)
             ctc_loss = (losses * is_transcript).sum()
-        losses = {
+        found = {
             "loss": llm_loss + self.config.ctc_weight * ctc_loss,
             "llm_loss": llm_loss,
             "ctc_loss": ctc_loss,
@@ -411,8 +411,8 @@ class SpeechLLM(SpeechModel):
         }
         if hypotheses is not None:
             log_probs = self._log_probs_of_labels(audio_embeds, audio_lens, requests, hypotheses, temperature)
-            losses["hypothesis_log_probs"] = log_probs
-        return losses
+            found["hypothesis_log_probs"] = log_probs
+        return found
 
     def _log_probs_of_labels(
         self,

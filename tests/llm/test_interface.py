@@ -149,6 +149,19 @@ def test_loss_equals_cross_entropy_of_the_logits(model, monkeypatch):
         model.loss(torch.zeros(1, 12, dtype=torch.long), ids[:1], lens=torch.tensor([9]))
 
 
+def test_log_probs_are_those_of_the_logits(model):
+    ids, lens = torch.randint(0, 40, (4, 12)), torch.tensor(LENS)
+    labels = torch.where(torch.rand(4, 12) < 0.6, torch.randint(0, 40, (4, 12)), -100)
+    labels = labels.masked_fill(torch.arange(12) >= lens[:, None], -100)
+    mask, logits = labels != -100, model(ids, lens=lens)[0]
+    for temperature in (1.0, 0.7):
+        expected = (logits[mask].float() / temperature).log_softmax(-1).gather(1, labels[mask][:, None])[:, 0]
+        found = model.log_probs(labels, ids, lens=lens, temperature=temperature)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    (loss, _, _), _ = model.loss(labels, ids, lens=lens)
+    torch.testing.assert_close(-model.log_probs(labels, ids, lens=lens).sum(), loss, rtol=1e-4, atol=1e-3)
+
+
 def test_loss_of_a_batch_is_that_of_its_rows(model, read):
     embeds, labels, lens = torch.randn(4, 12, 32), torch.randint(0, 40, (4, 12)), torch.tensor(LENS)
     embeds[1, 1:], labels = float("nan"), labels.masked_fill(torch.arange(12) >= lens[:, None], -100)

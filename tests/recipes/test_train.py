@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -24,6 +25,7 @@ from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7, save_rwkv7
 from speechllm.train import preflight
 from speechllm.train.checkpoint import load_checkpoint, save_checkpoint
 from speechllm.train.stages import init_weights
+from speechllm.weights import CheckpointError
 from tests.conftest import SENTENCES
 from tests.hf_tokenizers import train_byte_level
 from tests.llm.tiny_llms import tiny_llm
@@ -105,7 +107,8 @@ def test_a_frozen_whisper_is_cached_in_training_and_hears_in_decoding(experiment
     assert len(list(exp.rglob("recogs-tones-*.txt"))) == 2  # the language model's and the CTC head's
 
 
-def test_two_processes_learn_as_one_with_the_same_global_batch(experiment, tmp_path):
+@pytest.mark.parametrize("loss", ["cross_entropy", "mwer"])
+def test_two_processes_learn_as_one_with_the_same_global_batch(experiment, tmp_path, loss):
     """A step is the whole epoch, so that it has the same utterances whatever the order."""
     torch.manual_seed(0)
     encoder = SpeechLLM.from_config(from_dict(ModelConfig, yaml.safe_load(experiment.read_text())["model"])).encoder
@@ -114,6 +117,7 @@ def test_two_processes_learn_as_one_with_the_same_global_batch(experiment, tmp_p
         "--model.encoder.path", str(tmp_path / "encoder"), "--model.encoder.zipformer", "null",
         "--model.encoder.freeze", "true", "--data.augment", "{}", "--data.max_cuts", "1", "--data.num_workers", "0",
         "--train.num_steps", "4", "--train.log_every_n", "1", "--train.valid_every_n", "4", "--optim.lr", "1e-2",
+        "--train.loss", loss,
     ]  # fmt: skip
     for name, processes in (("one", 1), ("two", 2)):
         accumulate = ["--train.accumulate", str(24 // processes)]
@@ -125,6 +129,40 @@ def test_two_processes_learn_as_one_with_the_same_global_batch(experiment, tmp_p
     )
     for name, value in one["model"].items():
         torch.testing.assert_close(two["model"][name], value, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["mwer", "grpo"])
+def test_losses_on_errors_go_on_from_a_model_and_resume(experiment, finished, tmp_path, loss):
+    """Stopped and started again, to the same weights; what is drawn at random included."""
+    settings = [
+        "--train.loss", loss, "--train.mwer.beam", "2", "--train.grpo.samples", "2", "--train.num_steps", "4",
+        "--train.valid_every_n", "4", "--train.log_every_n", "1", "--data.num_workers", "0",
+    ]  # fmt: skip
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    stderr = run(*command(experiment, whole, "--init-from", str(finished), *settings)).stderr
+    assert f"starting from {finished / 'checkpoint-12.pt'}" in stderr and "the largest batches fit" in stderr
+    assert re.search(r"step 4, loss\[.*errors=", stderr) and "validation: loss: " in stderr
+    stopped.mkdir()
+    shutil.copy(whole / "checkpoint-2.pt", stopped)
+    run(*command(experiment, stopped, "--init-from", str(finished), *settings))
+    one, other = (load_checkpoint(folder / "checkpoint-4.pt") for folder in (whole, stopped))
+    assert all(torch.equal(other["model"][name], value) for name, value in one["model"].items())
+    assert torch.equal(one["total"], other["total"]) and not torch.equal(
+        one["model"]["llm.head.weight"], load_checkpoint(finished / "checkpoint-12.pt")["model"]["llm.head.weight"]
+    )
+
+
+def test_a_stage_begins_with_a_model(model_config, tmp_path):
+    """Of its folder, with the languages that it knows."""
+    model = SpeechLLM.from_config(model_config)
+    model.config.languages = ["en"]
+    model.save_pretrained(tmp_path / "model")
+    other = SpeechLLM.from_config(model_config)
+    assert init_weights(other, str(tmp_path / "model")) == set(model.state_dict())
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in model.state_dict().items())
+    assert other.config.languages == ["en"]
+    with pytest.raises(CheckpointError, match="nothing: no checkpoint to start from, and no model.safetensors"):
+        init_weights(other, tmp_path / "nothing")
 
 
 def test_processes_whose_batches_are_all_bad_end_the_epoch_with_the_others(experiment, tmp_path):
