@@ -43,6 +43,8 @@ _ID = re.compile(r"(?=.*\d).*[^\d.,:/].*|\d{4,}")
 
 # What `speechllm transcribe --output` writes, a file for each recording; of several the first of these is read.
 _TRANSCRIBED = (".json", ".jsonl", ".ctm", ".TextGrid", ".tsv", ".vtt", ".srt", ".txt")
+# What it notes of them beside them.
+_INDEXES = ".transcribed*.jsonl"
 
 
 def read_lines(path: Path) -> dict[str, Line]:
@@ -217,7 +219,7 @@ def _whole_text(path: Path, id: str) -> Iterator[tuple[str, Line]]:
 
 def _transcribed_files(folder: Path) -> list[tuple[Path, str]]:
     """The files of recordings in a folder and those below, and their suffix; none of Kaldi's or Shar's directories."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.match(_INDEXES))
     if any(path.name == "text" or path.name.startswith("cuts.") for path in files):
         return []
     found = next((suffix for suffix in _TRANSCRIBED if any(path.suffix == suffix for path in files)), None)
