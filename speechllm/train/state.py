@@ -23,7 +23,7 @@ from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import build_scheduler
 from speechllm.train.checkpoint import (
     RunningAverage,
-    load_checkpoint,
+    load_share,
     load_trained,
     remove_old_checkpoints,
     rng_state,
@@ -120,14 +120,16 @@ class TrainState:
         }
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint, of any number of processes, sharded or not.
 
         Raises:
-          CheckpointError: it is of another model, other base weights, or, with train.fsdp, another number of
-            processes.
+          CheckpointError: it is of another model, or of other base weights.
         """
-        rank = self._accelerator.process_index
-        content = load_checkpoint(path, rank)
+        rank, sharded = self._accelerator.process_index, self._identity["sharded"]
+        if sharded is None:
+            content = load_share(path, 0, 1)
+        else:
+            content = load_share(path, rank, self._accelerator.num_processes, sharded)
         self._check_fits(content, path)
         for name, part in self._parts.items():
             if part is not None:
@@ -154,17 +156,9 @@ class TrainState:
         logger.info("resuming from %s: epoch %d, step %d", path, self.epoch, self.step)
 
     def _check_fits(self, content: dict[str, Any], path: Path) -> None:
-        processes, sharded = self._accelerator.num_processes, self._identity["sharded"]
         bases, own_bases = content["base_weights"], self._identity["base_weights"]
         if bases != own_bases:
             raise CheckpointError(f"{path}: was trained on other base weights: {bases}, now {own_bases}")
-        if sharded is not None and len(content["rng"]) != processes:
-            raise CheckpointError(
-                f"{path}: was written by {len(content['rng'])} processes, not {processes}; with train.fsdp each has "
-                "a share of it"
-            )
-        if (content["sharded"] is None) != (sharded is None):
-            raise CheckpointError(f"{path}: was written {'without' if sharded else 'with'} train.fsdp")
 
     def check_gradient(self, grad_norm: float, batches: Sequence[Batch], max_bad_steps: int, exp_dir: Path) -> None:
         """Count steps in a row whose gradient was not finite.
