@@ -113,8 +113,9 @@ class TrainState:
             "languages": self.languages,
             "rng": RandomGenerators(),
         }
+        self._sharded = describe_shares(model, optimizer)
         self._identity = {
-            "sharded": describe_shares(model, optimizer),
+            "sharded": self._sharded,
             "base_weights": base_weights,
             "config": to_dict(config),
         }
@@ -125,11 +126,11 @@ class TrainState:
         Raises:
           CheckpointError: it is of another model, or of other base weights.
         """
-        rank, sharded = self._accelerator.process_index, self._identity["sharded"]
-        if sharded is None:
+        rank = self._accelerator.process_index
+        if self._sharded is None:
             content = load_share(path, 0, 1)
         else:
-            content = load_share(path, rank, self._accelerator.num_processes, sharded)
+            content = load_share(path, rank, self._accelerator.num_processes, self._sharded)
         self._check_fits(content, path)
         for name, part in self._parts.items():
             if part is not None:
@@ -192,7 +193,7 @@ class TrainState:
         Raises:
           CheckpointError: one of the processes cannot write, so all stop.
         """
-        main, sharded = self._accelerator.is_main_process, self._identity["sharded"] is not None
+        main, sharded = self._accelerator.is_main_process, self._sharded is not None
         each = {name: gather_object([part.state_dict()]) for name, part in self._of_each_process.items()}
         content: dict[str, Any] = {}
         if main or sharded:  # the others have nothing to write
