@@ -25,7 +25,7 @@ def positive(text: str) -> int:
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind",
-        choices=("auto", "nemo", "lhotse", "shar", "kaldi"),
+        choices=("auto", "nemo", "lhotse", "shar", "kaldi", "parquet", "arrow", "table"),
         default="auto",
         help="of the manifests on the command line (default: looked up)",
     )

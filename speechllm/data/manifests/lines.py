@@ -29,8 +29,8 @@ _OTHER_FORMATS = (
     (b"\x04\x22\x4d\x18", "compressed with lz4", "unpack it with lz4 -d, or compress it with gzip"),
     (b"7z\xbc\xaf", "a 7z archive", "unpack it"),
     (b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack it, or save it as JSON lines"),
-    (b"PAR1", "a Parquet file", "write its rows as JSON lines"),
-    (b"ARROW1", "an Arrow file", "write its rows as JSON lines"),
+    (b"PAR1", "a Parquet file", "call it .parquet, or say kind: parquet"),
+    (b"ARROW1", "an Arrow file", "call it .arrow, or say kind: arrow"),
     (b"SQLite format 3", "an SQLite database", "write its rows as JSON lines"),
     (b"\xff\xfe", "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8"),
     (b"\xfe\xff", "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8"),
@@ -129,12 +129,17 @@ class _Reopened(io.RawIOBase):
         return count
 
 
-def _check_format(path: str) -> None:
+def check_is_text(path: str) -> bytes:
+    """How a file begins, unpacked; nothing of one that cannot be read: whoever reads it says what is wrong with it.
+
+    Raises:
+        ManifestError: it is no text; the message says what it is.
+    """
     try:
         with open_lines(path) as file:
             head = file.read(_HEAD_BYTES)
     except (OSError, EOFError, zlib.error):
-        return  # whoever reads it says what is wrong with it
+        return b""
     for magic, what, way_out in _OTHER_FORMATS:
         if head.startswith(magic):
             raise _not_lines(path, what, way_out)
@@ -142,6 +147,11 @@ def _check_format(path: str) -> None:
         raise _not_lines(path, "a tar file", "give the manifest of what is in it, and the tar file as tar_path")
     if b"\0" in head:
         raise _not_lines(path, "binary, or UTF-16 text", "save it as UTF-8: iconv -f UTF-16LE -t UTF-8")
+    return head
+
+
+def _check_format(path: str) -> None:
+    head = check_is_text(path)
     lines = [line.strip() for line in io.BytesIO(head.removeprefix(_BYTE_ORDER_MARK)) if not line.isspace()]
     if not lines:
         return
@@ -153,7 +163,7 @@ def _check_format(path: str) -> None:
     if not any(line.startswith((b"{", b"[")) for line in lines):
         for separator, name in ((b"\t", "a table with tabs (TSV)"), (b",", "a table with commas (CSV)")):
             if all(separator in line for line in lines[:2]):
-                raise _not_lines(path, name, "write its rows as JSON lines with audio_filepath, duration and text")
+                raise _not_lines(path, name, "call it .tsv or .csv, or say kind: table")
 
 
 def _not_lines(path: str, what: str, way_out: str) -> ManifestError:

@@ -1,14 +1,7 @@
-"""Manifests of every kind: lines to what planning needs of an utterance, or to lhotse cuts.
+"""Manifests of every kind (`kinds.py`): lines to what planning needs of an utterance, or to lhotse cuts.
 
-| kind | |
-|---|---|
-| nemo | JSON lines with `audio_filepath`, `duration`, ... (`nemo.py`); with `tar_path` NeMo's tarred form |
-| lhotse | cuts, `.jsonl` or `.jsonl.gz` |
-| shar | a directory of lhotse's Shar format (`shar.py`) |
-| kaldi | a Kaldi data directory (`kaldi.py`) |
-
-All are read one line at a time, and no audio file is opened, except by Kaldi directories that do not say how long their
-recordings are. A line that cannot be understood is an error that names file and line.
+All are read one line at a time, and no audio file is opened, except where nothing says how long the recordings are. A
+line that cannot be understood is an error that names file and line.
 """
 
 from __future__ import annotations
@@ -25,6 +18,7 @@ from lhotse.serialization import deserialize_item
 
 from speechllm.data.manifests.cuts import describe_cut, entry_of, settled_cut
 from speechllm.data.manifests.kaldi import kaldi_files, kaldi_objects, texts_without_audio
+from speechllm.data.manifests.kinds import kind_of, row_files, table_files
 from speechllm.data.manifests.lines import existing_files, is_compressed, is_skipped, parse_line, used_lines
 from speechllm.data.manifests.nemo import (
     HEADER_UNREAD,
@@ -36,6 +30,7 @@ from speechllm.data.manifests.nemo import (
     tarred_objects,
     with_full_path,
 )
+from speechllm.data.manifests.parquet import row_objects
 from speechllm.data.manifests.shar import shar_objects, shar_shards
 from speechllm.data.manifests.source import (
     LINE_ERRORS,
@@ -51,6 +46,7 @@ from speechllm.data.manifests.source import (
 from speechllm.data.manifests.supervisions import (
     part_of_json,
 )
+from speechllm.data.manifests.tables import durations_beside, table_objects
 from speechllm.data.manifests.tar import TAR
 
 __all__ = [
@@ -93,6 +89,10 @@ def iter_objects(source: SourceConfig) -> Iterator[tuple[str, dict | ManifestErr
         if source.text_field is not None or source.lang_field is not None:
             raise ManifestError(f"{source.path}: text_field and lang_field are not for Kaldi directories")
         return kaldi_objects(Path(source.path))
+    if kind in ("parquet", "arrow"):
+        return row_objects(row_files(source, kind), source)
+    if kind == "table":
+        return table_objects(table_files(source), source)
     return _line_objects(existing_files(source.path))
 
 
@@ -132,28 +132,12 @@ def manifest_files(source: SourceConfig) -> list[Path]:
         return [Path(path) for shard in shar_shards(source) for path in shard.values()]
     if kind == "kaldi":
         return kaldi_files(Path(source.path))
+    if kind in ("parquet", "arrow"):
+        return [Path(path) for path in row_files(source, kind)]
+    if kind == "table":
+        files = table_files(source)
+        return [*map(Path, files), *durations_beside(files)]
     return [Path(path) for path in existing_files(source.path)]
-
-
-def kind_of(source: SourceConfig) -> str:
-    """lines, tarred, shar or kaldi."""
-    if source.tar_path is not None:
-        return "tarred"
-    if source.kind in ("shar", "kaldi"):
-        return source.kind
-    if is_remote(source.path):
-        return "shar"
-    folder = Path(source.path)
-    if not folder.is_dir():
-        return "lines"
-    if source.kind == "auto":
-        if (folder / "wav.scp").is_file():
-            return "kaldi"
-        if any(folder.glob("cuts.*.jsonl*")):
-            return "shar"
-    raise ManifestError(
-        f"{folder}: a directory, with neither a wav.scp as Kaldi's have, nor cuts.*.jsonl.gz as those of lhotse Shar"
-    )
 
 
 def describe(obj: dict, source: SourceConfig) -> Entry:

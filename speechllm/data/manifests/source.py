@@ -19,7 +19,7 @@ from speechllm.text.normalize import check_steps, normalize_text
 # Words may begin and end so many seconds outside of the audio that a manifest says.
 _TIME_TOLERANCE = 0.1
 
-KINDS = ("auto", "nemo", "lhotse", "shar", "kaldi")
+KINDS = ("auto", "nemo", "lhotse", "shar", "kaldi", "parquet", "arrow", "table")
 
 # What people call the tasks: NeMo's manifests, and Canary's among them.
 _TASKS = {
@@ -59,13 +59,14 @@ def explain(error: Exception) -> str:
 class SourceConfig:
     """One manifest in the configuration.
 
-    `path`: a file, a Kaldi data or Shar directory, or a brace pattern of shards. `kind`: nemo, lhotse, shar or kaldi;
-    auto looks. `tar_path`: the tar shards of NeMo's tarred form. `weight`: the share of an epoch that is drawn from
-    this source, relative to the others; null in all of them: each utterance once. `lang`, `target_lang`, `task` (asr
-    or ast): of lines that do not say theirs. `channel`: which one to take of several; null averages them. `stream`:
-    read in order instead of by index, for data that cannot be read at random. Only streams may be URLs or `pipe:`
-    commands: the tar shards of NeMo, or a brace pattern of the cuts.*.jsonl.gz of Shar, with recording.*.tar beside
-    them. lhotse does not unpack what comes from commands: `| gzip -dcf` does, and passes tar files on as they are.
+    `path`: a file, a directory, or a pattern of files with braces or `*`. `kind`: nemo, lhotse, shar, kaldi, parquet,
+    arrow or table (see `speechllm.data.manifests.kinds`); auto looks. `tar_path`: the tar shards of NeMo's tarred form.
+    `weight`: the share of an epoch that is drawn from this source, relative to the others; null in all of them: each
+    utterance once. `lang`, `target_lang`, `task` (asr or ast): of lines that do not say theirs. `channel`: which one to
+    take of several; null averages them. `stream`: read in order instead of by index, for data that cannot be read at
+    random. Only streams may be URLs or `pipe:` commands: the tar shards of NeMo, or a brace pattern of the
+    cuts.*.jsonl.gz of Shar, with recording.*.tar beside them. lhotse does not unpack what comes from commands: `| gzip
+    -dcf` does, and passes tar files on as they are.
 
     `text_field`, `lang_field`: where the text, and the language of the speech, are, if not in `text` and `lang`: a
     field of the line, or of the supervision of a lhotse cut, with dots on the way to it (`custom.texts.0` in

@@ -1,0 +1,111 @@
+"""Forms that other programs write: the same utterances as in NeMo lines, indexed and as streams, and their bad rows."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from speechllm.data import ManifestError, SourceConfig, read_manifest
+from speechllm.data.audio import load_samples
+from speechllm.data.index import open_index
+from speechllm.data.manifests import row_groups
+from speechllm.data.manifests.manifest import describe, describe_cut, is_plain, iter_objects, to_cut
+from tests.data.corpora import FORMS, IN_ROWS, streamed, true_cuts, write_corpus, write_form, write_rows
+
+
+def facts(cut):
+    """What is to be alike in all forms."""
+    entry = describe_cut(cut)
+    return entry.id.rpartition("/")[2], round(entry.duration, 3), entry.text, entry.lang, entry.task
+
+
+def facts_of(lines):
+    return [(line["id"], line["duration"], line["text"].strip(), "en", "asr") for line in lines]
+
+
+@pytest.fixture
+def lines(tmp_path):
+    return write_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_utterances_are_those_of_the_nemo_manifest(form, lines, tmp_path):
+    source, true = write_form(form, tmp_path, lines), true_cuts(tmp_path, lines)
+    index = open_index(source, folder=tmp_path / "index")
+    in_order = [index.cut(i) for i in range(len(index))]
+    cuts, errors = streamed(source)
+    assert not is_plain(source) and not errors and index.bad_lines.count == 0
+    for found in (list(read_manifest(source)), in_order, sorted(cuts, key=lambda cut: cut.id)):
+        assert [facts(cut) for cut in found] == facts_of(lines)
+        for cut, expected in zip(found, true, strict=True):
+            assert np.array_equal(load_samples(cut), load_samples(expected))
+    assert index.durations == pytest.approx([line["duration"] for line in lines], abs=1e-3)
+    for _, obj in iter_objects(source):  # what is written beside the index is complete
+        stored = json.loads(json.dumps(obj))
+        assert describe(stored, source) == describe_cut(to_cut(stored, source))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_audio_is_read_once_for_its_length(form, lines, tmp_path, monkeypatch):
+    source = write_form(form, tmp_path, lines)
+    open_index(source, folder=tmp_path / "index")
+    monkeypatch.setattr("speechllm.data.manifests.headers.open_audio", None)
+    index = open_index(source, folder=tmp_path / "index")
+    assert len([describe_cut(index.cut(i)) for i in range(len(index))]) == len(lines)
+
+
+@pytest.mark.parametrize("form", IN_ROWS)
+def test_rows_with_durations_leave_the_audio_unread(form, lines, tmp_path, monkeypatch):
+    source = write_rows(form, tmp_path / "rows", tmp_path, lines, durations=True)
+    monkeypatch.setattr("speechllm.data.manifests.headers.open_audio", None)
+    cuts = list(read_manifest(source))
+    assert [facts(cut) for cut in cuts] == facts_of(lines)
+    for cut, expected in zip(cuts, true_cuts(tmp_path, lines), strict=True):
+        assert np.array_equal(load_samples(cut), load_samples(expected))
+
+
+def test_rows_of_parquet_in_any_order(tmp_path):
+    """Groups of more rows than are read at once, and fewer groups open than there are."""
+    audio = [{"bytes": f"audio {i}".encode(), "path": None} for i in range(60)]
+    path = str(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"audio": audio}), path, row_group_size=11)
+    for i in [*range(60), *np.random.default_rng(0).permutation(60).tolist(), 59, 58, 57]:
+        assert row_groups.read_row(path, i // 11, i % 11, "audio") == audio[i]["bytes"]
+    with pytest.raises(OSError, match="has no row 11 in row group 0"):
+        row_groups.read_row(path, 0, 11, "audio")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_whose_audio_is_missing_is_named(form, lines, tmp_path):
+    (tmp_path / lines[4]["audio_filepath"]).write_bytes(b"no audio")
+    source = write_form(form, tmp_path, lines)
+    index = open_index(source, folder=tmp_path / "index")
+    assert len(index) == 6 and index.bad_lines.count == 1
+    number = {"LJSpeech": ":5", "WeNet": ":5", "FunASR": ":5", "csv": ":6", "Common Voice": ":6"}.get(form, ":row 2")
+    assert f"{number}: unreadable audio" in index.bad_lines.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", "path\tsentence\nx.mp3\n", "a.tsv:2: 1 columns, and the header has 2"),
+        ("a.tsv", "path\tsentence\nx.mp3\tfoo\n", "a.tsv:2: missing file: .*x.mp3"),
+        ("a.tsv", b"path\tsentence\nx.mp3\tf\xff\n", "a.tsv:2: not UTF-8"),
+        ("a.tsv", "path\tsentence\n\tfoo\n", "a.tsv:2: path: expected a path"),
+        ("a.csv", "path,text,duration\nx.mp3,foo,long\n", "a.csv:2: duration: expected seconds, found 'long'"),
+        ("a.jsonl", '{"wav": "x", "txt": "y"}\n{"wav": "x"}\n', "a.jsonl:1: missing file"),
+        ("a.jsonl", '{"wav": 5, "txt": "y"}\n', "a.jsonl:1: wav: expected a path, found 5"),
+        ("a.tsv", "client_id\tsentence\nx\tfoo\n", "a.tsv:1: no column with the audio .* among client_id, sentence"),
+        ("a.tsv", "path\tname\nx\tfoo\n", "a.tsv:1: no column with the text is known .*text_field: NAME .*path, name"),
+        ("a.tsv", "path\tsentence\ttranscript\n", "a.tsv:1: the text may be sentence or transcript; say which"),
+        ("a.tsv", "path\tsentence\n".encode("utf-16"), "a.tsv: UTF-16 text"),
+        ("a.parquet", b"PAR1" + b"\x15" * 50, "a.parquet: cannot be read to its end"),
+        ("a.arrow", b"\x15" * 50, "a.arrow: cannot be read to its end"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ManifestError, match=message):
+        open_index(SourceConfig(str(tmp_path / name)), folder=tmp_path / "index")
