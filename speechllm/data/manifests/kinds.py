@@ -13,16 +13,19 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import itertools
 import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 from speechllm.data.manifests.lines import check_is_text, expand_braces, numbered_lines, parse_line
 from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, SourceConfig, is_remote
+from speechllm.hub import HubId, dataset_files, hub_id
 
 _ROW_FILES = ("parquet", "arrow")
 # What Dataset.save_to_disk writes beside its files.
@@ -32,6 +35,9 @@ _METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 # Fields that JSON lines of WeNet and FunASR have, and NeMo lines and cuts do not.
 _ROWS = (("wav", "txt"), ("source", "target"))
 _OF_LINES = ("audio_filepath", "type", "text")
+# Of names that can only be those of files here.
+_OTHER_SUFFIXES = (".json", ".jsonl", ".gz", ".tsv", ".csv", ".txt", ".list", ".scp", ".tar", ".arrow")
+_HUB_DATASETS = re.compile(r"hf:/+datasets/")
 _LINES_READ = 20
 _LISTED = 8
 
@@ -50,6 +56,8 @@ def kind_of(source: SourceConfig) -> str:
         return source.kind
     if is_remote(source.path):
         return "shar"
+    if _dataset_id(source.path) is not None:
+        return "parquet"
     if Path(source.path).is_dir():
         return _kind_of_folder(Path(source.path))
     return _kind_of_file(next(iter(expanded(source.path)), source.path))
@@ -137,6 +145,8 @@ def row_files(source: SourceConfig, kind: str) -> list[str]:
     Raises:
         ManifestError: there are none; there are several sets.
     """
+    if (id := _dataset_id(source.path)) is not None:
+        return _dataset_files(id)
     folder = Path(source.path)
     if not folder.is_dir():
         return existing(source.path)
@@ -146,11 +156,57 @@ def row_files(source: SourceConfig, kind: str) -> list[str]:
     files = sorted(str(path) for path in folder.glob(f"**/*.{kind}"))
     if not files:
         raise ManifestError(f"{folder}: no .{kind} file in it")
-    if len(patterns := patterns_of(files)) > 1:
-        raise ManifestError(
-            f"{folder}: holds {len(patterns)} sets; name those that are meant by a pattern: {listed(patterns)}"
-        )
+    _check_one_set(str(folder), files)
     return files
+
+
+def _dataset_id(path: str) -> HubId | None:
+    """What a path names on the Hugging Face Hub, where nothing here has that name."""
+    if path.endswith(_OTHER_SUFFIXES) or any(map(os.path.exists, expanded(path))):
+        return None
+    return hub_id(_HUB_DATASETS.sub("hf://", path))
+
+
+@cache
+def _dataset_files(id: HubId) -> list[str]:
+    def choose(names: Sequence[str]) -> list[str]:
+        files = sorted(name for name in names if name.endswith(".parquet"))
+        pattern = id.file or ""
+        if glob.has_magic(pattern):
+            files = fnmatch.filter(files, pattern)
+        elif pattern:
+            files = [name for name in files if name == pattern or name.startswith(f"{pattern.rstrip('/')}/")]
+        if not files:
+            raise ManifestError(
+                f"{_name_of(id, id.file)}: no Parquet file there; the Hub has converted many other data sets, at the "
+                f"revision {_name_of(id._replace(revision='refs/convert/parquet'))}"
+            )
+        if not glob.has_magic(pattern):
+            _check_one_set(_name_of(id, id.file), files, f"{_name_of(id)}/")
+        return files
+
+    try:
+        return [str(path) for path in dataset_files(id, choose)]
+    except FileNotFoundError as error:
+        raise ManifestError(str(error)) from error
+
+
+def _name_of(id: HubId, file: str | None = None) -> str:
+    return id.repo + (f"@{id.revision}" if id.revision else "") + (f"/{file}" if file else "")
+
+
+def _check_one_set(name: str, files: Sequence[str], prefix: str = "") -> None:
+    """Whether files are shards of one set.
+
+    Raises:
+        ManifestError: they are not; test data must not be trained on because it lies beside.
+    """
+    patterns = patterns_of(files)
+    if len(patterns) > 1:
+        raise ManifestError(
+            f"{name}: holds {len(patterns)} sets; name the one that is meant, or several by a pattern with *: "
+            f"{listed([prefix + pattern for pattern in patterns])}"
+        )
 
 
 def patterns_of(files: Iterable[str]) -> list[str]:

@@ -167,8 +167,8 @@ class Entry:
 
 
 def is_remote(path: str) -> bool:
-    """Whether it is a URL or a `pipe:` command."""
-    return path.startswith("pipe:") or "://" in path
+    """Whether it is a URL or a `pipe:` command; not an id of the Hugging Face Hub, whose files are downloaded."""
+    return path.startswith("pipe:") or ("://" in path and not path.startswith("hf:"))
 
 
 def audio_path(path: str, folder: str) -> str:
