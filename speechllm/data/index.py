@@ -45,6 +45,7 @@ from speechllm.data.manifests.manifest import (
     parse_line,
     to_cut,
 )
+from speechllm.data.manifests.remote import NoConnection, cache_folder
 from speechllm.data.manifests.source import planned_label, target_text
 from speechllm.files import replaced_folder
 from speechllm.prompt.label import LabelTemplate
@@ -208,7 +209,7 @@ class Corpus:
 
 def default_index_dir() -> Path:
     """`$XDG_CACHE_HOME/speechllm` or `~/.cache/speechllm`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speechllm"
+    return cache_folder()
 
 
 def open_index(
@@ -238,6 +239,8 @@ def open_index(
             with _locked(folder / f"{name}.lock"):
                 if not (folder / name).is_dir():
                     _build(folder / name, source, text_steps, labels)
+    except NoConnection as error:
+        raise DataError(f"{source.path}: no index can be made of it: {error}") from error
     except OSError as error:
         raise DataError(
             f"{folder}: the index of {source.path} cannot be written ({error}); set data.index_dir"

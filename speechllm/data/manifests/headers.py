@@ -11,7 +11,8 @@ from typing import NamedTuple
 from speechllm.data.ahead import map_ahead
 from speechllm.data.audio_file import UtteranceError, open_audio
 from speechllm.data.commands import command_output
-from speechllm.data.manifests.source import ManifestError
+from speechllm.data.manifests.remote import NoConnection, fetch
+from speechllm.data.manifests.source import ManifestError, is_url
 
 _MOST_THREADS = 8
 
@@ -33,6 +34,13 @@ def audio_seconds(audio: str | bytes, name: str | None = None) -> float:
 
 
 def _seconds(audio: str | bytes, name: str) -> float:
+    if isinstance(audio, str) and is_url(audio):
+        try:
+            audio = fetch(audio)
+        except NoConnection:  # for which no utterance must be left out
+            raise
+        except OSError as error:
+            raise UtteranceError("unreadable audio", str(error)) from error
     with open_audio(audio, name) as file:
         return file.count_frames() / file.rate
 

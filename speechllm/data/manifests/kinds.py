@@ -8,6 +8,7 @@
 | kaldi | a Kaldi data directory (`kaldi.py`) |
 | parquet | Parquet files of Hugging Face datasets (`parquet.py`) |
 | arrow | the same on disk, as `save_to_disk` writes them (`parquet.py`) |
+| messages | conversations with audio of one question and answer (`messages.py`) |
 | table | Common Voice, audio folders, LJSpeech, lists of WeNet and FunASR (`tables.py`) |
 """
 
@@ -24,9 +25,11 @@ from functools import cache
 from pathlib import Path
 
 from speechllm.data.manifests.lines import check_is_text, expand_braces, numbered_lines, parse_line
-from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, SourceConfig, is_remote
+from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, SourceConfig, is_url, is_url_of_shar
 from speechllm.hub import HubId, dataset_files, hub_id
 
+# The two names of what a line of messages consists of.
+MESSAGES = ("messages", "conversations")
 _ROW_FILES = ("parquet", "arrow")
 # What Dataset.save_to_disk writes beside its files.
 _STATE = "state.json"
@@ -54,7 +57,7 @@ def kind_of(source: SourceConfig) -> str:
         return "lines"
     if source.kind != "auto":
         return source.kind
-    if is_remote(source.path):
+    if is_url_of_shar(source.path):
         return "shar"
     if _dataset_id(source.path) is not None:
         return "parquet"
@@ -97,7 +100,7 @@ def _kind_of_file(path: str) -> str:
         return "table"
     if suffix.removeprefix(".") in _ROW_FILES:
         return suffix.removeprefix(".")
-    if not os.path.isfile(path):
+    if not is_url(path) and not os.path.isfile(path):
         return "lines"
     try:
         for _, line in itertools.islice(numbered_lines(path), _LINES_READ):
@@ -105,10 +108,14 @@ def _kind_of_file(path: str) -> str:
                 names = parse_line(line).keys()
             except LINE_ERRORS:
                 continue
+            if not names.isdisjoint(MESSAGES):
+                return "messages"
             is_row = any(names >= set(row) for row in _ROWS) and names.isdisjoint(_OF_LINES)
             return "table" if is_row or ("file_name" in names and "audio_filepath" not in names) else "lines"
     except ManifestError:
-        pass  # whoever reads it says what is wrong
+        if is_url(path):
+            raise
+        # whoever reads it says what is wrong
     return "lines"
 
 
@@ -118,7 +125,8 @@ def expanded(path: str) -> list[str]:
         return [path]
     found = []
     for pattern in expand_braces(path):
-        found += sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        has_magic = glob.has_magic(pattern) and not is_url(pattern)
+        found += sorted(glob.glob(pattern)) if has_magic else [pattern]
     return found
 
 
@@ -145,6 +153,8 @@ def row_files(source: SourceConfig, kind: str) -> list[str]:
     Raises:
         ManifestError: there are none; there are several sets.
     """
+    if is_url(source.path):
+        raise ManifestError(f"{source.path}: Parquet and Arrow files are read from disk; download them first")
     if (id := _dataset_id(source.path)) is not None:
         return _dataset_files(id)
     folder = Path(source.path)
@@ -162,7 +172,7 @@ def row_files(source: SourceConfig, kind: str) -> list[str]:
 
 def _dataset_id(path: str) -> HubId | None:
     """What a path names on the Hugging Face Hub, where nothing here has that name."""
-    if path.endswith(_OTHER_SUFFIXES) or any(map(os.path.exists, expanded(path))):
+    if path.endswith(_OTHER_SUFFIXES) or is_url(path) or any(map(os.path.exists, expanded(path))):
         return None
     return hub_id(_HUB_DATASETS.sub("hf://", path))
 
@@ -230,7 +240,7 @@ def existing(path: str) -> list[str]:
         ManifestError: one is missing, or there are none.
     """
     files = expanded(path)
-    missing = next((file for file in files if not os.path.isfile(file)), None if files else path)
+    missing = next((file for file in files if not is_url(file) and not os.path.isfile(file)), None if files else path)
     if missing is not None:
         raise ManifestError(f"{missing}: no such manifest file")
     return files

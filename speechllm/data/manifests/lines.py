@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from lhotse.serialization import open_best
 
-from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, explain, is_remote
+from speechllm.data.manifests.remote import local_copy
+from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, explain, is_remote, is_url
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -83,12 +84,14 @@ def is_compressed(path: str) -> bool:
 
 
 def open_lines(path: str) -> BinaryIO:
-    """A file, unpacked if it is compressed with gzip, or what lhotse reads from a URL or a command.
+    """A file, or a copy of one at a URL, unpacked if it is compressed with gzip; or what lhotse reads from a command.
 
     A file is open only while a block of it is read: of thousands of manifests that are read side by side, none takes
     one of the 1,024 descriptors that a process usually has.
     """
-    if is_remote(path):
+    if is_url(path):
+        path = str(local_copy(path))
+    elif is_remote(path):
         return open_best(path, "rb")
     file = cast(BinaryIO, io.BufferedReader(_Reopened(path), _BLOCK_BYTES))
     return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if is_compressed(path) else file

@@ -20,6 +20,7 @@ from speechllm.data.manifests.cuts import describe_cut, entry_of, settled_cut
 from speechllm.data.manifests.kaldi import kaldi_files, kaldi_objects, texts_without_audio
 from speechllm.data.manifests.kinds import kind_of, row_files, table_files
 from speechllm.data.manifests.lines import existing_files, is_compressed, is_skipped, parse_line, used_lines
+from speechllm.data.manifests.messages import message_objects
 from speechllm.data.manifests.nemo import (
     HEADER_UNREAD,
     IS_SEGMENT,
@@ -31,6 +32,7 @@ from speechllm.data.manifests.nemo import (
     with_full_path,
 )
 from speechllm.data.manifests.parquet import row_objects
+from speechllm.data.manifests.remote import local_copy
 from speechllm.data.manifests.shar import shar_objects, shar_shards
 from speechllm.data.manifests.source import (
     LINE_ERRORS,
@@ -42,6 +44,8 @@ from speechllm.data.manifests.source import (
     duration_of,
     explain,
     is_remote,
+    is_url,
+    is_url_of_shar,
 )
 from speechllm.data.manifests.supervisions import (
     part_of_json,
@@ -91,6 +95,8 @@ def iter_objects(source: SourceConfig) -> Iterator[tuple[str, dict | ManifestErr
         return kaldi_objects(Path(source.path))
     if kind in ("parquet", "arrow"):
         return row_objects(row_files(source, kind), source)
+    if kind == "messages":
+        return message_objects(table_files(source), source)
     if kind == "table":
         return table_objects(table_files(source), source)
     return _line_objects(existing_files(source.path))
@@ -117,12 +123,12 @@ def is_plain(source: SourceConfig) -> bool:
 
 
 def manifest_files(source: SourceConfig) -> list[Path]:
-    """All files that a manifest consists of, those in which the audio is one by one aside.
+    """All files that a manifest consists of, those in which the audio is one by one aside; copies of those at URLs.
 
     Raises:
-        ManifestError: some are missing, or they are URLs.
+        ManifestError: some are missing, or they are commands, or URLs of tar files.
     """
-    if is_remote(source.path) or is_remote(source.tar_path or ""):
+    if is_url_of_shar(source.path) or is_remote(source.tar_path or ""):
         raise ManifestError(f"{source.path}: URLs and commands can only be read as streams, not line by line")
     kind = kind_of(source)
     if kind == "tarred":
@@ -134,10 +140,9 @@ def manifest_files(source: SourceConfig) -> list[Path]:
         return kaldi_files(Path(source.path))
     if kind in ("parquet", "arrow"):
         return [Path(path) for path in row_files(source, kind)]
-    if kind == "table":
-        files = table_files(source)
-        return [*map(Path, files), *durations_beside(files)]
-    return [Path(path) for path in existing_files(source.path)]
+    files = existing_files(source.path) if kind == "lines" else table_files(source)
+    here = [local_copy(path) if is_url(path) else Path(path) for path in files]
+    return here + (durations_beside(files) if kind == "table" else [])
 
 
 def describe(obj: dict, source: SourceConfig) -> Entry:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from speechllm.errors import UserError
+from speechllm.data.manifests.source import DataError
 
 _BATCH_ROWS = 16
 _MOST_OPEN = 4
@@ -25,13 +25,13 @@ def import_pyarrow(path: str) -> ModuleType:
     """The module pyarrow, which reads `path`.
 
     Raises:
-        UserError: it is not installed.
+        DataError: it is not installed.
     """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{path}: Parquet and Arrow files need pyarrow: pip install 'speechllm[parquet]'") from error
+        raise DataError(f"{path}: Parquet and Arrow files need pyarrow: pip install 'speechllm[parquet]'") from error
     return pyarrow
 
 
@@ -93,7 +93,7 @@ def read_row(path: str, group: int, number: int, column: str) -> bytes:
             if opened is None or row is None:
                 opened = _Group(path, group, column)
                 row = opened.row(number)
-        except UserError:
+        except DataError:
             raise
         except Exception as error:  # pyarrow's are of several kinds
             raise OSError(f"{path}: row {number} of row group {group} cannot be read: {error}") from error

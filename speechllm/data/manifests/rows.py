@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from speechllm.data.manifests.source import SourceConfig, field_at, is_remote
+from speechllm.data.manifests.source import SourceConfig, audio_path, field_at, is_remote
 
 # What a column is called that has the audio, or where it is; of several that are there the first counts.
 AUDIO_COLUMNS = ("audio", "audio_filepath", "file_name", "path", "file", "wav", "source", "audio_path", "audio_file")
@@ -113,8 +113,8 @@ class AudioFinder:
 
     def path(self, name: str) -> str:
         """Where a file is; one that is nowhere would be where the last one was."""
-        if is_remote(name):
-            return name
+        if is_remote(name) or is_remote(self._folder):
+            return audio_path(name, self._folder)
         name = os.path.expanduser(name)
         places = [self._likely, *((prefix, suffix) for prefix in _PREFIXES for suffix in _SUFFIXES)]
         for prefix, suffix in places:

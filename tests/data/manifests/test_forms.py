@@ -1,17 +1,22 @@
 """Forms that other programs write: the same utterances as in NeMo lines, indexed and as streams, and their bad rows."""
 
+import glob
 import json
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from speechllm.data import ManifestError, SourceConfig, read_manifest
+from speechllm.cli.main import main
+from speechllm.data import DataError, ManifestError, SourceConfig, read_manifest
 from speechllm.data.audio import load_samples
 from speechllm.data.index import open_index
 from speechllm.data.manifests import row_groups
 from speechllm.data.manifests.manifest import describe, describe_cut, is_plain, iter_objects, to_cut
+from speechllm.transcribe.inputs import Inputs
+from tests.data.conftest import write_manifest
 from tests.data.corpora import FORMS, IN_ROWS, streamed, true_cuts, write_corpus, write_form, write_rows
 
 
@@ -109,3 +114,122 @@ def test_what_is_wrong_is_said_with_its_place(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ManifestError, match=message):
         open_index(SourceConfig(str(tmp_path / name)), folder=tmp_path / "index")
+
+
+AUDIO = "wav/speaker0/u.2.wav"
+PART = {"type": "audio", "audio": AUDIO}
+LINKED = {"type": "audio_url", "audio_url": {"url": f"file://{AUDIO}"}}
+ASKED = {"role": "user", "content": "<audio>What is said?"}
+ANSWER = {"role": "assistant", "content": "number 2"}
+MESSAGES = {
+    "Qwen-Audio": {"messages": [{"role": "user", "content": [PART, {"type": "text", "text": "Say"}]}, ANSWER]},
+    "tags": {
+        "conversations": [
+            {"from": "user", "value": f"1: <audio>{AUDIO}</audio>\n?"},
+            {"from": "gpt", "value": "number 2"},
+        ]
+    },
+    "ms-swift": {"messages": [{"role": "system", "content": "Help."}, ASKED, ANSWER], "audios": [AUDIO]},
+    "LLaMA-Factory": {"messages": [ANSWER | {"content": "number 2"}, ASKED][::-1], "audios": AUDIO},
+    "FunASR": {"messages": [{"role": "user", "content": f"写：<|startofspeech|>!{AUDIO}<|endofspeech|>"}, ANSWER]},
+    "NeMo": {
+        "conversations": [
+            {"from": "User", "value": AUDIO, "type": "audio"},
+            {"from": "Assistant", "value": "number 2", "type": "text"},
+        ]
+    },
+    "a URL": {"messages": [{"role": "user", "content": [LINKED]}, ANSWER]},
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+@pytest.mark.parametrize("task", ["asr", "ast"])
+def test_messages_are_a_line_with_their_audio_and_answer(name, task, lines, tmp_path):
+    path = write_manifest(tmp_path / "chat.jsonl", [MESSAGES[name] | {"id": "a"}, MESSAGES[name]])
+    source = SourceConfig(str(path), task=task, lang="en", target_lang="de" if task == "ast" else None)
+    index = open_index(source, folder=tmp_path / "index")
+    cuts = [index.cut(i) for i in range(len(index))]
+    assert [cut.id for cut in cuts] == ["a", AUDIO.removesuffix(".wav")]
+    entry = describe_cut(cuts[0])
+    assert (entry.task, entry.target, entry.text) == (task, "number 2", "number 2" if task == "asr" else "")
+    assert np.array_equal(load_samples(cuts[0]), load_samples(true_cuts(tmp_path, lines)[2]))
+    assert entry.duration == pytest.approx(0.5) and not streamed(source)[1]
+
+
+@pytest.mark.parametrize(
+    ("obj", "settings", "message"),
+    [
+        ({"messages": [ASKED, ANSWER], "audios": [AUDIO]}, {}, "the answer may be anything; .* task: asr"),
+        ({"messages": [ASKED, ANSWER]}, {"task": "asr"}, "0 audio files and 1 answers"),
+        ({"messages": [ASKED, ANSWER] * 2, "audios": [AUDIO] * 2}, {"task": "asr"}, "2 audio files and 2 answers"),
+        ({"messages": [ASKED | {"role": "tool"}, ANSWER]}, {"task": "asr"}, "the role 'tool' is none of user, "),
+        (
+            {"messages": [ASKED | {"content": [{"type": "image"}]}]},
+            {"task": "asr"},
+            "a part of type 'image' is not used",
+        ),
+        (
+            {"messages": [ASKED | {"content": [{"type": "input_audio", "input_audio": {"data": "UklGR"}}]}]},
+            {"task": "asr"},
+            "input_audio: expected a path; audio in the line itself",
+        ),
+        ({"messages": "hello"}, {"task": "asr"}, "messages: expected a list of messages"),
+    ],
+)
+def test_messages_that_are_no_transcript_for_certain_are_refused(obj, settings, message, tmp_path):
+    path = write_manifest(tmp_path / "chat.jsonl", [obj])
+    with pytest.raises(ManifestError, match=f"chat.jsonl:1: .*{message}"):
+        open_index(SourceConfig(str(path), **settings), folder=tmp_path / "index")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_commands_take_all_forms(form, lines, tmp_path, capsys):
+    source = write_form(form, tmp_path, [line for line in lines if line["text"]])
+    options = ["--lang", "en"] if form == "LJSpeech" else []
+    shar = str(tmp_path / "shar")
+    for command in (["check", source.path, "--audio", "full"], ["convert", source.path, shar, "--to", "shar"]):
+        with pytest.raises(SystemExit) as caught:
+            main(["data", *command, *options])
+        assert caught.value.code == 0
+    assert "problems: 0" in capsys.readouterr().out
+    converted = list(read_manifest(tmp_path / "shar"))
+    assert [facts(cut) for cut in converted] == facts_of(lines[1:])
+    for cut, true in zip(converted, true_cuts(tmp_path, lines)[1:], strict=True):
+        assert np.array_equal(load_samples(cut), load_samples(true))
+    if form != "csv":  # a folder with audio, in which that is looked for
+        found = list(Inputs(sorted(glob.glob(source.path))))
+        assert [input.text for input in found] == [line["text"].strip() for line in lines[1:]]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "said"),
+    [
+        ({"sentence": "one"}, {}, ("one", "asr", None)),
+        ({"text": "one", "sentence": "two"}, {}, ("one", "asr", None)),
+        ({"text": "one", "normalized_text": "two"}, {"text_field": "normalized_text"}, ("two", "asr", None)),
+        ({"text": {"en": "one", "de": "eins"}}, {"text_field": "text.de"}, ("eins", "asr", None)),
+        ({"sentence": "one", "translation": "eins", "task": "ast", "target_lang": "de"}, {}, ("eins", "ast", "de")),
+        ({"text": "one", "locale": "fr"}, {"lang": "en"}, ("one", "asr", None)),
+        ({"text": "one", "speech": "fr"}, {"lang_field": "speech", "lang": "en"}, ("one", "asr", None)),
+    ],
+)
+def test_columns_mean_what_their_names_say(row, settings, said, lines, tmp_path):
+    row = {"audio": str(tmp_path / lines[2]["audio_filepath"])} | row
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (cut,) = read_manifest(SourceConfig(str(tmp_path / "a.parquet"), **settings))
+    entry = describe_cut(cut)
+    assert (entry.target, entry.task, entry.target_lang) == said
+    assert entry.lang == ("fr" if "locale" in row or "speech" in row else settings.get("lang"))
+
+
+def test_large_row_groups_are_warned_of(lines, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("speechllm.data.manifests.parquet._LARGE_GROUP_BYTES", 100)
+    list(read_manifest(write_form("parquet", tmp_path, lines)))
+    assert "has row groups of 0 MB" in caplog.text and "row_group_size=100" in caplog.text
+
+
+def test_without_pyarrow_it_says_what_to_install(lines, tmp_path, monkeypatch):
+    source = write_form("parquet", tmp_path, lines)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"parquet: .* need pyarrow: pip install 'speechllm\[parquet\]'"):
+        open_index(source, folder=tmp_path / "index")
