@@ -221,7 +221,7 @@ def _check_one_set(name: str, files: Sequence[str], prefix: str = "") -> None:
 
 def patterns_of(files: Iterable[str]) -> list[str]:
     """Patterns for the shards of sets: of files whose names differ in numbers."""
-    patterns = {}
+    patterns: dict[tuple[str, str], None] = {}
     for file in files:
         folder, name = os.path.split(file)
         patterns[re.sub(r"[-_.]?\d+(-of-\d+)?(?=\D*$)", "*", name) if re.search(r"\d", name) else name, folder] = None

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from speechllm.data.manifests.headers import Row, with_durations
-from speechllm.data.manifests.row_groups import group_rows, import_pyarrow, open_parquet
+from speechllm.data.manifests.row_groups import group_batches, import_pyarrow, open_parquet
 from speechllm.data.manifests.rows import AudioFinder, Columns, columns_of, fields_of, name_without_suffix
 from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, ShardError, SourceConfig, explain
 from speechllm.data.manifests.tar import TAR, Member, RowMember, read_member
@@ -95,8 +95,8 @@ def _parquet_rows(path: str, source: SourceConfig, with_audio: bool) -> Iterator
     number = 0
     for group in range(file.num_row_groups):
         place = 0
-        for batch in group_rows(file, group, wanted):
-            for row in batch:
+        for batch in group_batches(file, group, wanted):
+            for row in batch.to_pylist():
                 contents, name = _contents(row[audio])
                 member = RowMember(path=path, name="", row_group=group, row=place, column=audio)
                 is_inside = contents is not None or (table.is_struct and not table.reads_audio)
@@ -149,7 +149,7 @@ def _names_and_places(column: Any, table: _Table, file: Any) -> tuple[list[str |
         ManifestError: the file is compressed.
     """
     types = import_pyarrow(table.path).types
-    nothing = [None] * len(column)
+    nothing: list[Any] = [None] * len(column)
     if types.is_string(column.type) or types.is_large_string(column.type):
         return column.to_pylist(), nothing
     contents = column.field("bytes") if table.is_struct else column
@@ -161,7 +161,7 @@ def _names_and_places(column: Any, table: _Table, file: Any) -> tuple[list[str |
     begin = data.address - file.address
     if not 0 <= begin <= file.size:
         raise ManifestError(f"{table.path}: is compressed; write it without compression, or as Parquet")
-    bounds = np.frombuffer(offsets, dtype=offset_type)[contents.offset :][: len(contents) + 1] + begin
+    bounds = np.frombuffer(offsets, dtype=offset_type)[contents.offset :][: len(contents) + 1].astype(np.int64) + begin
     valid = contents.is_valid().to_pylist()
     places = zip(bounds[:-1].tolist(), np.diff(bounds).tolist(), strict=True)
     return names, [place if there else None for place, there in zip(places, valid, strict=True)]

@@ -40,31 +40,30 @@ def open_parquet(path: str) -> Any:
     return import_pyarrow(path).parquet.ParquetFile(path, memory_map=True)
 
 
-def group_rows(file: Any, group: int, columns: Sequence[str]) -> Iterator[list[dict]]:
-    """The rows of a group of a file, some at a time."""
+def group_batches(file: Any, group: int, columns: Sequence[str]) -> Iterator[Any]:
+    """The rows of a group of a file, some at a time, as `pyarrow.RecordBatch`."""
     wanted = {"batch_size": _BATCH_ROWS, "row_groups": [group], "columns": list(columns)}
-    for batch in file.iter_batches(**wanted, use_threads=False):  # workers are processes already
-        yield batch.to_pylist()
+    return file.iter_batches(**wanted, use_threads=False)  # workers are processes already
 
 
 class _Group:
     """A row group that is being read: the batch it has come to, and a few before."""
 
     def __init__(self, path: str, group: int, column: str) -> None:
-        self._batches = enumerate(group_rows(open_parquet(path), group, [column]))
-        self._kept: deque[tuple[int, list[dict]]] = deque(maxlen=_BATCHES_KEPT)
+        self._batches = enumerate(group_batches(open_parquet(path), group, [column]))
+        self._kept: deque[tuple[int, Any]] = deque(maxlen=_BATCHES_KEPT)
 
-    def row(self, number: int) -> dict | None:
-        """None if it has gone by, or there is none."""
+    def row(self, number: int) -> Any:
+        """What is in a row; None if it has gone by, or there is none."""
         wanted, place = divmod(number, _BATCH_ROWS)
         for found, batch in itertools.chain(self._kept, self._read()):
             if found == wanted:
-                return batch[place] if place < len(batch) else None
+                return batch.column(0)[place] if place < len(batch) else None
             if found > wanted:
                 return None
         return None
 
-    def _read(self) -> Iterator[tuple[int, list[dict]]]:
+    def _read(self) -> Iterator[tuple[int, Any]]:
         for numbered in self._batches:
             self._kept.append(numbered)
             yield numbered
@@ -102,7 +101,7 @@ def read_row(path: str, group: int, number: int, column: str) -> bytes:
             _groups.popitem(last=False)
     if row is None:
         raise OSError(f"{path}: has no row {number} in row group {group}: it has changed")
-    audio = row[column]
+    audio = row.as_py()
     if isinstance(audio, dict):
         audio = audio["bytes"] if audio.get("bytes") is not None else audio.get("path")
     if isinstance(audio, str):

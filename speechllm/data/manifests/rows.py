@@ -58,13 +58,13 @@ def _columns_of(names: tuple[str, ...], text_field: str | None, lang_field: str 
         raise ValueError(f"no column with the audio ({', '.join(AUDIO_COLUMNS)}) among {listed}")
     fields = {name: name for name in _KEPT if name in names}
     for field, of_field in (("id", _IDS), ("lang", _LANGUAGES)):
-        if (name := _first(of_field, names)) is not None:
-            fields[field] = name
-    for field in (text_field, lang_field):
-        if field is not None:
-            if field not in names and field.partition(".")[0] not in names:
-                raise ValueError(f"no column {field!r} among {listed}")
-            fields[field] = field
+        if (column := _first(of_field, names)) is not None:
+            fields[field] = column
+    for stated in (text_field, lang_field):
+        if stated is not None:
+            if stated not in names and stated.partition(".")[0] not in names:
+                raise ValueError(f"no column {stated!r} among {listed}")
+            fields[stated] = stated
     if text_field is None:
         texts = [name for name in TEXT_COLUMNS if name in names and name != audio]
         if not texts or (len(texts) > 1 and texts[0] != "text"):

@@ -122,7 +122,7 @@ def _cuts_of_rows(file: str, source: SourceConfig) -> Iterator[Cut | ManifestErr
     """The cuts of a Parquet or Arrow file, with the audio that is in it in memory."""
     for where, line, audio in with_durations(table_rows(file, source, with_audio=True)):
         found = line if isinstance(line, ManifestError) else cut_or_error(line, where, source)
-        if isinstance(found, Cut) and TAR in (found.custom or {}):
+        if isinstance(found, Cut) and isinstance(audio, bytes) and TAR in (found.custom or {}):
             found.recording = in_memory(found.recording, audio)
             del found.custom[TAR]
         yield found

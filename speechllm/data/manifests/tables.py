@@ -15,7 +15,7 @@ import csv
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from speechllm.data.manifests.headers import Row, with_durations
 from speechllm.data.manifests.lines import numbered_lines, used_lines
@@ -71,8 +71,8 @@ def _delimited_rows(file: str, source: SourceConfig) -> Iterator[tuple[str, dict
     lines = _Lines(file)
     first = next(lines, "")
     delimiter = "\t" if ".tsv" in Path(file).name else max(_DELIMITERS, key=first.count)
-    is_quoted = delimiter in (",", ";")  # in the others quotes are a part of the text
-    quoting = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
+    # where tabs or | are between them, quotes are a part of the text
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if delimiter in (",", ";") else csv.QUOTE_NONE
     header = next(csv.reader([first], delimiter=delimiter, quoting=quoting), [])
     if delimiter == "|" and not set(header) & set(AUDIO_COLUMNS):
         header, lines = list(_LJSPEECH[: len(header)]), _Lines(file)

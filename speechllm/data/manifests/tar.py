@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import TypedDict
+from typing import TypedDict, final
 
 from lhotse import AudioSource, Recording, fastcopy
 from lhotse.cut import Cut
@@ -19,6 +19,7 @@ from speechllm.data.manifests.source import ManifestError
 TAR = "tar"
 
 
+@final
 class Member(TypedDict):
     """Where the data of a member begin in the tar or Arrow file `path`, and how many bytes they have."""
 
@@ -28,6 +29,7 @@ class Member(TypedDict):
     size: int
 
 
+@final
 class RowMember(TypedDict):
     """The row of a row group in the Parquet file `path`, and the column of it that has the audio."""
 

@@ -233,3 +233,16 @@ def test_without_pyarrow_it_says_what_to_install(lines, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"parquet: .* need pyarrow: pip install 'speechllm\[parquet\]'"):
         open_index(source, folder=tmp_path / "index")
+
+
+def test_a_compressed_arrow_file_is_refused(lines, tmp_path):
+    audio = [{"bytes": b"a" * 10000, "path": "a.wav"}]
+    table = pa.table({"audio": audio, "text": ["x"]})
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with (
+        pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, table.schema, options=options) as out,
+    ):
+        out.write_table(table)
+    with pytest.raises(ManifestError, match="a.arrow: is compressed; write it without compression"):
+        open_index(SourceConfig(str(tmp_path / "a.arrow")), folder=tmp_path / "index")
