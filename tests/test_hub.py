@@ -231,7 +231,7 @@ def test_data_sets_come_from_the_hub_and_then_from_the_cache(server, offline, tm
         index = open_index(SourceConfig(path), folder=tmp_path / "index")
         assert [index.cut(i).id for i in range(len(index))] == ids
     assert len(list(read_manifest("me/speech/*/train-00000-of-00002.parquet"))) == 6  # a pattern may mean several sets
-    sets = r"2 sets; .*: me/speech/clean/train\*.parquet, me/speech/other/train\*.parquet"
+    sets = r"2 sets; .*: me/speech/clean/train-\*.parquet, me/speech/other/train-\*.parquet"
     for path, message in (
         ("me/speech", f"me/speech: holds {sets}"),
         ("me/speech/dirty", r"me/speech/dirty: no Parquet file there; .* me/speech@refs/convert/parquet"),

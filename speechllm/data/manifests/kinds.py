@@ -224,7 +224,7 @@ def patterns_of(files: Iterable[str]) -> list[str]:
     patterns: dict[tuple[str, str], None] = {}
     for file in files:
         folder, name = os.path.split(file)
-        patterns[re.sub(r"[-_.]?\d+(-of-\d+)?(?=\D*$)", "*", name) if re.search(r"\d", name) else name, folder] = None
+        patterns[re.sub(r"([-_.]?)\d+(-of-\d+)?(?=\D*$)", r"\1*", name), folder] = None
     return [os.path.join(folder, name) for name, folder in patterns]
 
 

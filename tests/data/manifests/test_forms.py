@@ -201,6 +201,28 @@ def test_the_commands_take_all_forms(form, lines, tmp_path, capsys):
         assert [input.text for input in found] == [line["text"].strip() for line in lines[1:]]
 
 
+def test_a_folder_of_several_sets_is_refused(lines, tmp_path):
+    """What is in a folder may be test data, too."""
+    rows = tmp_path / "rows"
+    write_rows("parquet", rows, tmp_path, lines)
+    (rows / "test-00000-of-00001.parquet").write_bytes((rows / "train-00000-of-00002.parquet").read_bytes())
+    with pytest.raises(ManifestError, match=r"rows: holds 2 sets; .*rows/test-\*.parquet, .*rows/train-\*.parquet"):
+        read_manifest(rows)
+    assert len(list(read_manifest(rows / "train-*.parquet"))) == 7
+    (tmp_path / "dict").mkdir()
+    (tmp_path / "dict/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(ManifestError, match="dict: a directory with several sets; .*dict/train, .*dict/test"):
+        read_manifest(tmp_path / "dict")
+
+
+def test_durations_of_common_voice_are_used(lines, tmp_path, monkeypatch):
+    source = write_form("Common Voice", tmp_path, lines)
+    clips = "".join(f"{line['id']}.wav\t{round(1000 * line['duration'])}\n" for line in lines)
+    (tmp_path / "clip_durations.tsv").write_text("clip\tduration[ms]\n" + clips)
+    monkeypatch.setattr("speechllm.data.manifests.headers.open_audio", None)
+    assert [facts(cut) for cut in read_manifest(source)] == facts_of(lines)
+
+
 @pytest.mark.parametrize(
     ("row", "settings", "said"),
     [
