@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from speechllm.data.share import Share
     from speechllm.prompt.request import Request
 
-MANIFEST_HELP = "NeMo JSON lines, lhotse cuts, or a directory in Kaldi's or lhotse's Shar form"
+MANIFEST_HELP = (
+    "NeMo JSON lines, lhotse cuts, a directory in Kaldi's or lhotse's Shar form, Parquet or Arrow files, a table "
+    "(.tsv, .csv), a list of WeNet or FunASR"
+)
 
 
 def positive(text: str) -> int:
@@ -27,7 +30,7 @@ def positive(text: str) -> int:
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind",
-        choices=("auto", "nemo", "lhotse", "shar", "kaldi"),
+        choices=("auto", "nemo", "lhotse", "shar", "kaldi", "parquet", "arrow", "table", "messages"),
         default="auto",
         help="of the manifests on the command line (default: looked up)",
     )

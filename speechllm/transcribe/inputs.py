@@ -42,7 +42,9 @@ AUDIO_SUFFIXES = (
 )
 # Samples without a header: nothing in the file says their rate, type and channels.
 _HEADERLESS_SUFFIXES = (".raw", ".pcm", ".s16", ".sln", ".vox")
-_MANIFEST = re.compile(r"\.jsonl(\.gz)?$|\.json$")
+_MANIFEST = re.compile(r"\.(jsonl|tsv|csv)(\.gz)?$|\.(json|list|parquet|arrow)$")
+# What is in folders that are manifests; one with audio and a table of it is a folder of audio here.
+_IN_MANIFESTS = ("wav.scp", "cuts.*.jsonl*", "state.json", "*.parquet", "*.arrow")
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/+")  # a Path has one slash of two left
 
 
@@ -167,12 +169,12 @@ def _stream_blocks(
 class Inputs:
     """The audio of files, folders and manifests; looked up anew each time that it is iterated over.
 
-    A folder is a manifest in Kaldi's or Shar's form, or it is searched for files with `AUDIO_SUFFIXES`, links followed;
-    the path `-` is standard input. The id of a file is its path in the folder that is given, or, where several paths
-    are given, in the folder that they have in common. `request` and `task` are for files, and for what lines of
-    manifests do not say. `channel`: which one to take of several; None takes their mean, or those that speak. `track`:
-    which one to take of several audio tracks; None for the default one. `share`: which of all these inputs there are
-    here; of the others only the names are read, or the lines of a manifest.
+    A folder is a manifest in Kaldi's or Shar's form, or of Parquet or Arrow files, or it is searched for files with
+    `AUDIO_SUFFIXES`, links followed; the path `-` is standard input. The id of a file is its path in the folder that is
+    given, or, where several paths are given, in the folder that they have in common. `request` and `task` are for
+    files, and for what lines of manifests do not say. `channel`: which one to take of several; None takes their mean,
+    or those that speak. `track`: which one to take of several audio tracks; None for the default one. `share`: which of
+    all these inputs there are here; of the others only the names are read, or the lines of a manifest.
 
     Raises:
         UserError: task and target language do not go together; standard input is given twice; a track is asked for of
@@ -342,7 +344,7 @@ def is_manifest(path: str | Path) -> bool:
     """Whether a path is a manifest, by its name, or by what is in the folder."""
     path = Path(path)
     if os.path.isdir(path):  # as opposed to Path.is_dir, False for a name that is too long
-        return (path / "wav.scp").is_file() or any(path.glob("cuts.*.jsonl*"))
+        return any(file.is_file() for pattern in _IN_MANIFESTS for file in path.glob(pattern))
     return bool(_MANIFEST.search(path.name))
 
 

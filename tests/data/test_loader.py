@@ -37,7 +37,7 @@ from speechllm.data.sampling import curriculum_limit
 from speechllm.prompt.interleave import StreamingConfig
 from speechllm.prompt.label import LabelTemplate
 from speechllm.prompt.request import Request
-from tests.data.corpora import KINDS, write_corpus, write_kind
+from tests.data.corpora import FORMS, KINDS, write_corpus, write_form, write_kind
 
 from .conftest import write_manifest, write_tone
 from .test_index import LetterLabels
@@ -431,8 +431,10 @@ def test_the_largest_batches_are_known_beforehand(corpus):
 @pytest.mark.parametrize("features_on", ["worker", "device"])
 def test_all_kinds_of_manifests_train_together_and_resume(tmp_path, features_on):
     lines = [line for line in write_corpus(tmp_path) if line["text"]]
+    sources = [write_kind(kind, tmp_path, lines) for kind in KINDS]
+    sources += [write_form(form, tmp_path, lines) for form in FORMS]
     settings = DataConfig(
-        train=[write_kind(kind, tmp_path, lines) for kind in KINDS],
+        train=sources,
         max_duration=4.0,
         num_buckets=2,
         num_workers=2,
@@ -444,7 +446,7 @@ def test_all_kinds_of_manifests_train_together_and_resume(tmp_path, features_on)
     for batch in loader:
         states.append(copy.deepcopy(loader.state_dict()))
         batches.append(batch.to("cpu"))
-    assert sum(map(len, batches)) == len(KINDS) * len(lines) and not loader.skipped
+    assert sum(map(len, batches)) == len(sources) * len(lines) and not loader.skipped
     middle = len(batches) // 2
     resumed = build_train_loader(replace(settings, num_workers=0), seed=1)
     resumed.load_state_dict(states[middle])
