@@ -30,7 +30,7 @@ def positive(text: str) -> int:
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind",
-        choices=("auto", "nemo", "lhotse", "shar", "kaldi", "parquet", "arrow", "table", "messages"),
+        choices=("auto", "nemo", "lhotse", "shar", "kaldi", "parquet", "arrow", "table", "webdataset", "messages"),
         default="auto",
         help="of the manifests on the command line (default: looked up)",
     )

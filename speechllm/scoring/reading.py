@@ -53,8 +53,9 @@ def read_lines(path: Path) -> dict[str, Line]:
     Its form is told by the suffix, or else by the first line: `recogs-*` files as icefall and recipes/decode.py write
     them; JSON (lines, an array, or one object) with `text` (NeMo manifests, where `pred_text` is what was recognized,
     lhotse cuts, what `speechllm transcribe` writes, or just `id` and `text`); NIST's `.trn`, `.ctm` and `.stm`;
-    `.srt`, `.vtt` and `.TextGrid`; `.csv` and `.tsv` with a header; and Kaldi's `text`, an id and words. A directory is
-    a manifest in Kaldi's or Shar's form, or holds a file for each recording as `speechllm transcribe` writes them.
+    `.srt`, `.vtt` and `.TextGrid`; `.parquet` and `.arrow`; `.csv` and `.tsv` with a header; and Kaldi's `text`, an id
+    and words. A directory is a manifest in Kaldi's or Shar's form, or holds a file for each recording as `speechllm
+    transcribe` writes them.
     Without an `id`, that of a JSON line comes from its `audio_filepath`, as everywhere
     (`speechllm.data.manifests.nemo`).
 
@@ -371,7 +372,7 @@ def read_objects(path: Path) -> dict[str, tuple[dict, SourceConfig]]:
 
 def _json_form(path: Path) -> str | None:
     """`lines` (a manifest in a folder, too), `array` (or one object, over any number of lines), or None: no JSON."""
-    if path.is_dir() or not path.is_file():
+    if path.is_dir() or not path.is_file() or _suffix(path) in (".parquet", ".arrow"):
         return "lines"
     if _suffix(path) in _TEXT_KINDS:
         return None

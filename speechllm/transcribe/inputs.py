@@ -42,7 +42,7 @@ AUDIO_SUFFIXES = (
 )
 # Samples without a header: nothing in the file says their rate, type and channels.
 _HEADERLESS_SUFFIXES = (".raw", ".pcm", ".s16", ".sln", ".vox")
-_MANIFEST = re.compile(r"\.(jsonl|tsv|csv)(\.gz)?$|\.(json|list|parquet|arrow)$")
+_MANIFEST = re.compile(r"\.(jsonl|tsv|csv)(\.gz)?$|\.(json|list|parquet|arrow|tar)$")
 # What is in folders that are manifests; one with audio and a table of it is a folder of audio here.
 _IN_MANIFESTS = ("wav.scp", "cuts.*.jsonl*", "state.json", "*.parquet", "*.arrow")
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/+")  # a Path has one slash of two left

@@ -21,7 +21,19 @@ from .conftest import write_manifest, write_tone
 
 KINDS = ("nemo", "nemo.gz", "nemo shards", "tarred", "tarred, one manifest", "lhotse", "lhotse.gz", "shar", "kaldi")
 TARRED = ("tarred", "tarred, one manifest", "shar")
-FORMS = ("parquet", "parquet, paths", "arrow", "arrow file", "Common Voice", "csv", "LJSpeech", "WeNet", "FunASR")
+FORMS = (
+    "parquet",
+    "parquet, paths",
+    "arrow",
+    "arrow file",
+    "Common Voice",
+    "csv",
+    "LJSpeech",
+    "WeNet",
+    "FunASR",
+    "WeNet shards",
+    "WebDataset",
+)
 IN_ROWS = ("parquet", "arrow", "arrow file")
 
 
@@ -95,6 +107,8 @@ def write_form(form: str, folder: Path, lines: list[dict]) -> SourceConfig:
     """The lines, whose paths are against `folder`, in a form that says no durations; two shards of files with rows."""
     if form.startswith(("parquet", "arrow")):
         return write_rows(form, folder / form, folder, lines)
+    if form.startswith("We") and form != "WeNet":
+        return write_webdataset(form, folder / form, folder, lines)
     paths = [line["audio_filepath"] for line in lines]
     if form in ("WeNet", "FunASR"):
         audio, text = {"WeNet": ("wav", "txt"), "FunASR": ("source", "target")}[form]
@@ -121,6 +135,24 @@ def write_form(form: str, folder: Path, lines: list[dict]) -> SourceConfig:
     rows = "".join(f"x\t{line['id']}.wav\t{line['text']}\t{line['lang']}\n" for line in lines)
     path.write_text("client_id\tpath\tsentence\tlocale\n" + rows, encoding="utf-8")
     return SourceConfig(str(path))
+
+
+def write_webdataset(form: str, path: Path, folder: Path, lines: list[dict]) -> SourceConfig:
+    """The lines in two tar files, texts beside the audio; with a list of these as of WeNet, or with json."""
+    path.mkdir()
+    for i, shard in enumerate([lines[:3], lines[3:]]):
+        members = {}
+        for line in shard:
+            stem = line["id"] if form == "WeNet shards" else f"./a.b/{line['id']}"
+            members[f"{stem}.wav"] = (folder / line["audio_filepath"]).read_bytes()
+            said = {"id": line["id"], "text": line["text"], "language": line["lang"]}
+            name, text = ("txt", line["text"]) if form == "WeNet shards" else ("json", json.dumps(said))
+            members[f"{stem}.{name}"] = text.encode()
+        write_tar(path / f"shard_{i}.tar", members)
+    if form == "WebDataset":
+        return SourceConfig(str(path / "shard_{0..1}.tar"))
+    (path / "data.list").write_text(f"shard_0.tar\n{path}/shard_1.tar\n")
+    return SourceConfig(str(path / "data.list"), lang="en")
 
 
 def write_rows(form: str, path: Path, folder: Path, lines: list[dict], durations: bool = False) -> SourceConfig:

@@ -8,6 +8,7 @@
 | kaldi | a Kaldi data directory (`kaldi.py`) |
 | parquet | Parquet files of Hugging Face datasets (`parquet.py`) |
 | arrow | the same on disk, as `save_to_disk` writes them (`parquet.py`) |
+| webdataset | tar files of WebDataset and WeNet, or a list of them (`webdataset.py`) |
 | messages | conversations with audio of one question and answer (`messages.py`) |
 | table | Common Voice, audio folders, LJSpeech, lists of WeNet and FunASR (`tables.py`) |
 """
@@ -25,12 +26,14 @@ from functools import cache
 from pathlib import Path
 
 from speechllm.data.manifests.lines import check_is_text, expand_braces, numbered_lines, parse_line
-from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, SourceConfig, is_url, is_url_of_shar
+from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, SourceConfig, audio_path, is_url, is_url_of_shar
 from speechllm.hub import HubId, dataset_files, hub_id
 
 # The two names of what a line of messages consists of.
 MESSAGES = ("messages", "conversations")
 _ROW_FILES = ("parquet", "arrow")
+# How deep they are in a folder: one of another kind may hold millions of files.
+_DEPTHS = ("", "*/", "*/*/")
 # What Dataset.save_to_disk writes beside its files.
 _STATE = "state.json"
 # Metadata of audio folders, as Hugging Face datasets calls it.
@@ -41,6 +44,7 @@ _OF_LINES = ("audio_filepath", "type", "text")
 # Of names that can only be those of files here.
 _OTHER_SUFFIXES = (".json", ".jsonl", ".gz", ".tsv", ".csv", ".txt", ".list", ".scp", ".tar", ".arrow")
 _HUB_DATASETS = re.compile(r"hf:/+datasets/")
+_LISTED_TAR = re.compile(rb"[^{}\[\]\"\t,]+\.tar")
 _LINES_READ = 20
 _LISTED = 8
 
@@ -80,7 +84,7 @@ def _kind_of_folder(folder: Path) -> str:
     if _metadata_in(folder) is not None:
         return "table"
     for kind in _ROW_FILES:
-        if any(folder.glob(f"**/*.{kind}")):
+        if any(any(folder.glob(f"{depth}*.{kind}")) for depth in _DEPTHS):
             return kind
     if tables := sorted(path.name for path in folder.glob("*.tsv")):
         raise ManifestError(f"{folder}: a directory with several tables; name one of them: {', '.join(tables)}")
@@ -100,10 +104,14 @@ def _kind_of_file(path: str) -> str:
         return "table"
     if suffix.removeprefix(".") in _ROW_FILES:
         return suffix.removeprefix(".")
+    if suffix == ".tar":
+        return "webdataset"
     if not is_url(path) and not os.path.isfile(path):
         return "lines"
     try:
         for _, line in itertools.islice(numbered_lines(path), _LINES_READ):
+            if _LISTED_TAR.fullmatch(line.strip()):
+                return "webdataset"
             try:
                 names = parse_line(line).keys()
             except LINE_ERRORS:
@@ -163,10 +171,28 @@ def row_files(source: SourceConfig, kind: str) -> list[str]:
     if (folder / _STATE).is_file():
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         return [file for data in state["_data_files"] for file in existing(str(folder / data["filename"]))]
-    files = sorted(str(path) for path in folder.glob(f"**/*.{kind}"))
+    files = sorted(str(path) for depth in _DEPTHS for path in folder.glob(f"{depth}*.{kind}"))
     if not files:
         raise ManifestError(f"{folder}: no .{kind} file in it")
     _check_one_set(str(folder), files)
+    return files
+
+
+def tar_files(source: SourceConfig) -> list[str]:
+    """The tar files of a source: its path, or those that a list there names, beside it or from the current directory.
+
+    Raises:
+        ManifestError: one is missing.
+    """
+    files = []
+    for file in existing(source.path):
+        if file.endswith(".tar"):
+            files.append(file)
+            continue
+        for where, line in numbered_lines(file):
+            files.append(audio_path(line.decode(errors="replace").strip(), os.path.dirname(file)))
+            if not os.path.isfile(files[-1]):
+                raise ManifestError(f"{where}: no such tar file: {files[-1]}")
     return files
 
 

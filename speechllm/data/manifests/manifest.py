@@ -18,7 +18,7 @@ from lhotse.serialization import deserialize_item
 
 from speechllm.data.manifests.cuts import describe_cut, entry_of, settled_cut
 from speechllm.data.manifests.kaldi import kaldi_files, kaldi_objects, texts_without_audio
-from speechllm.data.manifests.kinds import kind_of, row_files, table_files
+from speechllm.data.manifests.kinds import kind_of, row_files, table_files, tar_files
 from speechllm.data.manifests.lines import existing_files, is_compressed, is_skipped, parse_line, used_lines
 from speechllm.data.manifests.messages import message_objects
 from speechllm.data.manifests.nemo import (
@@ -52,6 +52,7 @@ from speechllm.data.manifests.supervisions import (
 )
 from speechllm.data.manifests.tables import durations_beside, table_objects
 from speechllm.data.manifests.tar import TAR
+from speechllm.data.manifests.webdataset import webdataset_objects
 
 __all__ = [
     "HEADER_UNREAD",
@@ -95,6 +96,8 @@ def iter_objects(source: SourceConfig) -> Iterator[tuple[str, dict | ManifestErr
         return kaldi_objects(Path(source.path))
     if kind in ("parquet", "arrow"):
         return row_objects(row_files(source, kind), source)
+    if kind == "webdataset":
+        return webdataset_objects(tar_files(source), source)
     if kind == "messages":
         return message_objects(table_files(source), source)
     if kind == "table":
@@ -140,6 +143,8 @@ def manifest_files(source: SourceConfig) -> list[Path]:
         return kaldi_files(Path(source.path))
     if kind in ("parquet", "arrow"):
         return [Path(path) for path in row_files(source, kind)]
+    if kind == "webdataset":
+        return [Path(path) for path in tar_files(source)]
     files = existing_files(source.path) if kind == "lines" else table_files(source)
     here = [local_copy(path) if is_url(path) else Path(path) for path in files]
     return here + (durations_beside(files) if kind == "table" else [])

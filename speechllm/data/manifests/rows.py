@@ -20,7 +20,8 @@ TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "txt", "targe
 _LANGUAGES = ("lang", "language", "locale", "text_language")
 _IDS = ("id", "key")
 # Columns that mean what they mean in NeMo lines.
-_KEPT = ("duration", "source_lang", "target_lang", "task", "ast_text", "translation", "speaker", "previous", "hotwords")
+_STRINGS = ("lang", "source_lang", "target_lang", "task", "ast_text", "translation", "speaker", "previous")
+_KEPT = (*_STRINGS[1:], "duration", "hotwords")
 _PREFIXES = ("", "clips", "wavs")
 _SUFFIXES = ("", ".wav", ".flac", ".mp3")
 
@@ -42,7 +43,7 @@ def columns_of(names: Iterable[str], source: SourceConfig, audio: str | None = N
     """Which of the columns is what.
 
     Args:
-        audio: the column with the audio, where its type says so.
+        audio: the column with the audio, where its type says so; "" where that is none.
 
     Raises:
         ValueError: there is no audio, or no text; two may be the text.
@@ -53,7 +54,7 @@ def columns_of(names: Iterable[str], source: SourceConfig, audio: str | None = N
 @lru_cache(maxsize=256)
 def _columns_of(names: tuple[str, ...], text_field: str | None, lang_field: str | None, audio: str | None) -> Columns:
     listed = ", ".join(names)
-    audio = audio or _first(AUDIO_COLUMNS, names)
+    audio = _first(AUDIO_COLUMNS, names) if audio is None else audio
     if audio is None:
         raise ValueError(f"no column with the audio ({', '.join(AUDIO_COLUMNS)}) among {listed}")
     fields = {name: name for name in _KEPT if name in names}
@@ -87,7 +88,10 @@ def fields_of(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     fields = {}
     for field, column in columns.fields.items():
         value = field_at(dict(row), column) if "." in column and column not in row else row.get(column)
-        if value is not None:
+        if field == "speaker" and isinstance(value, int):
+            value = str(value)
+        # others are not what the name says, such as a column `translation` into several languages
+        if value is not None and (isinstance(value, str) or field not in _STRINGS):
             fields[field] = value
     if isinstance(said := fields.get("duration"), str):  # all that a text file has are strings
         fields["duration"] = _number(said) if said.strip() else None

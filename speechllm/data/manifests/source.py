@@ -19,7 +19,7 @@ from speechllm.text.normalize import check_steps, normalize_text
 # Words may begin and end so many seconds outside of the audio that a manifest says.
 _TIME_TOLERANCE = 0.1
 
-KINDS = ("auto", "nemo", "lhotse", "shar", "kaldi", "parquet", "arrow", "table", "messages")
+KINDS = ("auto", "nemo", "lhotse", "shar", "kaldi", "parquet", "arrow", "table", "webdataset", "messages")
 
 # What people call the tasks: NeMo's manifests, and Canary's among them.
 _TASKS = {
@@ -61,13 +61,13 @@ class SourceConfig:
 
     `path`: a file, a directory, a pattern of files with braces or `*`, a URL of JSON lines or a table, or a data set of
     the Hugging Face Hub (OWNER/NAME[@REVISION][/FOLDER or pattern]). `kind`: nemo, lhotse, shar, kaldi, parquet, arrow,
-    table or messages (see `speechllm.data.manifests.kinds`); auto looks. `tar_path`: the tar shards of NeMo's tarred
-    form. `weight`: the share of an epoch that is drawn from this source, relative to the others; null in all of them:
-    each utterance once. `lang`, `target_lang`, `task` (asr or ast): of lines that do not say theirs. `channel`: which
-    one to take of several; null averages them. `stream`: read in order instead of by index, for data that cannot be
-    read at random. Only streams may be `pipe:` commands, and have tar files at URLs: the tar shards of NeMo, or a brace
-    pattern of the cuts.*.jsonl.gz of Shar, with recording.*.tar beside them. lhotse does not unpack what comes from
-    commands: `| gzip -dcf` does, and passes tar files on as they are.
+    table, webdataset or messages (see `speechllm.data.manifests.kinds`); auto looks. `tar_path`: the tar shards of
+    NeMo's tarred form. `weight`: the share of an epoch that is drawn from this source, relative to the others; null in
+    all of them: each utterance once. `lang`, `target_lang`, `task` (asr or ast): of lines that do not say theirs.
+    `channel`: which one to take of several; null averages them. `stream`: read in order instead of by index, for data
+    that cannot be read at random. Only streams may be `pipe:` commands, and have tar files at URLs: the tar shards of
+    NeMo, or a brace pattern of the cuts.*.jsonl.gz of Shar, with recording.*.tar beside them. lhotse does not unpack
+    what comes from commands: `| gzip -dcf` does, and passes tar files on as they are.
 
     `text_field`, `lang_field`: where the text, and the language of the speech, are, if not in `text` and `lang`: a
     field of the line, or of the supervision of a lhotse cut, with dots on the way to it (`custom.texts.0` in

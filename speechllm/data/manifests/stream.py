@@ -15,7 +15,7 @@ from lhotse.cut import Cut
 
 from speechllm.data.manifests.cuts import settled_cut
 from speechllm.data.manifests.headers import with_durations
-from speechllm.data.manifests.kinds import kind_of, row_files
+from speechllm.data.manifests.kinds import kind_of, row_files, tar_files
 from speechllm.data.manifests.lines import is_compressed
 from speechllm.data.manifests.manifest import cut_or_error, manifest_cuts
 from speechllm.data.manifests.nemo import stream_tarred_shard, tar_shards, tarred_shard_objects
@@ -23,13 +23,14 @@ from speechllm.data.manifests.parquet import table_rows
 from speechllm.data.manifests.shar import shar_shard_objects, shar_shards, stream_shar_shard
 from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, ShardError, SourceConfig, explain, is_remote
 from speechllm.data.manifests.tar import TAR, in_memory
+from speechllm.data.manifests.webdataset import webdataset_objects
 
 _ROW_FILES = ("parquet", "arrow")
 
 
 def has_shards(source: SourceConfig) -> bool:
     """Whether it consists of shards, which a stream reads in random order."""
-    return kind_of(source) in ("tarred", "shar", *_ROW_FILES)
+    return kind_of(source) in ("tarred", "shar", "webdataset", *_ROW_FILES)
 
 
 def stream_cuts(
@@ -66,6 +67,9 @@ def _shard_streams(
     kind = kind_of(source)
     if kind in _ROW_FILES:
         return [], [partial(_cuts_of_rows, file, source) for file in row_files(source, kind)]
+    if kind == "webdataset":
+        objects = partial(webdataset_objects, source=source)
+        return [], [partial(_cuts_in_place, objects, [file], source) for file in tar_files(source)]
     if kind == "tarred":
         found = tar_shards(source)
         streams: list[Callable[[], Iterator[Cut | ManifestError]]] = [

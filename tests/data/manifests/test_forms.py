@@ -14,10 +14,22 @@ from speechllm.data import DataError, ManifestError, SourceConfig, read_manifest
 from speechllm.data.audio import load_samples
 from speechllm.data.index import open_index
 from speechllm.data.manifests import row_groups
-from speechllm.data.manifests.manifest import describe, describe_cut, is_plain, iter_objects, to_cut
+from speechllm.data.manifests.lines import expand_braces
+from speechllm.data.manifests.manifest import describe, describe_cut, is_plain, iter_objects, manifest_files, to_cut
+from speechllm.scoring.reading import read_lines
 from speechllm.transcribe.inputs import Inputs
 from tests.data.conftest import write_manifest
-from tests.data.corpora import FORMS, IN_ROWS, streamed, true_cuts, write_corpus, write_form, write_rows
+from tests.data.corpora import (
+    FORMS,
+    IN_ROWS,
+    streamed,
+    true_cuts,
+    write_corpus,
+    write_form,
+    write_kind,
+    write_rows,
+    write_tar,
+)
 
 
 def facts(cut):
@@ -88,7 +100,15 @@ def test_a_row_whose_audio_is_missing_is_named(form, lines, tmp_path):
     source = write_form(form, tmp_path, lines)
     index = open_index(source, folder=tmp_path / "index")
     assert len(index) == 6 and index.bad_lines.count == 1
-    number = {"LJSpeech": ":5", "WeNet": ":5", "FunASR": ":5", "csv": ":6", "Common Voice": ":6"}.get(form, ":row 2")
+    number = {
+        "LJSpeech": ":5",
+        "WeNet": ":5",
+        "FunASR": ":5",
+        "csv": ":6",
+        "Common Voice": ":6",
+        "WeNet shards": ":u4",
+        "WebDataset": ":a.b/u4",
+    }.get(form, ":row 2")
     assert f"{number}: unreadable audio" in index.bad_lines.messages[0]
 
 
@@ -185,7 +205,7 @@ def test_messages_that_are_no_transcript_for_certain_are_refused(obj, settings, 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_commands_take_all_forms(form, lines, tmp_path, capsys):
     source = write_form(form, tmp_path, [line for line in lines if line["text"]])
-    options = ["--lang", "en"] if form == "LJSpeech" else []
+    options = ["--lang", "en"] if form in ("LJSpeech", "WeNet shards") else []
     shar = str(tmp_path / "shar")
     for command in (["check", source.path, "--audio", "full"], ["convert", source.path, shar, "--to", "shar"]):
         with pytest.raises(SystemExit) as caught:
@@ -197,7 +217,7 @@ def test_the_commands_take_all_forms(form, lines, tmp_path, capsys):
     for cut, true in zip(converted, true_cuts(tmp_path, lines)[1:], strict=True):
         assert np.array_equal(load_samples(cut), load_samples(true))
     if form != "csv":  # a folder with audio, in which that is looked for
-        found = list(Inputs(sorted(glob.glob(source.path))))
+        found = list(Inputs(sorted(path for part in expand_braces(source.path) for path in glob.glob(part))))
         assert [input.text for input in found] == [line["text"].strip() for line in lines[1:]]
 
 
@@ -232,6 +252,7 @@ def test_durations_of_common_voice_are_used(lines, tmp_path, monkeypatch):
         ({"text": {"en": "one", "de": "eins"}}, {"text_field": "text.de"}, ("eins", "asr", None)),
         ({"sentence": "one", "translation": "eins", "task": "ast", "target_lang": "de"}, {}, ("eins", "ast", "de")),
         ({"text": "one", "locale": "fr"}, {"lang": "en"}, ("one", "asr", None)),
+        ({"text": "one", "language": 7, "speaker": 12, "translation": {"de": "x"}}, {}, ("one", "asr", None)),
         ({"text": "one", "speech": "fr"}, {"lang_field": "speech", "lang": "en"}, ("one", "asr", None)),
     ],
 )
@@ -268,3 +289,32 @@ def test_a_compressed_arrow_file_is_refused(lines, tmp_path):
         out.write_table(table)
     with pytest.raises(ManifestError, match="a.arrow: is compressed; write it without compression"):
         open_index(SourceConfig(str(tmp_path / "a.arrow")), folder=tmp_path / "index")
+
+
+def test_texts_of_rows_are_references_for_scores(lines, tmp_path):
+    write_form("parquet", tmp_path, lines)
+    (path, *_) = sorted((tmp_path / "parquet").iterdir())
+    assert {id: line.text for id, line in read_lines(path).items()} == {
+        line["id"]: line["text"].strip() for line in lines[:3]
+    }
+
+
+def test_kaldi_texts_of_funasr(lines, tmp_path):
+    source = write_kind("kaldi", tmp_path, lines)
+    (tmp_path / "kaldi/text").rename(tmp_path / "kaldi/text.txt")
+    assert tmp_path / "kaldi/text.txt" in manifest_files(source)
+    assert [facts(cut) for cut in read_manifest(source)] == facts_of(lines)
+
+
+def test_what_is_wrong_in_a_tar_file_is_said_with_its_place(lines, tmp_path):
+    audio = (tmp_path / lines[2]["audio_filepath"]).read_bytes()
+    members = {"a.1.wav": audio, "a.1.txt": b"one", "a.2.txt": b"two", "a.3.wav": audio, "a.4.wav": audio}
+    path = write_tar(tmp_path / "a.tar", members | {"a.4.json": b"{"})
+    assert [str(found) for _, found in iter_objects(SourceConfig(str(path))) if isinstance(found, ManifestError)] == [
+        f"{path}:a.2: no audio (wav, flac, mp3, ogg, opus, m4a, aac, wma, amr, webm) among txt",
+        f"{path}:a.3: no text (txt, json) among wav",
+        f"{path}:a.4: invalid JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+    ]
+    (tmp_path / "data.list").write_text("no.tar\n")
+    with pytest.raises(ManifestError, match="data.list:1: no such tar file: .*no.tar"):
+        read_manifest(tmp_path / "data.list")
