@@ -31,5 +31,5 @@ pip install "$wheel[test]"
 "$python" -m pip list --disable-pip-version-check --format freeze |
     grep -iE '^(torch|torchaudio|transformers|tokenizers|peft|accelerate|lhotse|huggingface.hub|torchao|numpy)=='
 "$python" -m pytest -q -p no:cacheprovider --numprocesses 2 --dist loadfile -m "not slow" tests/llm tests/encoder/test_whisper.py \
-    tests/encoder/test_transducer.py tests/decode/test_ctc.py tests/data/test_resample.py tests/data/test_features.py \
+    tests/encoder/test_transducer.py tests/encoder/test_onnx.py tests/model/test_export.py tests/decode/test_ctc.py tests/data/test_resample.py tests/data/test_features.py \
     tests/data/test_audio.py tests/text/test_tokenizer.py tests/scoring/test_counting.py "$@"

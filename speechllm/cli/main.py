@@ -10,6 +10,7 @@ from speechllm.cli.align import add_align
 from speechllm.cli.data import add_data
 from speechllm.cli.exits import run_to_exit
 from speechllm.cli.explore import add_explore
+from speechllm.cli.export import add_export
 from speechllm.cli.plot import add_plot
 from speechllm.cli.prompt import add_prompt
 from speechllm.cli.push import add_push
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     add_plot(commands)
     add_score(commands)
     add_explore(commands)
+    add_export(commands)
     add_push(commands)
     argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv, argparse.Namespace(overrides=overrides))

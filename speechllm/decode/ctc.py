@@ -38,19 +38,6 @@ def ctc_greedy(log_probs: Tensor, lens: Tensor, blank: int) -> list[list[int]]:
     ]
 
 
-def ctc_label_scores(log_probs: Tensor, labels: Sequence[Sequence[int]], blank: int) -> Tensor:
-    """CTC's log probability of each of several texts of one utterance: (N,) float32, at least `IMPOSSIBLE`.
-
-    Args:
-      log_probs: (T, V).
-    """
-    lens = torch.tensor([len(label) for label in labels])
-    targets = torch.tensor([token for label in labels for token in label], dtype=torch.long)
-    frames = torch.full((len(labels),), len(log_probs))
-    emissions = log_probs.float().cpu()[:, None].expand(-1, len(labels), -1)
-    return -F.ctc_loss(emissions, targets, frames, lens, blank, reduction="none").clamp(max=-IMPOSSIBLE)
-
-
 class CTCHypothesis(NamedTuple):
     """A text that CTC gives."""
 
@@ -194,10 +181,12 @@ class CTCScorer:
 
     def start(self, utterance: int) -> CTCPrefix:
         log_probs = self._log_probs_of(utterance)
-        blanks = _running_sum(log_probs[:, self._blank])
-        return CTCPrefix(
-            _Utterance(log_probs, blanks), None, torch.stack([blanks.new_full(blanks.shape, -math.inf), blanks], -1)
-        )
+        return self.restart(_Utterance(log_probs, _running_sum(log_probs[:, self._blank])))
+
+    def restart(self, utterance: _Utterance) -> CTCPrefix:
+        """The empty hypothesis of the utterance that another one is of."""
+        blanks = utterance.blanks
+        return CTCPrefix(utterance, None, torch.stack([blanks.new_full(blanks.shape, -math.inf), blanks], -1))
 
     def score(self, states: Sequence[CTCPrefix], candidates: Tensor) -> Tensor:
         """The scores (R, C), float32, of appending each of `candidates` (R, C) to the hypothesis of its row."""

@@ -102,7 +102,7 @@ class RecognizeOptions:
         can say: `cut`, it ends there; `ctc`, the text of the CTC head is taken instead, where there is one. None leaves
         it to the caller: `transcribe` takes `ctc`, `recognize` and recipes/decode.py `cut`.
       ctc_weight: see arXiv 1609.06773. A CTC head that writes other pieces than the language model (`ctc_tokenizer`)
-        ranks the texts at the end of a beam search instead.
+        scores a word when it has ended.
       timestamps: find the words' times with the CTC head, where the model does not write them itself.
       hotwords: see `speechllm.decode.hotwords.Hotwords.from_file`.
       initial_state: `RWKV7State.save` writes such files.

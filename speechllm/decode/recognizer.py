@@ -16,13 +16,15 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_label_scores, ctc_prefix_beam_search, forced_align
+from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, forced_align
+from speechllm.decode.ctc_words import CTCWords
 from speechllm.decode.hotwords import Hotwords
 from speechllm.decode.interface import RecognizableSpeechLLM, RecognizeOptions, Speech, check_length
-from speechllm.decode.ngram import NGram
+from speechllm.decode.ngram import KenLM
 from speechllm.decode.result import Hypothesis, Recognition, Word, without_sound
 from speechllm.decode.search import Prompt, RunningSearch, Scorer, search
 from speechllm.decode.timestamps import words_from_alignment, words_from_label
+from speechllm.decode.word_scorer import WordScorer
 from speechllm.errors import UserError
 from speechllm.llm.interface import LanguageModelState
 from speechllm.prompt.request import Request
@@ -58,16 +60,6 @@ class SpeechLLMRecognizer:
         for name, used in (*uses_ctc.items(), ("ctc_beam", self.options.ctc_beam > 1)):
             if used and model.ctc_head is None and not (name == "timestamps" and label.has_times):
                 raise UserError(f"{name}: the model has no CTC head (it was trained with model.ctc_weight: 0)")
-        # A head of other pieces cannot score tokens, but whole texts.
-        self._ranks_texts = self.options.ctc_weight > 0 and model.ctc_tokenizer is not model.tokenizer
-        self._search = self.options.search
-        if self._ranks_texts:
-            if self._search.width == 1:
-                raise UserError(
-                    "ctc_weight: the CTC head writes other pieces (model.ctc_tokenizer) than the language model's "
-                    "tokens, so that it ranks the texts of a beam: search with method beam"
-                )
-            self._search = replace(self._search, nbest=self._search.beam)
         for name in ("ctc_weight", "hotwords", "ngram"):
             if getattr(self.options, name) and not label.is_plain:
                 raise UserError(
@@ -86,27 +78,31 @@ class SpeechLLMRecognizer:
         self._label_growth = 1 + 2 * len(encode("<88.88>")) if label.has_times else 1
         self._states: dict[tuple[int, ...], LanguageModelState | None] = {}  # by the tokens before the audio
         # of utterances that join
-        self._running = RunningSearch(model.llm, self._search, model.tokenizer.eos_id, self._scorers)
+        self._running = RunningSearch(model.llm, self.options.search, model.tokenizer.eos_id, self._scorers)
         self._numbers = itertools.count()
         self._done: list[tuple[int, Recognition]] = []
 
     def _build_scorers(self) -> list[Scorer]:
         options, model = self.options, self.model
         scorers: list[Scorer] = []
-        if options.ctc_weight > 0 and not self._ranks_texts:
-            scorers.append(
-                CTCScorer(
-                    options.ctc_weight,
-                    lambda number: cast(Tensor, self._utterances[number].ctc_log_probs),
-                    model.blank_id,
-                    model.tokenizer.eos_id,
-                )
-            )
+        if options.ctc_weight > 0:
+            scorers.append(self._ctc_scorer())
         if options.hotwords is not None:
             scorers.append(Hotwords.from_file(options.hotwords, model.tokenizer, options.hotword_weight))
         if options.ngram is not None:
-            scorers.append(NGram.from_file(options.ngram, model.tokenizer, options.ngram_weight))
+            scorers.append(WordScorer(KenLM(options.ngram), model.tokenizer, options.ngram_weight))
         return scorers
+
+    def _ctc_scorer(self) -> Scorer:
+        model, weight = self.model, self.options.ctc_weight
+
+        def log_probs_of(number: int) -> Tensor:
+            return cast(Tensor, self._utterances[number].ctc_log_probs)
+
+        if model.ctc_tokenizer is model.tokenizer:
+            return CTCScorer(weight, log_probs_of, model.blank_id, model.tokenizer.eos_id)
+        words = CTCWords(log_probs_of, model.ctc_label_ids, model.ctc_beginnings, model.blank_id)
+        return WordScorer(words, model.tokenizer, weight)
 
     @torch.no_grad()
     def __call__(self, batches: Iterable[Speech]) -> Iterator[list[Recognition]]:
@@ -134,7 +130,7 @@ class SpeechLLMRecognizer:
                 yield [result for result in results.popleft() if result is not None]
 
         eos_id = self.model.tokenizer.eos_id
-        for number, nbest in search(self.model.llm, prompts(), self._search, eos_id, self._scorers):
+        for number, nbest in search(self.model.llm, prompts(), self.options.search, eos_id, self._scorers):
             result, i = places.pop(number)
             result[i] = self._finished(number, nbest)
             yield from finished()
@@ -278,22 +274,7 @@ class SpeechLLMRecognizer:
 
     def _finished(self, number: int, nbest: tuple[Hypothesis, ...]) -> Recognition:
         """The result of an utterance whose search has ended."""
-        utterance = self._utterances.pop(number)
-        return self._recognition(utterance, self._ranked(utterance, nbest) if self._ranks_texts else nbest)
-
-    def _ranked(self, utterance: _Utterance, nbest: tuple[Hypothesis, ...]) -> tuple[Hypothesis, ...]:
-        """The best of a beam by the scores of the search and those of the CTC head, of the whole text."""
-        assert utterance.ctc_log_probs is not None
-        labels = [self.model.ctc_label_ids(self.model.read_label(hypothesis.tokens).text) for hypothesis in nbest]
-        scores = (
-            self.options.ctc_weight * ctc_label_scores(utterance.ctc_log_probs, labels, self.model.blank_id)
-        ).tolist()
-        power = self._search.length_penalty
-        ranked = [
-            replace(hypothesis, score=hypothesis.score + score / len(hypothesis.log_probs) ** power)
-            for hypothesis, score in zip(nbest, scores, strict=True)
-        ]
-        return tuple(sorted(ranked, key=lambda hypothesis: -hypothesis.score)[: self.options.search.nbest])
+        return self._recognition(self._utterances.pop(number), nbest)
 
     def _recognition(self, utterance: _Utterance, nbest: tuple[Hypothesis, ...]) -> Recognition:
         model = self.model

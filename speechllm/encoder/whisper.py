@@ -214,25 +214,35 @@ class WhisperEncoder(nn.Module):
                 "(transcribe cuts them at pauses, see --max-segment)"
             )
         feature_lens = feature_lens.to(features.device)
+        return self.encode(features[:, :longest], feature_lens, shortest < longest, return_stacks)
+
+    def encode(
+        self, features: Tensor, feature_lens: Tensor, padded: bool, return_stacks: bool = False
+    ) -> tuple[Tensor, ...]:
+        """`forward` without looking at the lengths, which an exporter does not know.
+
+        Args:
+            padded: whether one of the lengths may be below T.
+        """
+        config = self.config
         lens = self.output_lens(feature_lens)
-        features = features[:, :longest]
+        t = features.shape[1]
+        t_out = (t + 1) // 2
+        valid = attended = None
         if self.pad_to_max_seconds:
             features = with_silence(features, feature_lens, 2 * config.max_source_positions)
-            shortest = longest = features.shape[1]
-        valid = attended = None
-        if shortest < longest:
-            valid = (torch.arange(longest, device=features.device) < feature_lens[:, None]).unsqueeze(-1)
-            attended = torch.arange((longest + 1) // 2, device=features.device) < lens[:, None]
+        elif padded:
+            valid = (torch.arange(t, device=features.device) < feature_lens[:, None]).unsqueeze(-1)
+            attended = torch.arange(t_out, device=features.device) < lens[:, None]
             attended = attended[:, None, None]  # (N, heads, queries, keys)
         checkpointed = self.checkpoint_layers and torch.is_grad_enabled()
         if self.stored_stacks is None:
             x = run(self.front_end, features, valid, checkpointed=checkpointed)
             x = F.dropout(x + self.embed_positions[: x.shape[1]], config.dropout, self.training)
         else:
-            x = F.pad(features, (0, 0, 0, longest % 2)).reshape(len(features), -1, self.output_dim)
+            x = F.pad(features, (0, 0, 0, features.shape[1] % 2)).reshape(len(features), -1, self.output_dim)
             if self.stored_stacks == self.num_stacks:
                 return x, lens
-        t_out = int(lens.max())
         outputs = []
         for layer in self.layers[self.stored_stacks or 0 :]:
             x = run(partial(_layer_output, layer), x, attended, checkpointed=checkpointed)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -247,6 +247,14 @@ def relative_positions(num_queries: int, num_keys: int, dim: int, device: torch.
     return encoding
 
 
+_Number = TypeVar("_Number", int, Tensor)
+
+
+def quotient_up(x: _Number, divisor: int) -> _Number:
+    """x / divisor, rounded up, of x from 0 on: in ONNX the usual -(-x // divisor) is rounded down."""
+    return (x + divisor - 1) // divisor
+
+
 def keep_utterances(x: Tensor, skip_rate: float) -> Tensor | None:
     """What to multiply x (N, T, C) with to skip a module for some utterances, (N, 1, 1); None for rate 0."""
     if skip_rate == 0.0:
@@ -321,11 +329,10 @@ class AttentionWeights(nn.Module):
             pos_key = self.linear_pos(frames.pos_emb[None])[0]
             row = s + t - 1
             pos_key = pos_key.view(row, self.num_heads, -1).permute(1, 2, 0)
-            shifted = pos_query @ pos_key  # (heads, N T, S + T - 1)
-            shifted = shifted.as_strided((self.num_heads * n, t, s), (t * row, row - 1, 1), t - 1)
-            scores = torch.baddbmm(shifted, query, key.mT)
+            by_offset = pos_query @ pos_key  # (heads, N T, S + T - 1)
+            scores = torch.baddbmm(_by_key(by_offset, t, s), query, key.transpose(1, 2))
         else:
-            scores = query @ key.mT
+            scores = query @ key.transpose(1, 2)
         if self.training and random.random() < 0.1:
             scores = penalize_large(scores, limit=25.0, penalty=1e-4)  # a safety net: scores should be far smaller
         scores = scores.view(self.num_heads, n, t, s)
@@ -337,6 +344,15 @@ class AttentionWeights(nn.Module):
         """(N, T, heads C) -> (heads N, T, C)"""
         n, t, _ = x.shape
         return x.view(n, t, self.num_heads, -1).permute(2, 0, 1, 3).reshape(self.num_heads * n, t, -1)
+
+
+def _by_key(by_offset: Tensor, t: int, s: int) -> Tensor:
+    """Each query's row from where its first key is: (heads, N T, S + T - 1) -> (heads N, T, S), a view."""
+    row = s + t - 1
+    if torch._C._is_tracing():  # ONNX has no as_strided, whose gradient is the faster one
+        rows = F.pad(by_offset, (0, 1)).reshape(-1, t * (row + 1))
+        return rows[:, t - 1 : t - 1 + t * row].reshape(-1, t, row)[..., :s]
+    return by_offset.as_strided((by_offset.numel() // (t * row), t, s), (t * row, row - 1, 1), t - 1)
 
 
 def attend(weights: Tensor, x: Tensor) -> Tensor:
@@ -679,27 +695,27 @@ class StackedEncoder(nn.Module):
         self,
         x: Tensor,
         lens: Tensor,
+        padded: bool,
         chunk_size: int,
         left_context_frames: int,
         checkpointed: bool,
         return_stacks: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x (N, T, D0), lens (N,) -> (N, T', D) with T' = T / output_downsampling_factor, rounded up; on demand also
-        (S, N, T', D), what would be the output after each stack."""
+        (S, N, T', D), what would be the output after each stack. `padded`: whether one of the lengths may be below T.
+        """
         config = self.config
         t = x.shape[1]
-        if chunk_size >= t:
-            chunk_size = -1
         # A length that all factors and the chunk divide spares every module its own padding.
         multiple = math.lcm(*config.downsampling_factor, config.output_downsampling_factor, max(chunk_size, 1))
-        x = F.pad(x, (0, 0, 0, -t % multiple))
-        padded = x.shape[1] > int(lens.min())
+        x = F.pad(x, (0, 0, 0, quotient_up(t, multiple) * multiple - t))
+        padded = padded or x.shape[1] > t
         rates = {
             factor: self.frames_at(factor, x, lens, padded, chunk_size, left_context_frames)
             for factor in set(config.downsampling_factor)
         }
         outputs = self.outputs(x, lens, rates, checkpointed)
-        t_out = -(-t // config.output_downsampling_factor)
+        t_out = quotient_up(t, config.output_downsampling_factor)
         encoder_out = self.downsample_output(_widest(outputs), lens)[:, :t_out]
         if not return_stacks:
             return encoder_out
@@ -743,14 +759,14 @@ class StackedEncoder(nn.Module):
 
     def frames_in_stream(self, factor: int, x: Tensor, lens: Tensor, state: ZipformerState) -> Frames:
         """What `frames_at` says of a whole utterance, of a chunk x (N, T, C) with what is before it."""
-        chunk, left = x.shape[1] // factor, state.left_context_frames // factor
-        lens = -(-lens // factor)
+        chunk, left = state.chunk_size // factor, state.left_context_frames // factor
+        lens = quotient_up(lens, factor)
         valid = torch.arange(chunk, device=x.device) < lens[:, None]
         heard = torch.arange(-left, 0, device=x.device) >= -(state.frames // factor)[:, None]
         masked = ~torch.cat([heard, valid], dim=1)[:, None]
         from_left = torch.arange(chunk, device=x.device)[None]
         # An utterance shorter than a chunk has its edges where it has them alone.
-        length = lens.where(state.frames == 0, chunk)[:, None]
+        length = lens.where(state.frames == 0, torch.full_like(lens, chunk))[:, None]
         return Frames(
             pos_emb=relative_positions(chunk, left + chunk, self.config.pos_dim, x.device).to(x.dtype),
             attn_mask=masked.to(x.dtype) * -1000.0,
@@ -765,7 +781,7 @@ class StackedEncoder(nn.Module):
         """What the layers at 1 / factor of the frame rate of x (N, T, C) need to know."""
         config = self.config
         t = x.shape[1] // factor
-        lens = -(-lens // factor)
+        lens = quotient_up(lens, factor)
         time = torch.arange(t, device=x.device)
         valid = time < lens[:, None]  # (N, T)
         masked = ~valid[:, None, :] if padded else None
@@ -775,7 +791,7 @@ class StackedEncoder(nn.Module):
             distance = index[:, None] - index
             out_of_reach = distance < 0
             if left_context_frames >= 0:
-                out_of_reach |= distance > max(left_context_frames // chunk_size, 1)
+                out_of_reach = out_of_reach | (distance > max(left_context_frames // chunk_size, 1))
             masked = out_of_reach if masked is None else masked | out_of_reach
         edge_distance = None
         if config.causal:
@@ -897,7 +913,7 @@ class Zipformer(nn.Module):
 
     def output_lens(self, feature_lens: Tensor) -> Tensor:
         """How many output frames utterances of these many feature frames give; (N,) -> (N,)"""
-        return -(-subsampling.output_lens(feature_lens) // self.config.output_downsampling_factor)
+        return quotient_up(subsampling.output_lens(feature_lens), self.config.output_downsampling_factor)
 
     def forward(
         self,
@@ -926,22 +942,40 @@ class Zipformer(nn.Module):
             ValueError: if shapes or lengths do not fit, or an utterance is too short.
         """
         shortest, longest = shortest_and_longest(features, feature_lens, self.config.feature_dim, self.min_frames)
+        chunk_size, left_context_frames = self.context(chunk_size, left_context_frames)
+        if chunk_size >= subsampling.output_lens(longest):
+            chunk_size = -1
         feature_lens = feature_lens.to(features.device)
         features = features[:, :longest]
+        return self.encode(features, feature_lens, shortest < longest, chunk_size, left_context_frames, return_stacks)
+
+    def encode(
+        self,
+        features: Tensor,
+        feature_lens: Tensor,
+        padded: bool,
+        chunk_size: int | None = None,
+        left_context_frames: int | None = None,
+        return_stacks: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """`forward` without looking at the lengths, which an exporter does not know.
+
+        Args:
+            padded: whether one of the lengths may be below T.
+        """
+        chunk_size, left_context_frames = self.context(chunk_size, left_context_frames)
         lens = subsampling.output_lens(feature_lens)
         valid = None
-        if shortest < longest:
-            padding = torch.arange(longest, device=features.device) >= feature_lens[:, None]
+        if padded:
+            padding = torch.arange(features.shape[1], device=features.device) >= feature_lens[:, None]
             features = features.masked_fill(padding.unsqueeze(-1), 0.0)
-            valid = torch.arange(subsampling.output_lens(longest), device=features.device) < lens[:, None]
+            frames = subsampling.output_lens(features.shape[1])
+            valid = torch.arange(frames, device=features.device) < lens[:, None]
         checkpointed = self.checkpoint_layers and torch.is_grad_enabled()
         x = run(self.encoder_embed, features, valid, checkpointed=checkpointed)
-        chunk_size, left_context_frames = self.context(chunk_size, left_context_frames)
-        out = self.encoder(x, lens, chunk_size, left_context_frames, checkpointed, return_stacks)
-        if return_stacks:
-            encoder_out, stack_outs = out
-            return encoder_out, self.output_lens(feature_lens), stack_outs
-        return out, self.output_lens(feature_lens)
+        out = self.encoder(x, lens, padded, chunk_size, left_context_frames, checkpointed, return_stacks)
+        encoder_out, *stack_outs = out if return_stacks else (out,)
+        return encoder_out, self.output_lens(feature_lens), *stack_outs
 
     def context(self, chunk_size: int | None, left_context_frames: int | None) -> tuple[int, int]:
         """Chunk size and left context for a batch: as asked for, drawn in training, the widest otherwise."""
@@ -1037,8 +1071,13 @@ class Zipformer(nn.Module):
         if feature_lens is None:
             feature_lens = torch.full((len(features),), window)
         shortest_and_longest(features, feature_lens, self.config.feature_dim, self.min_frames)
-        feature_lens = feature_lens.to(features.device)
-        padding = torch.arange(window, device=features.device) >= feature_lens[:, None]
+        return self.encode_chunk(features, state, feature_lens.to(features.device))
+
+    def encode_chunk(
+        self, features: Tensor, state: ZipformerState, feature_lens: Tensor
+    ) -> tuple[Tensor, ZipformerState]:
+        """`step` without looking at the lengths, which an exporter does not know."""
+        padding = torch.arange(features.shape[1], device=features.device) >= feature_lens[:, None]
         features = features.masked_fill(padding.unsqueeze(-1), 0.0)
         lens = subsampling.output_lens(feature_lens)
         x, front = self.encoder_embed.step(features, lens, state.front)

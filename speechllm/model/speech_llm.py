@@ -326,6 +326,11 @@ class SpeechLLM(SpeechModel):
             return self.label_ids(text)
         return self.ctc_tokenizer.encode(_CTC_PREFIX + text)
 
+    def ctc_beginnings(self, text: str, word: str) -> list[list[int]]:
+        """The pieces that the CTC head may begin with where a transcript goes on after `text` with a word that begins
+        with `word`."""
+        return self.ctc_tokenizer.beginnings(_CTC_PREFIX + text, word)
+
     def ctc_text(self, token_ids: Sequence[int]) -> str:
         """The text of pieces that the CTC head wrote."""
         if self.ctc_tokenizer is self.tokenizer:

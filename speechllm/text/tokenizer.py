@@ -25,6 +25,8 @@ import importlib.util
 import io
 import json
 import re
+import sys
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -90,6 +92,10 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without the end of text."""
         ...
+
+    def beginnings(self, text: str, word: str) -> list[list[int]]:
+        """What the ids of `text` and words that begin with `word` may begin with; [] if there is no such word."""
+        return [self.encode(text + word)]
 
     def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
         """A decoder for the ids of one text, given one at a time; `continued`: of its rest, after some ids."""
@@ -381,6 +387,7 @@ class LexiconTokenizer(Tokenizer):
 
     BORDER = "_"
     UNKNOWN = "<unk>"
+    MAX_BEGINNINGS = 6
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path) / LEXICON_FILE
@@ -403,6 +410,7 @@ class LexiconTokenizer(Tokenizer):
         self._ids_of = {name: i for i, name in enumerate(self._names)}
         self.vocab_size = len(self._names)
         self.eos_id = 0
+        self._beginning_cache: dict[str, list[list[int]]] = {}
 
     @property
     def tags(self) -> list[str]:
@@ -417,6 +425,35 @@ class LexiconTokenizer(Tokenizer):
                 ids.append(self._ids_of[self.BORDER])
             ids.extend(self._ids_of[phone] for phone in self._pronunciation.get(word, [self.UNKNOWN]))
         return ids
+
+    def beginnings(self, text: str, word: str) -> list[list[int]]:
+        """The phones of `text` and, at most `MAX_BEGINNINGS` times, those that words begin with that begin with `word`:
+        the share of a word's phones that `word` is of its letters. The first words of the lexicon count."""
+        said = self.encode(text)
+        if said:
+            said.append(self._ids_of[self.BORDER])
+        return [said + phones for phones in self._beginnings(word)]
+
+    def _beginnings(self, word: str) -> list[list[int]]:
+        if word not in self._beginning_cache:
+            first, last = (bisect_left(self._sorted_words, end) for end in (word, word + chr(sys.maxunicode)))
+            found: dict[tuple[str, ...], None] = {}
+            # the order of the lexicon is that of `_pronunciation`
+            for whole in sorted(self._sorted_words[first:last], key=self._rank_of.__getitem__):
+                phones = self._pronunciation[whole]
+                found[tuple(phones[: len(phones) * len(word) // len(whole)])] = None
+                if len(found) == self.MAX_BEGINNINGS:
+                    break
+            self._beginning_cache[word] = [[self._ids_of[phone] for phone in phones] for phones in found]
+        return self._beginning_cache[word]
+
+    @cached_property
+    def _sorted_words(self) -> list[str]:
+        return sorted(self._pronunciation)
+
+    @cached_property
+    def _rank_of(self) -> dict[str, int]:
+        return {word: rank for rank, word in enumerate(self._pronunciation)}
 
     def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
         return _WordStream(self, continued)

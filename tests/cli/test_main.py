@@ -26,7 +26,16 @@ def test_overrides_without_a_configuration_are_an_error(capsys):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["transcribe"], ["score"], ["data", "check"], ["data", "convert"], ["data", "preview"], ["prompt", "show"]],
+    [
+        [],
+        ["transcribe"],
+        ["score"],
+        ["export"],
+        ["data", "check"],
+        ["data", "convert"],
+        ["data", "preview"],
+        ["prompt", "show"],
+    ],
 )
 def test_help_does_not_load_the_library(command):
     script = (

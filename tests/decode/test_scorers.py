@@ -11,9 +11,10 @@ import sentencepiece
 import torch
 
 from speechllm.decode.hotwords import Hotwords
-from speechllm.decode.ngram import LEAST_LOG10, KenLM, NGram
+from speechllm.decode.ngram import LEAST_LOG10, KenLM
 from speechllm.decode.options import RecognizeOptions
 from speechllm.decode.search import Prompt, SearchOptions, search
+from speechllm.decode.word_scorer import WordScorer
 from speechllm.errors import UserError
 from speechllm.rwkv7 import RWKV7, RWKV7Config
 from speechllm.text.tokenizer import (
@@ -294,8 +295,21 @@ class ARPAModel:
                 self.log10[tuple(words.split())] = float(log10)
                 self.backoff[tuple(words.split())] = float(backoff[0]) if backoff else 0.0
 
-    def start(self):
+    def start(self, utterance):
         return ("<s>",)
+
+    def read(self, texts):
+        found = []
+        for state, words in texts:
+            total = 0.0
+            for word in words:
+                log10, state = self.score(state, word)
+                total += math.log(10) * log10
+            found.append((total, state))
+        return found
+
+    def expect(self, texts):
+        return [0.0] * len(texts)
 
     def score(self, state, word):
         if (word,) not in self.log10:
@@ -314,7 +328,7 @@ ARPA = ARPAModel(ARPA_FILE)
 
 @pytest.fixture
 def ngram():
-    return NGram(ARPA, TOKENIZER, 0.5)
+    return WordScorer(ARPA, TOKENIZER, 0.5)
 
 
 def words_of(text):
@@ -323,11 +337,8 @@ def words_of(text):
 
 
 def log_prob(lm, words):
-    total, state = 0.0, lm.start()
-    for word in (*words, "</s>"):
-        log10, state = lm.score(state, word)
-        total += max(log10, LEAST_LOG10)
-    return total * math.log(10)
+    ((total, _),) = lm.read([(lm.start(0), (*words, "</s>"))])
+    return total
 
 
 def test_the_scores_of_a_text_are_its_log_probability(ngram):
@@ -340,7 +351,7 @@ def test_the_scores_of_a_text_are_its_log_probability(ngram):
 
 def test_a_word_is_scored_when_it_ends(ngram):
     tokens = TOKENIZER.encode(" a") + TOKENIZER.encode("b") + TOKENIZER.encode(" art") + TOKENIZER.encode("北.")
-    state, log10 = ARPA.start(), []
+    state, log10 = ARPA.start(0), []
     for word in ("ab", "art", "北", ".", "</s>"):
         score, state = ARPA.score(state, word)
         log10.append(score)
@@ -349,25 +360,35 @@ def test_a_word_is_scored_when_it_ends(ngram):
     assert scores_of(ngram, tokens) == pytest.approx([math.log(10) * score for score in expected], abs=1e-5)
 
 
-def test_words_that_the_model_forbids_are_only_very_improbable():
-    class WithoutUnknown(ARPAModel):
-        def score(self, state, word):
-            return super().score(state, word) if (word,) in self.log10 else (-100.0, ())
+class ExpectingModel(ARPAModel):
+    """Expects of a word what its letters cost, and of what comes after two words nothing."""
 
-    scorer = NGram(WithoutUnknown(ARPA_FILE), TOKENIZER, 1.0)
-    p, a = TOKENIZER.encode("p a")
-    assert scores_of(scorer, [p, a])[1] == pytest.approx(LEAST_LOG10 * math.log(10))
+    def expect(self, texts):
+        return [-0.5 * len(word) * (len(state) < 3) for state, word in texts]
+
+
+def test_what_is_expected_of_a_word_counts_until_it_is_known(ngram):
+    scorer = WordScorer(ExpectingModel(ARPA_FILE), TOKENIZER, 0.5)
+    a, b, art = (TOKENIZER.encode(text)[0] for text in (" a", "b", " art"))
+    assert scores_of(scorer, [a, b])[:2] == [-0.5, -0.5]
+    assert scores_of(scorer, [a, b, art])[2] == pytest.approx(scores_of(ngram, [a, b, art])[2] + 1.0 - 1.5)
+    for text in random_texts(200, 12):
+        assert sum(scores_of(scorer, text)) == pytest.approx(sum(scores_of(ngram, text)), abs=1e-4)
 
 
 def test_kenlm_gives_what_the_format_defines(tmp_path, capfd):
     pytest.importorskip("kenlm", reason="kenlm is optional")
     path = tmp_path / "lm.arpa"
     path.write_text(ARPA_FILE, encoding="utf-8")
-    scorer = NGram.from_file(path, TOKENIZER, 0.5)
+    scorer = WordScorer(KenLM(path), TOKENIZER, 0.5)
     assert "----" not in capfd.readouterr().err  # no progress bar
-    reference = NGram(ARPA, TOKENIZER, 0.5)
+    reference = WordScorer(ARPA, TOKENIZER, 0.5)
     for text in random_texts(100, 12) + random_texts(100, 12, tokens=TOKENIZER.encode(" a ab art 北.")):
         assert scores_of(scorer, text) == pytest.approx(scores_of(reference, text), abs=1e-5)
+
+    path.write_text(ARPA_FILE.replace("-1.5\t<unk>", "-3\t7"), encoding="utf-8")  # what is unknown is impossible
+    without = KenLM(path)
+    assert without.read([(without.start(0), ("p",))])[0][0] == pytest.approx(LEAST_LOG10 * math.log(10))
 
     path.write_text(ARPA_FILE.replace("ngram 2=5", "ngram 2=6"), encoding="utf-8")
     with pytest.raises(UserError, match="lm.arpa: kenlm cannot read it"):
@@ -379,7 +400,7 @@ def test_kenlm_gives_what_the_format_defines(tmp_path, capfd):
 def test_without_kenlm_it_is_said_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kenlm", None)
     with pytest.raises(UserError, match="pip install kenlm"):
-        NGram.from_file(tmp_path / "lm.arpa", TOKENIZER, 0.5)
+        KenLM(tmp_path / "lm.arpa")
 
 
 # ---------------------------------------------------------------------------------------------------------- the search
@@ -431,7 +452,7 @@ def test_the_search_ranks_by_what_the_whole_texts_are_given(llm, prompts):
     """Of the hotwords and the n-grams together: nothing of a phrase that is not completed remains in the score."""
     lm = ARPAModel("-1.5\t<unk>\n-0.5\ttres\t-0.2\n-0.1\ttres diez\n-1\t</s>")
     phrases = {"diez tres": 1.0, "tres diez ocho": 2.0, "seis cuatro": 0.5}
-    scorers = [Hotwords(phrases, WORDS, 0.8), NGram(lm, WORDS, 0.4)]
+    scorers = [Hotwords(phrases, WORDS, 0.8), WordScorer(lm, WORDS, 0.4)]
     options = SearchOptions("beam", beam=6, nbest=6, length_penalty=0.0)
     found = sorted(search(llm, prompts, options, EOS, scorers))
     ended = [hypothesis for _, nbest in found for hypothesis in nbest if hypothesis.stopped == "end"]
