@@ -126,6 +126,10 @@ class Experiment:
                 f"train.ctc_only_steps is for a language model that begins, and train.loss: {self.train.loss} for one "
                 "that reads already: train it with cross_entropy first, and leave out ctc_only_steps in this stage"
             )
+        if on_errors and self.train.fsdp:
+            raise ValueError(
+                f"train.fsdp: the search of train.loss: {self.train.loss} needs the whole language model; leave out one"
+            )
         if self.data.hotwords is not None and "hotwords" not in self.model.prompt.slots():
             raise ValueError(
                 "data.hotwords draws lists for the prompt, and model.prompt has no {hotwords}: put the slot into "

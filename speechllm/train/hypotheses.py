@@ -17,7 +17,6 @@ from speechllm.model.speech_llm import SpeechLLM
 from speechllm.scoring import UNITS, Transcript, count_errors
 from speechllm.text.normalize import normalize_text
 from speechllm.train.config import CountedUnit
-from speechllm.train.sharding import gathered
 
 
 def find_hypotheses(
@@ -46,7 +45,7 @@ def find_hypotheses(
     was_training = bare.training
     bare.eval()
     # An autocast of its own: one keeps the weights that it has converted, and those of here have no gradient.
-    with torch.no_grad(), accelerator.autocast(), gathered(bare):
+    with torch.no_grad(), accelerator.autocast():
         found = bare.recognize(batch.features, batch.feature_lens, batch.requests, options)
     bare.train(was_training)
     errors = [

@@ -49,16 +49,6 @@ def test_a_language_model_of_transformers_learns_what_a_whole_one_learns(experim
         torch.testing.assert_close(shares["model"][name], tensor, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_errors_are_lowered_as_with_a_whole_model(experiment, tmp_path):
-    """The search has all weights for a while, and the language model reads twice in a step."""
-    mwer = ["--train.loss", "mwer", "--train.mwer.beam", "2", "--train.num_steps", "2", "--train.valid_every_n", "2"]
-    for name, options in (("whole", []), ("shares", ["--train.fsdp", "true"])):
-        run_in_processes(2, *command(experiment, tmp_path / name, *SETTINGS, *mwer, *options))
-    whole, shares = (load_checkpoint(tmp_path / name / "checkpoint-2.pt") for name in ("whole", "shares"))
-    for name, tensor in whole["model"].items():
-        torch.testing.assert_close(shares["model"][name], tensor, rtol=1e-3, atol=1e-3, msg=name)
-
-
 def test_every_process_has_half_of_the_language_model(sharded):
     for rank in (0, 1):
         content = load_share(sharded / "checkpoint-12.pt", rank, 2)

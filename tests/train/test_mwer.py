@@ -214,6 +214,10 @@ def experiment_of(**train):
         ({"loss": "mwer", "mwer": {"beam": 1}}, "train.mwer.*: beam must be at least 2, got 1"),
         ({"loss": "mwer", "mwer": {"nbest": 3}}, "unknown key train.mwer.nbest"),
         ({"loss": "grpo", "grpo": {"temperature": 0}}, "temperature must be above 0 and finite, got 0"),
+        (
+            {"loss": "grpo", "fsdp": True},
+            "train.fsdp: the search of train.loss: grpo needs the whole language model",
+        ),
         ({"loss": "mwer", "ctc_only_steps": 9}, "train.loss: mwer for one that reads already"),
     ],
 )
