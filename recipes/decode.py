@@ -2,6 +2,7 @@
 """Decode test sets with a trained model and score them: the decode loop of every recipe.
 
     python recipes/decode.py --config configs/digits.yaml --exp-dir recipes/digits/exp --model recipes/digits/exp/AVG
+    torchrun --nproc-per-node 8 recipes/decode.py ...               # on 8 GPUs; elsewhere --world-size 8 --rank K
 
 --model is a folder written by tools/average_ckpt.py, or an id of the Hugging Face Hub. An encoder alone (trained with
 model.llm: null) is decoded by its transducer's greedy search, if it has one, and by CTC, if it has that. Each set under
@@ -16,35 +17,48 @@ CTC has none of them. A text that a guard has stopped, because it repeats itself
 there; how many is logged. An utterance that the model cannot recognize, such as one without the language that the
 prompt names, is logged and left out; one that is too short to hear anything in has an empty text. Ctrl-C ends the
 program with the status 130.
+
+What is found is kept batch by batch (part-RANK-of-WORLD_SIZE-SET-MODEL-*.jsonl): the same command, with the same model,
+options and data, goes on from there. Of several processes, wherever and whenever they run, the one that finishes last
+writes the results, the same as one process would.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
+import itertools
 import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from speechllm.cli.exits import run_to_exit
-from speechllm.cli.options import add_dtype_option, add_llm_weights_option
-from speechllm.cli.search_options import add_search_options, check_without_language_model, search_options
+from speechllm.cli.options import add_dtype_option, add_llm_weights_option, add_share_options, share_of
+from speechllm.cli.search_options import (
+    add_search_options,
+    check_without_language_model,
+    search_identity,
+    search_options,
+)
 from speechllm.config import ConfigError
-from speechllm.data import Batch, SourceConfig, build_eval_loader
+from speechllm.data import Batch, SpeechLoader, build_eval_loader
+from speechllm.data.share import Share
 from speechllm.decode.interface import RecognizeOptions, Recognizer, Speech
 from speechllm.decode.result import Recognition
 from speechllm.errors import UserError
 from speechllm.hub import hub_id
 from speechllm.log import setup_logging
-from speechllm.model.build import load_model, prepare_for_inference
+from speechllm.model.build import load_model, model_identity, prepare_for_inference
 from speechllm.model.card import add_results
 from speechllm.model.config import load_model_config
+from speechllm.model.encoder_model import EncoderModel
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.scoring import (
     Transcript,
     characters,
@@ -56,6 +70,7 @@ from speechllm.scoring import (
     write_reports,
 )
 from speechllm.scoring.hotwords import hotword_report
+from speechllm.scoring.parts import Part, part_paths, together
 from speechllm.scoring.reports import aligned
 from speechllm.scoring.translation import translation_scores
 from speechllm.train.config import Experiment, load_experiment
@@ -70,6 +85,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="experiment configuration (YAML)")
     parser.add_argument("--exp-dir", required=True, type=Path, help="folder for logs and results")
     parser.add_argument("--model", required=True, type=Path, help="folder of the trained model")
+    add_share_options(parser)
     add_llm_weights_option(parser)
     add_dtype_option(parser)
     parser.add_argument(
@@ -81,12 +97,13 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
 
     def run() -> None:
+        share = share_of(args)
         config = load_experiment(args.config, overrides)
         asked, own = search_options(args, shows_nbest=False), load_model_config(args.model)
         options = replace(asked or own.decoding or RecognizeOptions(), timestamps=args.timestamps)
         if own.llm is None:
             check_without_language_model(args)
-        decode(config, args.exp_dir, args.model, args.dtype, args.llm_weights, options)
+        decode(config, args.exp_dir, args.model, args.dtype, args.llm_weights, options, share)
 
     run_to_exit(run)
 
@@ -98,64 +115,104 @@ def decode(
     dtype: str | None,
     llm_weights: str,
     options: RecognizeOptions,
+    share: Share,
 ) -> None:
     if not config.data.test:
         raise ConfigError("data.test names no test set")
-    setup_logging(exp_dir / "log", "log-decode")
+    setup_logging(exp_dir / "log", "log-decode", share.rank)
     model = load_model(model_dir)
-    prepare_for_inference(model, Accelerator().device, dtype, llm_weights)
+    prepare_for_inference(model, None, dtype, llm_weights)
     recognizer = model.recognizer(options)
     search, ctc_search = search_names(options)
     if model.llm is None and model.transducer is None:
         search = ctc_search
+    data = asdict(config.data) | {"num_workers": 0}  # how many has no influence
+    follows_from = [model_identity(model_dir), search_identity(options), dtype, llm_weights, data]
+    parts: dict[str, list[Path]] = {}
+    for name, sources in config.data.test.items():
+        loader = build_eval_loader(config.data, sources, share.rank, share.world_size, feature_kind=model.feature_kind)
+        digest = hashlib.sha256(repr([*follows_from, loader.state_dict()["identity"]]).encode()).hexdigest()[:8]
+        parts[name] = part_paths(exp_dir / search, f"{name}-{model_dir.name}-{digest}", share.world_size)
+        part = Part(parts[name][share.rank])
+        if not part.finished:
+            loader.load_state_dict(loader.state_dict() | {"batches": part.batches})
+            decode_set(name, model, recognizer, loader, config.data.text, part, (search, ctc_search))
+            part.finish()
+    results = {name: together(paths) for name, paths in parts.items()}
+    if None in results.values():
+        print(f"rank {share.rank} of {share.world_size} is done; the one that finishes last writes the results")
+        return
+    report(exp_dir, model_dir, {name: found for name, found in results.items() if found is not None}, search)
+    for path in itertools.chain(*parts.values()):
+        path.unlink(missing_ok=True)
+
+
+def decode_set(
+    name: str,
+    model: SpeechLLM | EncoderModel,
+    recognizer: Recognizer,
+    loader: SpeechLoader,
+    text_steps: Sequence[str],
+    part: Part,
+    searches: tuple[str, str],
+) -> None:
+    """Decode what is left of this process's batches of a test set, to `part`."""
+    audio_seconds, utterances, stopped, left_out, start = 0.0, 0, 0, 0, time.perf_counter()
+    # that are being searched, the rows that can be, and how many the loader had given with it
+    batches: deque[tuple[Batch, list[int], int]] = deque()
+
+    def speech() -> Iterator[Speech]:
+        nonlocal left_out
+        for batch in tqdm(loader, desc=name, unit="batch", disable=None):
+            batch = batch.to(model.device)
+            rows = recognizable_rows(recognizer, batch)
+            left_out += len(batch) - len(rows)
+            if rows:
+                batches.append((batch, rows, loader.batches))
+                yield speech_of(batch).rows(rows)
+
+    for recognitions in recognizer(speech()):
+        batch, rows, number = batches.popleft()
+        found: list[Recognition | None] = [None] * len(batch)
+        for row, recognition in zip(rows, recognitions, strict=True):
+            found[row] = recognition
+        texts, languages, words, ctc_texts = (
+            [getattr(recognition, attribute, None) for recognition in found]
+            for attribute in ("text", "language", "words", "ctc_text")
+        )
+        by_llm, by_ctc = (
+            transcripts(batch, texts, text_steps, languages, words),
+            transcripts(batch, ctc_texts, text_steps),
+        )
+        part.add(number, dict(zip(searches, (by_llm, by_ctc), strict=True)) if by_ctc else {searches[0]: by_llm})
+        audio_seconds += sum(batch.durations[row] for row in rows)
+        utterances += len(rows)
+        stopped += sum(r.fallback is not None for r in recognitions)
+    elapsed = time.perf_counter() - start
+    logger.info(
+        "%s: %d utterances, %.0f s of audio in %.1f s (real-time factor %.4f); %d texts were cut, %d left out",
+        name, utterances, audio_seconds, elapsed, elapsed / max(audio_seconds, 1e-9), stopped, left_out,
+    )  # fmt: skip
+
+
+def report(
+    exp_dir: Path, model_dir: Path, results: Mapping[str, Mapping[str, Sequence[Transcript]]], search: str
+) -> None:
+    """Score the results, by test set and search, and write and print what there is to say of them.
+
+    Raises:
+      UserError: there are none.
+    """
     table: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     rates: dict[tuple[str, str], float] = {}
-    for name, sources in config.data.test.items():
-        results: dict[str, list[Transcript]] = defaultdict(list)  # by search
-        audio_seconds, stopped, left_out, start = 0.0, 0, 0, time.perf_counter()
-        batches: deque[tuple[Batch, list[int]]] = deque()  # that are being searched, and the rows that can be
-
-        def speech(
-            sources: list[SourceConfig] = sources,
-            name: str = name,
-            batches: deque[tuple[Batch, list[int]]] = batches,
-        ) -> Iterator[Speech]:
-            nonlocal left_out
-            loader = build_eval_loader(config.data, sources, feature_kind=model.feature_kind)
-            for batch in tqdm(loader, desc=name, unit="batch", disable=None):
-                batch = batch.to(model.device)
-                rows = recognizable_rows(recognizer, batch)
-                left_out += len(batch) - len(rows)
-                if rows:
-                    batches.append((batch, rows))
-                    yield speech_of(batch).rows(rows)
-
-        for recognitions in recognizer(speech()):
-            batch, rows = batches.popleft()
-            found: list[Recognition | None] = [None] * len(batch)
-            for row, recognition in zip(rows, recognitions, strict=True):
-                found[row] = recognition
-            texts, languages, words, ctc_texts = (
-                [getattr(recognition, name, None) for recognition in found]
-                for name in ("text", "language", "words", "ctc_text")
-            )
-            results[search] += transcripts(batch, texts, config.data.text, languages, words)
-            if ctc_found := transcripts(batch, ctc_texts, config.data.text):
-                results[ctc_search] += ctc_found
-            audio_seconds += sum(batch.durations[row] for row in rows)
-            stopped += sum(r.fallback is not None for r in recognitions)
-        elapsed = time.perf_counter() - start
-        logger.info(
-            "%s: %d utterances, %.0f s of audio in %.1f s (real-time factor %.4f); %d texts were cut, %d left out",
-            name, len(results[search]), audio_seconds, elapsed, elapsed / max(audio_seconds, 1e-9), stopped, left_out,
-        )  # fmt: skip
-        if not results[search]:
+    for name, of_set in results.items():
+        if not of_set.get(search):
             logger.error("%s: no utterance of this test set can be recognized", name)
             continue
-        for setting, recognized in results.items():
-            report = write_reports(exp_dir / setting, name, model_dir.name, recognized, setting=setting)
-            logger.info("%s, %s: WER %s", name, setting, report)
-            rates[name, setting] = round(100 * report.rate, 2)
+        for setting, recognized in of_set.items():
+            errors = write_reports(exp_dir / setting, name, model_dir.name, recognized, setting=setting)
+            logger.info("%s, %s: WER %s", name, setting, errors)
+            rates[name, setting] = round(100 * errors.rate, 2)
             spoken = sorted({t.language for t in recognized if t.language is not None})
             groups = [(language, [t for t in recognized if t.language == language]) for language in spoken]
             for language, group in [*groups, ("all", recognized)]:

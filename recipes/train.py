@@ -25,7 +25,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,11 +52,12 @@ from speechllm.train.checkpoint import load_checkpoint, newest_checkpoint
 from speechllm.train.config import Experiment
 from speechllm.train.diagnostics import statistics_of
 from speechllm.train.encoder_cache import use_encoder_cache
-from speechllm.train.monitor import Averages, RunLog, describe_parameters, norms_by_part, provenance
+from speechllm.train.monitor import Averages, RunLog, StepResult, describe_parameters, norms_by_part, provenance
+from speechllm.train.objective import Objective, build_objective, model_losses
 from speechllm.train.plot import plot_if_possible
 from speechllm.train.processes import StopSignal, batch_groups, launch
 from speechllm.train.sharding import average_gradients, clip_grad_norm, shard_language_model
-from speechllm.train.stages import init_from_stage, plan_stages, start_checkpoint
+from speechllm.train.stages import init_weights, plan_stages, start_checkpoint
 from speechllm.train.state import TrainState
 from speechllm.train.validation import validate
 
@@ -89,6 +90,8 @@ def main() -> None:
     parser.add_argument("--start-epoch", type=int, metavar="N", help="go on from epoch-(N-1).pt, not the newest")
     parser.add_argument("--start-batch", type=int, metavar="STEP", help="go on from checkpoint-STEP.pt")
     parser.add_argument("--stage", help="train only this one of the configuration's stages")
+    about = "folder of a model, or of a training, whose weights the (first) stage begins with"
+    parser.add_argument("--init-from", metavar="FOLDER", help=about)
     for name, key in SHORT_OPTIONS.items():
         note = "; auto: the largest that fits into the GPU's memory" if name == "--max-duration" else ""
         parser.add_argument(name, dest=key, metavar="VALUE", help=f"the same as --{key}{note}")
@@ -111,8 +114,8 @@ def main() -> None:
     overrides += [word for key, value in options.items() if value is not None for word in (f"--{key}", value)]
     start_from = start_checkpoint(args.start_epoch, args.start_batch)
     try:
-        for stage in plan_stages(args.config, overrides, args.exp_dir, args.stage, start_from):
-            folders = stage.exp_dir, stage.init_dir
+        for stage in plan_stages(args.config, overrides, args.exp_dir, args.stage, start_from, args.init_from):
+            folders = stage.exp_dir, stage.init_from
             if not train(stage.config, *folders, start_from, find_max_duration, args.print_diagnostics):
                 break
     except (UserError, FileNotFoundError) as e:
@@ -127,7 +130,7 @@ def main() -> None:
 def train(
     config: Experiment,
     exp_dir: Path,
-    init_dir: Path | None = None,
+    init_from: str | Path | None = None,
     start_from: str | None = None,
     find_max_duration: bool = False,
     print_diagnostics: bool = False,
@@ -135,7 +138,7 @@ def train(
     """Train one model: build it, go on from a checkpoint, check that its batches fit into memory, train.
 
     Args:
-      init_dir: the folder of the stage before, whose last weights this one begins with.
+      init_from: a folder whose weights this training begins with, such as that of the stage before (`init_weights`).
       start_from: the name of a checkpoint in `exp_dir`; None for the newest.
       find_max_duration: instead of `data.max_duration`, the largest that fits; found once for a run.
       print_diagnostics: print statistics of the first batch, and stop.
@@ -150,14 +153,14 @@ def train(
     logger.info("device: %s, processes: %d", accelerator.device, accelerator.num_processes)
 
     checkpoint = exp_dir / start_from if start_from is not None else newest_checkpoint(exp_dir)
-    config, model, valid_loader, state = build(accelerator, config, init_dir, checkpoint, find_max_duration)
+    config, model, valid_loader, state = build(accelerator, config, init_from, checkpoint, find_max_duration)
     if checkpoint is not None:
         state.load(checkpoint)
     if accelerator.is_main_process:
         save_config(config, exp_dir / "config.yaml", header=provenance())
     model.train()
     if config.train.scan_largest_batches and state.step < config.train.num_steps:
-        preflight.scan_largest_batches(accelerator, model, state.loader)
+        preflight.scan_largest_batches(accelerator, model, state.loader, build_objective(config))
     if print_diagnostics:
         print(statistics_of(accelerator, model, next(iter(state.loader)).to(accelerator.device)))
         return False
@@ -172,13 +175,13 @@ def train(
 def build(
     accelerator: Accelerator,
     config: Experiment,
-    init_dir: Path | None,
+    init_from: str | Path | None,
     checkpoint: Path | None,
     find_max_duration: bool,
 ) -> tuple[Experiment, torch.nn.Module, SpeechLoader, TrainState]:
     """The configuration as it is saved, the model, the validation data, and all that goes on from `checkpoint`."""
     bare = build_model(config.model)
-    from_stage_before = init_from_stage(bare, init_dir) if init_dir is not None else set()
+    from_stage_before = init_weights(bare, init_from) if init_from is not None else set()
     logger.info("parameters: %s", describe_parameters(bare))
     preflight.check_lengths(config.data, bare)
     preflight.check_precision(config.train.mixed_precision, bare)
@@ -199,7 +202,8 @@ def build(
     model, optimizer = distribute(accelerator, bare, config)
     if find_max_duration and checkpoint is None:
         model.train()
-        data = replace(data, max_duration=preflight.largest_max_duration(accelerator, model, data, config.train.seed))
+        seconds = preflight.largest_max_duration(accelerator, model, data, config.train.seed, build_objective(config))
+        data = replace(data, max_duration=seconds)
         train_loader = training_data(data, config.train.seed, bare, accelerator)
     train_loader.set_epoch(1)
     # What is saved has the audio in it, not what is kept of a frozen encoder: the model that is decoded hears.
@@ -219,6 +223,7 @@ def train_epochs(
     """The loop: steps, epochs, validation and checkpoints. False if a signal stopped it."""
     config = experiment.train
     num_steps, last_epoch = config.num_steps, config.num_epochs or math.inf
+    objective = build_objective(experiment)
     log = RunLog(accelerator, exp_dir, state.step, experiment)
     with logging_redirect_tqdm(), StopSignal() as stopping, closing(log):
         while state.step < num_steps and state.epoch <= last_epoch:
@@ -229,7 +234,7 @@ def train_epochs(
                 with log.watching(state.step + 1):
                     result = train_step(
                         accelerator, model, state.optimizer, batches, experiment.optim.max_grad_norm,
-                        state.step < config.ctc_only_steps, extra_loss=state.ranks.loss, with_norms=log_now,
+                        state.step < config.ctc_only_steps, objective, state.ranks.loss, with_norms=log_now,
                     )  # fmt: skip
                 state.check_gradient(result.grad_norm, batches, config.max_bad_steps, exp_dir)
                 state.scheduler.step_batch()
@@ -282,20 +287,6 @@ def distribute(
     return accelerator.prepare(model, build_optimizer(model, config.optim))
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step came to: sums over the batches of all processes; the norm of the gradient before it was
-    clipped; norms by part of the model, if they were asked for."""
-
-    losses: Averages
-    grad_norm: float
-    norms: dict[str, float]
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.grad_norm)
-
-
 def train_step(
     accelerator: Accelerator,
     model: torch.nn.Module,
@@ -303,6 +294,7 @@ def train_step(
     batches: Sequence[Batch],
     max_grad_norm: float,
     ctc_only: bool = False,
+    objective: Objective = model_losses,
     extra_loss: Callable[[], Tensor | float] = lambda: 0.0,
     with_norms: bool = False,
     note: Callable[[str], None] = lambda part: None,
@@ -312,6 +304,7 @@ def train_step(
 
     Args:
       ctc_only: leave the language model's loss out.
+      objective: gives the losses of a batch; that of `train.loss`.
       extra_loss: a term that is added to the mean.
       batches: of this process, on its device.
       note: called after what it names: `labels` (counted), `forward`, `backward`, `losses`, `step`.
@@ -324,8 +317,7 @@ def train_step(
     losses = Averages()
     for i, batch in enumerate(batches):
         with accelerator.no_sync(model) if i + 1 < len(batches) else nullcontext():
-            with accelerator.autocast():
-                out = model(*batch.inputs)
+            out = objective(accelerator, model, batch)
             note("forward")
             loss = out["loss"] - out["llm_loss"] if ctc_only else out["loss"]
             # DDP averages gradients over the processes; the sum is wanted.

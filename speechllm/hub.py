@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import logging
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -27,7 +28,8 @@ from speechllm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+))?")
+# The Hub's conversions of data sets, and pull requests, are revisions with a slash.
+_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@(refs/convert/[\w.-]+|refs/pr/\d+|[\w.-]+))?(?:/(.+))?")
 _EXPLICIT = re.compile(r"hf:/+")  # a Path has one slash of two left
 # What ends so is the name of a file, not of a repository.
 _FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".gguf", ".model", ".json", ".yaml", ".yml", ".txt")
@@ -79,9 +81,9 @@ def local_path(source: str | os.PathLike) -> Path:
 @functools.cache
 def _downloaded(id: HubId) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
-    try:
+    with _explained(id):
         names = _file_names(id)
         where: dict[str, Any] = {"revision": id.revision, "local_files_only": names is None}
         if id.file is None:
@@ -92,6 +94,38 @@ def _downloaded(id: HubId) -> Path:
             with contextlib.suppress(EntryNotFoundError):
                 hf_hub_download(id.repo, sizes, **where)
         return Path(hf_hub_download(id.repo, id.file, **where))
+
+
+def dataset_files(id: HubId, choose: Callable[[Sequence[str]], Sequence[str]]) -> list[Path]:
+    """Files of a data set, where they are on this machine; they are downloaded if they are not.
+
+    Args:
+        choose: those that are wanted, of the names of all that there are.
+
+    Raises:
+        FileNotFoundError: the Hub does not have them, or cannot be reached and they are not in the cache.
+        UserError: that `choose` raises.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _explained(id):
+        names = _file_names(id, "dataset")
+        where: dict[str, Any] = {"revision": id.revision, "repo_type": "dataset", "local_files_only": names is None}
+        if names is None:
+            folder = Path(snapshot_download(id.repo, **where))
+            names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+        chosen = choose(names)
+        folder = Path(snapshot_download(id.repo, allow_patterns=[glob.escape(name) for name in chosen], **where))
+        return [folder / name for name in chosen]
+
+
+@contextlib.contextmanager
+def _explained(id: HubId) -> Iterator[None]:
+    """What huggingface_hub raises in between is a `FileNotFoundError` in a sentence."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        yield
     except LocalEntryNotFoundError as error:
         raise _not_there(
             id, "the Hub cannot be reached, and it is not in the cache; with a network it is downloaded once"
@@ -128,7 +162,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _file_names(id: HubId) -> list[str] | None:
+def _file_names(id: HubId, repo_type: str = "model") -> list[str] | None:
     """The files of a repository; None where the Hub cannot be asked: what is in the cache is there as a whole."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -137,10 +171,10 @@ def _file_names(id: HubId) -> list[str] | None:
         return None
     try:
         _check_connection(constants.ENDPOINT)
-        return HfApi().list_repo_files(id.repo, revision=id.revision)
+        return HfApi().list_repo_files(id.repo, revision=id.revision, repo_type=repo_type)
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
-    except Exception as error:  # see `_downloaded`
+    except Exception as error:  # see `_explained`
         logger.warning("%s: the Hub cannot be asked (%s); what is in the cache is taken", id.repo, _reason(error))
         return None
 
@@ -213,5 +247,5 @@ def push_folder(folder: str | os.PathLike, repo: str, private: bool | None = Non
         if branch is not None:
             api.create_branch(name, branch=branch, exist_ok=True)
         return str(api.upload_folder(repo_id=name, folder_path=Path(folder), revision=branch).commit_url)
-    except Exception as error:  # see `_downloaded`
+    except Exception as error:  # see `_explained`
         raise UserError(f"{repo}: cannot be pushed to the Hugging Face Hub: {_reason(error)}") from error

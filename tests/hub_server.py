@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine, as far as huggingface_hub asks it for models, and gives it some."""
+"""A Hugging Face Hub on this machine, as far as huggingface_hub asks it for models and data sets, and gives it some."""
 
 import base64
 import contextlib
@@ -67,7 +67,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.hub.requests.append((self.command, self.path))
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        parts = parts[1:] if parts[0] == "datasets" else parts
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):
             self.list_files(parts)
         elif len(parts) > 4 and parts[2] == "resolve":
             self.send_file(parts)

@@ -23,6 +23,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
+_SERVER = "SPEECHLLM_TESTS_SERVER"
+
 # What the scripts of this repository import, soon or late.
 _IMPORTED = """
 import accelerate, lhotse, matplotlib.figure, peft, torch, torchaudio, transformers
@@ -102,9 +104,17 @@ def run_in_processes(count, *command, check=True):
     return done
 
 
+def server_env():
+    """What lets `Program`, in a program that a test starts, fork its commands from where the test's are."""
+    return {_SERVER: _server().removeprefix("\0")}
+
+
 @functools.cache
 def _server():
-    """The address of the process that commands are forked from; it ends with this one."""
+    """The address of the process that commands are forked from; it ends with this one. A program that a test starts may
+    use that of the test (`server_env`)."""
+    if name := os.environ.get(_SERVER):
+        return f"\0{name}"
     name = f"speechllm-tests-{os.getpid()}"
     process = subprocess.Popen(
         [sys.executable, __file__, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV, cwd=REPOSITORY

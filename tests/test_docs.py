@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from speechllm.config import from_dict
+from speechllm.data import DataConfig
 from speechllm.model.config import ModelConfig
+from tests.data.conftest import write_tone
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted((DOCS / "coming-from").glob("*.md"))
@@ -58,3 +60,21 @@ def test_extras_that_commands_install_are_there():
     }
     assert ("check_gpu.sh", "gpu") in named
     assert {(name, extra) for name, extra in named if extra not in extras} == set()
+
+
+def _blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_configurations_of_the_page_on_data():
+    for block in _blocks("guides/data.md", "yaml"):
+        from_dict(DataConfig, yaml.safe_load(block)["data"])
+
+
+def test_the_program_of_the_page_on_data_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("1", "2"):
+        write_tone(tmp_path / f"wav/{name}.wav", 0.5, seed=int(name))
+    (program,) = _blocks("guides/data.md", "python")
+    exec(program, {})
+    assert capsys.readouterr().out.splitlines() == ["one 0.5 (8000,)", "two 0.5 (8000,)"]

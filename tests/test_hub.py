@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
+import huggingface_hub.file_download
 import pytest
 import soundfile
 import torch
@@ -15,6 +16,9 @@ import yaml
 
 from speechllm import SpeechLLM, hub
 from speechllm.cli.main import main
+from speechllm.data import ManifestError, SourceConfig, describe_cut, read_manifest
+from speechllm.data.index import open_index
+from speechllm.data.manifests import kinds
 from speechllm.encoder import load_encoder
 from speechllm.encoder.pretrained import save_encoder
 from speechllm.errors import UserError
@@ -26,6 +30,7 @@ from speechllm.rwkv7.checkpoint import save_rwkv7
 from speechllm.text.tokenizer import load_tokenizer
 from speechllm.weights import file_hash
 from tests import hub_server
+from tests.data.corpora import write_corpus, write_rows
 from tests.transcribe.conftest import RATE, melody
 
 
@@ -38,16 +43,21 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.chdir(tmp_path)
-        hub._downloaded.cache_clear()
+        forget()
         yield running
+    forget()
+
+
+def forget():
     hub._downloaded.cache_clear()
+    kinds._dataset_files.cache_clear()
 
 
 @pytest.fixture
 def offline(monkeypatch):
     def go():
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        hub._downloaded.cache_clear()
+        forget()
 
     return go
 
@@ -61,6 +71,7 @@ def test_what_is_an_id_and_what_is_a_path(tmp_path, monkeypatch):
         "BlinkDL/rwkv7-g1/a.pth": ("BlinkDL/rwkv7-g1", None, "a.pth"),
         "me/m@main/exp/pretrained.pt": ("me/m", "main", "exp/pretrained.pt"),
         "hf://exp/model.pth": ("exp/model.pth", None, None),
+        "me/set@refs/convert/parquet/en/train/*.parquet": ("me/set", "refs/convert/parquet", "en/train/*.parquet"),
     }
     assert {text: hub.hub_id(text) for text in ids} == ids
     assert hub.hub_id(Path("hf://me/model")) == ("me/model", None, None)
@@ -206,3 +217,30 @@ def test_the_command_push(server, model, tmp_path, monkeypatch, capsys):
     assert (
         server.repos["me/copy"]["main"]["model.safetensors"] == (tmp_path / "model" / "model.safetensors").read_bytes()
     )
+
+
+def test_data_sets_come_from_the_hub_and_then_from_the_cache(server, offline, tmp_path):
+    lines = write_corpus(tmp_path)
+    (tmp_path / "repo").mkdir()
+    for name in ("clean", "other"):
+        write_rows("parquet", tmp_path / "repo" / name, tmp_path, lines)
+    server.add("me/speech", tmp_path / "repo")
+    server.add("me/speech", tmp_path / "repo" / "clean", "v1")
+    ids = [line["id"] for line in lines]
+    for path in ("me/speech/clean", "me/speech@v1", "hf://datasets/me/speech/other/train-*.parquet"):
+        index = open_index(SourceConfig(path), folder=tmp_path / "index")
+        assert [index.cut(i).id for i in range(len(index))] == ids
+    assert len(list(read_manifest("me/speech/*/train-00000-of-00002.parquet"))) == 6  # a pattern may mean several sets
+    sets = r"2 sets; .*: me/speech/clean/train-\*.parquet, me/speech/other/train-\*.parquet"
+    for path, message in (
+        ("me/speech", f"me/speech: holds {sets}"),
+        ("me/speech/dirty", r"me/speech/dirty: no Parquet file there; .* me/speech@refs/convert/parquet"),
+        ("me/nothing", "me/nothing: is no path here; as an id of the Hugging Face Hub: there is no such repository"),
+        ("data/train.tsv", "data/train.tsv: no such manifest file"),
+    ):
+        with pytest.raises(ManifestError, match=message):
+            read_manifest(path)
+    offline()
+    assert [describe_cut(cut).text for cut in read_manifest("me/speech/clean")] == [x["text"].strip() for x in lines]
+    with pytest.raises(ManifestError, match="me/else: is no path here; .*, and it is not in the cache"):
+        read_manifest("me/else")

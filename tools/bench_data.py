@@ -5,6 +5,7 @@
     tools/bench_data.py throughput --workers 0 1 2     # audio through the pipeline, beside lhotse's own data set
     tools/bench_data.py stages                         # each stage by itself, one utterance at a time, one thread
     tools/bench_data.py million --lines 1000000        # start, resume, memory, padding
+    tools/bench_data.py rows                           # audio in Arrow and Parquet files, in order and in random order
 
 The corpus is made up (16 kHz, 16 bit wav, 1 to 30 s, 10 s on average) and lies in a temporary folder, so that reading
 is reading from memory: the operating system keeps it there. Each measurement has a process to itself. Memory is what
@@ -27,6 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import soundfile
 import torch
 from bench_wkv import Failure, in_own_process, memory_of, number
@@ -36,10 +39,12 @@ from lhotse.dataset.cut_transforms import CutMix, PerturbSpeed
 from lhotse.utils import fastcopy
 
 from speechllm.config import from_dict
-from speechllm.data import DataConfig, build_train_loader, load_samples, read_manifest
+from speechllm.data import DataConfig, SourceConfig, build_train_loader, load_samples, read_manifest
 from speechllm.data.augment.augmenter import Augmenter
 from speechllm.data.features import SAMPLE_RATE, fbank, plain_fbank
+from speechllm.data.index import open_index
 
+PARTS = ("throughput", "stages", "million", "rows")
 MAX_DURATION = 200.0  # seconds in a batch
 SPEED = [0.9, 1.0, 1.1]
 NOISE_SNR = (10.0, 20.0)
@@ -339,6 +344,47 @@ def bench_million(folder: Path, lines: int) -> None:
     print(f"\npadding: {100 * padding:.1f} %, lhotse's sampler {100 * their_padding:.1f} %")
 
 
+# ---- Audio in rows --------------------------------------------------------------------------------------------
+
+
+def write_rows(folder: Path) -> dict[str, str]:
+    """The corpus as Arrow and as Parquet with row groups of several sizes, as Hugging Face datasets writes them."""
+    lines = [json.loads(line) for line in (folder / "speech.jsonl").read_text().splitlines()]
+    files = [folder / line["audio_filepath"] for line in lines]
+    audio = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    table = pa.table({"audio": audio, "text": [line["text"] for line in lines]})
+    found = {"wav files": str(folder / "speech.jsonl"), "Arrow": str(folder / "speech.arrow")}
+    with pa.ipc.new_stream(found["Arrow"], table.schema) as file:
+        file.write_table(table, max_chunksize=1000)
+    for rows in (100, 1000):
+        name = f"Parquet, {rows} rows a group"
+        found[name] = str(folder / f"speech-{rows}-rows.parquet")
+        pq.write_table(table, found[name], row_group_size=rows)
+    return found
+
+
+def row_times(path: str, folder: Path, count: int) -> tuple[float, float, float]:
+    """Of one thread, CPU time: seconds to make the index; milliseconds an utterance in order, and in random order."""
+    start = time.process_time()
+    index = open_index(SourceConfig(path), folder=folder / "index")
+    times = [time.process_time() - start]
+    numbers = np.random.default_rng(0).permutation(len(index))[:count]
+    for order in (sorted(range(count)), numbers):
+        start = time.process_time()
+        for number_of_line in order:
+            load_samples(index.cut(int(number_of_line)))
+        times.append((time.process_time() - start) * 1000 / count)
+    return times[0], times[1], times[2]
+
+
+def bench_rows(folder: Path) -> None:
+    print("\n| | index, s | in order, ms | random, ms |")
+    print("|---|---:|---:|---:|", flush=True)
+    for name, path in write_rows(folder).items():
+        seconds, in_order, at_random = in_own_process(row_times, path, folder, 100, threads=1)
+        print(f"| {name} | {seconds:.2f} | {in_order:.2f} | {at_random:.2f} |", flush=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -346,7 +392,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("parts", nargs="*", default=["throughput", "stages", "million"], metavar="PART")
+    parser.add_argument("parts", nargs="*", default=[*PARTS], metavar="PART")
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2], help="worker processes to try")
     parser.add_argument(
         "--repeat", type=int, default=3, help="of the throughput, the best counts (default: %(default)s)"
@@ -354,8 +400,8 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=2.0, help="of the corpus for throughput (default: %(default)s)")
     parser.add_argument("--lines", type=int, default=1_000_000, help="of the large manifest (default: %(default)s)")
     args = parser.parse_args()
-    if unknown := set(args.parts) - {"throughput", "stages", "million"}:
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; choose from throughput, stages, million")
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_corpus(folder, args.hours)
@@ -367,6 +413,8 @@ def main() -> None:
             bench_stages(folder)
         if "million" in args.parts:
             bench_million(folder, args.lines)
+        if "rows" in args.parts:
+            bench_rows(folder)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speechllm.cli.options import MANIFEST_HELP, add_device_option, add_dtype_option
 
 if TYPE_CHECKING:
-    from speechllm.transcribe.inputs import AudioInput
+    from speechllm.transcribe.output import Counted
 
 _FORMATS = ("json", "ctm", "TextGrid", "srt", "vtt")
 
@@ -83,7 +82,7 @@ def run_align(args: argparse.Namespace) -> int:
             else f"{args.audio}: name the text file after it; or give a manifest with audio and texts"
         )
     request = Request(language=None if args.language is None else language_tag(args.language))
-    inputs: Iterable[AudioInput] = Inputs([args.audio], request, None, args.channel, args.track)
+    inputs: Counted = Inputs([args.audio], request, None, args.channel, args.track)
     if args.text is not None:
         if os.path.isdir(args.audio):
             raise UserError(f"{args.audio}: a folder, and {args.text} is of one recording; make a manifest of both")

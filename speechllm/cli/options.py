@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 # Importing this takes no time: `speechllm --help` answers at once.
 if TYPE_CHECKING:
     from speechllm.data import SourceConfig
+    from speechllm.data.share import Share
     from speechllm.prompt.request import Request
 
-MANIFEST_HELP = "NeMo JSON lines, lhotse cuts, or a directory in Kaldi's or lhotse's Shar form"
+MANIFEST_HELP = (
+    "NeMo JSON lines, lhotse cuts, a directory in Kaldi's or lhotse's Shar form, Parquet or Arrow files, a table "
+    "(.tsv, .csv), a list of WeNet or FunASR"
+)
 
 
 def positive(text: str) -> int:
@@ -25,7 +30,7 @@ def positive(text: str) -> int:
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind",
-        choices=("auto", "nemo", "lhotse", "shar", "kaldi"),
+        choices=("auto", "nemo", "lhotse", "shar", "kaldi", "parquet", "arrow", "table", "webdataset", "messages"),
         default="auto",
         help="of the manifests on the command line (default: looked up)",
     )
@@ -98,6 +103,39 @@ def add_dtype_option(parser: argparse.ArgumentParser) -> None:
         help="precision of the language model's weights and of the encoder's matrix products (default: bfloat16 on a "
         "GPU, or float16 on one without bfloat16; float32 on the CPU)",
     )
+
+
+def add_share_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `share_of` reads."""
+    parser.add_argument(
+        "--world-size",
+        type=positive,
+        metavar="N",
+        help="share the work out over N processes, which need not know of each other; give each its --rank (default: "
+        "as torchrun says; 1 without it. Variables of SLURM and others are not read)",
+    )
+    parser.add_argument("--rank", type=int, metavar="K", help="which of them this process is, counted from 0")
+
+
+def share_of(args: argparse.Namespace) -> Share:
+    """What `--world-size` and `--rank`, or else torchrun, say of this process.
+
+    Other launchers set `RANK` or `SLURM_PROCID` also where one process is to do everything, as in an interactive
+    allocation: a share of the work, taken for the whole, would be worse than an option that has to be given.
+
+    Raises:
+        UserError: one of the options is given without the other; there is no such rank.
+    """
+    from speechllm.data.share import Share
+    from speechllm.errors import UserError
+
+    if (args.world_size is None) != (args.rank is None):
+        raise UserError("--world-size and --rank: give both, or neither")
+    if args.rank is not None:
+        return Share(args.rank, args.world_size)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return Share(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return Share()
 
 
 def add_llm_weights_option(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import get_args
+from dataclasses import asdict, replace
+from typing import Any, get_args
 
 from speechllm.cli.options import add_settings, given_settings, option_of
 from speechllm.decode.options import Method, RecognizeOptions, SearchOptions
@@ -47,6 +48,16 @@ def search_options(args: argparse.Namespace, *, shows_nbest: bool = True) -> Rec
             "--format json)"
         )
     return options
+
+
+def search_identity(how: RecognizeOptions) -> dict[str, Any]:
+    """What differs where the results of two searches may. Files count as what is in them."""
+    from speechllm.weights import file_hash
+
+    # how many are searched together has no influence
+    how = replace(how, search=replace(how.search, max_rows=how.search.width))
+    files = {name: file_hash(file) for name in ("hotwords", "ngram", "initial_state") if (file := getattr(how, name))}
+    return asdict(how) | files
 
 
 def check_without_language_model(args: argparse.Namespace) -> None:

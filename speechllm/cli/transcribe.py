@@ -11,9 +11,16 @@ from speechllm.cli.options import (
     add_dtype_option,
     add_llm_weights_option,
     add_prompt_options,
+    add_share_options,
     command_line_request,
+    share_of,
 )
-from speechllm.cli.search_options import add_search_options, check_without_language_model, search_options
+from speechllm.cli.search_options import (
+    add_search_options,
+    check_without_language_model,
+    search_identity,
+    search_options,
+)
 from speechllm.decode.options import RecognizeOptions
 
 # The rest of the library is imported where it is used: `speechllm --help` answers at once.
@@ -87,6 +94,7 @@ def add_transcribe(commands: argparse._SubParsersAction) -> None:
         help="longer audio is cut at pauses into segments of at most this many seconds (default: "
         f"{_MAX_SEGMENT:g}, or what the encoder can hear)",
     )
+    add_share_options(transcribe)
     add_llm_weights_option(transcribe)
     add_device_option(transcribe)
     add_dtype_option(transcribe)
@@ -114,9 +122,10 @@ def run_transcribe(args: argparse.Namespace) -> int:
     # What can be refused before the model is loaded is.
     asked = search_options(args, shows_nbest=args.format == "json")
     request = command_line_request(args)
-    inputs = Inputs(args.inputs, request, args.task, args.channel, args.track)
+    share = share_of(args)
+    inputs = Inputs(args.inputs, request, args.task, args.channel, args.track, share)
     options = SegmentOptions(args.batch_duration, _MAX_SEGMENT if args.max_segment is None else args.max_segment)
-    output = Output(args.format, args.output, args.overwrite)
+    output = Output(args.format, args.output, args.overwrite, share=share)
     output.check(args.inputs)
     device = usable_device(args.device)
     config = load_model_config(args.model)
@@ -138,13 +147,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
 
 def made_with(args: argparse.Namespace, how: RecognizeOptions, options: SegmentOptions) -> str:
     """A text that differs where the results of two runs may, though their audio and languages are the same."""
-    from dataclasses import asdict, replace
-
     from speechllm.model.build import model_identity
-    from speechllm.weights import file_hash
 
-    # how many are searched together has no influence
-    how = replace(how, search=replace(how.search, max_rows=how.search.width))
-    files = {name: file_hash(file) for name in ("hotwords", "ngram", "initial_state") if (file := getattr(how, name))}
     asked = (args.dtype, args.llm_weights, args.channel, args.track)
-    return repr((model_identity(args.model), asdict(how) | files, options.max_seconds, asked))
+    return repr((model_identity(args.model), search_identity(how), options.max_seconds, asked))

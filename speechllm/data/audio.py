@@ -26,10 +26,11 @@ from torch import Tensor
 
 from speechllm.data.audio_file import AudioFile, AudioNote, UtteranceError, open_audio
 from speechllm.data.blocks import DURATION_TOLERANCE, mono_blocks, part_of, read_blocks
-from speechllm.data.commands import command_output
+from speechllm.data.commands import command_output, url_content
 from speechllm.data.features import FRAME_SHIFT, SAMPLE_RATE, bins_of
 from speechllm.data.manifests.manifest import HEADER_UNREAD, IS_SEGMENT
 from speechllm.data.manifests.nemo import CHANNEL, CHANNEL_OF_SEVERAL
+from speechllm.data.manifests.source import DataError
 from speechllm.data.manifests.tar import TAR, with_tar_data
 from speechllm.data.resample import resample
 
@@ -73,7 +74,7 @@ def load_samples(
         else:
             audio, rate = _read_composed(cut)
             samples = _joined(mono_blocks([audio], rate, name, notes=notes))
-    except (UtteranceError, MemoryError):
+    except (UtteranceError, MemoryError, DataError):
         raise
     except Exception as error:  # each of lhotse's audio backends raises what it likes about a broken file
         raise UtteranceError("unreadable audio", f"{name}: {_first_line(error)}") from error
@@ -180,7 +181,7 @@ def _is_plain(cut: Cut) -> bool:
         return False
     recording = cut.recording
     # all is resampled here
-    return recording.sources[0].type in ("file", "memory", "command") and all(
+    return recording.sources[0].type in ("file", "memory", "command", "url") and all(
         _is_resampling(transform) and recording.sampling_rate >= SAMPLE_RATE for transform in recording.transforms or []
     )
 
@@ -199,7 +200,7 @@ def load_channels(cut: Cut) -> tuple[np.ndarray, int]:
     name = _name_of(cut)
     try:
         return _read_composed(with_tar_data(cut))
-    except (UtteranceError, MemoryError):
+    except (UtteranceError, MemoryError, DataError):
         raise
     except Exception as error:  # lhotse raises what it likes about a broken file
         raise UtteranceError("unreadable audio", f"{name}: {_first_line(error)}") from error
@@ -292,6 +293,8 @@ def _data_of(source: AudioSource, name: str, is_part: bool) -> str | bytes:
     """
     if source.type == "command":
         return command_output(source.source, keep=is_part)
+    if source.type == "url":
+        return url_content(source.source, keep=is_part)
     if source.type not in ("file", "memory"):
         raise UtteranceError("no audio", f"{name}: it is elsewhere ({source.type}); give the directory that it is in")
     return source.source

@@ -7,7 +7,7 @@ import math
 from array import array
 from bisect import insort
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from speechllm.data.ahead import map_ahead
 from speechllm.data.audio import load_precomputed, load_samples, read_header, stored_kind
 from speechllm.data.audio_file import AudioNote, UtteranceError
 from speechllm.data.blocks import DURATION_TOLERANCE
@@ -327,7 +328,7 @@ def _check_source(
             return [problem for item in task for problem in _audio_problems(*item, source, options)]
 
         waiting = _WAITING * options.jobs
-        for problems in _map_ahead(pool, audio_problems, _chunks(audio_tasks(), _CHUNK), waiting):
+        for problems in map_ahead(pool, audio_problems, _chunks(audio_tasks(), _CHUNK), waiting):
             for problem in problems:
                 report.add_problem(problem)
     for problem in _duplicates(source, keys):
@@ -385,17 +386,6 @@ def _chunks(items: Iterable, size: int) -> Iterator[list]:
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
-
-
-def _map_ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, waiting: int) -> Iterator:
-    """Results of `function` in order, at most `waiting` calls ahead: `pool.map` would read all items first."""
-    futures: deque = deque()
-    for item in items:
-        futures.append(pool.submit(function, item))
-        if len(futures) > waiting:
-            yield futures.popleft().result()
-    while futures:
-        yield futures.popleft().result()
 
 
 def _without(location: str, error: Exception) -> str:

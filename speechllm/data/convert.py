@@ -71,7 +71,7 @@ def convert_to_cuts(
 
     Raises:
         ManifestError: there is no such manifest.
-        UserError: the output exists, or has another suffix; the audio is in tar files; nothing can be used.
+        UserError: the output exists, or has another suffix; the audio is inside of other files; nothing can be used.
     """
     if _stem(output) == output.name.removesuffix(".gz"):
         raise UserError(f"{output}: the name of a file of cuts must end in .jsonl or .jsonl.gz")
@@ -134,7 +134,8 @@ def _write_cuts(
         def write(cut: Cut) -> Cut:
             if TAR in (cut.custom or {}):
                 raise UserError(
-                    f"{source.path}: its audio is in tar files, which lhotse cuts cannot point into; use --to shar"
+                    f"{source.path}: its audio is inside of tar, Parquet or Arrow files, where lhotse cuts cannot "
+                    "point to; use --to shar"
                 )
             cut = read_header(cut)
             for recording in recordings(cut):

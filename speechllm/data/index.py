@@ -3,8 +3,8 @@
 The plan of an epoch's batches (`plan.py`) is made from these few numbers, and a worker reads a line when its turn has
 come, at its byte offset. So a run starts, and resumes in the middle of an epoch, in seconds at millions of lines. The
 index is made once and kept on disk; it is made anew when the manifest, the text normalization or the tokenizer change.
-What cannot be read by byte offset (compressed lines, Kaldi and Shar directories, tar shards) is written out as plain
-lines beside the index; audio stays where it is.
+What cannot be read by byte offset (compressed lines, tables, Parquet, Kaldi and Shar directories, tar shards) is
+written out as plain lines beside the index, with the durations that were read from the audio; audio stays where it is.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lhotse.cut import Cut
 from tqdm import tqdm
 
 from speechllm.data.audio_file import UtteranceError
+from speechllm.data.manifests.kinds import kind_of
 from speechllm.data.manifests.manifest import (
     LINE_ERRORS,
     DataError,
@@ -44,6 +45,7 @@ from speechllm.data.manifests.manifest import (
     parse_line,
     to_cut,
 )
+from speechllm.data.manifests.remote import NoConnection, cache_folder
 from speechllm.data.manifests.source import planned_label, target_text
 from speechllm.files import replaced_folder
 from speechllm.prompt.label import LabelTemplate
@@ -207,7 +209,7 @@ class Corpus:
 
 def default_index_dir() -> Path:
     """`$XDG_CACHE_HOME/speechllm` or `~/.cache/speechllm`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speechllm"
+    return cache_folder()
 
 
 def open_index(
@@ -228,7 +230,7 @@ def open_index(
     files = [(str(path.resolve()), *_size_and_time(path)) for path in manifest_files(source)]
     settings = asdict(source) | {"weight": None, "stream": False}
     # paths in a Kaldi directory are against the current one
-    here = os.getcwd() if Path(source.path).is_dir() else None
+    here = os.getcwd() if kind_of(source) == "kaldi" else None
     identity = [_LAYOUT, files, settings, here, list(text_steps), labels.label_identity() if labels else None]
     name = f"{Path(source.path).name[:60]}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]}"
     try:
@@ -237,6 +239,8 @@ def open_index(
             with _locked(folder / f"{name}.lock"):
                 if not (folder / name).is_dir():
                     _build(folder / name, source, text_steps, labels)
+    except NoConnection as error:
+        raise DataError(f"{source.path}: no index can be made of it: {error}") from error
     except OSError as error:
         raise DataError(
             f"{folder}: the index of {source.path} cannot be written ({error}); set data.index_dir"

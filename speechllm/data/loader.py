@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -171,11 +171,18 @@ def _as_is(item: Any) -> Any:
     return item
 
 
+class Given(NamedTuple):
+    """A part of an epoch that is done: each of so many ranks has been given so many batches."""
+
+    world_size: int
+    batches: int
+
+
 class Epochs(Protocol):
     """Where the batches of an epoch come from."""
 
-    def batches(self, epoch: int, start: int) -> Iterator[BatchPlan]:
-        """This rank's, from the `start`-th on."""
+    def batches(self, epoch: int, start: int, before: Sequence[Given] = ()) -> Iterator[BatchPlan]:
+        """This rank's, from the `start`-th on, of what was not given `before`."""
 
     def largest(self, epoch: int) -> list[BatchPlan]:
         """Some that are as large as batches get, the same for all ranks; none where that is not known."""
@@ -194,9 +201,11 @@ class PlannedEpochs:
         durations, characters = (np.concatenate([getattr(i, n) for i in indexes]) for n in ("durations", "characters"))
         self._lengths = Lengths(durations, characters, tokens)
 
-    def batches(self, epoch: int, start: int) -> Iterator[BatchPlan]:
-        plan, notes = self._plan(epoch)
+    def batches(self, epoch: int, start: int, before: Sequence[Given] = ()) -> Iterator[BatchPlan]:
+        plan, notes = self._plan(epoch, before)
         if not len(plan):
+            if before:  # that was all
+                return iter(())
             raise DataError(f"epoch {epoch} has fewer utterances than the run has processes ({self._world_size})")
         for note in notes:
             logging.info("epoch %d: %s", epoch, note)
@@ -212,7 +221,7 @@ class PlannedEpochs:
         plan, _ = self._plan(max(epoch, self._config.curriculum_hold_epochs + self._config.curriculum_epochs))
         return [BatchPlan(epoch, *plan.batch(i)) for i in plan.largest()]
 
-    def _plan(self, epoch: int) -> tuple[Plan, list[str]]:
+    def _plan(self, epoch: int, before: Sequence[Given] = ()) -> tuple[Plan, list[str]]:
         """The batches of all ranks, and what is to be said about the choice of utterances."""
         config, corpus = self._config, self._corpus
         admitted, left_out = config.utterance_limits(epoch, self._labels).admit(self._lengths)
@@ -235,22 +244,30 @@ class PlannedEpochs:
             counts, _ = np.histogram(numbers, corpus.starts)
             for index, count in zip(corpus.indexes, counts.tolist(), strict=True):
                 notes.append(f"{count} times {index.source.path}, each {count / len(index):.2f} times")
-        labels = self._labels
         speeds = config.augment.draw_speeds(len(numbers), np.random.default_rng([self._seed, 3, epoch]))
-        plan = training_plan(
+        for given in before:
+            plan = self._batched(numbers, passes, speeds, epoch, given.world_size)
+            left = slice(plan.bounds[min(given.batches * given.world_size, len(plan))], None)
+            numbers, passes, speeds = plan.numbers[left], plan.passes[left], plan.speeds[left]
+        return self._batched(numbers, passes, speeds, epoch, self._world_size), notes
+
+    def _batched(
+        self, numbers: np.ndarray, passes: np.ndarray, speeds: np.ndarray, epoch: int, world_size: int
+    ) -> Plan:
+        labels = self._labels
+        return training_plan(
             numbers,
             passes,
             speeds,
             self._lengths[numbers].at(speeds),
-            config.batch_limits,
+            self._config.batch_limits,
             seconds_per_position=labels.seconds_per_position if labels is not None else 0.0,
             seconds_per_chunk=_seconds_per_chunk(labels),
-            num_buckets=config.num_buckets,
-            world_size=self._world_size,
+            num_buckets=self._config.num_buckets,
+            world_size=world_size,
             seed=self._seed,
             epoch=epoch,
         )
-        return plan, notes
 
 
 class StreamedEpochs:
@@ -260,7 +277,7 @@ class StreamedEpochs:
         self._config, self._seed, self._rank, self._world_size = config, seed, rank, world_size
         self._labels = labels
 
-    def batches(self, epoch: int, start: int) -> Iterator[BatchPlan]:
+    def batches(self, epoch: int, start: int, before: Sequence[Given] = ()) -> Iterator[BatchPlan]:
         config = self._config
         batches = stream_batches(
             config.train,
@@ -293,7 +310,7 @@ class EvaluationEpochs:
         self._plan = evaluation_plan(np.concatenate([index.durations for index in corpus.indexes]), limits)
         self._rank, self._world_size = rank, world_size
 
-    def batches(self, epoch: int, start: int) -> Iterator[BatchPlan]:
+    def batches(self, epoch: int, start: int, before: Sequence[Given] = ()) -> Iterator[BatchPlan]:
         return _batches(self._plan, epoch, start, self._rank, self._world_size)
 
     def largest(self, epoch: int) -> list[BatchPlan]:
@@ -348,6 +365,7 @@ class SpeechLoader:
         self._resumed = False
         self._finished = False
         self._logged: set[str] = set()
+        self._before: list[Given] = []  # in this epoch, with other numbers of ranks
         self.epoch = 1
         self.batches = 0
         self.seen = 0
@@ -367,6 +385,7 @@ class SpeechLoader:
         return {
             "epoch": self.epoch,
             "batches": self.batches,
+            "before": [list(given) for given in self._before],
             "finished": self._finished,
             "seen": self.seen,
             "skipped": dict(self.skipped),
@@ -375,12 +394,19 @@ class SpeechLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. With another seed, number of ranks, limits of batches or content of the
-        manifests, the remaining batches of an epoch cannot be the same: it begins anew then, with a warning. After a
-        finished epoch all may differ."""
+        """Continue where `state` was taken. With another number of ranks, what is left of the epoch is shared out to
+        them, but for streams. With another seed, limits of batches or content of the manifests, nobody can tell what is
+        left: the epoch begins anew then, with a warning. After a finished epoch all may differ."""
         saved, own = _stated(state["identity"]), _stated(self._identity)
         if "sounds" not in saved:  # a state of an earlier version does not say what augmentation is made of
             own.pop("sounds", None)
+        before = [Given(*given) for given in state.get("before", ())]  # not in states of earlier versions
+        batches = state["batches"]
+        if isinstance(self._epochs, PlannedEpochs) and saved["world_size"] != own["world_size"]:
+            before.append(Given(saved["world_size"], batches))
+            saved["world_size"], batches = own["world_size"], 0
+            if not state["finished"]:
+                logging.info("what is left of epoch %d is shared out to %d ranks", state["epoch"], own["world_size"])
         differing = _differences(saved, own)
         if differing and not state["finished"]:
             logging.warning(
@@ -393,7 +419,7 @@ class SpeechLoader:
             self._resumed = False
             return
         self.epoch = state["epoch"]
-        self.batches = state["batches"]
+        self.batches, self._before = batches, before
         self.seen = state["seen"]
         self.skipped = Counter(state["skipped"])
         self.noted = Counter(state.get("noted"))  # not in states of version 0.1
@@ -443,7 +469,7 @@ class SpeechLoader:
 
     def _plans(self) -> Iterator[BatchPlan]:
         """What is left of the epoch, with the chunks of streams: they follow from the number of the batch."""
-        for number, plan in enumerate(self._epochs.batches(self.epoch, self.batches), start=self.batches):
+        for number, plan in enumerate(self._epochs.batches(self.epoch, self.batches, self._before), self.batches):
             if self._streaming is not None:
                 plan = replace(plan, chunk_seconds=self._streaming.draw(self._seed, self.epoch, number))
             yield plan
@@ -451,6 +477,7 @@ class SpeechLoader:
     def _reset(self) -> None:
         self._finished = False
         self.batches = 0
+        self._before = []
         self.seen = 0
         self.skipped = Counter()
         self.noted = Counter()

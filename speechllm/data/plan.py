@@ -135,6 +135,8 @@ def _bucket_edges(seconds: np.ndarray, num_buckets: int) -> np.ndarray:
     """The durations where buckets of equal hours begin; utterances of one duration stay together."""
     in_order = np.sort(seconds)
     hours = np.cumsum(in_order)
+    if not len(hours):
+        return hours
     return in_order[np.searchsorted(hours, hours[-1] * np.arange(1, num_buckets) / num_buckets)]
 
 

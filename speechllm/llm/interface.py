@@ -137,6 +137,19 @@ class LanguageModel(nn.Module, ABC, Generic[State]):
         """
 
     @abstractmethod
+    def log_probs(
+        self,
+        labels: Tensor,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        lens: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """The log probability of each of the K `labels` (N, L) that are not -100, in row-major order, float32 (K,); the
+        logits are divided by `temperature`. For losses that need more than the sum that `loss` gives.
+        """
+
+    @abstractmethod
     def step(self, token_ids: Tensor, state: State, overwrite: bool = False) -> tuple[Tensor, State]:
         """One token per row, (N,) -> logits (N, V) and the new state. With `overwrite` the given state is given up."""
 

@@ -234,14 +234,7 @@ class TransformersLM(TunableModel[TransformersState]):
         Raises:
           ValueError: also, a state and `checkpoint_blocks`, with which transformers reads from the start alone.
         """
-        checkpointing = self.checkpoint_blocks and torch.is_grad_enabled()
-        if checkpointing and state is not None:
-            raise ValueError(f"TransformersLM: with checkpoint_blocks {self.name} cannot go on from a state")
-        inputs_embeds, valid = self._inputs(input_ids, inputs_embeds, lens)
-        mask = self._wanted(labels != IGNORE, valid, "labels have")
-        with self._checkpointing() if checkpointing else nullcontext():
-            hidden, _ = self._read(inputs_embeds, valid, state, keep=False)
-        hidden, targets = hidden[mask], labels.to(hidden.device)[mask]
+        hidden, targets = self._read_labels(labels, input_ids, inputs_embeds, lens, state)
         head = self._head
         if type(head) is nn.Linear and head.bias is None:
             loss, correct = linear_cross_entropy(self._scaled(hidden), head.weight, targets, self._cap)
@@ -249,7 +242,40 @@ class TransformersLM(TunableModel[TransformersState]):
             logits = self._logits(hidden).float()
             loss = F.cross_entropy(logits, targets, reduction="sum")
             correct = (logits.detach().argmax(-1) == targets).sum()
-        return (loss, mask.sum(), correct), None
+        return (loss, (labels != IGNORE).sum(), correct), None
+
+    def log_probs(
+        self,
+        labels: Tensor,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        lens: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """The log probability of each of the K `labels` (N, L) that are not -100, in row-major order, float32 (K,).
+
+        The other arguments, and what is raised, are those of `forward`; logits are divided by `temperature`.
+        """
+        hidden, targets = self._read_labels(labels, input_ids, inputs_embeds, lens)
+        return -F.cross_entropy(self._logits(hidden).float() / temperature, targets, reduction="none")
+
+    def _read_labels(
+        self,
+        labels: Tensor,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        lens: Tensor | None,
+        state: TransformersState | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden (K, D) at the K positions that have a label, ready for the output layer, and the labels (K,)."""
+        checkpointing = self.checkpoint_blocks and torch.is_grad_enabled()
+        if checkpointing and state is not None:
+            raise ValueError(f"TransformersLM: with checkpoint_blocks {self.name} cannot go on from a state")
+        inputs_embeds, valid = self._inputs(input_ids, inputs_embeds, lens)
+        mask = self._wanted(labels != IGNORE, valid, "labels have")
+        with self._checkpointing() if checkpointing else nullcontext():
+            hidden, _ = self._read(inputs_embeds, valid, state, keep=False)
+        return hidden[mask], labels.to(hidden.device)[mask]
 
     @torch.no_grad()
     def step(

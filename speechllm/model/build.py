@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def prepare_for_inference(
     """Bring a loaded model to the device and into the precision that it recognizes speech in, in place.
 
     Args:
-      device: such as `cuda`, `cuda:1` or `cpu`; None for the first GPU, or the CPU where there is none.
+      device: such as `cuda`, `cuda:1` or `cpu`; for None see `usable_device`.
       dtype: of `speechllm.llm.precision.DTYPES`, the type of the language model's weights, and in which the encoder
         computes its matrix products; None for half precision on a GPU, float32 elsewhere. Softmax, recurrent states and
         the CTC head are float32 in any case.
@@ -74,13 +75,16 @@ def prepare_for_inference(
 
 
 def usable_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name; the first GPU, or the CPU where there is none, for None.
+    """The device of that name; for None the first GPU, or the one that torchrun gives this process, and the CPU where
+    there is none.
 
     Raises:
       UserError: it is no name of a device, or PyTorch does not find that device.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -357,6 +357,8 @@ class SpeechLLM(SpeechModel):
         labels: Sequence[str] | None = None,
         words: Sequence[Sequence[WordTime] | None] | None = None,
         chunk_seconds: float | None = None,
+        hypotheses: Sequence[Sequence[Sequence[int]]] | None = None,
+        temperature: float = 1.0,
     ) -> Losses:
         """Losses of a batch, SUMMED over its label tokens (each label's end of text included).
 
@@ -369,11 +371,15 @@ class SpeechLLM(SpeechModel):
             CTC head.
           chunk_seconds: the rows are streams of such chunks, one of `model.streaming` (`speechllm.prompt.interleave`);
             None for all audio before the text, as always in rows with a target language.
+          hypotheses: of each utterance, the tokens of other labels whose probabilities are wanted, M in all, each with
+            its end of text if it has one; the encoder hears the utterance once for all of them.
+          temperature: at which these probabilities are.
 
         Returns:
           scalars: `loss` = `llm_loss` + ctc_weight * `ctc_loss`, to be divided by `tokens`; `llm_loss`;
           `ctc_loss` of the transcripts (0 without a head); `tokens` and `correct` (tokens predicted right) of the
           language model. A transcript that is too long to be aligned with its audio has no `llm_loss` in a stream.
+          With `hypotheses` also their `hypothesis_log_probs` (M,).
         """
         if labels is None:
             labels = [self.label_template.fill(*row) for row in zip(texts, requests, strict=True)]
@@ -401,13 +407,41 @@ class SpeechLLM(SpeechModel):
             # Of translations it counts nothing, but it is computed: every parameter gets a gradient in every batch.
             is_transcript = torch.tensor([r.target_language is None for r in requests], device=losses.device)
             ctc_loss = (losses * is_transcript).sum()
-        return {
+        losses = {
             "loss": llm_loss + self.config.ctc_weight * ctc_loss,
             "llm_loss": llm_loss,
             "ctc_loss": ctc_loss,
             "tokens": tokens,
             "correct": correct,
         }
+        if hypotheses is not None:
+            log_probs = self._log_probs_of_labels(audio_embeds, audio_lens, requests, hypotheses, temperature)
+            losses["hypothesis_log_probs"] = log_probs
+        return losses
+
+    def _log_probs_of_labels(
+        self,
+        audio_embeds: Tensor,
+        audio_lens: Tensor,
+        requests: Sequence[Request],
+        labels: Sequence[Sequence[Sequence[int]]],
+        temperature: float,
+    ) -> Tensor:
+        """Log probabilities (M,), each the sum over a label's tokens; see `forward`."""
+        rows = [row for row, several in enumerate(labels) for _ in several]
+        flat = [label for several in labels for label in several]
+        ended = [bool(label) and label[-1] == self.tokenizer.eos_id for label in flat]
+        lens = audio_lens[rows]
+        texts = [label[:-1] if end else label for label, end in zip(flat, ended, strict=True)]
+        spliced = self.spliced(lens, [requests[row] for row in rows], texts)
+        for i in (i for i, end in enumerate(ended) if not end):
+            spliced.labels[i, spliced.lens[i] - 1] = IGNORE
+        inputs_embeds = self.embed(spliced, audio_embeds[rows], lens)
+        found = self.llm.log_probs(
+            spliced.labels, inputs_embeds=inputs_embeds, lens=spliced.lens, temperature=temperature
+        )
+        mask = spliced.labels != IGNORE
+        return found.new_zeros(mask.shape).masked_scatter(mask, found).sum(1)
 
     def recognizer(self, options: RecognizeOptions | None = None) -> SpeechLLMRecognizer:
         """Recognizes any number of batches, which it searches together.

@@ -519,19 +519,46 @@ class RWKV7(TunableModel[RWKV7State]):
         The other arguments, and what is raised, are those of ``forward``. Logits are computed at the labels
         only, and never all at once; the loss can be differentiated once.
         """
-        inputs = self._inputs(input_ids, inputs_embeds)
-        if labels.shape != inputs.shape[:2]:
-            raise ValueError(f"RWKV7: labels have shape {tuple(labels.shape)}, expected {tuple(inputs.shape[:2])}")
-        mask = labels != IGNORE
-        hidden, _, after = self._read(inputs, lens, cu_seqlens, state, mask)
-        targets = labels[mask].to(hidden.device)
+        hidden, targets, after = self._read_labels(labels, input_ids, inputs_embeds, lens, state, cu_seqlens)
         if type(self.head) is Linear:
             loss, correct = linear_cross_entropy(hidden, self.head.weight, targets)
         else:  # an adapter or packed weights
             logits = self.head(hidden).float()
             loss = F.cross_entropy(logits, targets, reduction="sum")
             correct = (logits.detach().argmax(-1) == targets).sum()
-        return RWKV7Loss(loss, mask.sum(), correct), after
+        return RWKV7Loss(loss, (labels != IGNORE).sum(), correct), after
+
+    def log_probs(
+        self,
+        labels: Tensor,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        lens: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """The log probability of each of the K ``labels`` (N, L) that are not -100, in row-major order, float32 (K,).
+
+        The other arguments, and what is raised, are those of ``forward``; logits are divided by ``temperature``.
+        """
+        hidden, targets, _ = self._read_labels(labels, input_ids, inputs_embeds, lens)
+        return -F.cross_entropy(self.head(hidden).float() / temperature, targets, reduction="none")
+
+    def _read_labels(
+        self,
+        labels: Tensor,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        lens: Tensor | None,
+        state: RWKV7State | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, RWKV7State]:
+        """hidden (K, D) at the K positions that have a label, ready for ``head``; the labels (K,); the state after."""
+        inputs = self._inputs(input_ids, inputs_embeds)
+        if labels.shape != inputs.shape[:2]:
+            raise ValueError(f"RWKV7: labels have shape {tuple(labels.shape)}, expected {tuple(inputs.shape[:2])}")
+        mask = labels != IGNORE
+        hidden, _, after = self._read(inputs, lens, cu_seqlens, state, mask)
+        return hidden, labels[mask].to(hidden.device), after
 
     def _inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         inputs = input_ids if inputs_embeds is None else inputs_embeds

@@ -43,6 +43,8 @@ _ID = re.compile(r"(?=.*\d).*[^\d.,:/].*|\d{4,}")
 
 # What `speechllm transcribe --output` writes, a file for each recording; of several the first of these is read.
 _TRANSCRIBED = (".json", ".jsonl", ".ctm", ".TextGrid", ".tsv", ".vtt", ".srt", ".txt")
+# What it notes of them beside them.
+_INDEXES = ".transcribed*.jsonl"
 
 
 def read_lines(path: Path) -> dict[str, Line]:
@@ -51,8 +53,9 @@ def read_lines(path: Path) -> dict[str, Line]:
     Its form is told by the suffix, or else by the first line: `recogs-*` files as icefall and recipes/decode.py write
     them; JSON (lines, an array, or one object) with `text` (NeMo manifests, where `pred_text` is what was recognized,
     lhotse cuts, what `speechllm transcribe` writes, or just `id` and `text`); NIST's `.trn`, `.ctm` and `.stm`;
-    `.srt`, `.vtt` and `.TextGrid`; `.csv` and `.tsv` with a header; and Kaldi's `text`, an id and words. A directory is
-    a manifest in Kaldi's or Shar's form, or holds a file for each recording as `speechllm transcribe` writes them.
+    `.srt`, `.vtt` and `.TextGrid`; `.parquet` and `.arrow`; `.csv` and `.tsv` with a header; and Kaldi's `text`, an id
+    and words. A directory is a manifest in Kaldi's or Shar's form, or holds a file for each recording as `speechllm
+    transcribe` writes them.
     Without an `id`, that of a JSON line comes from its `audio_filepath`, as everywhere
     (`speechllm.data.manifests.nemo`).
 
@@ -217,7 +220,7 @@ def _whole_text(path: Path, id: str) -> Iterator[tuple[str, Line]]:
 
 def _transcribed_files(folder: Path) -> list[tuple[Path, str]]:
     """The files of recordings in a folder and those below, and their suffix; none of Kaldi's or Shar's directories."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.match(_INDEXES))
     if any(path.name == "text" or path.name.startswith("cuts.") for path in files):
         return []
     found = next((suffix for suffix in _TRANSCRIBED if any(path.suffix == suffix for path in files)), None)
@@ -369,7 +372,7 @@ def read_objects(path: Path) -> dict[str, tuple[dict, SourceConfig]]:
 
 def _json_form(path: Path) -> str | None:
     """`lines` (a manifest in a folder, too), `array` (or one object, over any number of lines), or None: no JSON."""
-    if path.is_dir() or not path.is_file():
+    if path.is_dir() or not path.is_file() or _suffix(path) in (".parquet", ".arrow"):
         return "lines"
     if _suffix(path) in _TEXT_KINDS:
         return None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from speechllm.files import describe_write_error, replaced_file
-from speechllm.train.sharding import like, local
+from speechllm.train.sharding import like, local, rows_of
 from speechllm.weights import CheckpointError, check_fits, load_state_dict_strict
 
 _NAME = re.compile(r"(epoch|checkpoint)-(\d+)\.pt")
@@ -69,37 +69,63 @@ def share_path(path: str | Path, rank: int) -> Path:
     return Path(path).with_suffix(f".rank-{rank}.pt")
 
 
-def load_checkpoint(path: str | Path, rank: int | None = None) -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint; tensors are mapped from the file on the CPU, not copied, until they are used.
 
-    The whole file is read once to compare its checksums.
-
-    Args:
-      rank: give process `rank`'s share of what is sharded; None for whole tensors, without the optimizer's.
+    What is sharded is put together, without the optimizer's state. The whole file is read once, to compare checksums.
 
     Raises:
       CheckpointError: no such file, or not a whole checkpoint.
     """
     content = _load(path)
-    if not content.get("sharded"):
-        return content
-    processes = len(content["rng"])
-    if rank is not None:
-        if rank >= processes:
-            raise CheckpointError(f"{path}: was written by {processes} processes, there is none of rank {rank}")
+    if content.get("sharded"):
+        del content["optimizer"]
+        _reshard(content, _other_shares(path, content), content["sharded"], 0, 1)
+    return content
+
+
+def load_share(path: str | Path, rank: int, processes: int, sharded: dict[str, list] | None = None) -> dict[str, Any]:
+    """Read what process `rank` of `processes` goes on from, whatever number of them wrote the checkpoint.
+
+    Args:
+      sharded: what is (`describe_shares`), if the checkpoint was written where nothing was.
+
+    Raises:
+      CheckpointError: as in `load_checkpoint`.
+    """
+    content = _load(path)
+    written: dict[str, list] | None = content.get("sharded")
+    if written and processes == len(content["rng"]):
         if rank > 0:
             share = _load(share_path(path, rank))
             content["model"] |= share["model"]
             content["model_avg"]["model"] |= share["model_avg"]
             content["optimizer"]["state"] |= share["optimizer"]
-        return content
-    shares = [_load(share_path(path, k)) for k in range(1, processes)]
-    for tensors, part in ((content["model"], "model"), (content["model_avg"]["model"], "model_avg")):
-        for name in content["sharded"]["names"]:
-            if name in tensors:
-                tensors[name] = torch.cat([tensors[name], *(share[part][name] for share in shares)])
-    del content["optimizer"]
+    elif written:
+        _reshard(content, _other_shares(path, content), written, rank, processes)
+    elif sharded:
+        _reshard(content, [], sharded, rank, processes)
     return content
+
+
+def _other_shares(path: str | Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+    return [_load(share_path(path, rank)) for rank in range(1, len(content["rng"]))]
+
+
+def _reshard(
+    content: dict[str, Any], others: list[dict[str, Any]], sharded: dict[str, list], rank: int, processes: int
+) -> None:
+    """Make of `content` and the shares of the `others` what process `rank` of `processes` has, in place."""
+    for tensors, part in ((content["model"], "model"), (content["model_avg"]["model"], "model_avg")):
+        for name in sharded["names"]:
+            if name in tensors:
+                tensors[name] = rows_of([tensors[name], *(other[part][name] for other in others)], rank, processes)
+    states = content["optimizer"]["state"] if "optimizer" in content else {}
+    for number in sharded["optimizer"]:
+        for name, value in states.get(number, {}).items():
+            if isinstance(value, Tensor) and value.dim():  # Adam's count of steps has no rows
+                shares = [value, *(other["optimizer"][number][name] for other in others)]
+                states[number][name] = rows_of(shares, rank, processes)
 
 
 def _load(path: str | Path) -> dict[str, Any]:

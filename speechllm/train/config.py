@@ -5,14 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from speechllm.config import ConfigError, check_limits, load_config, override, parse_overrides, setting, to_dict
 from speechllm.data import DataConfig
 from speechllm.model.config import ModelConfig
 from speechllm.optim.optimizer import OptimConfig
 from speechllm.train.trackers import tracker_names
+
+CountedUnit = Literal["word", "char", "mixed"]  # the names of `speechllm.scoring.UNITS`
+
+
+@dataclass
+class MWERConfig:
+    """`beam` of the search, all of whose results make the list; `cross_entropy`: the weight of the usual loss, the
+    cross entropy and what the model has beside it, which keeps the model from what no list has shown it. `unit`: of the
+    errors, `word`, `char` for languages without spaces, or `mixed`, Chinese characters and other words."""
+
+    beam: int = setting(4, at_least=2)
+    cross_entropy: float = setting(0.01, at_least=0, below=inf)
+    unit: CountedUnit = "word"
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+
+@dataclass
+class GRPOConfig:
+    """`samples` of each utterance, drawn at `temperature`; `cross_entropy`: the weight of the usual loss, the cross
+    entropy and what the model has beside it. `unit`: of the errors, `word`, `char` for languages without spaces, or
+    `mixed`, Chinese characters and other words."""
+
+    samples: int = setting(8, at_least=2)
+    temperature: float = setting(1.0, above=0, below=inf)
+    cross_entropy: float = setting(0.01, at_least=0, below=inf)
+    unit: CountedUnit = "word"
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 @dataclass
@@ -30,12 +62,18 @@ class TrainConfig:
     are traced, after the first ones (`speechllm.train.watch`). `peak_tflops`: what one of the GPUs could do at most,
     for the model FLOPs utilization (MFU) in the log; that of usual ones is known where training is in half precision.
 
+    `loss`: `cross_entropy`, the model's own; or, for a model that reads already, one on the errors of what it writes,
+    `mwer` (`speechllm.train.mwer`) or `grpo` (`speechllm.train.grpo`), with the options in the section of that name.
+
     In the first `ctc_only_steps` the CTC loss alone trains (the encoder): a language model that begins with an encoder
     that hears nothing learns to ignore the audio, and takes long to unlearn it.
     """
 
     num_steps: int = setting(10000, at_least=1)
     num_epochs: int | None = setting(None, at_least=1)
+    loss: Literal["cross_entropy", "mwer", "grpo"] = "cross_entropy"
+    mwer: MWERConfig = field(default_factory=MWERConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     ctc_only_steps: int = 0
     accumulate: int = setting(1, at_least=1)
     mixed_precision: str | None = None
@@ -82,6 +120,12 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.train.ctc_only_steps and not self.model.ctc_weight:
             raise ValueError("train.ctc_only_steps needs a CTC head: set model.ctc_weight above 0")
+        on_errors = self.train.loss != "cross_entropy"
+        if on_errors and self.train.ctc_only_steps:
+            raise ValueError(
+                f"train.ctc_only_steps is for a language model that begins, and train.loss: {self.train.loss} for one "
+                "that reads already: train it with cross_entropy first, and leave out ctc_only_steps in this stage"
+            )
         if self.data.hotwords is not None and "hotwords" not in self.model.prompt.slots():
             raise ValueError(
                 "data.hotwords draws lists for the prompt, and model.prompt has no {hotwords}: put the slot into "
@@ -89,6 +133,7 @@ class Experiment:
             )
         if self.model.llm is None:
             for name, given in (
+                (f"train.loss: {self.train.loss}", on_errors),
                 ("train.ctc_only_steps", self.train.ctc_only_steps),
                 ("train.fsdp", self.train.fsdp),
                 ("data.max_positions", self.data.max_positions is not None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import resource
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -37,11 +39,13 @@ T = TypeVar("T")
 class Averages:
     """Sums over batches, shown as icefall does: `loss[loss=0.51, ctc=0.3, acc=0.9]`."""
 
-    # Sums; what a model does not have stays 0.
-    _NAMES = ("loss", "llm_loss", "ctc_loss", "cr_ctc_loss", "transducer_loss", "tokens", "correct")
+    # Sums; what a model does not have stays 0. New ones come last: a checkpoint of an earlier version has fewer.
+    _NAMES = ("loss", "llm_loss", "ctc_loss", "cr_ctc_loss", "transducer_loss", "tokens", "correct", "errors")
 
     def __init__(self, values: Tensor | None = None) -> None:
-        self.values = torch.zeros(len(self._NAMES), dtype=torch.float64) if values is None else values
+        self.values = torch.zeros(len(self._NAMES), dtype=torch.float64)
+        if values is not None:
+            self.values[: len(values)] = values
 
     @classmethod
     def of(cls, out: dict[str, Tensor]) -> Averages:
@@ -58,7 +62,8 @@ class Averages:
         return self.values[self._NAMES.index("tokens")].item()
 
     def items(self) -> dict[str, float]:
-        """The mean loss of a token, its parts that are not 0, and with a language model the share of right tokens."""
+        """The mean loss of a token, its parts that are not 0, and with a language model the share of right tokens;
+        `errors` for a token of those that a loss on errors has found."""
         sums = dict(zip(self._NAMES, self.values.tolist(), strict=True))
         tokens, correct = sums.pop("tokens"), sums.pop("correct")
         means = {name: value / max(tokens, 1.0) for name, value in sums.items() if value or name == "loss"}
@@ -67,6 +72,20 @@ class Averages:
     def __str__(self) -> str:
         values = ", ".join(f"{name}={value:.4g}" for name, value in self.items().items())
         return f"[{values}, over {self.tokens:.0f} tokens]"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step came to: sums over the batches of all processes; the norm of the gradient before it was
+    clipped; norms by part of the model, if they were asked for."""
+
+    losses: Averages
+    grad_norm: float
+    norms: dict[str, float]
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.grad_norm)
 
 
 class Throughput:

@@ -21,6 +21,7 @@ from speechllm.model.speech_llm import SpeechLLM
 from speechllm.train.build import training_data
 from speechllm.train.checkpoint import rng_state, set_rng_state
 from speechllm.train.monitor import peak_memory_gb
+from speechllm.train.objective import Objective, model_losses
 from speechllm.weights import file_hash
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,9 @@ def frozen_base_weights(
     return bases
 
 
-def scan_largest_batches(accelerator: Accelerator, model: torch.nn.Module, loader: SpeechLoader) -> None:
+def scan_largest_batches(
+    accelerator: Accelerator, model: torch.nn.Module, loader: SpeechLoader, objective: Objective = model_losses
+) -> None:
     """Forward and backward of the largest batches: if memory is to run out, then now (as icefall's
     scan_pessimistic_batches_for_oom). Nothing of it stays: no gradient, no random number.
 
@@ -116,8 +119,7 @@ def scan_largest_batches(accelerator: Accelerator, model: torch.nn.Module, loade
         batch = batch.to(accelerator.device)
         try:
             with accelerator.no_sync(model):  # if one process fails, the others do not wait for it
-                with accelerator.autocast():
-                    out = model(*batch.inputs)
+                out = objective(accelerator, model, batch)
                 accelerator.backward(out["loss"] / out["tokens"])
         except torch.OutOfMemoryError as e:
             raise MemoryRanOut(
@@ -131,7 +133,13 @@ def scan_largest_batches(accelerator: Accelerator, model: torch.nn.Module, loade
     logger.info("the largest batches fit: at most %.2f GB", peak_memory_gb(accelerator.device))
 
 
-def largest_max_duration(accelerator: Accelerator, model: torch.nn.Module, data: DataConfig, seed: int) -> float:
+def largest_max_duration(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    data: DataConfig,
+    seed: int,
+    objective: Objective = model_losses,
+) -> float:
     """The largest `data.max_duration` (seconds) whose largest batches fit into the memory of every process's GPU.
 
     Raises:
@@ -145,7 +153,7 @@ def largest_max_duration(accelerator: Accelerator, model: torch.nn.Module, data:
 
     def fits(seconds: float) -> bool:
         loader = training_data(replace(data, max_duration=seconds), seed, bare, accelerator)
-        return fits_in_memory(accelerator, model, loader)
+        return fits_in_memory(accelerator, model, loader, objective)
 
     largest = largest_that_fits(fits, data.max_seconds)
     logger.info("--max-duration auto: %g s", largest)
@@ -156,10 +164,12 @@ class MemoryRanOut(UserError):
     """A batch is too large for the device; the message names the settings to lower."""
 
 
-def fits_in_memory(accelerator: Accelerator, model: torch.nn.Module, loader: SpeechLoader) -> bool:
+def fits_in_memory(
+    accelerator: Accelerator, model: torch.nn.Module, loader: SpeechLoader, objective: Objective = model_losses
+) -> bool:
     """Whether the largest batches fit into the memory of every process's device."""
     try:
-        scan_largest_batches(accelerator, model, loader)
+        scan_largest_batches(accelerator, model, loader, objective)
         fits = True
     except MemoryRanOut:
         torch.cuda.empty_cache()

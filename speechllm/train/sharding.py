@@ -8,9 +8,9 @@ and CTC head are small beside it, and whole on every process.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -135,6 +135,18 @@ def like(own: Tensor, share: Tensor) -> Tensor:
     return DTensor.from_local(
         share.to(own.device), own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
     )
+
+
+def rows_of(shares: Sequence[Tensor], rank: int, processes: int) -> Tensor:
+    """What process `rank` of `processes` has of a tensor whose rows are in `shares`; as FSDP shares out, by
+    `torch.chunk`. Only the rows that it has are read."""
+    total = sum(map(len, shares))
+    size = -(-total // processes)
+    first, end = (min(number * size, total) for number in (rank, rank + 1))
+    starts = accumulate(map(len, shares), initial=0)
+    parts = [share[max(first - start, 0) : max(end - start, 0)] for share, start in zip(shares, starts, strict=False)]
+    parts = [part for part in parts if len(part)]
+    return torch.cat(parts) if parts else shares[0][:0]
 
 
 def optimizer_shares(optimizer: Optimizer) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim.optimizer import build_scheduler
 from speechllm.train.checkpoint import (
     RunningAverage,
-    load_checkpoint,
+    load_share,
     load_trained,
     remove_old_checkpoints,
     rng_state,
@@ -113,21 +113,24 @@ class TrainState:
             "languages": self.languages,
             "rng": RandomGenerators(),
         }
+        self._sharded = describe_shares(model, optimizer)
         self._identity = {
-            "sharded": describe_shares(model, optimizer),
+            "sharded": self._sharded,
             "base_weights": base_weights,
             "config": to_dict(config),
         }
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint, of any number of processes, sharded or not.
 
         Raises:
-          CheckpointError: it is of another model, other base weights, or, with train.fsdp, another number of
-            processes.
+          CheckpointError: it is of another model, or of other base weights.
         """
         rank = self._accelerator.process_index
-        content = load_checkpoint(path, rank)
+        if self._sharded is None:
+            content = load_share(path, 0, 1)
+        else:
+            content = load_share(path, rank, self._accelerator.num_processes, self._sharded)
         self._check_fits(content, path)
         for name, part in self._parts.items():
             if part is not None:
@@ -154,17 +157,9 @@ class TrainState:
         logger.info("resuming from %s: epoch %d, step %d", path, self.epoch, self.step)
 
     def _check_fits(self, content: dict[str, Any], path: Path) -> None:
-        processes, sharded = self._accelerator.num_processes, self._identity["sharded"]
         bases, own_bases = content["base_weights"], self._identity["base_weights"]
         if bases != own_bases:
             raise CheckpointError(f"{path}: was trained on other base weights: {bases}, now {own_bases}")
-        if sharded is not None and len(content["rng"]) != processes:
-            raise CheckpointError(
-                f"{path}: was written by {len(content['rng'])} processes, not {processes}; with train.fsdp each has "
-                "a share of it"
-            )
-        if (content["sharded"] is None) != (sharded is None):
-            raise CheckpointError(f"{path}: was written {'without' if sharded else 'with'} train.fsdp")
 
     def check_gradient(self, grad_norm: float, batches: Sequence[Batch], max_bad_steps: int, exp_dir: Path) -> None:
         """Count steps in a row whose gradient was not finite.
@@ -198,7 +193,7 @@ class TrainState:
         Raises:
           CheckpointError: one of the processes cannot write, so all stop.
         """
-        main, sharded = self._accelerator.is_main_process, self._identity["sharded"] is not None
+        main, sharded = self._accelerator.is_main_process, self._sharded is not None
         each = {name: gather_object([part.state_dict()]) for name, part in self._of_each_process.items()}
         content: dict[str, Any] = {}
         if main or sharded:  # the others have nothing to write

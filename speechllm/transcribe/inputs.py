@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +27,7 @@ from speechllm.data.blocks import read_blocks
 from speechllm.data.manifests.manifest import LINE_ERRORS, SourceConfig, describe_cut, explain, iter_objects, to_cut
 from speechllm.data.manifests.source import DataError
 from speechllm.data.manifests.tar import TAR
+from speechllm.data.share import Share
 from speechllm.errors import UserError
 from speechllm.prompt.request import Request
 from speechllm.transcribe.samples import sample_blocks
@@ -40,7 +42,9 @@ AUDIO_SUFFIXES = (
 )
 # Samples without a header: nothing in the file says their rate, type and channels.
 _HEADERLESS_SUFFIXES = (".raw", ".pcm", ".s16", ".sln", ".vox")
-_MANIFEST = re.compile(r"\.jsonl(\.gz)?$|\.json$")
+_MANIFEST = re.compile(r"\.(jsonl|tsv|csv)(\.gz)?$|\.(json|list|parquet|arrow|tar)$")
+# What is in folders that are manifests; one with audio and a table of it is a folder of audio here.
+_IN_MANIFESTS = ("wav.scp", "cuts.*.jsonl*", "state.json", "*.parquet", "*.arrow")
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/+")  # a Path has one slash of two left
 
 
@@ -165,11 +169,12 @@ def _stream_blocks(
 class Inputs:
     """The audio of files, folders and manifests; looked up anew each time that it is iterated over.
 
-    A folder is a manifest in Kaldi's or Shar's form, or it is searched for files with `AUDIO_SUFFIXES`, links followed;
-    the path `-` is standard input. The id of a file is its path in the folder that is given, or, where several paths
-    are given, in the folder that they have in common. `request` and `task` are for files, and for what lines of
-    manifests do not say. `channel`: which one to take of several; None takes their
-    mean, or those that speak. `track`: which one to take of several audio tracks; None for the default one.
+    A folder is a manifest in Kaldi's or Shar's form, or of Parquet or Arrow files, or it is searched for files with
+    `AUDIO_SUFFIXES`, links followed; the path `-` is standard input. The id of a file is its path in the folder that is
+    given, or, where several paths are given, in the folder that they have in common. `request` and `task` are for
+    files, and for what lines of manifests do not say. `channel`: which one to take of several; None takes their mean,
+    or those that speak. `track`: which one to take of several audio tracks; None for the default one. `share`: which of
+    all these inputs there are here; of the others only the names are read, or the lines of a manifest.
 
     Raises:
         UserError: task and target language do not go together; standard input is given twice; a track is asked for of
@@ -181,6 +186,7 @@ class Inputs:
     task: str | None = None
     channel: int | None = None
     track: int | None = None
+    share: Share = Share()
     _warned: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -202,18 +208,25 @@ class Inputs:
             raise UserError(f"--track: is for files; the audio of a manifest ({manifests[0]}) has one track")
 
     def __iter__(self) -> Iterator[AudioInput]:
+        return (look_at() for look_at in self.share.of(self._found()))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.share.of(self._found()))
+
+    def _found(self) -> Iterator[Callable[[], AudioInput]]:
+        """What there is, one at a time: each tells what it is when it is called."""
         common = self._common_folder()
         for path in self.paths:
             if path == STANDARD_INPUT:
-                yield self._standard_input()
+                yield self._standard_input
             elif not os.fspath(path):
-                yield _broken("''", UserError("an empty name among the inputs"))
+                yield partial(_broken, "''", UserError("an empty name among the inputs"))
             elif is_manifest(path):
                 yield from self._manifest(Path(path))
             elif os.path.isdir(path):
                 yield from self._folder(os.fspath(path), common or os.fspath(path))
             else:
-                yield self._file(os.fspath(path), common or os.path.dirname(os.path.abspath(path)))
+                yield partial(self._file, os.fspath(path), common or os.path.dirname(os.path.abspath(path)))
 
     def _standard_input(self) -> AudioInput:
         def blocks(notes: list[AudioNote]) -> Iterator[np.ndarray]:
@@ -236,15 +249,15 @@ class Inputs:
         id = name.removesuffix(os.path.splitext(name)[1])
         return audio_input(file, id, self.request, channel=self.channel, track=self.track)
 
-    def _folder(self, folder: str, base: str) -> Iterator[AudioInput]:
+    def _folder(self, folder: str, base: str) -> Iterator[Callable[[], AudioInput]]:
         is_empty = True
         for found in self._walk(folder, ()):
             is_empty = False
-            yield found if isinstance(found, AudioInput) else self._file(found, base)
+            yield partial(self._file, found, base) if isinstance(found, str) else found
         if is_empty:
-            yield _broken(folder, UserError(f"{folder}: no file with a suffix of audio, such as .wav or .mp3"))
+            yield partial(_broken, folder, UserError(f"{folder}: no file with a suffix of audio, such as .wav or .mp3"))
 
-    def _walk(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str | AudioInput]:
+    def _walk(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str | Callable[[], AudioInput]]:
         """The audio files in a folder and those below it, by name, and what keeps others from being found.
 
         Args:
@@ -254,7 +267,7 @@ class Inputs:
             here = os.stat(folder)
             names = sorted(os.listdir(folder))
         except OSError as error:
-            yield _broken(folder, UserError(f"{folder}: cannot be read: {error.strerror}"))
+            yield partial(_broken, folder, UserError(f"{folder}: cannot be read: {error.strerror}"))
             return
         identity = (here.st_dev, here.st_ino)
         if identity in above:
@@ -265,7 +278,7 @@ class Inputs:
             if os.path.isdir(path):
                 yield from self._walk(path, (*above, identity))
             elif os.path.islink(path) and not os.path.exists(path):
-                yield _broken(path, UserError(f"{path}: a broken link to {os.readlink(path)}"))
+                yield partial(_broken, path, UserError(f"{path}: a broken link to {os.readlink(path)}"))
             elif name.lower().endswith(AUDIO_SUFFIXES):
                 yield path
 
@@ -274,7 +287,7 @@ class Inputs:
             self._warned.add(message)
             logger.warning("%s", message)
 
-    def _manifest(self, path: Path) -> Iterator[AudioInput]:
+    def _manifest(self, path: Path) -> Iterator[Callable[[], AudioInput]]:
         source = SourceConfig(
             str(path),
             lang=self.request.language,
@@ -284,23 +297,25 @@ class Inputs:
         )
         try:
             for where, found in iter_objects(source):
-                try:
-                    if isinstance(found, DataError):
-                        raise found
-                    cut = to_cut(found, source)
-                    entry = describe_cut(cut)
-                    if entry.task == "ast" and entry.target_lang is None:
-                        raise DataError(f"{where}: to be translated, without target_lang (or --target-language)")
-                except DataError as error:
-                    yield _broken(where, error)
-                except LINE_ERRORS as error:
-                    yield _broken(where, DataError(f"{where}: {explain(error)}"))
-                else:
-                    yield self._cut(cut, entry)
+                yield partial(self._line, where, found, source)
         except DataError as error:  # the manifest as a whole
-            yield _broken(str(path), error)
+            yield partial(_broken, str(path), error)
         except (OSError, EOFError) as error:  # such as a compressed file that was cut off
-            yield _broken(str(path), DataError(f"{path}: cannot be read on: {error}"))
+            yield partial(_broken, str(path), DataError(f"{path}: cannot be read on: {error}"))
+
+    def _line(self, where: str, found: dict | DataError, source: SourceConfig) -> AudioInput:
+        try:
+            if isinstance(found, DataError):
+                raise found
+            cut = to_cut(found, source)
+            entry = describe_cut(cut)
+            if entry.task == "ast" and entry.target_lang is None:
+                raise DataError(f"{where}: to be translated, without target_lang (or --target-language)")
+        except DataError as error:
+            return _broken(where, error)
+        except LINE_ERRORS as error:
+            return _broken(where, DataError(f"{where}: {explain(error)}"))
+        return self._cut(cut, entry)
 
     def _cut(self, cut: Cut, entry: Entry) -> AudioInput:
         sources = [source for recording in recordings(cut) for source in recording.sources]
@@ -329,7 +344,7 @@ def is_manifest(path: str | Path) -> bool:
     """Whether a path is a manifest, by its name, or by what is in the folder."""
     path = Path(path)
     if os.path.isdir(path):  # as opposed to Path.is_dir, False for a name that is too long
-        return (path / "wav.scp").is_file() or any(path.glob("cuts.*.jsonl*"))
+        return any(file.is_file() for pattern in _IN_MANIFESTS for file in path.glob(pattern))
     return bool(_MANIFEST.search(path.name))
 
 

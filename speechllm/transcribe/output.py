@@ -3,7 +3,9 @@
 A folder of results has a file `.transcribed.jsonl` beside them. Each line of it says of one result: its file and the
 SHA-256 of what was written, the audio that it is of, and a digest of what it was made with (model, options, language).
 It is only ever appended to, before the result gets its name: after a run that was killed, the last line that fits the
-content of a file is of that file, and several runs may write to one folder.
+content of a file is of that file, and several runs may write to one folder. Of several processes that share the inputs
+each has a file of its own, `.transcribed.RANK.jsonl`: they may run on several machines, and a network's file system may
+lose what two of them append at the same time.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ import hashlib
 import json
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from typing import cast
+from typing import Protocol, cast
 
 from tqdm import tqdm
 
+from speechllm.data.share import Share
 from speechllm.decode.interface import Recognizer
 from speechllm.errors import UserError
 from speechllm.files import MAX_NAME_BYTES, describe_write_error, replaced_file, shortened
@@ -28,7 +31,6 @@ from speechllm.transcribe.formats import FORMATS, Recording
 from speechllm.transcribe.inputs import STANDARD_INPUT, AudioInput, is_manifest
 from speechllm.transcribe.segments import SegmentOptions, transcribe_inputs
 
-_INDEX = ".transcribed.jsonl"
 # What is wrong with the name of one result; all other errors would meet the next ones too.
 _OF_ONE_FILE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
 _FORMATS_OF_ONE_FILE = ("srt", "vtt", "tsv", "TextGrid")
@@ -55,6 +57,7 @@ class Output:
     Attributes:
         made_with: a text that differs where the results would: of the model and all options.
         of_text: whether they depend on what is said by the manifest (`AudioInput.text`), too.
+        share: which of the inputs are this process's.
     """
 
     format: str = "txt"
@@ -62,11 +65,12 @@ class Output:
     overwrite: bool = False
     made_with: str = ""
     of_text: bool = False
+    share: Share = Share()
     _index: _Index | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.folder is not None:
-            self._index = _Index(self.folder / _INDEX)
+            self._index = _Index(self.folder, self.share)
 
     def check(self, paths: Sequence[str | Path]) -> None:
         """Whether the results of these inputs have a place.
@@ -149,6 +153,9 @@ class Output:
         file = self.file_of(input)
         if file is None:
             return f"{input.name}\t{' '.join(text.split())}\n" if self.format == "txt" else text
+        if not self.overwrite and os.path.lexists(file) and self._owner(file) != _audio_of(input):
+            taken = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            raise UserError(f"{input.name}: {file} has been written meanwhile, by another process") from taken
         data = text.encode(errors="backslashreplace")
         try:
             with replaced_file(file) as temporary:
@@ -178,41 +185,67 @@ class Output:
 
 
 class _Index:
-    """The lines of an index; what other runs add is read when it is asked for."""
+    """The lines of the indexes of a folder. Where they are is kept, not what they say: there may be millions.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._read = 0  # bytes
-        self._results: dict[str, list[_Result]] = defaultdict(list)
+    What other runs add to the index that this one writes to is read when it is asked for; the other indexes, once.
+    """
+
+    def __init__(self, folder: Path, share: Share) -> None:
+        name = ".transcribed.jsonl" if share.world_size == 1 else f".transcribed.{share.rank}.jsonl"
+        self._own = folder / name
+        self._others: list[Path] | None = None
+        self._read = 0  # bytes of its own
+        # by the hash of a file's name: number of an index (0 is its own, then the others) and offset, one after another
+        self._places: dict[int, tuple[int, ...]] = {}
 
     def results(self, file: str) -> list[_Result]:
         """What was written to a file, the last one last."""
-        try:
-            with open(self._path, "rb") as index:
-                index.seek(self._read)
-                new = index.read()
-        except FileNotFoundError:
-            new = b""
-        whole = new[: new.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for line in whole.splitlines():
-            try:
-                result = _Result(**json.loads(line))
-            except (ValueError, TypeError):  # empty; or cut off, by a full disk
-                continue
-            self._results[result.file].append(result)
-        return self._results[file]
+        if self._others is None:
+            found = [path for path in self._own.parent.glob(".transcribed*.jsonl") if path != self._own]
+            self._others = sorted(found, key=lambda path: path.stat().st_mtime_ns)
+            for number, path in enumerate(self._others, 1):
+                self._note_lines(path, number, 0)
+        self._read = self._note_lines(self._own, 0, self._read)
+        places = self._places.get(hash(file), ())
+        results = [self._result_at(*place) for place in zip(places[::2], places[1::2], strict=True)]
+        return [result for result in results if result is not None and result.file == file]
+
+    def _note_lines(self, path: Path, number: int, start: int) -> int:
+        """Look at the whole lines from byte `start` on; returns where they end."""
+        with suppress(FileNotFoundError), open(path, "rb") as index:
+            index.seek(start)
+            for line in index:
+                if not line.endswith(b"\n"):
+                    break
+                if (result := _result_of(line)) is not None:
+                    key = hash(result.file)
+                    self._places[key] = (*self._places.get(key, ()), number, start)
+                start += len(line)
+        return start
+
+    def _result_at(self, number: int, offset: int) -> _Result | None:
+        assert self._others is not None  # they have been looked at
+        with open([self._own, *self._others][number], "rb") as index:
+            index.seek(offset)
+            return _result_of(index.readline())
 
     def append(self, result: _Result) -> None:
         """At once, whoever else does the same. The line begins with a line break, as the one before may be cut off."""
         line = f"\n{json.dumps(asdict(result))}\n".encode()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        index = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._own.parent.mkdir(parents=True, exist_ok=True)
+        index = os.open(self._own, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             if os.write(index, line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(index)
+
+
+def _result_of(line: bytes) -> _Result | None:
+    try:
+        return _Result(**json.loads(line))
+    except (ValueError, TypeError):  # empty; or cut off, by a full disk
+        return None
 
 
 def _audio_of(input: AudioInput) -> str:
@@ -237,8 +270,16 @@ def _fitting(name: str, max_bytes: int = MAX_NAME_BYTES) -> str:
     return shortened(name, max_bytes - len(digest)) + digest
 
 
+class Counted(Protocol):
+    """Inputs: a list of them, or `Inputs`."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[AudioInput]: ...
+
+
 def transcribe_all(
-    inputs: Iterable[AudioInput],
+    inputs: Counted,
     recognizer: Recognizer,
     options: SegmentOptions,
     output: Output,
@@ -254,7 +295,7 @@ def transcribe_all(
 
 
 def run_all(
-    inputs: Iterable[AudioInput],
+    inputs: Counted,
     make: Callable[[Iterator[AudioInput], Callable[[float], None]], Iterable[tuple[AudioInput, Recording | UserError]]],
     output: Output,
     done: str,
@@ -263,14 +304,14 @@ def run_all(
     else 0.
 
     Args:
-        inputs: iterated over twice: to count them, and to work on them.
+        inputs: looked at one at a time, and counted before where a progress bar is shown.
         make: of inputs their results, and calls what it is given with the seconds of audio that are done.
         done: what could not be done with an input that failed, such as `transcribed`.
 
     Raises:
         UserError: a result cannot be written, as when the disk is full: none could be.
     """
-    with _Progress(total=sum(1 for _ in inputs)) as progress:
+    with _Progress(inputs) as progress:
         for input, found in make(_to_do(inputs, output, progress), progress.recognized):
             if isinstance(found, Exception):
                 progress.failure(found)
@@ -287,25 +328,23 @@ def run_all(
             progress.success(text)
     if progress.done_before:
         print(
-            f"{progress.done_before} of {progress.total} were done before (--overwrite replaces them)", file=sys.stderr
+            f"{progress.done_before} of {progress.seen} were done before (--overwrite replaces them)", file=sys.stderr
         )
     if progress.failed:
-        print(f"error: {progress.failed} of {progress.total} could not be {done}", file=sys.stderr)
+        print(f"error: {progress.failed} of {progress.seen} could not be {done}", file=sys.stderr)
     return 1 if progress.failed else 0
 
 
 def _to_do(inputs: Iterable[AudioInput], output: Output, progress: _Progress) -> Iterator[AudioInput]:
     """The inputs that are not done yet; of several for one file, the first."""
-    files: dict[Path, str] = {}
+    names: dict[int, str] = {}  # by the hash of the file: there may be millions
     for input in inputs:
         file = output.file_of(input)
         if file is not None:
-            if file in files:
-                progress.failure(
-                    f"{input.name}: {file} is for {files[file]}; do them one by one, with an --output each"
-                )
+            other = names.setdefault(hash(str(file)), input.name)
+            if other is not input.name:
+                progress.failure(f"{input.name}: {file} is for {other}; do them one by one, with an --output each")
                 continue
-            files[file] = input.name
             try:
                 is_done = output.is_done(input)
             except UserError as error:
@@ -320,10 +359,10 @@ def _to_do(inputs: Iterable[AudioInput], output: Output, progress: _Progress) ->
 class _Progress:
     """How many inputs are done, in a bar on a terminal, and what is to be said above it."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.failed, self.done_before = total, 0, 0
+    def __init__(self, inputs: Counted) -> None:
+        self.seen, self.failed, self.done_before = 0, 0, 0
         self._seconds = 0.0
-        self._bar = tqdm(total=total, unit=" inputs", disable=None)
+        self._bar = tqdm(total=len(inputs) if sys.stderr.isatty() else None, unit=" inputs", disable=None)
 
     def __enter__(self) -> _Progress:
         return self
@@ -336,20 +375,24 @@ class _Progress:
 
     def failure(self, error: object) -> None:
         self.failed += 1
-        self._bar.update()
+        self._advance()
         self.say(f"error: {error}")
 
     def skip(self) -> None:
         """For an input that was done before."""
         self.done_before += 1
-        self._bar.update()
+        self._advance()
 
     def success(self, text: str | None) -> None:
         """With what is to be printed of it, if anything."""
-        self._bar.update()
+        self._advance()
         if text:
             self._bar.write(text, end="")
             sys.stdout.flush()
+
+    def _advance(self) -> None:
+        self.seen += 1
+        self._bar.update()
 
     def recognized(self, seconds: float) -> None:
         self._seconds += seconds

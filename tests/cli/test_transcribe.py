@@ -12,8 +12,9 @@ import soundfile
 import torch
 
 from speechllm.cli.main import main
-from speechllm.cli.options import command_line_request
+from speechllm.cli.options import command_line_request, share_of
 from speechllm.cli.transcribe import add_transcribe, run_transcribe
+from speechllm.data.share import Share
 from speechllm.errors import UserError
 from speechllm.model.encoder_model import EncoderModel
 from speechllm.transcribe.inputs import Inputs
@@ -41,11 +42,26 @@ def parsed(*arguments: str) -> argparse.Namespace:
         (["a.wav", "--overwrite"], "--output"),
         (["a.wav", "--output", __file__], "not a folder"),
         (["a.wav", "--device", "gpu"], "--device gpu: cannot be used"),
+        (["a.wav", "--rank", "1"], "--world-size and --rank: give both"),
+        (["a.wav", "--rank", "2", "--world-size", "2"], "--rank 2 with --world-size 2: ranks are counted from 0"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, message):
     with pytest.raises(UserError, match=message):
         run_transcribe(parsed(*arguments))
+
+
+def test_which_share_of_the_inputs_a_process_has(monkeypatch):
+    """torchrun says it; SLURM's variables are there in an interactive allocation too, and RANK in other places."""
+    for name in ("SLURM_PROCID", "RANK"):
+        monkeypatch.setenv(name, "1")
+    for name in ("SLURM_NTASKS", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "4")
+    assert share_of(parsed("a.wav")) == Share(0, 1)
+    assert share_of(parsed("a.wav", "--rank", "2", "--world-size", "3")) == Share(2, 3)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert share_of(parsed("a.wav")) == Share(1, 4)
+    assert share_of(parsed("a.wav", "--rank", "0", "--world-size", "1")) == Share(0, 1)
 
 
 @pytest.fixture

@@ -1,13 +1,17 @@
 """One small corpus as a manifest of every kind."""
 
+import csv
 import gzip
 import io
 import json
 import os
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
 from speechllm.data.manifests.manifest import ManifestError, SourceConfig, describe_cut, iter_objects, to_cut
@@ -17,6 +21,20 @@ from .conftest import write_manifest, write_tone
 
 KINDS = ("nemo", "nemo.gz", "nemo shards", "tarred", "tarred, one manifest", "lhotse", "lhotse.gz", "shar", "kaldi")
 TARRED = ("tarred", "tarred, one manifest", "shar")
+FORMS = (
+    "parquet",
+    "parquet, paths",
+    "arrow",
+    "arrow file",
+    "Common Voice",
+    "csv",
+    "LJSpeech",
+    "WeNet",
+    "FunASR",
+    "WeNet shards",
+    "WebDataset",
+)
+IN_ROWS = ("parquet", "arrow", "arrow file")
 
 
 def write_corpus(folder: Path, count: int = 7) -> list[dict]:
@@ -83,6 +101,85 @@ def write_kind(kind: str, folder: Path, lines: list[dict], custom: tuple[str, ..
     path = folder / ("cuts.jsonl.gz" if kind == "lhotse.gz" else "cuts.jsonl")
     cuts.to_file(path)
     return SourceConfig(str(path))
+
+
+def write_form(form: str, folder: Path, lines: list[dict]) -> SourceConfig:
+    """The lines, whose paths are against `folder`, in a form that says no durations; two shards of files with rows."""
+    if form.startswith(("parquet", "arrow")):
+        return write_rows(form, folder / form, folder, lines)
+    if form.startswith("We") and form != "WeNet":
+        return write_webdataset(form, folder / form, folder, lines)
+    paths = [line["audio_filepath"] for line in lines]
+    if form in ("WeNet", "FunASR"):
+        audio, text = {"WeNet": ("wav", "txt"), "FunASR": ("source", "target")}[form]
+        rows = [
+            {"key": line["id"], audio: path, text: line["text"], "text_language": f"<|{line['lang']}|>"}
+            for line, path in zip(lines, paths, strict=True)
+        ]
+        return SourceConfig(str(write_manifest(folder / "data.list", rows)))
+    names = {"Common Voice": "validated.tsv", "csv": "metadata.csv", "LJSpeech": "lj/metadata.csv"}
+    path = folder / names[form]
+    if form == "csv":
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file_name", "id", "lang", "transcription"])
+            writer.writerows([[line["audio_filepath"], line["id"], line["lang"], line["text"]] for line in lines])
+        return SourceConfig(str(folder))
+    audio = path.parent / ("clips" if form == "Common Voice" else "wavs")
+    audio.mkdir(parents=True)
+    for line, name in zip(lines, paths, strict=True):
+        shutil.copy(folder / name, audio / f"{line['id']}.wav")
+    if form == "LJSpeech":
+        path.write_text("".join(f"{line['id']}|{line['text']}|-\n" for line in lines), encoding="utf-8")
+        return SourceConfig(str(path), lang="en")
+    rows = "".join(f"x\t{line['id']}.wav\t{line['text']}\t{line['lang']}\n" for line in lines)
+    path.write_text("client_id\tpath\tsentence\tlocale\n" + rows, encoding="utf-8")
+    return SourceConfig(str(path))
+
+
+def write_webdataset(form: str, path: Path, folder: Path, lines: list[dict]) -> SourceConfig:
+    """The lines in two tar files, texts beside the audio; with a list of these as of WeNet, or with json."""
+    path.mkdir()
+    for i, shard in enumerate([lines[:3], lines[3:]]):
+        members = {}
+        for line in shard:
+            stem = line["id"] if form == "WeNet shards" else f"./a.b/{line['id']}"
+            members[f"{stem}.wav"] = (folder / line["audio_filepath"]).read_bytes()
+            said = {"id": line["id"], "text": line["text"], "language": line["lang"]}
+            name, text = ("txt", line["text"]) if form == "WeNet shards" else ("json", json.dumps(said))
+            members[f"{stem}.{name}"] = text.encode()
+        write_tar(path / f"shard_{i}.tar", members)
+    if form == "WebDataset":
+        return SourceConfig(str(path / "shard_{0..1}.tar"))
+    (path / "data.list").write_text(f"shard_0.tar\n{path}/shard_1.tar\n")
+    return SourceConfig(str(path / "data.list"), lang="en")
+
+
+def write_rows(form: str, path: Path, folder: Path, lines: list[dict], durations: bool = False) -> SourceConfig:
+    """The lines as shards of Parquet or Arrow files in the folder `path`, with the audio in them or as paths."""
+    path.mkdir()
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for i, shard in enumerate([lines[:3], lines[3:]]):
+        files = [folder / line["audio_filepath"] for line in shard]
+        audio = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+        if form == "parquet, paths":
+            audio = [{"bytes": None, "path": str(file)} for file in files]
+        columns = {"id": [line["id"] for line in shard], "audio": pa.array(audio, type=kind)}
+        columns |= {name: [line[name] for line in shard] for name in ("text", "lang")}
+        if durations:
+            columns["duration"] = [line["duration"] for line in shard]
+        table = pa.table(columns)
+        if form.startswith("parquet"):
+            pq.write_table(table, path / f"train-0000{i}-of-00002.parquet", row_group_size=2)
+            continue
+        opener = pa.ipc.new_file if form == "arrow file" else pa.ipc.new_stream
+        with pa.OSFile(str(path / f"data-0000{i}-of-00002.arrow"), "wb") as file, opener(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    if form == "arrow":
+        files = [{"filename": f"data-0000{i}-of-00002.arrow"} for i in range(2)]
+        (path / "state.json").write_text(json.dumps({"_data_files": files}))
+        return SourceConfig(str(path))
+    return SourceConfig(str(path / f"*.{form.split()[0].strip(',')}"))
 
 
 def write_kaldi(directory: Path, folder: Path, lines: list[dict]) -> None:

@@ -1,6 +1,7 @@
 """Loaders: what is in a batch, that nothing is lost or doubled, resume, ranks, curriculum."""
 
 import copy
+import itertools
 import json
 import logging
 import math
@@ -36,7 +37,7 @@ from speechllm.data.sampling import curriculum_limit
 from speechllm.prompt.interleave import StreamingConfig
 from speechllm.prompt.label import LabelTemplate
 from speechllm.prompt.request import Request
-from tests.data.corpora import KINDS, write_corpus, write_kind
+from tests.data.corpora import FORMS, KINDS, write_corpus, write_form, write_kind
 
 from .conftest import write_manifest, write_tone
 from .test_index import LetterLabels
@@ -154,10 +155,12 @@ def test_resume_is_exact(corpus, workers_before, workers_after):
 
 @pytest.mark.parametrize("change", ["max_duration", "world size", "more data", "moved", "seed"])
 def test_other_settings_begin_the_epoch_anew_and_say_so(corpus, tmp_path, caplog, change):
-    loader = build_train_loader(config(corpus), seed=3)
+    settings, changed, count, seed, world_size = config(corpus), config(corpus), 80, 3, 1
+    for source in (*settings.train, *changed.train):
+        source.stream = change == "world size"  # what is left of an indexed corpus is shared out
+    loader = build_train_loader(settings, seed=3)
     loader.set_epoch(2)
     next(iter(loader))
-    changed, count, seed, world_size = config(corpus), 80, 3, 1
     if change == "max_duration":
         changed.max_duration, word = 4.0, "max_duration was 6.0, is 4.0"
     elif change == "world size":
@@ -185,6 +188,47 @@ def test_other_settings_begin_the_epoch_anew_and_say_so(corpus, tmp_path, caplog
     list(loader)
     other.load_state_dict(loader.state_dict())  # after a whole epoch settings may change
     assert list(other) == [] and caplog.text == ""
+
+
+def test_what_is_left_of_an_epoch_is_shared_out_to_another_number_of_ranks(corpus, caplog):
+    """Again and again, and resumed with the same number in between: nothing is doubled or played otherwise, and no more
+    is lost than the ranks cannot share out, which are fewer utterances than there are ranks."""
+
+    def given(batches):
+        return [(id, s) for batch in batches for id, s in zip(batch.ids, batch.durations, strict=True)]
+
+    whole = given(build_train_loader(config(corpus), seed=3))
+    found, state = [], None
+    for world_size, count in ((2, 2), (2, 1), (3, 1), (1, 5), (2, None)):
+        states = []
+        for rank in range(world_size):
+            loader = build_train_loader(config(corpus), seed=3, rank=rank, world_size=world_size)
+            if state is not None:
+                loader.load_state_dict(state)
+            found += given(itertools.islice(loader, count))
+            states.append(copy.deepcopy(loader.state_dict()))
+        assert len({(s["epoch"], s["batches"], s["finished"]) for s in states}) == 1
+        state = states[0]
+    assert state["finished"] and "anew" not in caplog.text
+    assert len(whole) == 80 and set(found) <= set(whole)
+    assert len(found) == len(set(found)) >= 80 - 1 - 2 - 1
+    loader = build_train_loader(config(corpus), seed=3, world_size=5)
+    loader.load_state_dict(state)
+    assert list(loader) == []
+    loader.set_epoch(2)
+    assert list(loader)
+
+
+def test_an_epoch_of_which_nothing_is_left_ends(corpus):
+    """All of its batches are given, and nobody has asked for more."""
+    loader = build_train_loader(config(corpus), seed=3)
+    batches = len(list(loader))
+    loader = build_train_loader(config(corpus), seed=3)
+    list(zip(range(batches), loader, strict=False))
+    assert loader.batches == batches and not loader.state_dict()["finished"]
+    other = build_train_loader(config(corpus), seed=3, world_size=2)
+    other.load_state_dict(loader.state_dict())
+    assert list(other) == [] and other.state_dict()["finished"]
 
 
 def test_ranks_share_the_epoch(corpus):
@@ -387,8 +431,10 @@ def test_the_largest_batches_are_known_beforehand(corpus):
 @pytest.mark.parametrize("features_on", ["worker", "device"])
 def test_all_kinds_of_manifests_train_together_and_resume(tmp_path, features_on):
     lines = [line for line in write_corpus(tmp_path) if line["text"]]
+    sources = [write_kind(kind, tmp_path, lines) for kind in KINDS]
+    sources += [write_form(form, tmp_path, lines) for form in FORMS]
     settings = DataConfig(
-        train=[write_kind(kind, tmp_path, lines) for kind in KINDS],
+        train=sources,
         max_duration=4.0,
         num_buckets=2,
         num_workers=2,
@@ -400,7 +446,7 @@ def test_all_kinds_of_manifests_train_together_and_resume(tmp_path, features_on)
     for batch in loader:
         states.append(copy.deepcopy(loader.state_dict()))
         batches.append(batch.to("cpu"))
-    assert sum(map(len, batches)) == len(KINDS) * len(lines) and not loader.skipped
+    assert sum(map(len, batches)) == len(sources) * len(lines) and not loader.skipped
     middle = len(batches) // 2
     resumed = build_train_loader(replace(settings, num_workers=0), seed=1)
     resumed.load_state_dict(states[middle])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speechllm.model.speech_llm import SpeechLLM
-from speechllm.train.checkpoint import load_checkpoint, share_path
+from speechllm.train.checkpoint import load_checkpoint, load_share, share_path
 from tests.llm.tiny_llms import TRANSFORMERS
 from tests.programs import run, run_in_processes
 from tests.recipes.test_train import command
@@ -51,7 +51,7 @@ def test_a_language_model_of_transformers_learns_what_a_whole_one_learns(experim
 
 def test_every_process_has_half_of_the_language_model(sharded):
     for rank in (0, 1):
-        content = load_checkpoint(sharded / "checkpoint-12.pt", rank)
+        content = load_share(sharded / "checkpoint-12.pt", rank, 2)
         whole = load_checkpoint(sharded / "checkpoint-12.pt")["model"]
         names = content["sharded"]["names"]
         assert names and all(name.startswith("llm.") for name in names)
@@ -69,7 +69,7 @@ def test_it_resumes_exactly(experiment, sharded, tmp_path):
     result = run_in_processes(2, *command(experiment, tmp_path, *SETTINGS, "--train.fsdp", "true"))
     assert "resuming from" in result.stderr
     for rank in (0, 1):
-        expected, resumed = (load_checkpoint(d / "checkpoint-12.pt", rank) for d in (sharded, tmp_path))
+        expected, resumed = (load_share(d / "checkpoint-12.pt", rank, 2) for d in (sharded, tmp_path))
         for name, tensor in expected["model"].items():
             assert torch.equal(resumed["model"][name], tensor), name
         for number, state in expected["optimizer"]["state"].items():
@@ -77,9 +77,23 @@ def test_it_resumes_exactly(experiment, sharded, tmp_path):
                 assert torch.equal(resumed["optimizer"]["state"][number][name], tensor), (number, name)
         for name, tensor in expected["model_avg"]["model"].items():
             assert torch.equal(resumed["model_avg"]["model"][name], tensor), name
-    # as a run without sharding it would lack half of everything
-    result = run_in_processes(2, *command(experiment, tmp_path, *SETTINGS, "--train.num_steps", "14"), check=False)
-    assert result.returncode == 1 and "was written with train.fsdp" in result.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_any_number_of_processes_can_go_on(sharded, processes):
+    """What they read is all of it, once, the optimizer's state too."""
+    path = sharded / "checkpoint-12.pt"
+    whole, shares = load_checkpoint(path), [load_share(path, rank, processes) for rank in range(processes)]
+    names, numbers = whole["sharded"]["names"], whole["sharded"]["optimizer"]
+    for name in names:
+        for content in (lambda c: c["model"], lambda c: c["model_avg"]["model"]):
+            assert torch.equal(torch.cat([content(share)[name] for share in shares]), content(whole)[name]), name
+    written = [load_share(path, rank, 2)["optimizer"]["state"] for rank in (0, 1)]
+    for number in numbers:
+        for moment in ("exp_avg", "exp_avg_sq"):
+            expected = torch.cat([state[number][moment] for state in written])
+            assert torch.equal(torch.cat([s["optimizer"]["state"][number][moment] for s in shares]), expected)
+        assert {int(share["optimizer"]["state"][number]["step"]) for share in shares} == {12}
 
 
 @pytest.mark.parametrize("options", [[], ["--use-averaged-model"]])

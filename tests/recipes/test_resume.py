@@ -26,6 +26,8 @@ pytestmark = pytest.mark.slow
 # all checkpoints are kept, to be compared with those of a run that was never stopped
 SETTINGS = ["--train.keep_last_k", "100", "--train.tensorboard", "false"]
 
+LONG = 300  # seconds that nothing takes, on a machine that has much else to do either
+
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # of linux/prctl.h and linux/capability.h
 CAPABILITY_VERSION_3 = 0x20080522
 
@@ -111,19 +113,19 @@ def torchrun_command(experiment, exp_dir, *settings):
 
 
 def wait_for(process, condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LONG
     while not condition():
         assert process.poll() is None, process.communicate()[1]
         if time.monotonic() > deadline:
             kill_all(process)
-            pytest.fail("what was waited for did not happen within a minute")
+            pytest.fail("what was waited for did not happen within five minutes")
         time.sleep(0.002)
 
 
 def ended(process):
-    """Exit status and stderr of a process that has to end within a minute."""
+    """Exit status and stderr of a process that has to end within five minutes."""
     try:
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=LONG)
     except subprocess.TimeoutExpired:
         kill_all(process)
         raise
@@ -193,18 +195,13 @@ def test_a_difference_is_found_and_named():
     assert difference(torch.zeros(2), torch.zeros(2).half()) == ": torch.float32 (2,), not torch.float16 (2,)"
 
 
-@pytest.mark.parametrize("change", ["max_duration", "two processes"])
-def test_going_on_with_other_batches_keeps_all_but_the_place_in_the_epoch(experiment, never_stopped, tmp_path, change):
+def test_going_on_with_other_batches_keeps_all_but_the_place_in_the_epoch(experiment, never_stopped, tmp_path):
     """As after running out of memory."""
     shutil.copy(never_stopped() / "checkpoint-3.pt", tmp_path)
     before = load_checkpoint(tmp_path / "checkpoint-3.pt")
     assert not before["loader"][0]["finished"]
-    if change == "max_duration":
-        result = run(*command(experiment, tmp_path, *SETTINGS, "--start-batch", "3", "--data.max_duration", "3"))
-    else:
-        result = run(*torchrun_command(experiment, tmp_path, *SETTINGS, "--start-batch", "3"))
-    epoch = before["epoch"]
-    said = {"max_duration": r"max_duration was 4(\.0)?, is 3", "two processes": "world_size was 1, is 2"}[change]
+    result = run(*command(experiment, tmp_path, *SETTINGS, "--start-batch", "3", "--data.max_duration", "3"))
+    epoch, said = before["epoch"], r"max_duration was 4(\.0)?, is 3"
     assert re.search(rf"epoch {epoch} begins anew: its \d+ batches so far were made with .*{said}", result.stderr)
     assert f"resuming from {tmp_path / 'checkpoint-3.pt'}: epoch {epoch}, step 3" in result.stderr
     after = load_checkpoint(tmp_path / "checkpoint-4.pt")

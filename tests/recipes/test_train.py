@@ -23,7 +23,7 @@ from speechllm.prompt.request import Request
 from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7, save_rwkv7
 from speechllm.train import preflight
 from speechllm.train.checkpoint import load_checkpoint, save_checkpoint
-from speechllm.train.stages import init_from_stage
+from speechllm.train.stages import init_weights
 from tests.conftest import SENTENCES
 from tests.hf_tokenizers import train_byte_level
 from tests.llm.tiny_llms import tiny_llm
@@ -440,10 +440,10 @@ def test_a_stage_does_not_begin_with_another_projector(model_config, tmp_path):
     save_checkpoint(tmp_path / "checkpoint-1.pt", content)
     encoder = {"zipformer": to_dict(model_config.encoder.zipformer)}
     more = override(model_config, {"more_encoders": [{"encoder": encoder}]}, "test")
-    assert init_from_stage(SpeechLLM.from_config(more), tmp_path) == set(content["model"])
+    assert init_weights(SpeechLLM.from_config(more), tmp_path) == set(content["model"])
     other = SpeechLLM.from_config(override(model_config, {"projector.kind": "transformer"}, "test"))
     with pytest.raises(ConfigError, match="checkpoint-1.pt: .*projector.kind: transformer, but .* which has mlp"):
-        init_from_stage(other, tmp_path)
+        init_weights(other, tmp_path)
 
 
 def test_a_checkpoint_of_another_shape(experiment, finished):

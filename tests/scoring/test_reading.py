@@ -120,6 +120,8 @@ def test_all_that_transcribe_writes(form, tmp_path):
     }
     for id, one in found.items():
         write(tmp_path / "out" / f"{id}.{form}", FORMATS[form](one))
+    for name in (".transcribed.jsonl", ".transcribed.1.jsonl"):  # what is known of them
+        write(tmp_path / "out" / name, '{"file": "talk1.txt", "audio": "talk1.wav"}\n')
     assert texts(read_lines(tmp_path / "out")) == spoken
     # one recording, whatever its name, against a plain text of any lines
     lines = "so it begins <now> & here\n" if form == "txt" else "so it\nbegins <now>\n& here\n"

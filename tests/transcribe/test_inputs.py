@@ -9,6 +9,7 @@ import pytest
 
 from speechllm.data.audio_file import UtteranceError
 from speechllm.data.blocks import read_blocks
+from speechllm.data.share import Share
 from speechllm.errors import UserError
 from speechllm.prompt.request import Request
 from speechllm.transcribe.inputs import Inputs
@@ -148,3 +149,23 @@ def test_whatever_a_decoder_raises_ends_nothing(audio, monkeypatch, capsys):
     monkeypatch.setattr("speechllm.transcribe.inputs.read_blocks", read)
     assert transcribe_all(Inputs([audio]), Listener(), SegmentOptions(), Output()) == 1
     assert f"unreadable audio: {audio}/b.flac: TypeError: a decoder's\n" in capsys.readouterr().err
+
+
+def test_shares_of_all_kinds_of_inputs(audio, tmp_path, monkeypatch):
+    """Disjoint, together all; and what is another's is not looked at."""
+    lines = [{"audio_filepath": str(audio / f"{i}.wav"), "duration": 1.2, "id": str(i)} for i in range(4)]
+    manifest = write_manifest(tmp_path / "m.jsonl", [*lines, {"audio_filepath": "broken", "duration": "long"}])
+    paths = [audio, "-", "", manifest, tmp_path / "missing.jsonl", audio / "a.wav"]
+    everything = [input.name for input in Inputs(paths)]
+    assert len(everything) == len(Inputs(paths)) == 14
+    for world_size in (2, 3):
+        shares = [Inputs(paths, share=Share(rank, world_size)) for rank in range(world_size)]
+        assert [[input.name for input in share] for share in shares] == [
+            everything[rank::world_size] for rank in range(world_size)
+        ]
+        assert [len(share) for share in shares] == [len(everything[rank::world_size]) for rank in range(world_size)]
+    looked_at = []
+    monkeypatch.setattr("speechllm.transcribe.inputs.to_cut", lambda line, source: looked_at.append(line) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(Inputs([manifest], share=Share(3, 5)))
+    assert [line["id"] for line in looked_at] == ["3"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from speechllm.data.share import Share
 from speechllm.errors import UserError
 from speechllm.prompt.request import Request
 from speechllm.transcribe.inputs import Inputs, audio_input
@@ -208,3 +209,62 @@ def test_a_result_that_cannot_have_its_name_ends_nothing(audio, tmp_path, capsys
     assert transcribed(["n" * 300 + ".wav", audio / "b.flac"], tmp_path / "other")[0] == 1
     (result,) = files_in(tmp_path / "other")
     assert result.endswith("b.txt")
+
+
+def shared(paths, folder, rank, world_size, recognizer=None, **more) -> tuple[int, int]:
+    """As `transcribed`, of one process of several."""
+    share, listener = Share(rank, world_size), recognizer or Listener()
+    output = Output("txt", folder, made_with="model", share=share, **more)
+    status = transcribe_all(Inputs(paths, share=share), listener, SegmentOptions(batch_seconds=0.1), output)
+    return status, sum(len(batch.feature_lens) for batch in listener.batches)
+
+
+def contents(folder):
+    return {file: (folder / file).read_text() for file in files_in(folder)}
+
+
+def test_processes_that_share_inputs_make_what_one_makes(audio, tmp_path, capsys):
+    """One of them killed and started again; then with another number of them, of which all finds its work done."""
+
+    class Killed(Listener):
+        def __call__(self, batches):
+            yield from list(super().__call__(batches))[:1]
+            raise KeyboardInterrupt
+
+    (audio / "bad.wav").unlink()
+    transcribed([audio], tmp_path / "one")
+    out = tmp_path / "shared"
+    assert shared([audio], out, 1, 2) == (0, 2)
+    with pytest.raises(KeyboardInterrupt):
+        shared([audio], out, 0, 2, Killed())
+    assert len(files_in(out)) == 3
+    assert shared([audio], out, 0, 2) == (0, 1)
+    assert contents(out) == contents(tmp_path / "one") and len(contents(out)) == 4
+    for rank, world_size in ((0, 1), (0, 3), (1, 3), (2, 3)):
+        assert shared([audio], out, rank, world_size) == (0, 0)
+    (audio / "b.flac").unlink()
+    soundfile.write(audio / "b.flac", melody(["sol"], 0.2), RATE)
+    assert [shared([audio], out, rank, 2)[1] for rank in (0, 1, 0, 1)] == [0, 1, 0, 0]
+    assert (out / "b.txt").read_text() == "sol\n"
+
+
+def test_standard_outputs_of_several_processes_are_that_of_one(audio, capsys):
+    def lines(rank, world_size):
+        share = Share(rank, world_size)
+        transcribe_all(Inputs([audio], share=share), Listener(), SegmentOptions(), Output(share=share))
+        return capsys.readouterr().out.splitlines()
+
+    assert sorted([*lines(0, 2), *lines(1, 2)]) == sorted(lines(0, 1))
+
+
+def test_what_another_process_has_written_meanwhile_stays(days, tmp_path, capsys):
+    class Slow(Listener):
+        def __call__(self, batches):
+            for found in super().__call__(batches):
+                (tmp_path / "out").mkdir()
+                (tmp_path / "out/rec001.txt").write_text("of another\n")
+                yield found
+
+    assert shared([days[0] / "rec001.wav"], tmp_path / "out", 0, 2, Slow()) == (1, 1)
+    assert "rec001.txt has been written meanwhile, by another process" in capsys.readouterr().err
+    assert (tmp_path / "out/rec001.txt").read_text() == "of another\n"

@@ -19,7 +19,7 @@ from pathlib import Path
 from speechllm.data.manifests.headers import audio_seconds, command_seconds
 from speechllm.data.manifests.lines import numbered_lines
 from speechllm.data.manifests.nemo import AUDIO_COMMAND, CHANNEL_OF_SEVERAL
-from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, explain
+from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, explain, is_url
 
 _CHANNELS = "reco2file_and_channel"
 _TABLES = ("wav.scp", "text", "utt2spk", "utt2lang", "utt2dur", "reco2dur", _CHANNELS)
@@ -35,7 +35,13 @@ def kaldi_files(folder: Path) -> list[Path]:
     """
     if not (folder / "wav.scp").is_file():
         raise ManifestError(f"{folder / 'wav.scp'}: no such file; a Kaldi data directory must have it")
-    return [folder / name for name in (*_TABLES, "segments") if (folder / name).is_file()]
+    return [path for name in (*_TABLES, "segments") if (path := _path(folder, name)).is_file()]
+
+
+def _path(folder: Path, name: str) -> Path:
+    """Where a table is: FunASR calls the texts text.txt."""
+    path = folder / name
+    return folder / "text.txt" if name == "text" and not path.is_file() else path
 
 
 def kaldi_objects(folder: Path) -> Iterator[tuple[str, dict | ManifestError]]:
@@ -46,8 +52,8 @@ def kaldi_objects(folder: Path) -> Iterator[tuple[str, dict | ManifestError]]:
     tables: Tables = {}
     for name in _TABLES:
         tables[name] = {}
-        if (folder / name).is_file():
-            yield from _read_table(folder / name, tables[name])
+        if (path := _path(folder, name)).is_file():
+            yield from _read_table(path, tables[name])
     tables[_CHANNELS] = _channels_from_zero(tables[_CHANNELS])
     has_segments = (folder / "segments").is_file()
     waiting = set(tables["wav.scp"])
@@ -65,9 +71,9 @@ def kaldi_objects(folder: Path) -> Iterator[tuple[str, dict | ManifestError]]:
 def texts_without_audio(folder: Path) -> Iterator[tuple[str, str]]:
     """FILE:LINE and complaint about each line of `text` that no audio belongs to, by `segments` or `wav.scp`."""
     table = folder / ("segments" if (folder / "segments").is_file() else "wav.scp")
-    if (folder / "text").is_file():
+    if (texts := _path(folder, "text")).is_file():
         utterances = {line.split(maxsplit=1)[0] for _, line in numbered_lines(str(table))}
-        for where, line in numbered_lines(str(folder / "text")):
+        for where, line in numbered_lines(str(texts)):
             if (name := line.split(maxsplit=1)[0]) not in utterances:
                 yield where, f"{name.decode(errors='replace')} has a text, and no audio in {table.name}"
 
@@ -144,7 +150,7 @@ def _audio(recording: bytes, tables: Tables) -> dict[str, str]:
         raise ValueError(f"wav.scp has no audio of {_shown(recording)}")
     if re.search(r"\.ark:\d+$", where):
         raise ValueError(f"wav.scp: {where} is inside a Kaldi archive; unpack it with wav-copy")
-    return {"audio_filepath": os.path.abspath(where)}
+    return {"audio_filepath": where if is_url(where) else os.path.abspath(where)}
 
 
 def _recording_seconds(recording: bytes, tables: Tables) -> float:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from lhotse.serialization import open_best
 
-from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, explain, is_remote
+from speechllm.data.manifests.remote import local_copy
+from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, explain, is_remote, is_url
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -29,8 +30,8 @@ _OTHER_FORMATS = (
     (b"\x04\x22\x4d\x18", "compressed with lz4", "unpack it with lz4 -d, or compress it with gzip"),
     (b"7z\xbc\xaf", "a 7z archive", "unpack it"),
     (b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack it, or save it as JSON lines"),
-    (b"PAR1", "a Parquet file", "write its rows as JSON lines"),
-    (b"ARROW1", "an Arrow file", "write its rows as JSON lines"),
+    (b"PAR1", "a Parquet file", "call it .parquet, or say kind: parquet"),
+    (b"ARROW1", "an Arrow file", "call it .arrow, or say kind: arrow"),
     (b"SQLite format 3", "an SQLite database", "write its rows as JSON lines"),
     (b"\xff\xfe", "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8"),
     (b"\xfe\xff", "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8"),
@@ -83,12 +84,14 @@ def is_compressed(path: str) -> bool:
 
 
 def open_lines(path: str) -> BinaryIO:
-    """A file, unpacked if it is compressed with gzip, or what lhotse reads from a URL or a command.
+    """A file, or a copy of one at a URL, unpacked if it is compressed with gzip; or what lhotse reads from a command.
 
     A file is open only while a block of it is read: of thousands of manifests that are read side by side, none takes
     one of the 1,024 descriptors that a process usually has.
     """
-    if is_remote(path):
+    if is_url(path):
+        path = str(local_copy(path))
+    elif is_remote(path):
         return open_best(path, "rb")
     file = cast(BinaryIO, io.BufferedReader(_Reopened(path), _BLOCK_BYTES))
     return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if is_compressed(path) else file
@@ -129,12 +132,17 @@ class _Reopened(io.RawIOBase):
         return count
 
 
-def _check_format(path: str) -> None:
+def check_is_text(path: str) -> bytes:
+    """How a file begins, unpacked; nothing of one that cannot be read: whoever reads it says what is wrong with it.
+
+    Raises:
+        ManifestError: it is no text; the message says what it is.
+    """
     try:
         with open_lines(path) as file:
             head = file.read(_HEAD_BYTES)
     except (OSError, EOFError, zlib.error):
-        return  # whoever reads it says what is wrong with it
+        return b""
     for magic, what, way_out in _OTHER_FORMATS:
         if head.startswith(magic):
             raise _not_lines(path, what, way_out)
@@ -142,6 +150,11 @@ def _check_format(path: str) -> None:
         raise _not_lines(path, "a tar file", "give the manifest of what is in it, and the tar file as tar_path")
     if b"\0" in head:
         raise _not_lines(path, "binary, or UTF-16 text", "save it as UTF-8: iconv -f UTF-16LE -t UTF-8")
+    return head
+
+
+def _check_format(path: str) -> None:
+    head = check_is_text(path)
     lines = [line.strip() for line in io.BytesIO(head.removeprefix(_BYTE_ORDER_MARK)) if not line.isspace()]
     if not lines:
         return
@@ -153,7 +166,7 @@ def _check_format(path: str) -> None:
     if not any(line.startswith((b"{", b"[")) for line in lines):
         for separator, name in ((b"\t", "a table with tabs (TSV)"), (b",", "a table with commas (CSV)")):
             if all(separator in line for line in lines[:2]):
-                raise _not_lines(path, name, "write its rows as JSON lines with audio_filepath, duration and text")
+                raise _not_lines(path, name, "call it .tsv or .csv, or say kind: table")
 
 
 def _not_lines(path: str, what: str, way_out: str) -> ManifestError:

@@ -1,14 +1,7 @@
-"""Manifests of every kind: lines to what planning needs of an utterance, or to lhotse cuts.
+"""Manifests of every kind (`kinds.py`): lines to what planning needs of an utterance, or to lhotse cuts.
 
-| kind | |
-|---|---|
-| nemo | JSON lines with `audio_filepath`, `duration`, ... (`nemo.py`); with `tar_path` NeMo's tarred form |
-| lhotse | cuts, `.jsonl` or `.jsonl.gz` |
-| shar | a directory of lhotse's Shar format (`shar.py`) |
-| kaldi | a Kaldi data directory (`kaldi.py`) |
-
-All are read one line at a time, and no audio file is opened, except by Kaldi directories that do not say how long their
-recordings are. A line that cannot be understood is an error that names file and line.
+All are read one line at a time, and no audio file is opened, except where nothing says how long the recordings are. A
+line that cannot be understood is an error that names file and line.
 """
 
 from __future__ import annotations
@@ -25,7 +18,9 @@ from lhotse.serialization import deserialize_item
 
 from speechllm.data.manifests.cuts import describe_cut, entry_of, settled_cut
 from speechllm.data.manifests.kaldi import kaldi_files, kaldi_objects, texts_without_audio
+from speechllm.data.manifests.kinds import kind_of, row_files, table_files, tar_files
 from speechllm.data.manifests.lines import existing_files, is_compressed, is_skipped, parse_line, used_lines
+from speechllm.data.manifests.messages import message_objects
 from speechllm.data.manifests.nemo import (
     HEADER_UNREAD,
     IS_SEGMENT,
@@ -36,6 +31,8 @@ from speechllm.data.manifests.nemo import (
     tarred_objects,
     with_full_path,
 )
+from speechllm.data.manifests.parquet import row_objects
+from speechllm.data.manifests.remote import local_copy
 from speechllm.data.manifests.shar import shar_objects, shar_shards
 from speechllm.data.manifests.source import (
     LINE_ERRORS,
@@ -47,11 +44,15 @@ from speechllm.data.manifests.source import (
     duration_of,
     explain,
     is_remote,
+    is_url,
+    is_url_of_shar,
 )
 from speechllm.data.manifests.supervisions import (
     part_of_json,
 )
+from speechllm.data.manifests.tables import durations_beside, table_objects
 from speechllm.data.manifests.tar import TAR
+from speechllm.data.manifests.webdataset import webdataset_objects
 
 __all__ = [
     "HEADER_UNREAD",
@@ -93,6 +94,14 @@ def iter_objects(source: SourceConfig) -> Iterator[tuple[str, dict | ManifestErr
         if source.text_field is not None or source.lang_field is not None:
             raise ManifestError(f"{source.path}: text_field and lang_field are not for Kaldi directories")
         return kaldi_objects(Path(source.path))
+    if kind in ("parquet", "arrow"):
+        return row_objects(row_files(source, kind), source)
+    if kind == "webdataset":
+        return webdataset_objects(tar_files(source), source)
+    if kind == "messages":
+        return message_objects(table_files(source), source)
+    if kind == "table":
+        return table_objects(table_files(source), source)
     return _line_objects(existing_files(source.path))
 
 
@@ -117,12 +126,12 @@ def is_plain(source: SourceConfig) -> bool:
 
 
 def manifest_files(source: SourceConfig) -> list[Path]:
-    """All files that a manifest consists of, those in which the audio is one by one aside.
+    """All files that a manifest consists of, those in which the audio is one by one aside; copies of those at URLs.
 
     Raises:
-        ManifestError: some are missing, or they are URLs.
+        ManifestError: some are missing, or they are commands, or URLs of tar files.
     """
-    if is_remote(source.path) or is_remote(source.tar_path or ""):
+    if is_url_of_shar(source.path) or is_remote(source.tar_path or ""):
         raise ManifestError(f"{source.path}: URLs and commands can only be read as streams, not line by line")
     kind = kind_of(source)
     if kind == "tarred":
@@ -132,28 +141,13 @@ def manifest_files(source: SourceConfig) -> list[Path]:
         return [Path(path) for shard in shar_shards(source) for path in shard.values()]
     if kind == "kaldi":
         return kaldi_files(Path(source.path))
-    return [Path(path) for path in existing_files(source.path)]
-
-
-def kind_of(source: SourceConfig) -> str:
-    """lines, tarred, shar or kaldi."""
-    if source.tar_path is not None:
-        return "tarred"
-    if source.kind in ("shar", "kaldi"):
-        return source.kind
-    if is_remote(source.path):
-        return "shar"
-    folder = Path(source.path)
-    if not folder.is_dir():
-        return "lines"
-    if source.kind == "auto":
-        if (folder / "wav.scp").is_file():
-            return "kaldi"
-        if any(folder.glob("cuts.*.jsonl*")):
-            return "shar"
-    raise ManifestError(
-        f"{folder}: a directory, with neither a wav.scp as Kaldi's have, nor cuts.*.jsonl.gz as those of lhotse Shar"
-    )
+    if kind in ("parquet", "arrow"):
+        return [Path(path) for path in row_files(source, kind)]
+    if kind == "webdataset":
+        return [Path(path) for path in tar_files(source)]
+    files = existing_files(source.path) if kind == "lines" else table_files(source)
+    here = [local_copy(path) if is_url(path) else Path(path) for path in files]
+    return here + (durations_beside(files) if kind == "table" else [])
 
 
 def describe(obj: dict, source: SourceConfig) -> Entry:

@@ -42,6 +42,7 @@ from speechllm.data.manifests.source import (
     field_at,
     hotwords_of,
     is_remote,
+    is_url,
     seconds_of,
     string_of,
     words_of,
@@ -236,7 +237,7 @@ def _audio_source(line: dict, source: SourceConfig) -> AudioSource:
         path = os.path.join(line[TAR]["recording"]["path"], line["audio_filepath"])
     else:
         path = audio_path(line["audio_filepath"], os.path.dirname(source.path))
-    return AudioSource(type="file", channels=[0], source=path)
+    return AudioSource(type="url" if is_url(path) else "file", channels=[0], source=path)
 
 
 def with_full_path(line: dict, folder: str) -> dict:
@@ -246,7 +247,11 @@ def with_full_path(line: dict, folder: str) -> dict:
     if not isinstance(path, str) or not isinstance(offset, (int, float)):
         return line  # an error when it is described
     name = _derived_id(path, offset) if line.get("id") is None else line["id"]
-    return line | {"id": name, "audio_filepath": os.path.abspath(audio_path(path, folder))}
+    return line | {"id": name, "audio_filepath": _absolute(audio_path(path, folder))}
+
+
+def _absolute(path: str) -> str:
+    return path if is_url(path) else os.path.abspath(path)
 
 
 @dataclass

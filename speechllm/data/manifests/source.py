@@ -19,7 +19,7 @@ from speechllm.text.normalize import check_steps, normalize_text
 # Words may begin and end so many seconds outside of the audio that a manifest says.
 _TIME_TOLERANCE = 0.1
 
-KINDS = ("auto", "nemo", "lhotse", "shar", "kaldi")
+KINDS = ("auto", "nemo", "lhotse", "shar", "kaldi", "parquet", "arrow", "table", "webdataset", "messages")
 
 # What people call the tasks: NeMo's manifests, and Canary's among them.
 _TASKS = {
@@ -59,13 +59,15 @@ def explain(error: Exception) -> str:
 class SourceConfig:
     """One manifest in the configuration.
 
-    `path`: a file, a Kaldi data or Shar directory, or a brace pattern of shards. `kind`: nemo, lhotse, shar or kaldi;
-    auto looks. `tar_path`: the tar shards of NeMo's tarred form. `weight`: the share of an epoch that is drawn from
-    this source, relative to the others; null in all of them: each utterance once. `lang`, `target_lang`, `task` (asr
-    or ast): of lines that do not say theirs. `channel`: which one to take of several; null averages them. `stream`:
-    read in order instead of by index, for data that cannot be read at random. Only streams may be URLs or `pipe:`
-    commands: the tar shards of NeMo, or a brace pattern of the cuts.*.jsonl.gz of Shar, with recording.*.tar beside
-    them. lhotse does not unpack what comes from commands: `| gzip -dcf` does, and passes tar files on as they are.
+    `path`: a file, a directory, a pattern of files with braces or `*`, a URL of JSON lines or a table, or a data set of
+    the Hugging Face Hub (OWNER/NAME[@REVISION][/FOLDER or pattern]). `kind`: nemo, lhotse, shar, kaldi, parquet, arrow,
+    table, webdataset or messages (see `speechllm.data.manifests.kinds`); auto looks. `tar_path`: the tar shards of
+    NeMo's tarred form. `weight`: the share of an epoch that is drawn from this source, relative to the others; null in
+    all of them: each utterance once. `lang`, `target_lang`, `task` (asr or ast): of lines that do not say theirs.
+    `channel`: which one to take of several; null averages them. `stream`: read in order instead of by index, for data
+    that cannot be read at random. Only streams may be `pipe:` commands, and have tar files at URLs: the tar shards of
+    NeMo, or a brace pattern of the cuts.*.jsonl.gz of Shar, with recording.*.tar beside them. lhotse does not unpack
+    what comes from commands: `| gzip -dcf` does, and passes tar files on as they are.
 
     `text_field`, `lang_field`: where the text, and the language of the speech, are, if not in `text` and `lang`: a
     field of the line, or of the supervision of a lhotse cut, with dots on the way to it (`custom.texts.0` in
@@ -98,9 +100,8 @@ class SourceConfig:
         self._require(self.task in (None, "asr", "ast"), "task", "is neither asr nor ast")
         is_index = isinstance(self.channel, int) and not isinstance(self.channel, bool) and self.channel >= 0
         self._require(self.channel is None or is_index, "channel", "is not the number of a channel, 0 or more")
-        for name in ("path", "tar_path"):
-            remote = is_remote(getattr(self, name) or "")
-            self._require(not remote or self.stream, name, "can only be read as a stream: set stream: true")
+        for name, needs_stream in (("path", is_url_of_shar(self.path)), ("tar_path", is_remote(self.tar_path or ""))):
+            self._require(not needs_stream or self.stream, name, "can only be read as a stream: set stream: true")
         try:
             check_steps(self.text)
         except ValueError as error:
@@ -166,13 +167,25 @@ class Entry:
 
 
 def is_remote(path: str) -> bool:
-    """Whether it is a URL or a `pipe:` command."""
-    return path.startswith("pipe:") or "://" in path
+    """Whether it is a URL or a `pipe:` command; not an id of the Hugging Face Hub, whose files are downloaded."""
+    return path.startswith("pipe:") or ("://" in path and not path.startswith("hf:"))
+
+
+def is_url(path: str) -> bool:
+    """Whether it is a URL; not a `pipe:` command."""
+    return is_remote(path) and not path.startswith("pipe:")
+
+
+def is_url_of_shar(path: str) -> bool:
+    """Whether it is a URL or command that can only be the cuts of a Shar directory, or one that tar files go with."""
+    return is_remote(path) and (not is_url(path) or os.path.basename(path).startswith("cuts."))
 
 
 def audio_path(path: str, folder: str) -> str:
     """Where a file is that a manifest in `folder` names: beside the manifest, or, if it is not there, from the current
     directory, as NeMo looks for it."""
+    if is_remote(path):
+        return path
     path = os.path.expanduser(path)
     beside = os.path.join(folder, path)
     if os.path.isabs(path) or os.path.exists(beside) or not os.path.exists(path):

@@ -1,4 +1,4 @@
-"""Manifests as streams: one pass in the order of the files, shards of tar files in random order.
+"""Manifests as streams: one pass in the order of the files, shards of tar and Parquet files in random order.
 
 Only streams may be URLs or commands, whose tar files are read once, from the beginning to the end.
 """
@@ -14,16 +14,23 @@ import numpy as np
 from lhotse.cut import Cut
 
 from speechllm.data.manifests.cuts import settled_cut
+from speechllm.data.manifests.headers import with_durations
+from speechllm.data.manifests.kinds import kind_of, row_files, tar_files
 from speechllm.data.manifests.lines import is_compressed
-from speechllm.data.manifests.manifest import cut_or_error, kind_of, manifest_cuts
+from speechllm.data.manifests.manifest import cut_or_error, manifest_cuts
 from speechllm.data.manifests.nemo import stream_tarred_shard, tar_shards, tarred_shard_objects
+from speechllm.data.manifests.parquet import table_rows
 from speechllm.data.manifests.shar import shar_shard_objects, shar_shards, stream_shar_shard
 from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, ShardError, SourceConfig, explain, is_remote
+from speechllm.data.manifests.tar import TAR, in_memory
+from speechllm.data.manifests.webdataset import webdataset_objects
+
+_ROW_FILES = ("parquet", "arrow")
 
 
 def has_shards(source: SourceConfig) -> bool:
-    """Whether it consists of tar shards, which a stream reads in random order."""
-    return kind_of(source) in ("tarred", "shar")
+    """Whether it consists of shards, which a stream reads in random order."""
+    return kind_of(source) in ("tarred", "shar", "webdataset", *_ROW_FILES)
 
 
 def stream_cuts(
@@ -57,7 +64,13 @@ def _shard_streams(
     source: SourceConfig,
 ) -> tuple[list[ManifestError], list[Callable[[], Iterator[Cut | ManifestError]]]]:
     """Lines that belong to no shard, and what opens the stream of each shard."""
-    if kind_of(source) == "tarred":
+    kind = kind_of(source)
+    if kind in _ROW_FILES:
+        return [], [partial(_cuts_of_rows, file, source) for file in row_files(source, kind)]
+    if kind == "webdataset":
+        objects = partial(webdataset_objects, source=source)
+        return [], [partial(_cuts_in_place, objects, [file], source) for file in tar_files(source)]
+    if kind == "tarred":
         found = tar_shards(source)
         streams: list[Callable[[], Iterator[Cut | ManifestError]]] = [
             partial(_cuts_in_place, tarred_shard_objects, shard, source)
@@ -107,6 +120,16 @@ def _cuts_in_memory(
     """
     for where, found in stream():
         yield found if source is None else _settled_or_error(where, found, source)
+
+
+def _cuts_of_rows(file: str, source: SourceConfig) -> Iterator[Cut | ManifestError]:
+    """The cuts of a Parquet or Arrow file, with the audio that is in it in memory."""
+    for where, line, audio in with_durations(table_rows(file, source, with_audio=True)):
+        found = line if isinstance(line, ManifestError) else cut_or_error(line, where, source)
+        if isinstance(found, Cut) and isinstance(audio, bytes) and TAR in (found.custom or {}):
+            found.recording = in_memory(found.recording, audio)
+            del found.custom[TAR]
+        yield found
 
 
 def _settled_or_error(where: str, found: Cut | ManifestError, source: SourceConfig) -> Cut | ManifestError:

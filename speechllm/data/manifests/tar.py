@@ -1,30 +1,43 @@
-"""Audio and features inside tar files: where they are, and reading them from there by seek."""
+"""Audio and features inside tar files, Arrow files and Parquet files: where they are, and reading them from there."""
 
 from __future__ import annotations
 
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import TypedDict
+from typing import TypedDict, final
 
 from lhotse import AudioSource, Recording, fastcopy
 from lhotse.cut import Cut
 from lhotse.cut.data import DataCut
 from lhotse.shar.utils import fill_shar_placeholder
 
+from speechllm.data.manifests.row_groups import read_row
 from speechllm.data.manifests.source import ManifestError
 
-# Custom field of cuts whose audio or features are members of tar files: {"recording": Member, "features": Member}.
+# Custom field of cuts whose audio or features are inside of other files: {"recording": Member, "features": Member}.
 TAR = "tar"
 
 
+@final
 class Member(TypedDict):
-    """Where the data of a member begin in the tar file `path`, and how many bytes they have."""
+    """Where the data of a member begin in the tar or Arrow file `path`, and how many bytes they have."""
 
     path: str
     name: str
     offset: int
     size: int
+
+
+@final
+class RowMember(TypedDict):
+    """The row of a row group in the Parquet file `path`, and the column of it that has the audio."""
+
+    path: str
+    name: str
+    row_group: int
+    row: int
+    column: str
 
 
 def forget_members(tar: tarfile.TarFile) -> None:
@@ -51,12 +64,14 @@ def scan_tar(path: str) -> Iterator[Member]:
         raise ManifestError(f"{path}: not a whole, uncompressed tar file ({error})") from error
 
 
-def read_member(member: Member) -> bytes:
+def read_member(member: Member | RowMember) -> bytes:
     """The data of a member.
 
     Raises:
-        OSError: the tar file is missing or ends too early.
+        OSError: the file is missing, ends too early or cannot be read.
     """
+    if "row_group" in member:
+        return read_row(member["path"], member["row_group"], member["row"], member["column"])
     with open(member["path"], "rb") as file:
         data = os.pread(file.fileno(), member["size"], member["offset"])
     if len(data) < member["size"]:
@@ -65,10 +80,10 @@ def read_member(member: Member) -> bytes:
 
 
 def with_tar_data(cut: Cut) -> Cut:
-    """The cut with its audio and features in memory, if they are members of tar files; else the cut itself.
+    """The cut with its audio and features in memory, if they are inside of other files; else the cut itself.
 
     Raises:
-        OSError: a tar file is missing or ends too early.
+        OSError: as of `read_member`.
     """
     members = (cut.custom or {}).get(TAR) if isinstance(cut, DataCut) else None
     if members is None:

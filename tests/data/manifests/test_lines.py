@@ -46,10 +46,11 @@ OTHERS = {
     "pretty.json": (json.dumps([LINE, LINE], indent=2).encode(), "a JSON array"),
     "array.jsonl.gz": (gzip.compress(json.dumps([LINE]).encode()), "a JSON array"),
     "one.json": (json.dumps({"data": [LINE]}, indent=2).encode(), "one JSON document over several lines"),
-    "m.csv": (b"audio_filepath,duration,text\nx.wav,1.0,a\n", r"a table with commas \(CSV\)"),
-    "m.tsv": (b"path\tsentence\nx.mp3\thello, you\n", r"a table with tabs \(TSV\)"),
+    "csv.txt": (b"audio_filepath,duration,text\nx.wav,1.0,a\n", r"a table with commas \(CSV\), .*call it .tsv or .csv"),
+    "tsv.txt": (b"path\tsentence\nx.mp3\thello, you\n", r"a table with tabs \(TSV\)"),
+    "m.tsv": ("path\tsentence\nx.mp3\thello\n".encode("utf-16"), "UTF-16 text"),
     "x.wav": (audio(), "an audio file"),
-    "m.parquet": (b"PAR1" + b"\x15" * 50, "a Parquet file"),
+    "rows": (b"PAR1" + b"\x15" * 50, "a Parquet file"),
 }
 
 
