@@ -19,7 +19,7 @@ FLOORS = [  # the ground first; packages on one floor do not know each other
     {"projector", "decode"},
     {"scoring", "transcribe"},
     {"model", "explore"},
-    {"train", "serve"},
+    {"train", "serve", "integrations"},
     {"cli"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
