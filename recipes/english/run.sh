@@ -36,7 +36,7 @@ install_speechllm english
 here=recipes/english data=recipes/english/data
 ctc=$here/exp-ctc$kind ctc_config=configs/english-ctc.yaml more=(--steel-sky --tuxpaint --flite)
 settings=() joint_settings=() llm_settings=()
-llm_size=6x256 level_steps=(750 600 1400) level_tokens=(768 1536 1536)  # of each level of the text
+llm_size=6x256 level_steps=(750 600 3300) level_tokens=(768 1536 1536)  # of each level of the text
 # bfloat16 is fast where the processor has matrix products of it, and slow where it has not
 if [ "$gpu" ] || grep -qs amx_bf16 /proc/cpuinfo; then
     settings+=(--train.mixed_precision bf16)
@@ -44,7 +44,7 @@ if [ "$gpu" ] || grep -qs amx_bf16 /proc/cpuinfo; then
 fi
 if [ "$gpu" ]; then
     settings+=(--data.num_workers 8 --data.max_duration 240)
-    llm_size=8x448 level_steps=(300 300 700) level_tokens=(8192 16384 16384)
+    llm_size=8x448 level_steps=(300 300 1000) level_tokens=(8192 16384 16384)
 fi
 if [ "$kind" ]; then
     ctc_config=configs/english-quick.yaml more=()

@@ -3,11 +3,13 @@
 import gzip
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 from rapidfuzz.distance import Levenshtein
 
+from speechllm.errors import UserError
 from speechllm.text.tokenizer import LexiconTokenizer, train_sentencepiece
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "english"
@@ -41,6 +43,24 @@ FORTUNES = """The one you chose was a good one.  Well!
 take any
 %
 """
+NOVELS = (
+    ["SENSE AND SENSIBILITY", "", "a good husband of your daughter"],
+    ["EMMA", "by Jane Austen", "", "she chose for", "your daughter.", "", "well of these"],
+)
+
+
+def of_r(strings):
+    """A vector of strings as R writes it: `serialize(strings, NULL)`."""
+    content = b"X\n" + bytes.fromhex("00000003 00040201 00030500 00000005") + b"UTF-8"
+    content += bytes.fromhex("00000010") + len(strings).to_bytes(4, "big")
+    for string in map(str.encode, strings):
+        content += bytes.fromhex("00040009") + len(string).to_bytes(4, "big") + string
+    return content
+
+
+def lazy_loaded(vectors):
+    packed = [(len(vector).to_bytes(4, "big"), zlib.compress(vector)) for vector in map(of_r, vectors)]
+    return b"".join(size + content for size, content in packed)
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +74,14 @@ def text(tmp_path_factory):
 def made(text, tmp_path):
     """The texts of each of the two files."""
     packages, corpus = tmp_path / "packages", tmp_path / "corpus"
-    for name in ("usr/share/games/fortunes", "usr/share/dictd"):
+    for name in ("usr/share/games/fortunes", "usr/share/dictd", "usr/lib/R/site-library/janeaustenr/data"):
         (packages / name).mkdir(parents=True)
     (packages / "usr/share/dictd/wn.dict.dz").write_bytes(gzip.compress(WORDNET.encode()))
     (packages / "usr/share/dictd/gcide.dict.dz").write_bytes(gzip.compress(GCIDE.encode()))
     (packages / "usr/share/games/fortunes/cookie").write_text(FORTUNES)
     (packages / "usr/share/games/fortunes/cookie.dat").write_bytes(bytes([255, 0]))
     (packages / "usr/share/games/fortunes/perl").write_text("take any one of these")
+    (packages / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").write_bytes(lazy_loaded(NOVELS))
     corpus.mkdir()
     transcripts = {"train": ["you", "take one"], "valid": ["of you"], "test": ["choose a good husband"], "other": []}
     for name, texts in transcripts.items():
@@ -76,14 +97,22 @@ def test_sentences_of_each_package(made):
         "take any one of these cards",
         "bathe in fiery floods",
         "the one you chose was a good one",
+        "she chose for your daughter",
     ]
     assert made["valid"] == ["of you"]
+
+
+def test_what_is_no_vector_of_strings_is_refused():
+    for content in (of_r(["a"])[:1] + b"?" + of_r(["a"])[2:], of_r(["a"]).replace(b"\0\0\0\x10", b"\0\0\0\x0d")):
+        with pytest.raises(UserError, match="no vector of strings as R writes it"):
+            prepare_text.strings_of_r(content)
+    assert prepare_text.strings_of_r(of_r(["caf\u00e9", ""])) == ["caf\u00e9", ""]
 
 
 def test_validation_is_a_share_of_all(text, tmp_path, made, monkeypatch):
     monkeypatch.setattr(prepare_text, "VALID_SHARE", 1)
     again = prepare_text.collect_text(tmp_path / "packages", tmp_path / "corpus", text)
-    assert again["train"] == ["you", "take one"] and len(again["valid"]) == 4
+    assert again["train"] == ["you", "take one"] and len(again["valid"]) == 5
 
 
 def test_readings_have_the_words_and_what_may_be_heard_of_them(tmp_path):
