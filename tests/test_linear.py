@@ -39,6 +39,17 @@ def test_product_and_its_gradients(shape, onednn, monkeypatch):
         assert product(x, weight).dtype == torch.bfloat16
 
 
+def test_a_product_keeps_what_a_gradient_needs(onednn, monkeypatch):
+    monkeypatch.setattr(linear, "_WORTH_TRAINING", 1)
+    for x_learns, weight_learns in ((True, False), (False, True)):
+        x, weight = torch.randn(7, 5, requires_grad=x_learns), torch.randn(4, 5, requires_grad=weight_learns)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda z, kept=kept: kept.append(z.data_ptr()) or z, lambda z: z):
+            out = product(x, weight)
+        assert set(kept) == {(weight if x_learns else x).data_ptr()}
+        out.sum().backward()
+
+
 def test_onednn_is_there():
     # should this fail with a new release of PyTorch, training on the CPU is slower, but still right
     linear.has_onednn.cache_clear()

@@ -7,7 +7,7 @@ that released checkpoints load as they are. All is a function of the inputs and 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from speechllm.errors import UserError
 from speechllm.linear import Linear, linear_cross_entropy, product
 from speechllm.llm.interface import IGNORE, TunableModel
+from speechllm.rwkv7.remade import Remade
 from speechllm.rwkv7.state import RWKV7State
 from speechllm.rwkv7.wkv import row_lengths, wkv7
 from speechllm.weights import meta_device
@@ -98,33 +99,59 @@ class _Rows:
         return prev.index_copy(0, self.rows, x.index_select(0, self.final))
 
 
+class _Shift:
+    """What token shift mixes: x (P, D) and x_{t-1} - x_t, with x_{-1} = prev (N, D) in each row."""
+
+    def __init__(self, x: Tensor, prev: Tensor, rows: _Rows):
+        self.x, self.prev, self.rows = x, prev, rows
+
+    @cached_property
+    def delta(self) -> Tensor:
+        x, first = self.x, self.rows.first
+        delta = torch.empty_like(x)
+        torch.sub(x[:-1], x[1:], out=delta[1:])
+        delta[first] = self.prev[self.rows.rows] - x[first]
+        return delta
+
+    def mixture(self, mix: Tensor) -> Tensor:
+        """mix (D,) or (M, 1, D) -> x_t + (x_{t-1} - x_t) * mix (P, D) or (M, P, D)"""
+        return torch.addcmul(self.x, self.delta, mix)
+
+
 class _TokenShift(torch.autograd.Function):
-    """x (P, D), prev (N, D), mixes (M, D) -> M tensors x_t + (x_{t-1} - x_t) * mix, with x_{-1} = prev in each row."""
+    """x (P, D), prev (N, D), mixes (M, D) -> a mixture (P, D) for each mix. Keeps x, as its mixtures are made again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, prev: Tensor, mixes: Tensor, rows: _Rows) -> tuple[Tensor, ...]:
-        delta = torch.empty_like(x)
-        torch.sub(x[:-1], x[1:], out=delta[1:])
-        delta[rows.first] = prev[rows.rows] - x[rows.first]
-        ctx.save_for_backward(delta, mixes)
-        ctx.rows, ctx.n = rows, len(prev)
-        return tuple(torch.addcmul(x, delta, mix) for mix in mixes)
+        ctx.save_for_backward(x, prev, mixes)
+        ctx.rows = rows
+        return _Shift(x, prev, rows).mixture(mixes.unsqueeze(1)).unbind()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        delta, mixes = ctx.saved_tensors
+        x, prev, mixes = ctx.saved_tensors
         d_x, d_delta = grads[0].clone(), grads[0] * mixes[0]
         for grad, mix in zip(grads[1:], mixes[1:], strict=True):
             d_x.add_(grad)
             d_delta.addcmul_(grad, mix)
-        d_mixes = torch.stack([(grad * delta).sum(0) for grad in grads]) if ctx.needs_input_grad[2] else None
+        d_mixes = None
+        if ctx.needs_input_grad[2]:
+            delta = _Shift(x, prev, ctx.rows).delta
+            d_mixes = torch.stack([(grad * delta).sum(0) for grad in grads])
         d_x.sub_(d_delta)
         first = ctx.rows.first
-        d_prev = d_delta.new_zeros(ctx.n, d_delta.shape[1]).index_copy_(0, ctx.rows.rows, d_delta[first])
+        d_prev = torch.zeros_like(prev).index_copy_(0, ctx.rows.rows, d_delta[first])
         d_delta[first] = 0
         d_x[:-1].add_(d_delta[1:])
         return d_x, d_prev, d_mixes, None
+
+
+def _token_shift(x: Tensor, prev: Tensor, mixes: Tensor, rows: _Rows, remade: Remade) -> tuple[Tensor, ...]:
+    """``_TokenShift``, whose mixtures no matrix product keeps."""
+    mixed = _TokenShift.apply(x, prev, mixes, rows)
+    again = _Shift(x.detach(), prev.detach(), rows)
+    return tuple(remade.add(y, partial(again.mixture, mix)) for y, mix in zip(mixed, mixes.detach(), strict=True))
 
 
 class _ReluSquared(torch.autograd.Function):
@@ -192,7 +219,7 @@ class TimeMix(nn.Module):
         """(6, D) how much of the previous position each input takes."""
         return torch.cat((self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)).flatten(1)
 
-    def project(self, mixed: tuple[Tensor, ...], v_first: Tensor | None) -> tuple[Tensor, ...]:
+    def project(self, mixed: tuple[Tensor, ...], v_first: Tensor | None, remade: Remade) -> tuple[Tensor, ...]:
         """Six mixtures (P, D) -> r, w, k, v, a, b (P, H, K) of the recurrence, gate, v_first (P, D)."""
 
         def low_rank(
@@ -214,35 +241,38 @@ class TimeMix(nn.Module):
             v_first = v
         else:
             mix = low_rank(xv, self.v1, self.v2, self.v0).sigmoid()
-            v = torch.lerp(v, v_first.to(v.dtype), mix.to(v.dtype))  # under autocast an adapter may give float32
+            # under autocast an adapter may give float32
+            v = remade(torch.lerp, v, v_first.to(v.dtype), mix.to(v.dtype))
         r, w, k, v, rate, k_k, k_a = (
             x.unflatten(-1, (-1, self.head_size)) for x in (r, w, k, v, rate, self.k_k.view(-1), self.k_a.view(-1))
         )
-        a = F.normalize(k * -k_k, dim=-1)
-        k = k * torch.addcmul(1 - k_a, rate, k_a)
-        return r, w, k, v, a, (a * rate).neg_(), gate, v_first
+        a = F.normalize(remade(torch.mul, k, -k_k), dim=-1)
+        b = remade(lambda a, rate: (a * rate).neg_(), a, rate)
+        k = k * remade(torch.addcmul, 1 - k_a, rate, k_a)
+        return r, w, k, v, a, b, gate, v_first
 
-    def combine(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    def combine(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, remade: Remade) -> Tensor:
         """The recurrence's (M, H, V) -> (M, D): normalized, with a direct path for each position, gated."""
-        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
-        return self.output((self.ln_x(y.flatten(1)) + bonus.flatten(1)) * gate)
+        bonus = (remade(torch.mul, r, k) * self.r_k).sum(-1, keepdim=True) * v
+        return self.output(remade(torch.mul, self.ln_x(y.flatten(1)) + bonus.flatten(1), gate))
 
     def forward(
-        self, x: Tensor, prev: Tensor, v_first: Tensor | None, wkv: Tensor, rows: _Rows, backend: str
+        self, x: Tensor, prev: Tensor, v_first: Tensor | None, wkv: Tensor, rows: _Rows, backend: str, remade: Remade
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (P, D), prev (N, D), wkv (N, H, V, K) -> out (P, D), v_first (P, D), wkv."""
-        mixed = _TokenShift.apply(x, prev, self.mixes(), rows)
-        *rwkvab, gate, v_first = self.project(mixed, v_first)
+        mixed = _token_shift(x, prev, self.mixes(), rows, remade)
+        *rwkvab, gate, v_first = self.project(mixed, v_first, remade)
         r, _, k, v, _, _ = rwkvab
         shape, borders = (rows.shape, None) if rows.shape is not None else ((1, len(x)), rows.cu_seqlens)
         inputs = (z.unflatten(0, shape) for z in rwkvab)
         y, wkv = partial(wkv7, state=wkv, backend=backend, cu_seqlens=borders)(*inputs)
-        return self.combine(y.flatten(0, 1), r, k, v, gate), v_first, wkv
+        return self.combine(y.flatten(0, 1), r, k, v, gate, remade), v_first, wkv
 
     def step(self, x: Tensor, prev: Tensor, v_first: Tensor | None, wkv: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """One position: x, prev (N, D), wkv (N, H, V, K) -> (N, D), v_first; the new wkv goes to ``out``."""
         mixed = torch.addcmul(x, prev - x, self.mixes().unsqueeze(1)).unbind()
-        r, w, k, v, a, b, gate, v_first = self.project(mixed, v_first)
+        remade = Remade(enabled=False)  # there is no backward pass
+        r, w, k, v, a, b, gate, v_first = self.project(mixed, v_first, remade)
         S, new = wkv.flatten(0, 1), out.view(-1, *out.shape[2:])
         r_, decay, k_, v_, a_, b_ = (z.flatten(0, 1).to(S.dtype) for z in (r, w.exp(), k, v, a, b))
         # S is read once, for S a and for S_t r = (S diag(w) + (S a) b^T + v k^T) r = S (w r) + (S a) (b r) + v (k r)
@@ -250,7 +280,7 @@ class TimeMix(nn.Module):
         columns, rows = torch.stack((read[..., 0], v_), dim=-1), torch.stack((b_, k_), dim=-2)
         torch.mul(S, decay.unsqueeze(-2), out=new).baddbmm_(columns, rows)
         y = read[..., 1] + (columns * torch.matmul(rows, r_.unsqueeze(-1)).mT).sum(-1)
-        return self.combine(y.view(v.shape).to(x.dtype), r, k, v, gate), v_first
+        return self.combine(y.view(v.shape).to(x.dtype), r, k, v, gate, remade), v_first
 
 
 class ChannelMix(nn.Module):
@@ -263,9 +293,9 @@ class ChannelMix(nn.Module):
         self.key = Linear(config.n_embd, hidden, bias=False)
         self.value = Linear(hidden, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, prev: Tensor, rows: _Rows, wanted: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, prev: Tensor, rows: _Rows, wanted: Tensor | None, remade: Remade) -> Tensor:
         """x (P, D), prev (N, D) -> (P, D), or (K, D) at the K ``wanted`` of the P positions."""
-        (mixed,) = _TokenShift.apply(x, prev, self.x_k.view(1, -1), rows)
+        (mixed,) = _token_shift(x, prev, self.x_k.view(1, -1), rows, remade)
         if wanted is not None:
             mixed = mixed.index_select(0, wanted)
         return self.value(_ReluSquared.apply(self.key(mixed)))
@@ -297,18 +327,26 @@ class Block(nn.Module):
         rows: _Rows,
         wanted: Tensor | None,
         backend: str,
+        keep_all: bool = False,
     ) -> tuple[Tensor, ...]:
-        """x, v_first (P, D) -> x (P, D), or (K, D) where ``wanted``; v_first; the layer's next state, three parts."""
+        """x, v_first (P, D) -> x (P, D), or (K, D) where ``wanted``; v_first; the layer's next state, three parts.
+
+        keep_all: whatever the backward pass needs, as where the whole block is computed again; else what is quickly
+        made is made again there.
+        """
         h = self.ln1(x)
         att_prev = att_prev.to(h.dtype)
-        out, v_first, wkv = self.att(h, att_prev, v_first, wkv, rows, backend)
+        with Remade(not keep_all) as remade:
+            out, v_first, wkv = self.att(h, att_prev, v_first, wkv, rows, backend, remade)
         att_last = rows.last(h, att_prev)
         x = x + out
         h = self.ln2(x)
         ffn_prev = ffn_prev.to(h.dtype)
         if wanted is not None:
             x = x.index_select(0, wanted)
-        return x + self.ffn(h, ffn_prev, rows, wanted), v_first, att_last, rows.last(h, ffn_prev), wkv
+        with Remade(not keep_all) as remade:
+            out = self.ffn(h, ffn_prev, rows, wanted, remade)
+        return x + out, v_first, att_last, rows.last(h, ffn_prev), wkv
 
 
 class RWKV7Loss(NamedTuple):
@@ -610,7 +648,7 @@ class RWKV7(TunableModel[RWKV7State]):
                 self.wkv_backend,
             )  # fmt: skip
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x, v_first, *layer = checkpoint(block, *arguments, use_reentrant=False)
+                x, v_first, *layer = checkpoint(block, *arguments, keep_all=True, use_reentrant=False)
             else:
                 x, v_first, *layer = block(*arguments)
             layers.append(layer)

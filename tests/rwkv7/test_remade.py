@@ -1,0 +1,97 @@
+"""What is made again in the backward pass: the same gradients, and less to keep."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from speechllm import linear
+from speechllm.rwkv7 import RWKV7, RWKV7Config
+from speechllm.rwkv7.model import Block
+from speechllm.rwkv7.remade import Remade
+
+from .small import small_model
+
+
+@pytest.fixture
+def keep_all(monkeypatch) -> Callable[[], None]:
+    """Makes every block keep all, as under ``checkpoint_blocks``."""
+    monkeypatch.setattr(linear, "_WORTH_TRAINING", 1)  # the products are those of a large model
+    forward = Block.forward
+
+    def switch() -> None:
+        monkeypatch.setattr(Block, "forward", lambda self, *inputs: forward(self, *inputs, keep_all=True))
+
+    return switch
+
+
+def gradients(model: RWKV7, lens: list[int], autocast: bool = False) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    ids, labels = torch.randint(model.vocab_size, (2, 2, 40))
+    labels[torch.arange(40) >= torch.tensor(lens)[:, None]] = -100
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model.loss(labels, ids, lens=torch.tensor(lens))[0].loss
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("lens", [[40, 40], [40, 7]])
+def test_gradients_are_those_of_tensors_that_were_kept(keep_all, lens, autocast):
+    model = small_model()
+    model.add_initial_state()
+    again = gradients(model, lens, autocast)
+    keep_all()
+    kept = gradients(model, lens, autocast)
+    assert again.keys() == kept.keys() == dict(model.named_parameters()).keys()
+    for name, grad in kept.items():
+        torch.testing.assert_close(again[name], grad, rtol=0, atol=0, msg=name)
+
+
+def test_gradients_of_adapters_over_a_frozen_model(keep_all):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = inject_adapter_in_model(
+        LoraConfig(r=4, target_modules=["receptance", "key", "value", "output"], init_lora_weights=False), small_model()
+    )
+    again = gradients(model, [40, 30])
+    keep_all()
+    kept = gradients(model, [40, 30])
+    assert again.keys() == kept.keys() and all("lora" in name for name in kept)
+    for name, grad in kept.items():
+        torch.testing.assert_close(again[name], grad, rtol=0, atol=0, msg=name)
+
+
+def kept_tensors(model: RWKV7, monkeypatch) -> float:
+    """How many tensors of the size of a layer's input each layer keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def count(x: Tensor) -> Tensor:
+        if not isinstance(x, nn.Parameter) and x.data_ptr() not in parameters:
+            kept[x.data_ptr()] = max(x.nbytes, kept.get(x.data_ptr(), 0))
+            alive.append(x)
+        return x
+
+    def count_what_is_left(self: Remade, x: Tensor):
+        packed = pack(self, x)
+        return count(packed) if isinstance(packed, Tensor) else packed
+
+    pack, alive = Remade._pack, []
+    parameters = {p.data_ptr() for p in model.parameters()}
+    monkeypatch.setattr(Remade, "_pack", count_what_is_left)
+    ids = torch.zeros(2, 256, dtype=torch.long)
+    with saved_tensors_hooks(count, lambda x: x):
+        model.loss(ids, ids)
+    c = model.config
+    return sum(kept.values()) / (c.n_layer * ids.numel() * c.n_embd * 4)
+
+
+def test_a_layer_keeps_little(keep_all, monkeypatch):
+    model = RWKV7(RWKV7Config(2, 128, 16))
+    remade = kept_tensors(model, monkeypatch)
+    keep_all()
+    assert remade <= 26  # among them the channel mix's activations, 4, and the recurrence's states and matrices, 2.6
+    assert kept_tensors(model, monkeypatch) >= remade + 11
