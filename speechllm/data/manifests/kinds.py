@@ -21,17 +21,26 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from speechllm.data.manifests.lines import check_is_text, expand_braces, numbered_lines, parse_line
-from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, SourceConfig, audio_path, is_url, is_url_of_shar
+from speechllm.data.manifests.lines import check_is_text, existing, expanded, numbered_lines, parse_line
+from speechllm.data.manifests.source import (
+    LINE_ERRORS,
+    ManifestError,
+    SourceConfig,
+    audio_path,
+    is_remote,
+    is_url,
+    is_url_of_shar,
+)
 from speechllm.hub import HubId, dataset_files, hub_id
 
 # The two names of what a line of messages consists of.
 MESSAGES = ("messages", "conversations")
-_ROW_FILES = ("parquet", "arrow")
+# Files of rows, by suffix.
+ROW_FILES = ("parquet", "arrow")
 # How deep they are in a folder: one of another kind may hold millions of files.
 _DEPTHS = ("", "*/", "*/*/")
 # What Dataset.save_to_disk writes beside its files.
@@ -83,11 +92,11 @@ def _kind_of_folder(folder: Path) -> str:
         return "arrow"
     if _metadata_in(folder) is not None:
         return "table"
-    for kind in _ROW_FILES:
+    for kind in ROW_FILES:
         if any(any(folder.glob(f"{depth}*.{kind}")) for depth in _DEPTHS):
             return kind
     if tables := sorted(path.name for path in folder.glob("*.tsv")):
-        raise ManifestError(f"{folder}: a directory with several tables; name one of them: {', '.join(tables)}")
+        raise ManifestError(f"{folder}: a directory with tables; name the one that is meant: {', '.join(tables)}")
     raise ManifestError(
         f"{folder}: a directory, with neither a wav.scp as Kaldi's have, nor cuts.*.jsonl.gz as those of lhotse Shar, "
         f"nor Parquet or Arrow files, nor {_METADATA[0]}"
@@ -102,7 +111,7 @@ def _kind_of_file(path: str) -> str:
     suffix = Path(path.removesuffix(".gz")).suffix
     if suffix in (".tsv", ".csv"):
         return "table"
-    if suffix.removeprefix(".") in _ROW_FILES:
+    if suffix.removeprefix(".") in ROW_FILES:
         return suffix.removeprefix(".")
     if suffix == ".tar":
         return "webdataset"
@@ -125,17 +134,6 @@ def _kind_of_file(path: str) -> str:
             raise
         # whoever reads it says what is wrong
     return "lines"
-
-
-def expanded(path: str) -> list[str]:
-    """The files that a path stands for: a brace pattern, or a pattern with `*`, or a file whose own name has these."""
-    if os.path.exists(path):
-        return [path]
-    found = []
-    for pattern in expand_braces(path):
-        has_magic = glob.has_magic(pattern) and not is_url(pattern)
-        found += sorted(glob.glob(pattern)) if has_magic else [pattern]
-    return found
 
 
 def table_files(source: SourceConfig) -> list[str]:
@@ -161,7 +159,7 @@ def row_files(source: SourceConfig, kind: str) -> list[str]:
     Raises:
         ManifestError: there are none; there are several sets.
     """
-    if is_url(source.path):
+    if is_remote(source.path):
         raise ManifestError(f"{source.path}: Parquet and Arrow files are read from disk; download them first")
     if (id := _dataset_id(source.path)) is not None:
         return _dataset_files(id)
@@ -182,18 +180,22 @@ def tar_files(source: SourceConfig) -> list[str]:
     """The tar files of a source: its path, or those that a list there names, beside it or from the current directory.
 
     Raises:
-        ManifestError: one is missing.
+        ManifestError: one is missing, or at a URL.
     """
     files = []
     for file in existing(source.path):
-        if file.endswith(".tar"):
-            files.append(file)
-            continue
-        for where, line in numbered_lines(file):
-            files.append(audio_path(line.decode(errors="replace").strip(), os.path.dirname(file)))
-            if not os.path.isfile(files[-1]):
-                raise ManifestError(f"{where}: no such tar file: {files[-1]}")
+        for where, tar in [(file, file)] if file.endswith(".tar") else _listed_tars(file):
+            if is_remote(tar):
+                raise ManifestError(f"{where}: tar files of this kind are read from disk; download {tar} first")
+            if not os.path.isfile(tar):
+                raise ManifestError(f"{where}: no such tar file: {tar}")
+            files.append(tar)
     return files
+
+
+def _listed_tars(file: str) -> Iterator[tuple[str, str]]:
+    for where, line in numbered_lines(file):
+        yield where, audio_path(line.decode(errors="replace").strip(), os.path.dirname(file))
 
 
 def _dataset_id(path: str) -> HubId | None:
@@ -257,16 +259,3 @@ def patterns_of(files: Iterable[str]) -> list[str]:
 def listed(names: Sequence[str]) -> str:
     """The first names, for errors."""
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
-
-
-def existing(path: str) -> list[str]:
-    """As `expanded`.
-
-    Raises:
-        ManifestError: one is missing, or there are none.
-    """
-    files = expanded(path)
-    missing = next((file for file in files if not is_url(file) and not os.path.isfile(file)), None if files else path)
-    if missing is not None:
-        raise ManifestError(f"{missing}: no such manifest file")
-    return files

@@ -1,7 +1,8 @@
-"""Files of JSON lines: brace patterns of them, lines with their numbers, and what a file is that is none."""
+"""Files of JSON lines: patterns of them, lines with their numbers, and what a file is that is none."""
 
 from __future__ import annotations
 
+import glob
 import gzip
 import io
 import json
@@ -9,7 +10,6 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from lhotse.serialization import open_best
@@ -60,17 +60,39 @@ def expand_braces(pattern: str) -> list[str]:
     return [pattern[: match.start()] + choice + rest for choice in choices for rest in rests]
 
 
-def existing_files(pattern: str) -> list[str]:
-    """The files of JSON lines that a brace pattern stands for; also that of a file whose own name has braces.
+def expanded(path: str) -> list[str]:
+    """The files that a path stands for: a pattern with braces or `*`, or a file whose own name has these."""
+    if os.path.exists(path):
+        return [path]
+    found = []
+    for pattern in expand_braces(path):
+        has_magic = glob.has_magic(pattern) and not is_remote(pattern)
+        found += sorted(glob.glob(pattern)) if has_magic else [pattern]
+    return found
+
+
+def existing(path: str) -> list[str]:
+    """As `expanded`.
+
+    Raises:
+        ManifestError: one is missing, or there are none.
+    """
+    files = expanded(path)
+    missing = next((file for file in files if not (is_remote(file) or os.path.isfile(file))), None if files else path)
+    if missing is not None:
+        raise ManifestError(f"{missing}: no such manifest file")
+    return files
+
+
+def existing_files(path: str) -> list[str]:
+    """The files of JSON lines that a path stands for (`expanded`).
 
     Raises:
         ManifestError: one of them does not exist, or is no such file; the message says what it is.
     """
-    files = [pattern] if Path(pattern).is_file() else expand_braces(pattern)
+    files = existing(path)
     for file in files:
         if not is_remote(file):
-            if not Path(file).is_file():
-                raise ManifestError(f"{file}: no such manifest file")
             _check_format(file)
     return files
 

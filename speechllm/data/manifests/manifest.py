@@ -18,7 +18,7 @@ from lhotse.serialization import deserialize_item
 
 from speechllm.data.manifests.cuts import describe_cut, entry_of, settled_cut
 from speechllm.data.manifests.kaldi import kaldi_files, kaldi_objects, texts_without_audio
-from speechllm.data.manifests.kinds import kind_of, row_files, table_files, tar_files
+from speechllm.data.manifests.kinds import ROW_FILES, kind_of, row_files, table_files, tar_files
 from speechllm.data.manifests.lines import existing_files, is_compressed, is_skipped, parse_line, used_lines
 from speechllm.data.manifests.messages import message_objects
 from speechllm.data.manifests.nemo import (
@@ -94,7 +94,7 @@ def iter_objects(source: SourceConfig) -> Iterator[tuple[str, dict | ManifestErr
         if source.text_field is not None or source.lang_field is not None:
             raise ManifestError(f"{source.path}: text_field and lang_field are not for Kaldi directories")
         return kaldi_objects(Path(source.path))
-    if kind in ("parquet", "arrow"):
+    if kind in ROW_FILES:
         return row_objects(row_files(source, kind), source)
     if kind == "webdataset":
         return webdataset_objects(tar_files(source), source)
@@ -102,13 +102,13 @@ def iter_objects(source: SourceConfig) -> Iterator[tuple[str, dict | ManifestErr
         return message_objects(table_files(source), source)
     if kind == "table":
         return table_objects(table_files(source), source)
-    return _line_objects(existing_files(source.path))
+    return _line_objects(existing_files(source.path), source)
 
 
-def _line_objects(files: list[str]) -> Iterator[tuple[str, dict | ManifestError]]:
+def _line_objects(files: list[str], source: SourceConfig) -> Iterator[tuple[str, dict | ManifestError]]:
     for path in files:
         for where, found in used_lines(path):
-            if len(files) > 1 and not isinstance(found, ManifestError):  # they may lie in several folders
+            if path != source.path and not isinstance(found, ManifestError):  # of a pattern, maybe in several folders
                 folder = os.path.dirname(path)
                 found = with_full_path(found, folder) if is_nemo(found) else _with_paths(found, folder)
             yield where, found
@@ -141,7 +141,7 @@ def manifest_files(source: SourceConfig) -> list[Path]:
         return [Path(path) for shard in shar_shards(source) for path in shard.values()]
     if kind == "kaldi":
         return kaldi_files(Path(source.path))
-    if kind in ("parquet", "arrow"):
+    if kind in ROW_FILES:
         return [Path(path) for path in row_files(source, kind)]
     if kind == "webdataset":
         return [Path(path) for path in tar_files(source)]

@@ -15,7 +15,7 @@ from lhotse.cut import Cut
 
 from speechllm.data.manifests.cuts import settled_cut
 from speechllm.data.manifests.headers import with_durations
-from speechllm.data.manifests.kinds import kind_of, row_files, tar_files
+from speechllm.data.manifests.kinds import ROW_FILES, kind_of, row_files, tar_files
 from speechllm.data.manifests.lines import is_compressed
 from speechllm.data.manifests.manifest import cut_or_error, manifest_cuts
 from speechllm.data.manifests.nemo import stream_tarred_shard, tar_shards, tarred_shard_objects
@@ -25,12 +25,10 @@ from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, ShardErr
 from speechllm.data.manifests.tar import TAR, in_memory
 from speechllm.data.manifests.webdataset import webdataset_objects
 
-_ROW_FILES = ("parquet", "arrow")
-
 
 def has_shards(source: SourceConfig) -> bool:
     """Whether it consists of shards, which a stream reads in random order."""
-    return kind_of(source) in ("tarred", "shar", "webdataset", *_ROW_FILES)
+    return kind_of(source) in ("tarred", "shar", "webdataset", *ROW_FILES)
 
 
 def stream_cuts(
@@ -65,7 +63,7 @@ def _shard_streams(
 ) -> tuple[list[ManifestError], list[Callable[[], Iterator[Cut | ManifestError]]]]:
     """Lines that belong to no shard, and what opens the stream of each shard."""
     kind = kind_of(source)
-    if kind in _ROW_FILES:
+    if kind in ROW_FILES:
         return [], [partial(_cuts_of_rows, file, source) for file in row_files(source, kind)]
     if kind == "webdataset":
         objects = partial(webdataset_objects, source=source)

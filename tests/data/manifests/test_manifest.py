@@ -201,6 +201,20 @@ def test_a_bad_line_is_named(line, message, tmp_path):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("pattern", ["*/m.jsonl", "[ab]/m.jsonl", "{a,b}/m.jsonl", "a*/m.jsonl"])
+def test_patterns_of_files_of_lines(pattern, tmp_path):
+    """The paths in each are against its own folder."""
+    folders = ["a", "b"] if pattern != "a*/m.jsonl" else ["a"]
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        lines = write_corpus(tmp_path / folder)
+        write_manifest(tmp_path / folder / "m.jsonl", lines)
+    found = [cut.recording.sources[0].source for cut in read_manifest(tmp_path / pattern)]
+    assert found == [str(tmp_path / folder / line["audio_filepath"]) for folder in folders for line in lines]
+    with pytest.raises(ManifestError, match="no such manifest file"):
+        read_manifest(tmp_path / "no*.jsonl")
+
+
 def test_a_stated_kind_must_be_that_of_the_lines(tmp_path):
     (cut,) = true_cuts(tmp_path, write_corpus(tmp_path, 1))
     for obj, kind in ((GOOD, "lhotse"), (cut.to_dict(), "nemo")):
