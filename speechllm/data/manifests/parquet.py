@@ -47,7 +47,7 @@ def row_objects(files: list[str], source: SourceConfig) -> Iterator[tuple[str, d
 
 def table_rows(path: str, source: SourceConfig, with_audio: bool = False) -> Iterator[Row]:
     """The rows of a file, with the contents of their audio `with_audio`, or where nothing says how long it is."""
-    import_pyarrow(path)
+    pyarrow = import_pyarrow(path)
     try:
         if ".parquet" in os.path.basename(path):
             yield from _parquet_rows(path, source, with_audio)
@@ -55,7 +55,7 @@ def table_rows(path: str, source: SourceConfig, with_audio: bool = False) -> Ite
             yield from _arrow_rows(path, source, with_audio)
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # pyarrow's are of several kinds
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         yield Row(path, ShardError(f"{path}: cannot be read to its end: {first}"))
 
@@ -152,8 +152,10 @@ def _names_and_places(column: Any, table: _Table, file: Any) -> tuple[list[str |
     nothing: list[Any] = [None] * len(column)
     if types.is_string(column.type) or types.is_large_string(column.type):
         return column.to_pylist(), nothing
-    contents = column.field("bytes") if table.is_struct else column
-    names = column.field("path").to_pylist() if table.is_struct else nothing
+    contents, names = column, nothing
+    if table.is_struct:
+        parts = dict(zip((field.name for field in column.type), column.flatten(), strict=True))  # null where all is
+        contents, names = parts["bytes"], parts["path"].to_pylist()
     offset_type = np.int64 if types.is_large_binary(contents.type) else np.int32
     _, offsets, data = contents.buffers()
     if data is None:

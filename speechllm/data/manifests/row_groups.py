@@ -7,6 +7,7 @@ Hugging Face datasets writes 100 utterances to a group.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from speechllm.data.manifests.source import DataError
+from speechllm.data.manifests.remote import fetch
+from speechllm.data.manifests.rows import AudioFinder
+from speechllm.data.manifests.source import DataError, is_url
 
 _BATCH_ROWS = 16
 _MOST_OPEN = 4
@@ -85,6 +88,7 @@ def read_row(path: str, group: int, number: int, column: str) -> bytes:
         OSError: it cannot be read; the file has changed.
     """
     key = (path, group, column)
+    pyarrow = import_pyarrow(path)
     with _lock:
         try:
             opened = _groups.pop(key, None)
@@ -92,9 +96,7 @@ def read_row(path: str, group: int, number: int, column: str) -> bytes:
             if opened is None or row is None:
                 opened = _Group(path, group, column)
                 row = opened.row(number)
-        except DataError:
-            raise
-        except Exception as error:  # pyarrow's are of several kinds
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise OSError(f"{path}: row {number} of row group {group} cannot be read: {error}") from error
         _groups[key] = opened
         while len(_groups) > _MOST_OPEN:
@@ -104,8 +106,9 @@ def read_row(path: str, group: int, number: int, column: str) -> bytes:
     audio = row.as_py()
     if isinstance(audio, dict):
         audio = audio["bytes"] if audio.get("bytes") is not None else audio.get("path")
-    if isinstance(audio, str):
-        return (Path(path).parent / audio).read_bytes()
+    if isinstance(audio, str):  # a file, as of a few rows among others
+        file = AudioFinder(os.path.dirname(path)).path(audio)
+        return fetch(file) if is_url(file) else Path(file).read_bytes()
     if not isinstance(audio, bytes):
         raise OSError(f"{path}: row {number} of row group {group} has no audio")
     return audio

@@ -291,6 +291,32 @@ def test_a_compressed_arrow_file_is_refused(lines, tmp_path):
         open_index(SourceConfig(str(tmp_path / "a.arrow")), folder=tmp_path / "index")
 
 
+@pytest.mark.parametrize("name", ["a.arrow", "a.parquet"])
+def test_a_row_without_audio_is_named_as_such(name, lines, tmp_path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    audio = [{"bytes": (tmp_path / lines[2]["audio_filepath"]).read_bytes(), "path": None}, None]
+    table = pa.table({"audio": pa.array(audio, type=kind), "text": ["one", "two"]})
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_stream(str(tmp_path / name), table.schema) as file:
+            file.write_table(table)
+    good, bad = (found for _, found in iter_objects(SourceConfig(str(tmp_path / name))))
+    assert good["text"] == "one" and str(bad) == f"{tmp_path / name}:row 2: audio: neither audio nor a path"
+
+
+def test_files_that_rows_name_are_found_whether_their_length_is_said_or_not(lines, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    row = {"audio": {"bytes": None, "path": lines[2]["audio_filepath"]}, "text": "one"}
+    for name, more in (("a", {}), ("b", {"duration": lines[2]["duration"]})):
+        schema = pa.Table.from_pylist([row | more]).schema.set(0, pa.field("audio", kind))
+        pq.write_table(pa.Table.from_pylist([row | more], schema=schema), tmp_path / f"rows/{name}.parquet")
+        (cut,) = read_manifest(tmp_path / f"rows/{name}.parquet")
+        assert np.array_equal(load_samples(cut), load_samples(true_cuts(tmp_path, lines)[2]))
+
+
 def test_texts_of_rows_are_references_for_scores(lines, tmp_path):
     write_form("parquet", tmp_path, lines)
     (path, *_) = sorted((tmp_path / "parquet").iterdir())
