@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speechllm.cli.options import (
+    MANIFEST_HELP,
     add_device_option,
     add_dtype_option,
     add_llm_weights_option,
@@ -46,8 +47,8 @@ def add_transcribe(commands: argparse._SubParsersAction) -> None:
         "inputs",
         nargs="+",
         metavar="FILE|DIR|MANIFEST|-",
-        help="audio files; folders, which are searched for them, links followed; manifests: NeMo JSON lines, lhotse "
-        "cuts, or a directory in Kaldi's or lhotse's Shar form; -: audio from standard input. URLs are not read",
+        help=f"audio files; folders, which are searched for them, links followed; manifests: {MANIFEST_HELP}; -: audio "
+        "from standard input. Of URLs, manifests and the audio that they name are read",
     )
     transcribe.add_argument("--model", required=True, type=Path, help="folder of a trained model")
     transcribe.add_argument("--language", help="language that is spoken, as a tag (en) or in English (English)")

@@ -44,7 +44,7 @@ AUDIO_SUFFIXES = (
 _HEADERLESS_SUFFIXES = (".raw", ".pcm", ".s16", ".sln", ".vox")
 _MANIFEST = re.compile(r"\.(jsonl|tsv|csv)(\.gz)?$|\.(json|list|parquet|arrow|tar)$")
 # What is in folders that are manifests; one with audio and a table of it is a folder of audio here.
-_IN_MANIFESTS = ("wav.scp", "cuts.*.jsonl*", "state.json", "*.parquet", "*.arrow")
+_IN_MANIFESTS = re.compile(r"wav\.scp|cuts\..*\.jsonl.*|state\.json|.*\.(parquet|arrow)", re.DOTALL)
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/+")  # a Path has one slash of two left
 
 
@@ -222,7 +222,7 @@ class Inputs:
             elif not os.fspath(path):
                 yield partial(_broken, "''", UserError("an empty name among the inputs"))
             elif is_manifest(path):
-                yield from self._manifest(Path(path))
+                yield from self._manifest(os.fspath(path))
             elif os.path.isdir(path):
                 yield from self._folder(os.fspath(path), common or os.fspath(path))
             else:
@@ -236,13 +236,10 @@ class Inputs:
 
     def _common_folder(self) -> str | None:
         """The folder that several files and folders are in."""
-        folders = {
-            os.path.dirname(os.path.abspath(path))
-            for path in self.paths
-            if path != STANDARD_INPUT and not is_manifest(path)
-        }
-        several = sum(path != STANDARD_INPUT and not is_manifest(path) for path in self.paths) > 1
-        return os.path.commonpath(folders) if several else None
+        if len(self.paths) < 2:  # whose names need not be looked up
+            return None
+        paths = [os.path.abspath(path) for path in self.paths if path != STANDARD_INPUT and not is_manifest(path)]
+        return os.path.commonpath(map(os.path.dirname, paths)) if len(paths) > 1 else None
 
     def _file(self, file: str, folder: str) -> AudioInput:
         name = os.path.relpath(os.path.abspath(file), os.path.abspath(folder))
@@ -287,9 +284,9 @@ class Inputs:
             self._warned.add(message)
             logger.warning("%s", message)
 
-    def _manifest(self, path: Path) -> Iterator[Callable[[], AudioInput]]:
+    def _manifest(self, path: str) -> Iterator[Callable[[], AudioInput]]:
         source = SourceConfig(
-            str(path),
+            path,
             lang=self.request.language,
             target_lang=self.request.target_language,
             task=self.task,
@@ -299,9 +296,9 @@ class Inputs:
             for where, found in iter_objects(source):
                 yield partial(self._line, where, found, source)
         except DataError as error:  # the manifest as a whole
-            yield partial(_broken, str(path), error)
+            yield partial(_broken, path, error)
         except (OSError, EOFError) as error:  # such as a compressed file that was cut off
-            yield partial(_broken, str(path), DataError(f"{path}: cannot be read on: {error}"))
+            yield partial(_broken, path, DataError(f"{path}: cannot be read on: {error}"))
 
     def _line(self, where: str, found: dict | DataError, source: SourceConfig) -> AudioInput:
         try:
@@ -344,7 +341,11 @@ def is_manifest(path: str | Path) -> bool:
     """Whether a path is a manifest, by its name, or by what is in the folder."""
     path = Path(path)
     if os.path.isdir(path):  # as opposed to Path.is_dir, False for a name that is too long
-        return any(file.is_file() for pattern in _IN_MANIFESTS for file in path.glob(pattern))
+        try:
+            with os.scandir(path) as found:
+                return any(_IN_MANIFESTS.fullmatch(file.name) and file.is_file() for file in found)
+        except OSError:  # whoever looks for audio in it says what is wrong
+            return False
     return bool(_MANIFEST.search(path.name))
 
 

@@ -24,12 +24,14 @@ from speechllm.files import replaced_file
 _TRIES = 3
 _WAIT_SECONDS = 1.0
 _TIMEOUT_SECONDS = 30.0
+# What a server answers that says nothing of what is asked for: it has too much to do, or is not reached behind another.
+_BUSY = (429, 502, 503, 504)
 # What the exceptions of requests, urllib3 and botocore are called that say that a server was not reached.
 _CONNECTION = ("Connect", "Timeout", "NameResolution", "Protocol", "IncompleteRead")
 
 
 class NoConnection(OSError):
-    """A server cannot be reached, which says nothing about the utterance."""
+    """A server cannot be reached, or is too busy, which says nothing about the utterance."""
 
 
 def cache_folder() -> Path:
@@ -38,10 +40,10 @@ def cache_folder() -> Path:
 
 
 def fetch(url: str) -> bytes:
-    """The contents of a URL. A connection that breaks is tried again.
+    """The contents of a URL. Where a connection breaks, or the server is too busy, it is tried again.
 
     Raises:
-        DataError: what opens it is not installed; the message has the command.
+        DataError: what opens it is not installed, and the message has the command; nothing opens such URLs.
         NoConnection: the server cannot be reached.
         OSError: it refuses.
     """
@@ -49,14 +51,15 @@ def fetch(url: str) -> bytes:
         try:
             with _opened(url) as file:
                 return file.read()
-        except (ImportError, NotImplementedError) as error:  # smart_open, or what it needs for this scheme
+        except NotImplementedError as error:  # of smart_open, which knows others
+            raise DataError(f"{url}: {_first_line(error)}") from error
+        except ImportError as error:  # smart_open, or what it needs for this scheme
             raise DataError(f"{url}: URLs need smart_open: pip install 'speechllm[remote]' ({error})") from error
         except Exception as error:  # each of its libraries has its own
-            names = " ".join(type(cause).__name__ for cause in _causes(error))
-            if not any(name in names for name in _CONNECTION):
+            if not any(map(_is_passing, _causes(error))):
                 raise OSError(f"{url}: {_first_line(error)}") from error
             if not left:
-                reason = f"no connection to {urlsplit(url).netloc}; is there a network?"
+                reason = f"no connection to {urlsplit(url).netloc}, or it is busy; is there a network?"
                 raise NoConnection(f"{url}: {reason} ({_first_line(error)})") from error
         time.sleep(_WAIT_SECONDS)
     raise AssertionError("the last try returns or raises")
@@ -92,6 +95,12 @@ def _causes(error: BaseException | None) -> list[BaseException]:
         causes.append(error)
         error = error.__cause__ or error.__context__
     return causes
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether another try may go better."""
+    response = getattr(error, "response", None)  # of requests; botocore tries again itself
+    return getattr(response, "status_code", None) in _BUSY or any(name in type(error).__name__ for name in _CONNECTION)
 
 
 def _first_line(error: Exception) -> str:

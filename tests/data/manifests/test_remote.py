@@ -15,6 +15,7 @@ from speechllm.data.audio_file import UtteranceError
 from speechllm.data.index import open_index
 from speechllm.data.manifests import remote
 from speechllm.data.manifests.manifest import describe_cut
+from speechllm.transcribe.inputs import Inputs
 from tests.data.conftest import write_manifest
 from tests.data.corpora import streamed, true_cuts, write_corpus, write_form
 
@@ -31,6 +32,9 @@ class Handler(SimpleHTTPRequestHandler):
             self.server.breaks -= 1
             self.close_connection = True
             return None
+        if self.server.busy:
+            self.server.busy -= 1
+            return self.send_error(503)
         return super().send_head()
 
 
@@ -38,7 +42,7 @@ class Handler(SimpleHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     """A server of `tmp_path`, also as the only server of S3, of which a folder is a bucket."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
-    server.asked, server.breaks = [], 0
+    server.asked, server.breaks, server.busy = [], 0, 0
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -133,6 +137,28 @@ def test_a_connection_that_breaks_is_tried_again(source, server):
     assert len(load_samples(cut)) == 4800
 
 
+def test_a_server_that_is_busy_is_asked_again_and_drops_no_line(server, lines, tmp_path):
+    written = [{"audio_filepath": f"{server.url}/bucket/{AUDIO}", "text": "x"}]
+    source = SourceConfig(str(write_manifest(tmp_path / "m.jsonl", written)))
+    server.busy = 3
+    with pytest.raises(DataError, match="no index can be made of it: .*busy.*503"):
+        open_index(source)
+    server.busy = 2
+    assert len(open_index(source)) == 1
+
+
+def test_a_manifest_at_a_url_is_transcribed(source, lines, tmp_path):
+    found = list(Inputs([source.path]))
+    assert [input.text for input in found] == [line["text"].strip() for line in lines]
+    true = load_samples(true_cuts(tmp_path / "bucket", lines)[2])
+    assert np.array_equal(np.concatenate(list(found[2].blocks([]))), true)
+
+
+def test_a_scheme_that_nothing_opens_is_named():
+    with pytest.raises(DataError, match="htps://host/m.jsonl: Unable to handle scheme 'htps'"):
+        read_manifest("htps://host/m.jsonl")
+
+
 def test_without_a_connection_an_utterance_is_left_out(source, unreachable):
     cut = next(iter(read_manifest(source)))
     unreachable()
@@ -190,7 +216,7 @@ def test_what_is_not_installed_is_named(module, path, server, lines, tmp_path, m
         load_samples(next(iter(read_manifest(path))))
 
 
-@pytest.mark.parametrize("path", ["https://host/rows.parquet", "s3://bucket/rows.arrow"])
-def test_parquet_at_urls_is_refused(path):
-    with pytest.raises(ManifestError, match="read from disk; download them first"):
+@pytest.mark.parametrize("path", ["https://host/rows.parquet", "s3://bucket/rows.arrow", "https://host/a.tar"])
+def test_parquet_and_webdataset_at_urls_is_refused(path):
+    with pytest.raises(ManifestError, match="read from disk; download "):
         read_manifest(path)
