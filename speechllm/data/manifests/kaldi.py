@@ -11,7 +11,6 @@ already, it is chosen only where there are several.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from speechllm.data.manifests.headers import audio_seconds, command_seconds
 from speechllm.data.manifests.lines import numbered_lines
 from speechllm.data.manifests.nemo import AUDIO_COMMAND, CHANNEL_OF_SEVERAL
-from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, explain, is_url
+from speechllm.data.manifests.source import LINE_ERRORS, ManifestError, absolute, explain
 
 _CHANNELS = "reco2file_and_channel"
 _TABLES = ("wav.scp", "text", "utt2spk", "utt2lang", "utt2dur", "reco2dur", _CHANNELS)
@@ -150,7 +149,7 @@ def _audio(recording: bytes, tables: Tables) -> dict[str, str]:
         raise ValueError(f"wav.scp has no audio of {_shown(recording)}")
     if re.search(r"\.ark:\d+$", where):
         raise ValueError(f"wav.scp: {where} is inside a Kaldi archive; unpack it with wav-copy")
-    return {"audio_filepath": where if is_url(where) else os.path.abspath(where)}
+    return {"audio_filepath": absolute(where)}
 
 
 def _recording_seconds(recording: bytes, tables: Tables) -> float:

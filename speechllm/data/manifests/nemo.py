@@ -36,6 +36,7 @@ from speechllm.data.manifests.source import (
     ManifestError,
     ShardError,
     SourceConfig,
+    absolute,
     audio_path,
     duration_of,
     explain,
@@ -247,11 +248,7 @@ def with_full_path(line: dict, folder: str) -> dict:
     if not isinstance(path, str) or not isinstance(offset, (int, float)):
         return line  # an error when it is described
     name = _derived_id(path, offset) if line.get("id") is None else line["id"]
-    return line | {"id": name, "audio_filepath": _absolute(audio_path(path, folder))}
-
-
-def _absolute(path: str) -> str:
-    return path if is_url(path) else os.path.abspath(path)
+    return line | {"id": name, "audio_filepath": absolute(audio_path(path, folder))}
 
 
 @dataclass

@@ -193,6 +193,11 @@ def audio_path(path: str, folder: str) -> str:
     return os.path.abspath(path)
 
 
+def absolute(path: str) -> str:
+    """A path that means the same from every directory; a URL as it is."""
+    return path if is_url(path) else os.path.abspath(path)
+
+
 def string_of(fields: dict, *names: str) -> str | None:
     """The first of the fields `names` that is not null.
 

@@ -1,11 +1,13 @@
 """What all kinds of manifests share: brace patterns, lines, and the checks of a source's configuration."""
 
+import argparse
 import subprocess
 
 import pytest
 
+from speechllm.cli.options import add_source_options
 from speechllm.data.manifests.lines import expand_braces, parse_line
-from speechllm.data.manifests.source import SourceConfig
+from speechllm.data.manifests.source import KINDS, SourceConfig
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,12 @@ def test_braces_of_nemo():
 def test_a_wrong_source_is_named_with_its_key(wrong):
     with pytest.raises(ValueError, match=f"source here.jsonl: {next(iter(wrong))}: "):
         SourceConfig("here.jsonl", **wrong)
+
+
+def test_the_commands_take_every_kind():
+    parser = argparse.ArgumentParser()
+    add_source_options(parser)
+    assert [parser.parse_args(["--kind", kind]).kind for kind in KINDS] == list(KINDS)
 
 
 def test_urls_are_for_streams():
