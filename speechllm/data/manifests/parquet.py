@@ -90,7 +90,8 @@ def _parquet_rows(path: str, source: SourceConfig, with_audio: bool) -> Iterator
     file = open_parquet(path)
     table = _table(path, file.schema_arrow, source, with_audio)
     audio, *others = table.columns.names
-    _warn_of_large_groups(path, file.metadata)
+    if not with_audio:  # else they are read in order
+        _warn_of_large_groups(path, file.metadata)
     wanted = [audio if table.reads_audio or not table.is_struct else f"{audio}.path", *others]
     number = 0
     for group in range(file.num_row_groups):
@@ -199,9 +200,8 @@ def _row(
                 line["id"] = name_without_suffix(file) + (f"-{number}" if name is None else "")
             member["name"] = f"row {number + 1}" if name is None else f"row {number + 1}, {file}"
             line |= {"audio_filepath": file, TAR: {"recording": member}}
-            audio = contents if contents is not None else b""
-            if table.reads_audio and contents is None:
-                audio = read_member(member)
+            is_needed = table.reads_audio or line.get("duration") is None
+            audio = read_member(member) if contents is None and is_needed else contents or b""
         return Row(where, line, audio)
     except LINE_ERRORS as error:
         return Row(where, ManifestError(f"{where}: {explain(error)}"))

@@ -55,4 +55,4 @@ def _row(where: str, parts: dict[str, Member], name: str, source: SourceConfig) 
         said |= {"text": read_member(parts["txt"]).decode().strip()}
     fields = fields_of(said, columns_of(said, source, audio=""))
     line = {"id": name} | fields | {"audio_filepath": audio["name"], TAR: {"recording": audio}}
-    return Row(where, line, b"" if "duration" in fields else read_member(audio))
+    return Row(where, line, read_member(audio) if fields.get("duration") is None else b"")

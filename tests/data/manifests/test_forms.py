@@ -83,6 +83,14 @@ def test_rows_with_durations_leave_the_audio_unread(form, lines, tmp_path, monke
         assert np.array_equal(load_samples(cut), load_samples(expected))
 
 
+@pytest.mark.parametrize("form", IN_ROWS)
+def test_a_row_that_says_no_duration_among_others_that_do(form, lines, tmp_path):
+    said = [line | {"duration": None if i % 2 else line["duration"]} for i, line in enumerate(lines)]
+    source = write_rows(form, tmp_path / "rows", tmp_path, said, durations=True)
+    for cuts in (list(read_manifest(source)), sorted(streamed(source)[0], key=lambda cut: cut.id)):
+        assert [facts(cut) for cut in cuts] == facts_of(lines)
+
+
 def test_rows_of_parquet_in_any_order(tmp_path):
     """Groups of more rows than are read at once, and fewer groups open than there are."""
     audio = [{"bytes": f"audio {i}".encode(), "path": None} for i in range(60)]
@@ -267,7 +275,9 @@ def test_columns_mean_what_their_names_say(row, settings, said, lines, tmp_path)
 
 def test_large_row_groups_are_warned_of(lines, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("speechllm.data.manifests.parquet._LARGE_GROUP_BYTES", 100)
-    list(read_manifest(write_form("parquet", tmp_path, lines)))
+    source = write_form("parquet", tmp_path, lines)
+    assert len(streamed(source)[0]) == 7 and not caplog.text  # that is the advice
+    list(read_manifest(source))
     assert "has row groups of 0 MB" in caplog.text and "row_group_size=100" in caplog.text
 
 
