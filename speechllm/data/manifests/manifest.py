@@ -32,7 +32,7 @@ from speechllm.data.manifests.nemo import (
     with_full_path,
 )
 from speechllm.data.manifests.parquet import row_objects
-from speechllm.data.manifests.remote import local_copy
+from speechllm.data.manifests.remote import NoConnection, local_copy
 from speechllm.data.manifests.shar import shar_objects, shar_shards
 from speechllm.data.manifests.source import (
     LINE_ERRORS,
@@ -173,7 +173,10 @@ def to_cut(obj: dict, source: SourceConfig) -> Cut:
         ValueError, KeyError, TypeError, AssertionError: (`LINE_ERRORS`) the object makes no sense.
     """
     if _is_nemo(obj, source):
-        return nemo_cut(obj, source)
+        try:
+            return nemo_cut(obj, source)
+        except NoConnection as error:  # one line of many, which an index, that is made once, must not lack: `describe`
+            raise ValueError(str(error)) from error
     members = obj.get(TAR)
     folder = source.path if os.path.isdir(source.path) else os.path.dirname(source.path)
     obj = _with_paths({name: value for name, value in obj.items() if name != TAR}, folder)

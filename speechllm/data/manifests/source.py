@@ -183,12 +183,12 @@ def is_url_of_shar(path: str) -> bool:
 
 def audio_path(path: str, folder: str) -> str:
     """Where a file is that a manifest in `folder` names: beside the manifest, or, if it is not there, from the current
-    directory, as NeMo looks for it."""
+    directory, as NeMo looks for it; never there if the folder is at a URL."""
     if is_remote(path):
         return path
     path = os.path.expanduser(path)
     beside = os.path.join(folder, path)
-    if os.path.isabs(path) or os.path.exists(beside) or not os.path.exists(path):
+    if os.path.isabs(path) or is_url(folder) or os.path.exists(beside) or not os.path.exists(path):
         return beside
     return os.path.abspath(path)
 

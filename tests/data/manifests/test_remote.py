@@ -154,6 +154,13 @@ def test_a_manifest_at_a_url_is_transcribed(source, lines, tmp_path):
     assert np.array_equal(np.concatenate(list(found[2].blocks([]))), true)
 
 
+def test_paths_in_a_manifest_at_a_url_are_beside_it(source, lines, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    write_corpus(tmp_path / "here", count=1)
+    monkeypatch.chdir(tmp_path / "here")
+    assert [cut.recording.sources[0].type for cut in read_manifest(source)] == ["url"] * len(lines)
+
+
 def test_a_scheme_that_nothing_opens_is_named():
     with pytest.raises(DataError, match="htps://host/m.jsonl: Unable to handle scheme 'htps'"):
         read_manifest("htps://host/m.jsonl")
@@ -172,6 +179,9 @@ def test_without_a_connection_no_index_is_made(server, unreachable, tmp_path):
     unreachable()
     with pytest.raises(DataError, match="m.jsonl: no index can be made of it: .*no connection to"):
         open_index(source)
+    cuts, errors = streamed(source)
+    assert not cuts and len(errors) == 2  # as of lines whose audio is missing
+    assert all("no connection to" in str(input.error) for input in Inputs([source.path]))
 
 
 def test_what_a_server_does_not_have_is_a_bad_line(server, lines, tmp_path):
