@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 # The Hub's conversions of data sets, and pull requests, are revisions with a slash.
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@(refs/convert/[\w.-]+|refs/pr/\d+|[\w.-]+))?(?:/(.+))?")
 _EXPLICIT = re.compile(r"hf:/+")  # a Path has one slash of two left
+# As in train-00000-of-00010.parquet.
+_SHARD = re.compile(r"(.*-)(\d+)(-of-(\d+)\..*)")
 # What ends so is the name of a file, not of a repository.
 _FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".gguf", ".model", ".json", ".yaml", ".yml", ".txt")
 # Weights in forms that nothing here reads, or reads as single files only.
@@ -110,13 +112,28 @@ def dataset_files(id: HubId, choose: Callable[[Sequence[str]], Sequence[str]]) -
 
     with _explained(id):
         names = _file_names(id, "dataset")
-        where: dict[str, Any] = {"revision": id.revision, "repo_type": "dataset", "local_files_only": names is None}
+        where: dict[str, Any] = {"revision": id.revision, "repo_type": "dataset"}
         if names is None:
-            folder = Path(snapshot_download(id.repo, **where))
-            names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-        chosen = choose(names)
-        folder = Path(snapshot_download(id.repo, allow_patterns=[glob.escape(name) for name in chosen], **where))
-        return [folder / name for name in chosen]
+            # with no file asked for: else it refuses where a part of the data set was downloaded
+            folder = Path(snapshot_download(id.repo, allow_patterns=[], local_files_only=True, **where))
+            cached = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+            chosen = choose(_with_other_shards(cached))
+        else:
+            chosen = choose(names)
+            folder = Path(snapshot_download(id.repo, allow_patterns=[glob.escape(name) for name in chosen], **where))
+    missing = next((name for name in chosen if not (folder / name).is_file()), None)
+    if missing is not None:
+        raise _not_there(id, f"the Hub cannot be reached, and {missing} is not in the cache")
+    return [folder / name for name in chosen]
+
+
+def _with_other_shards(names: Sequence[str]) -> list[str]:
+    """The names of files, and of all shards that they say there are: a cache may have some of them only."""
+    found = set(names)
+    shards = filter(None, map(_SHARD.fullmatch, names))
+    for begin, width, end, count in {(shard[1], len(shard[2]), shard[3], int(shard[4])) for shard in shards}:
+        found.update(f"{begin}{i:0{width}}{end}" for i in range(count))
+    return sorted(found)
 
 
 @contextlib.contextmanager

@@ -244,3 +244,15 @@ def test_data_sets_come_from_the_hub_and_then_from_the_cache(server, offline, tm
     assert [describe_cut(cut).text for cut in read_manifest("me/speech/clean")] == [x["text"].strip() for x in lines]
     with pytest.raises(ManifestError, match="me/else: is no path here; .*, and it is not in the cache"):
         read_manifest("me/else")
+
+
+def test_a_data_set_of_which_the_cache_has_a_part_is_not_taken_for_the_whole(server, offline, tmp_path):
+    lines = write_corpus(tmp_path)
+    write_rows("parquet", tmp_path / "repo", tmp_path, lines)
+    server.add("me/speech", tmp_path / "repo")
+    part = "me/speech/train-00000-of-*.parquet"
+    assert len(list(read_manifest(part))) == 3
+    offline()
+    assert len(list(read_manifest(part))) == 3
+    with pytest.raises(ManifestError, match="cannot be reached, and train-00001-of-00002.parquet is not in the cache"):
+        read_manifest("me/speech")
