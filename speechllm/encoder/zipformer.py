@@ -180,7 +180,7 @@ class AttentionWeights(nn.Module):
 def _by_key(by_offset: Tensor, t: int, s: int) -> Tensor:
     """Each query's row from where its first key is: (heads, N T, S + T - 1) -> (heads N, T, S), a view."""
     row = s + t - 1
-    if torch.jit.is_tracing():  # ONNX has no as_strided, whose gradient is the faster one
+    if torch._C._is_tracing():  # ONNX has no as_strided, whose gradient is the faster one
         rows = F.pad(by_offset, (0, 1)).reshape(-1, t * (row + 1))
         return rows[:, t - 1 : t - 1 + t * row].reshape(-1, t, row)[..., :s]
     return by_offset.as_strided((by_offset.numel() // (t * row), t, s), (t * row, row - 1, 1), t - 1)
