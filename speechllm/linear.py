@@ -50,7 +50,7 @@ def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()  # ONNX has no such operator
+        and not torch._C._is_tracing()  # ONNX has no such operator
         and x.numel() * weight.shape[0] >= (_WORTH_TRAINING if torch.is_grad_enabled() else _WORTH_A_CALL)
         and has_onednn()
     )
