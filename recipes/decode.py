@@ -138,11 +138,13 @@ def decode(
             loader.load_state_dict(loader.state_dict() | {"batches": part.batches})
             decode_set(name, model, recognizer, loader, config.data.text, part, (search, ctc_search))
             part.finish()
-    results = {name: together(paths) for name, paths in parts.items()}
-    if None in results.values():
-        print(f"rank {share.rank} of {share.world_size} is done; the one that finishes last writes the results")
-        return
-    report(exp_dir, model_dir, {name: found for name, found in results.items() if found is not None}, search)
+    results: dict[str, dict[str, list[Transcript]]] = {}
+    for name, paths in parts.items():
+        if (found := together(paths)) is None:
+            print(f"rank {share.rank} of {share.world_size} is done; the one that finishes last writes the results")
+            return
+        results[name] = found
+    report(exp_dir, model_dir, results, search)
     for path in itertools.chain(*parts.values()):
         path.unlink(missing_ok=True)
 

@@ -184,7 +184,7 @@ def novels(database: Path) -> Iterator[str]:
         title, *lines = strings_of_r(unpacking.decompress(packed[4:]))
         packed = unpacking.unused_data
         if title != _IN_TEST_SET:
-            yield from " ".join(lines).replace("  ", "\n").split("\n")
+            yield from " ".join(lines).split("  ")  # an empty line
 
 
 def strings_of_r(serialized: bytes) -> list[str]:

@@ -11,10 +11,11 @@ from speechllm.cli.options import positive
 def add_export(commands: argparse._SubParsersAction) -> None:
     export = commands.add_parser(
         "export",
-        help="encoder and CTC head as ONNX, as sherpa-onnx takes them",
+        help="encoder and CTC head as ONNX, as sherpa-onnx takes a Zipformer's",
         description="Write the encoder with its CTC head as DIR/model.onnx, and DIR/tokens.txt, with the names and "
-        "metadata of icefall's exported models: sherpa-onnx recognizes with them as they are. Without a CTC head it is "
-        "the encoder alone. Language models: tools/convert_rwkv.py. Needs pip install 'speechllm[onnx]'.",
+        "metadata of icefall's exported models: sherpa-onnx recognizes with those of a Zipformer as they are; a "
+        "Whisper's reads features that it does not compute. Without a CTC head it is the encoder alone. Language "
+        "models: tools/convert_rwkv.py. Needs pip install 'speechllm[onnx]'.",
     )
     export.add_argument("model", type=Path, metavar="MODEL", help="folder of a trained model")
     export.add_argument("output", type=Path, metavar="DIR", help="folder to write into")
@@ -35,7 +36,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         "was trained with)",
     )
     export.add_argument("--int8", action="store_true", help="also DIR/model.int8.onnx, matrix products in 8 bits")
-    export.add_argument("--overwrite", action="store_true", help="overwrite an existing model.onnx")
+    export.add_argument("--overwrite", action="store_true", help="overwrite what is in DIR of an earlier export")
     export.set_defaults(run=run_export)
 
 

@@ -457,15 +457,19 @@ class SpeechLoader:
         self._check_share()
 
     def largest_batches(self) -> Iterator[Batch | WaveformBatch]:
-        """Some batches as large as they get from this epoch on, the same on all ranks; where it is is not changed."""
+        """Some batches as large as they get from this epoch on, the same on all ranks; where it is is not changed.
+
+        With streams there are those and whole utterances: which of the two need more depends on model and loss.
+        """
+        # of the smallest chunks there are the most
+        kinds = [None] if self._streaming is None else [min(self._streaming.chunk_seconds), None]
         for plan in self._epochs.largest(self.epoch):
-            if self._streaming is not None:  # of the smallest chunks there are the most
-                plan = replace(plan, chunk_seconds=min(self._streaming.chunk_seconds))
-            batch, _, _ = self._dataset[plan]
-            if isinstance(batch, DataError):
-                raise batch
-            if batch is not None:
-                yield batch
+            for chunk_seconds in kinds:
+                batch, _, _ = self._dataset[replace(plan, chunk_seconds=chunk_seconds)]
+                if isinstance(batch, DataError):
+                    raise batch
+                if batch is not None:
+                    yield batch
 
     def _plans(self) -> Iterator[BatchPlan]:
         """What is left of the epoch, with the chunks of streams: they follow from the number of the batch."""

@@ -181,12 +181,10 @@ class CTCScorer:
 
     def start(self, utterance: int) -> CTCPrefix:
         log_probs = self._log_probs_of(utterance)
-        return self.restart(_Utterance(log_probs, _running_sum(log_probs[:, self._blank])))
-
-    def restart(self, utterance: _Utterance) -> CTCPrefix:
-        """The empty hypothesis of the utterance that another one is of."""
-        blanks = utterance.blanks
-        return CTCPrefix(utterance, None, torch.stack([blanks.new_full(blanks.shape, -math.inf), blanks], -1))
+        blanks = _running_sum(log_probs[:, self._blank])
+        return CTCPrefix(
+            _Utterance(log_probs, blanks), None, torch.stack([blanks.new_full(blanks.shape, -math.inf), blanks], -1)
+        )
 
     def score(self, states: Sequence[CTCPrefix], candidates: Tensor) -> Tensor:
         """The scores (R, C), float32, of appending each of `candidates` (R, C) to the hypothesis of its row."""

@@ -78,7 +78,7 @@ class CTCWords:
 
     def read(self, texts: Sequence[tuple[SaidWords, tuple[str, ...]]]) -> list[tuple[float, SaidWords]]:
         """See `speechllm.decode.word_scorer.WordModel`."""
-        unread = {(before, words): before for before, words in texts if words and words not in before.following}
+        unread = dict.fromkeys((before, words) for before, words in texts if words and words not in before.following)
         found, walks = [], []
         for before, words in unread:
             text = before.text
@@ -87,7 +87,7 @@ class CTCWords:
                     text = _text_before(text, word) + word
             pieces = self._pieces_of(text)
             found.append((text, pieces))
-            walks.append(_walk(before, [*pieces, _END_PIECE] if words[-1] == END else pieces))
+            walks.append(_rest(before, [*pieces, _END_PIECE] if words[-1] == END else pieces))
         for (before, words), (text, pieces), end in zip(unread, found, self._walk(walks), strict=True):
             before.following[words] = SaidWords(text, pieces, before.start, end)
         read = [before.following[words] if words else before for before, words in texts]
@@ -100,7 +100,7 @@ class CTCWords:
         unknown = [(said, word) for said, word in dict.fromkeys(texts) if word and word not in said.expected]
         beginnings = [self._beginnings_of(_text_before(said.text, word), word) for said, word in unknown]
         walks = [
-            _walk(said, pieces) for (said, _), of_word in zip(unknown, beginnings, strict=True) for pieces in of_word
+            _rest(said, pieces) for (said, _), of_word in zip(unknown, beginnings, strict=True) for pieces in of_word
         ]
         ends = iter(self._walk(walks))
         for (said, word), of_word in zip(unknown, beginnings, strict=True):
@@ -132,7 +132,7 @@ class CTCWords:
         candidates = [[*pieces, *[_END_PIECE] * (most - len(pieces))] for pieces in new.values()]
         scores = self._scorer.score(prefixes, torch.tensor(candidates, device=prefixes[0].forward.device)).tolist()
         for (before, pieces), of_pieces in zip(new.items(), scores, strict=True):
-            for piece, score in zip(pieces, of_pieces, strict=False):
+            for piece, score in zip(pieces, of_pieces, strict=False):  # behind them is padding
                 before.following[piece] = _Said(before, piece, before.log_prob + score)
 
     def _advance(self, nodes: Sequence[_Said]) -> None:
@@ -148,7 +148,7 @@ def _text_before(text: str, word: str) -> str:
     return text if together else f"{text} "
 
 
-def _walk(said: SaidWords, pieces: list[int]) -> tuple[_Said, list[int]]:
-    """Where to walk from, and which pieces."""
+def _rest(said: SaidWords, pieces: list[int]) -> tuple[_Said, list[int]]:
+    """Those of `pieces` that are not said yet, and the node behind what is; all, from the start, if it is another."""
     known = len(said.pieces)
     return (said.end, pieces[known:]) if pieces[:known] == said.pieces else (said.start, pieces)

@@ -75,30 +75,32 @@ class WordScorer:
             for state, row in zip(states, candidates.tolist(), strict=True)
         ]
         # Many candidates of a row end the same word, or none.
-        keys = list(dict.fromkeys((row, *text) for row, of_row in enumerate(asked) for text in of_row))
-        texts = [(states[row], words, word) for row, words, word in keys]
-        scores = {
-            key: score + expected - state.expected
-            for key, (state, _, _), (score, _, expected) in zip(keys, texts, self._read(texts), strict=True)
-        }
-        rows = [[scores[row, words, word] for words, word in of_row] for row, of_row in enumerate(asked)]
-        return torch.tensor(rows, dtype=torch.float32, device=candidates.device)
+        ended = list(dict.fromkeys((row, words) for row, of_row in enumerate(asked) for words, _ in of_row))
+        read = dict(
+            zip(ended, self._model.read([(states[row].model_state, words) for row, words in ended]), strict=True)
+        )
+        begun = list(dict.fromkeys((row, *text) for row, of_row in enumerate(asked) for text in of_row))
+        after = [(read[row, words][1], word) for row, words, word in begun]
+        expected = dict(zip(begun, self._model.expect(after), strict=True))
+        scores = [
+            [read[row, words][0] + expected[row, words, word] - states[row].expected for words, word in of_row]
+            for row, of_row in enumerate(asked)
+        ]
+        return torch.tensor(scores, dtype=torch.float32, device=candidates.device)
 
     def advance(self, states: Sequence[WordScorerState], tokens: Sequence[int]) -> list[WordScorerState]:
         """The hypotheses with one token more each."""
         appended = [self._append(state, token) for state, token in zip(states, tokens, strict=True)]
-        read = self._read([(state, words, word) for state, (words, word, _) in zip(states, appended, strict=True)])
+        read = self._model.read(
+            [(state.model_state, words) for state, (words, _, _) in zip(states, appended, strict=True)]
+        )
+        after = [(model_state, word) for (_, model_state), (_, word, _) in zip(read, appended, strict=True)]
         return [
             WordScorerState(model_state, word, expected, pending)
-            for (_, model_state, expected), (_, word, pending) in zip(read, appended, strict=True)
+            for (model_state, word), expected, (_, _, pending) in zip(
+                after, self._model.expect(after), appended, strict=True
+            )
         ]
-
-    def _read(self, texts: Sequence[tuple[WordScorerState, tuple[str, ...], str]]) -> list[tuple[float, Any, float]]:
-        """Of each state, the words that are read after it, and the word that is begun then: the log probability of the
-        words, the model's state behind them, and what is expected of the word."""
-        read = self._model.read([(state.model_state, words) for state, words, _ in texts])
-        after = [(model_state, word) for (_, model_state), (_, _, word) in zip(read, texts, strict=True)]
-        return [(*found, expected) for found, expected in zip(read, self._model.expect(after), strict=True)]
 
     def _append(self, state: WordScorerState, token: int) -> tuple[tuple[str, ...], str, tuple[int, ...]]:
         """The words that end with `token`, the one that has begun then, and the tokens that end inside a character."""

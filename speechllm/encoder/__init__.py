@@ -2,7 +2,8 @@
 
 from speechllm.encoder.pretrained import init_from_data, load_encoder, save_encoder
 from speechllm.encoder.whisper import WhisperEncoder, WhisperEncoderConfig
-from speechllm.encoder.zipformer import Zipformer, ZipformerConfig
+from speechllm.encoder.zipformer import Zipformer
+from speechllm.encoder.zipformer_config import ZipformerConfig
 
 __all__ = [
     "WhisperEncoder",

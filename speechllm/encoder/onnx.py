@@ -41,6 +41,7 @@ def export_onnx(encoder: Zipformer | WhisperEncoder, head: nn.Linear | None, pat
     (N, T', V) float32 and log_probs_len (N,) int64; without a head encoder_out (N, T', D) and encoder_out_lens.
 
     Args:
+        encoder: on the CPU, in float32; it is in evaluation mode afterwards.
         head: of CTC, (D) to (V); None for the encoder alone. The blank is class 0 in the file, whatever its place here
             (the last): see `blank_first`.
 
@@ -75,7 +76,7 @@ def export_streaming_onnx(
     metadata has W as `T`, and how many frames later the next chunk begins as `decode_chunk_len`.
 
     Args:
-        head: see `export_onnx`.
+        encoder, head: see `export_onnx`.
         chunk_size, left_context_frames: see `Zipformer.initial_state`.
 
     Raises:

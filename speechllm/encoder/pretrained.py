@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from speechllm.encoder import subsampling
 from speechllm.encoder.scaling import swoosh_r
 from speechllm.encoder.whisper import WRAPPERS, WhisperEncoder, WhisperEncoderConfig
-from speechllm.encoder.zipformer import Zipformer, ZipformerConfig
+from speechllm.encoder.zipformer import Zipformer
+from speechllm.encoder.zipformer_config import ZipformerConfig
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
 from speechllm.hub import local_path

@@ -29,6 +29,8 @@ def export_model(
     in it, nor further encoders.
 
     Args:
+        model: on the CPU, in float32.
+        folder: to write into; what an earlier export left there is replaced, or removed where it would not fit.
         streaming: chunk by chunk; else whole utterances.
         chunk_size, left_context_frames: of streams, in frames of 20 ms; see `Zipformer.initial_state`.
         int8: also `model.int8.onnx`, with the matrix products in 8 bits.
@@ -50,9 +52,12 @@ def export_model(
     else:
         raise UserError("--streaming: the encoder is a Whisper, which has to hear all before it says anything")
     files = [path]
+    quantized = path.with_name("model.int8.onnx")
     if int8:
-        files.append(path.with_name("model.int8.onnx"))
-        quantize_onnx(path, files[-1])
+        files.append(quantized)
+        quantize_onnx(path, quantized)
+    else:
+        quantized.unlink(missing_ok=True)  # of an earlier export: not of this model and its tokens.txt
     if model.ctc_head is not None:
         files.append(path.with_name("tokens.txt"))
         with replaced_file(files[-1]) as tmp:

@@ -434,8 +434,8 @@ class SpeechLLM(SpeechModel):
         lens = audio_lens[rows]
         texts = [label[:-1] if end else label for label, end in zip(flat, ended, strict=True)]
         spliced = self.spliced(lens, [requests[row] for row in rows], texts)
-        for i in (i for i, end in enumerate(ended) if not end):
-            spliced.labels[i, spliced.lens[i] - 1] = IGNORE
+        endless = [i for i, end in enumerate(ended) if not end]
+        spliced.labels[endless, spliced.lens[endless] - 1] = IGNORE
         inputs_embeds = self.embed(spliced, audio_embeds[rows], lens)
         found = self.llm.log_probs(
             spliced.labels, inputs_embeds=inputs_embeds, lens=spliced.lens, temperature=temperature

@@ -150,8 +150,13 @@ class _TokenShift(torch.autograd.Function):
 def _token_shift(x: Tensor, prev: Tensor, mixes: Tensor, rows: _Rows, remade: Remade) -> tuple[Tensor, ...]:
     """``_TokenShift``, whose mixtures no matrix product keeps."""
     mixed = _TokenShift.apply(x, prev, mixes, rows)
+    if not remade.enabled:
+        return mixed
     again = _Shift(x.detach(), prev.detach(), rows)
     return tuple(remade.add(y, partial(again.mixture, mix)) for y, mix in zip(mixed, mixes.detach(), strict=True))
+
+
+_NOTHING_REMADE = Remade(enabled=False)  # of a decoding step, which has no backward pass
 
 
 class _ReluSquared(torch.autograd.Function):
@@ -271,8 +276,7 @@ class TimeMix(nn.Module):
     def step(self, x: Tensor, prev: Tensor, v_first: Tensor | None, wkv: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """One position: x, prev (N, D), wkv (N, H, V, K) -> (N, D), v_first; the new wkv goes to ``out``."""
         mixed = torch.addcmul(x, prev - x, self.mixes().unsqueeze(1)).unbind()
-        remade = Remade(enabled=False)  # there is no backward pass
-        r, w, k, v, a, b, gate, v_first = self.project(mixed, v_first, remade)
+        r, w, k, v, a, b, gate, v_first = self.project(mixed, v_first, _NOTHING_REMADE)
         S, new = wkv.flatten(0, 1), out.view(-1, *out.shape[2:])
         r_, decay, k_, v_, a_, b_ = (z.flatten(0, 1).to(S.dtype) for z in (r, w.exp(), k, v, a, b))
         # S is read once, for S a and for S_t r = (S diag(w) + (S a) b^T + v k^T) r = S (w r) + (S a) (b r) + v (k r)
@@ -280,7 +284,7 @@ class TimeMix(nn.Module):
         columns, rows = torch.stack((read[..., 0], v_), dim=-1), torch.stack((b_, k_), dim=-2)
         torch.mul(S, decay.unsqueeze(-2), out=new).baddbmm_(columns, rows)
         y = read[..., 1] + (columns * torch.matmul(rows, r_.unsqueeze(-1)).mT).sum(-1)
-        return self.combine(y.view(v.shape).to(x.dtype), r, k, v, gate, remade), v_first
+        return self.combine(y.view(v.shape).to(x.dtype), r, k, v, gate, _NOTHING_REMADE), v_first
 
 
 class ChannelMix(nn.Module):

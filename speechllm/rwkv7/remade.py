@@ -35,7 +35,7 @@ class Remade:
 
     def add(self, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """x, that ``make`` makes again; neither it nor what it is made from may be written to."""
-        if self.enabled:
+        if self.enabled and x.is_contiguous():  # of two that are not, the order may differ
             self.recipes[_place(x)] = make
             self.made.append(x)
         return x
@@ -58,7 +58,7 @@ class Remade:
 
 
 def _place(x: Tensor) -> tuple:
-    """What two tensors have in common if they are the same memory read in the same order."""
+    """What a tensor and one that is contiguous have in common if they are the same memory read in the same order."""
     return x.data_ptr(), x.numel(), x.dtype, x.is_contiguous()
 
 

@@ -33,25 +33,23 @@ class Part:
         path: where it is kept; what is there already has been read.
         batches: how many of this process's batches are done.
         finished: whether all are.
-        results: by number of the batch, and by search.
+        results: what was there already, by number of the batch, and by search: fields of transcripts.
     """
 
     path: Path
     batches: int = field(default=0, init=False)
     finished: bool = field(default=False, init=False)
-    results: dict[int, dict[str, list[Transcript]]] = field(default_factory=dict, init=False, repr=False)
+    results: dict[int, dict[str, list[dict[str, Any]]]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+        content = b""
+        with suppress(FileNotFoundError):  # or no longer there, as another process has just written the results
+            content = self.path.read_bytes()
+        for line in content.splitlines():
             with suppress(ValueError):  # empty, or cut off when the process was killed
-                self._note(json.loads(line))
-
-    def _note(self, record: Mapping[str, Any]) -> None:
-        self.finished = record["finished"]
-        self.batches = record["batches"]
-        self.results[self.batches] = {
-            search: [_transcript(fields) for fields in found] for search, found in record["results"].items()
-        }
+                record = json.loads(line)
+                self.batches, self.finished = record["batches"], record["finished"]
+                self.results[self.batches] = record["results"]
 
     def add(self, batches: int, results: Mapping[str, Sequence[Transcript]], finished: bool = False) -> None:
         """Write what was found in the last of so many batches.
@@ -67,7 +65,7 @@ class Part:
                 file.write(f"\n{json.dumps(record)}\n".encode())  # the line before may be cut off
         except OSError as error:
             raise UserError(describe_write_error(self.path, error)) from error
-        self._note(record)
+        self.batches, self.finished = batches, finished
 
     def finish(self) -> None:
         """All batches are done.
@@ -87,7 +85,7 @@ def together(paths: Sequence[Path]) -> dict[str, list[Transcript]] | None:
             return None
         for found in part.results.values():
             for search, of_search in found.items():
-                results[search] += of_search
+                results[search] += map(_transcript, of_search)
     return {search: sorted(found, key=lambda transcript: transcript.id) for search, found in results.items()}
 
 

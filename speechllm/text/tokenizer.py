@@ -410,7 +410,7 @@ class LexiconTokenizer(Tokenizer):
         self._ids_of = {name: i for i, name in enumerate(self._names)}
         self.vocab_size = len(self._names)
         self.eos_id = 0
-        self._beginning_cache: dict[str, list[list[int]]] = {}
+        self._beginning_cache: dict[str, list[tuple[str, ...]]] = {}
 
     @property
     def tags(self) -> list[str]:
@@ -432,19 +432,22 @@ class LexiconTokenizer(Tokenizer):
         said = self.encode(text)
         if said:
             said.append(self._ids_of[self.BORDER])
-        return [said + phones for phones in self._beginnings(word)]
+        return [[*said, *(self._ids_of[phone] for phone in phones)] for phones in self._beginnings(word)]
 
-    def _beginnings(self, word: str) -> list[list[int]]:
-        if word not in self._beginning_cache:
-            first, last = (bisect_left(self._sorted_words, end) for end in (word, word + chr(sys.maxunicode)))
-            found: dict[tuple[str, ...], None] = {}
-            # the order of the lexicon is that of `_pronunciation`
-            for whole in sorted(self._sorted_words[first:last], key=self._rank_of.__getitem__):
-                phones = self._pronunciation[whole]
-                found[tuple(phones[: len(phones) * len(word) // len(whole)])] = None
-                if len(found) == self.MAX_BEGINNINGS:
-                    break
-            self._beginning_cache[word] = [[self._ids_of[phone] for phone in phones] for phones in found]
+    def _beginnings(self, word: str) -> list[tuple[str, ...]]:
+        """Asked for at each step of a search: those of words are kept, not those of everything that is none."""
+        if word in self._beginning_cache:
+            return self._beginning_cache[word]
+        first, last = (bisect_left(self._sorted_words, end) for end in (word, word + chr(sys.maxunicode)))
+        if first == last:
+            return []
+        found: dict[tuple[str, ...], None] = {}
+        for whole in sorted(self._sorted_words[first:last], key=self._rank_of.__getitem__):
+            phones = self._pronunciation[whole]
+            found[tuple(phones[: len(phones) * len(word) // len(whole)])] = None
+            if len(found) == self.MAX_BEGINNINGS:
+                break
+        self._beginning_cache[word] = list(found)
         return self._beginning_cache[word]
 
     @cached_property

@@ -44,10 +44,12 @@ def find_hypotheses(
     options = RecognizeOptions(replace(search, max_rows=len(batch) * search.width))
     was_training = bare.training
     bare.eval()
-    # An autocast of its own: one keeps the weights that it has converted, and those of here have no gradient.
-    with torch.no_grad(), accelerator.autocast():
-        found = bare.recognize(batch.features, batch.feature_lens, batch.requests, options)
-    bare.train(was_training)
+    try:
+        # An autocast of its own: one keeps the weights that it has converted, and those of here have no gradient.
+        with torch.no_grad(), accelerator.autocast():
+            found = bare.recognize(batch.features, batch.feature_lens, batch.requests, options)
+    finally:  # also where memory ran out, and a smaller batch is tried next
+        bare.train(was_training)
     errors = [
         torch.tensor(counts, dtype=torch.float32, device=batch.features.device)
         for counts in _errors(batch, found, text_steps, unit)

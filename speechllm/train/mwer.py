@@ -45,11 +45,9 @@ def mwer_losses(
     with accelerator.autocast():
         out = model(*batch.inputs, hypotheses=labels)
     log_probs = out.pop("hypothesis_log_probs").split([len(several) for several in labels])
-    risks = [expected_errors(*row) for row in zip(log_probs, errors, strict=True)]
-    expected = torch.stack([risk.detach() for risk in risks]).sum()
+    risk = torch.stack([expected_errors(*row) for row in zip(log_probs, errors, strict=True)]).sum()
     means = torch.stack([counts.mean() for counts in errors]).sum()
-    loss = torch.stack(risks).sum() - means + config.cross_entropy * out["loss"]
-    return out | {"loss": loss, "errors": expected}
+    return out | {"loss": risk - means + config.cross_entropy * out["loss"], "errors": risk.detach()}
 
 
 def expected_errors(log_probs: Tensor, errors: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ def scan_largest_batches(
             raise MemoryRanOut(
                 f"memory ran out with a batch of {len(batch)} rows of {batch.features.shape[1] / 100:.1f} s: lower "
                 "data.max_duration (or data.max_cuts, data.max_seconds, data.max_positions), or set "
-                "model.llm.checkpoint_blocks or model.encoder.checkpoint_layers"
+                "model.llm.checkpoint_blocks or model.encoder.checkpoint_layers; with train.loss mwer or grpo also "
+                "train.mwer.beam or train.grpo.samples"
             ) from e
         finally:
             model.zero_grad(set_to_none=True)

@@ -144,7 +144,7 @@ class TrainState:
                 continue
             if same_processes:
                 part.load_state_dict(content[name][rank])
-            elif name == "loader":  # it gives up its place in the epoch, and says so
+            elif name == "loader":  # it shares out what is left of the epoch, or begins it anew and says so
                 part.load_state_dict(content[name][0])
             elif name == "languages":
                 for state in content[name]:

@@ -137,9 +137,9 @@ def test_streams_are_the_whole(chunk_size, left, tmp_path):
             new = state_of(model, 1)
             axis = {name: x.shape.index(1, int(name.startswith("cached_nonlin"))) for name, x in new.items()}
             state = {name: np.concatenate([x, new[name]], axis[name]) for name, x in state.items()}
-        x = torch.stack([f[k - s : k - s + window] for f, s in zip(features[:rows], starts, strict=False)])
+        x = torch.stack([f[k - s : k - s + window] for f, s in zip(features[:rows], starts[:rows], strict=True)])
         results = dict(zip(names, model.run(None, {"x": x.numpy(), **state}), strict=True))
-        for out, row in zip(outs, results.pop("log_probs"), strict=False):
+        for out, row in zip(outs[:rows], results.pop("log_probs"), strict=True):
             out.append(row)
         state = results
     assert state["processed_lens"].tolist() == [len(out) * chunk_size for out in outs]

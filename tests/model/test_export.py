@@ -99,8 +99,13 @@ def test_the_command_and_what_it_refuses(heard, tmp_path, capsys):
             main(["export", str(tmp_path / "model"), str(tmp_path / "out"), *options])
         return caught.value.code, capsys.readouterr()
 
-    status, output = export("--streaming")
-    assert status == 0 and f"wrote {tmp_path / 'out' / 'tokens.txt'}" in output.out
+    for options, files in (
+        (("--int8",), ["model.int8.onnx", "model.onnx", "tokens.txt"]),
+        (("--streaming", "--overwrite"), ["model.onnx", "tokens.txt"]),
+    ):
+        status, output = export(*options)
+        assert status == 0 and f"wrote {tmp_path / 'out' / 'tokens.txt'}" in output.out
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
     for options, message in (
         ((), "model.onnx: exists; --overwrite overwrites it"),
         (("--chunk-size", "16"), "--chunk-size: is of streams; give --streaming too"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from speechllm.config import ConfigError, from_dict, override, to_dict
 from speechllm.encoder import init_from_data, save_encoder
-from speechllm.encoder.zipformer import PER_STACK
+from speechllm.encoder.zipformer_config import PER_STACK
 from speechllm.llm.interface import IGNORE
 from speechllm.model.config import EncoderSection, ModelConfig, MoreEncoder
 from speechllm.model.speech_llm import SpeechLLM

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import soundfile
+import torch
 import yaml
 
 from speechllm.config import to_dict
@@ -73,3 +74,25 @@ def test_processes_that_share_test_sets_find_what_one_finds(model, tmp_path):
     assert result.stdout == one.stdout and re.search("noise: 6 utterances", result.stderr)
     assert contents("two") == contents("one") and len(contents("two")) == 8
     assert (tmp_path / "model/README.md").read_text() == card != bare
+
+
+def test_a_process_without_a_batch_and_another_model_of_the_same_name(model, tmp_path):
+    """What an earlier model has found is not taken for the new one's."""
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "all.jsonl").write_text("".join(write_noise(tmp_path, [("a", 0.5, "en")])))
+    sources = [{"path": str(tmp_path / "all.jsonl")}]
+    data = {"train": sources, "valid": sources, "test": {"noise": sources}, "num_workers": 0}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"model": to_dict(model.config), "data": data}))
+
+    def decode(rank):
+        command = [sys.executable, str(REPOSITORY / "recipes/decode.py"), "--config", str(tmp_path / "c.yaml")]
+        command += ["--exp-dir", str(tmp_path), "--model", str(tmp_path / "model")]
+        return run(*command, "--world-size", "2", "--rank", str(rank)).stdout
+
+    assert "rank 0 of 2 is done" in decode(0)
+    with torch.no_grad():
+        model.projector.out_proj.weight.mul_(2)
+    model.save_pretrained(tmp_path / "model")
+    assert "rank 1 of 2 is done" in decode(1) and not list((tmp_path / "greedy_search").glob("recogs-*"))
+    assert re.search("noise +en +1 ", decode(0))
+    assert "a:\thyp=" in (tmp_path / "greedy_search/recogs-noise-model.txt").read_text()

@@ -78,7 +78,7 @@ def slurm(tmp_path):
 def test_two_nodes_preempted_and_requeued_train_as_two_processes_do(experiment, slurm, tmp_path):
     """The agents of the nodes find each other over TCP, before and after."""
     exp_dir = tmp_path / "exp"
-    options = [*command(experiment, exp_dir, *SETTINGS, "--train.save_every_n", "1000")[2:]]
+    options = command(experiment, exp_dir, *SETTINGS, "--train.save_every_n", "1000")[2:]
     job = slurm("train.sbatch", *options, nodes=2)
     wait_for(job, (exp_dir / "best-valid-loss.pt").exists)
     job.terminate()

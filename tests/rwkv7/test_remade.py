@@ -95,3 +95,13 @@ def test_a_layer_keeps_little(keep_all, monkeypatch):
     keep_all()
     assert remade <= 26  # among them the channel mix's activations, 4, and the recurrence's states and matrices, 2.6
     assert kept_tensors(model, monkeypatch) >= remade + 11
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
+def test_a_tensor_that_is_read_in_another_order(order):
+    a, b, w = (torch.randn(3, 3, 3).permute(order).requires_grad_() for _ in range(3))
+    with Remade() as remade:
+        x = remade(torch.mul, a, b).transpose(1, 2)
+        y = (x * w).sum()
+    y.backward()
+    assert torch.equal(w.grad, x)

@@ -11,7 +11,7 @@ from speechllm.decode.options import RecognizeOptions, SearchOptions
 from speechllm.llm.adapters import TuneConfig
 from speechllm.model.config import LLMSection
 from speechllm.model.speech_llm import SpeechLLM
-from speechllm.train.config import Experiment, MWERConfig, TrainConfig, load_experiment
+from speechllm.train.config import Experiment, MWERConfig, TrainConfig
 from speechllm.train.monitor import Averages
 from speechllm.train.mwer import expected_errors, mwer_losses
 from speechllm.train.objective import build_objective, model_losses
@@ -166,6 +166,18 @@ def test_a_language_model_of_transformers_with_an_adapter(model_config, batch, t
     assert_close(*found)
 
 
+def test_a_search_that_fails_leaves_the_model_in_training(model, batch, monkeypatch):
+    """So that a smaller batch, tried next, needs the memory that it needs in training."""
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.train(), "recognize", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        losses(model, batch_of(batch))
+    assert model.training
+
+
 def test_characters_are_counted_where_there_are_no_spaces(reader, batch):
     batch = batch_of(batch, texts=["on two", "tres", ""])
     errors = {unit: float(losses(reader, batch, MWERConfig(unit=unit))["errors"]) for unit in ("word", "char", "mixed")}
@@ -234,7 +246,3 @@ def test_an_encoder_alone_writes_no_list():
 
 def test_sums_of_an_earlier_version_have_no_errors():
     assert Averages(torch.arange(7.0)).values.tolist() == [0, 1, 2, 3, 4, 5, 6, 0]
-
-
-def test_the_shipped_configuration_lists_its_options():
-    assert load_experiment("configs/digits-mwer.yaml").train.loss == "mwer"
