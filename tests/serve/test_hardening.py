@@ -171,7 +171,8 @@ def test_a_server_ends_with_sigterm_when_all_is_served(encoder_model, tmp_path):
         with Live(connect(f"ws://{url}/v1/realtime", compression=None)) as live:
             live.update()
             live.append(noise(2.0, seed=1))
-            live.events("session.updated")
+            live.update()
+            live.events("session.updated", count=2)  # the audio has come
             os.kill(program.pid, signal.SIGTERM)
             events = live.events("error")
         assert of(events, ".completed") and events[-1]["error"]["code"] == "server_shutting_down"
