@@ -33,6 +33,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
 from speechllm.hub import local_path
@@ -454,8 +457,8 @@ class LexiconTokenizer(Tokenizer):
         if first == last:
             return []
         found: dict[tuple[int, ...], None] = {}
-        for whole in sorted(self._sorted_words[first:last], key=self._rank_of.__getitem__):
-            phones = self._pronunciation[whole]
+        for rank in np.sort(self._ranks[first:last]).tolist():
+            whole, phones = self._in_order[rank]
             found[tuple(self._ids_of[phone] for phone in phones[: len(phones) * len(word) // len(whole)])] = None
             if len(found) == self.MAX_BEGINNINGS:
                 break
@@ -465,12 +468,19 @@ class LexiconTokenizer(Tokenizer):
         return shortest
 
     @cached_property
+    def _in_order(self) -> list[tuple[str, list[str]]]:
+        """The words and their phones."""
+        return list(self._pronunciation.items())
+
+    @cached_property
     def _sorted_words(self) -> list[str]:
         return sorted(self._pronunciation)
 
     @cached_property
-    def _rank_of(self) -> dict[str, int]:
-        return {word: rank for rank, word in enumerate(self._pronunciation)}
+    def _ranks(self) -> NDArray[np.int64]:
+        """The places in the lexicon of `_sorted_words`."""
+        rank_of = {word: rank for rank, word in enumerate(self._pronunciation)}
+        return np.array([rank_of[word] for word in self._sorted_words])
 
     def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
         return _WordStream(self, continued)
