@@ -283,7 +283,8 @@ class TransformersLM(TunableModel[TransformersState]):
     ) -> tuple[Tensor, TransformersState]:
         """Reads one token a row, for decoding: (N,) -> logits (N, V), the next state; no gradients.
 
-        The given state stays as it is; with `overwrite` recurrent states of the next one take its memory.
+        The given state stays as it is; with `overwrite` the next one takes its memory, and keys and values are copied
+        only once in many steps, when there is no more room behind them.
         """
         valid = torch.ones(len(token_ids), 1, dtype=torch.bool)
         hidden, after = self._read(self.embed(token_ids[:, None]), valid, state, keep=True, overwrite=overwrite)
@@ -401,7 +402,7 @@ class TransformersLM(TunableModel[TransformersState]):
         state = None
         if keep:
             unused = L - int(lens.max())
-            layers = (LayerState(tuple(x[:, :, unused:] for x in kv), parts) for kv, parts in cached(cache))
+            layers = (LayerState(tuple(x[:, :, unused:] for x in kv), parts) for kv, parts, _ in cached(cache))
             state = TransformersState(tuple(layers), lens)
         return hidden, state
 
