@@ -86,7 +86,7 @@ class _OneDNNProduct(torch.autograd.Function):
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` in its fastest way: x (..., K), weight (N, K), bias (N,) -> x weight^T + bias (..., N)."""
     if not _uses_onednn(x, weight):
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not weight.requires_grad:
             weight = converted(weight, torch.get_autocast_dtype("cpu"))
         return F.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])

@@ -1,8 +1,8 @@
 """LoRA and the frozen matrix under it as one operation.
 
-`peft` computes `x W^T + s (x A^T) B^T` operator by operator. Scaling and adding, and in the backward pass adding up what
-reaches the input, each pass over tensors of the size of the activations, which the products of rank r hardly do. Here
-the products themselves add to what there is. All is as `peft` has it where a layer is no such sum.
+`peft` computes `x W^T + s (x A^T) B^T` operator by operator. Scaling, adding and, in the backward pass, adding up what
+reaches the input each pass over tensors as large as the activations, for products of a small rank. Here the products
+themselves add to what there is. What is no such sum is computed by `peft`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from speechllm.linear import converted
 
 # Positions up to which the backward pass of PyTorch's attention takes longer in half precision than in float32: 5 times
-# as long at 56, as long at 300 (tools/bench_train.py --attention).
+# as long at 56, hardly longer at 300, and no longer at 512.
 _SHORT = 256
 
 
@@ -37,7 +37,7 @@ class _Autocast(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and len(args) > 1:
+        if func is F.linear and len(args) > 1 and not args[1].requires_grad:
             args = (args[0], converted(args[1], self.dtype), *args[2:])
         elif func is F.scaled_dot_product_attention and _learns_from_few(*args[:3]):
             return _attention_in_float32(self.dtype, *args, **kwargs)
