@@ -11,9 +11,9 @@ matrices of the layers. Beside `speechllm` is `peft`: the same model with peft's
 CPU time of one thread, forward and backward pass; the two take turns, and the least counts. The floor is the time that
 the step's products take at the rate of a square matrix product in the same type, by torch.mm or by
 speechllm.linear.product, whichever is faster, in the same process. Memory is what the step takes at its highest (on
-Linux); of `speechllm` without the frozen weights in half precision, which are made once under autocast. The last columns
-are shares of one more step, by PyTorch's profiler: matrix products, attention, conversions between types, and all else,
-most of which passes over activations.
+Linux); of `speechllm` without the frozen weights in half precision, which are made once under autocast. The last
+columns are shares of one more step, by PyTorch's profiler: matrix products, attention, conversions between types, and
+all else, most of which passes over activations.
 """
 
 from __future__ import annotations
