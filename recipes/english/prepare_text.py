@@ -31,7 +31,7 @@ import random
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,9 @@ from speechllm.errors import UserError
 from speechllm.files import replaced_folder
 from speechllm.text.tokenizer import LexiconTokenizer
 
+# Packages with short sentences of many words; and all that have text.
+DICTIONARIES = ("dict-wn", "dict-gcide", "fortunes")
+ALL_TEXTS = (*DICTIONARIES, "r-cran-janeaustenr")
 SENTENCE_WORDS = 4
 VALID_SHARE = 200
 # What is in quotation marks. With an author after it where marks are used for other things too, so that what lies
@@ -136,18 +139,19 @@ def pieces(documents: list[str], level: Level, cut: random.Random) -> Iterator[s
             words = words[size:]
 
 
-def paragraphs(packages: Path) -> dict[str, Iterator[str]]:
-    """What is written in each package.
+def paragraphs(packages: Path, names: Iterable[str] = ALL_TEXTS) -> dict[str, Iterator[str]]:
+    """What is written in each of the packages.
 
     Raises:
         UserError: a package is missing.
     """
-    return {
-        "dict-wn": quotations(find(packages, "wn.dict.dz"), _EXAMPLE),
-        "dict-gcide": quotations(find(packages, "gcide.dict.dz"), _CITATION),
-        "fortunes": sayings(find(packages, "games/fortunes")),
-        "r-cran-janeaustenr": novels(find(packages, "janeaustenr/data/Rdata.rdb")),
+    readers: dict[str, Callable[[], Iterator[str]]] = {
+        "dict-wn": lambda: quotations(find(packages, "wn.dict.dz"), _EXAMPLE),
+        "dict-gcide": lambda: quotations(find(packages, "gcide.dict.dz"), _CITATION),
+        "fortunes": lambda: sayings(find(packages, "games/fortunes")),
+        "r-cran-janeaustenr": lambda: novels(find(packages, "janeaustenr/data/Rdata.rdb")),
     }
+    return {name: readers[name]() for name in names}
 
 
 def transcripts(corpus: Path, name: str) -> Iterator[str]:
@@ -210,13 +214,13 @@ def strings_of_r(serialized: bytes) -> list[str]:
     return strings
 
 
-def sentences(paragraph: str, text: EnglishText, held_out: Set[str]) -> list[str]:
-    """The usable sentences of a paragraph, normalized."""
-    usable = []
+def sentences(paragraph: str, text: EnglishText, held_out: Set[str]) -> dict[str, str]:
+    """The usable sentences of a paragraph, normalized, each with how it is written."""
+    usable = {}
     for sentence in _END_OF_SENTENCE.split(paragraph):
         words = text.normalize(sentence)
         if len(words.split()) >= SENTENCE_WORDS and not text.unknown_words(words) and words not in held_out:
-            usable.append(words)
+            usable[words] = sentence
     return usable
 
 

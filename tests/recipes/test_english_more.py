@@ -1,10 +1,8 @@
 """More English speech, of a game, stamps and a synthesizer made here: no network, no packages."""
 
 import json
-import stat
 import struct
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -259,84 +257,3 @@ def test_stamps(tmp_path, corpus, text):
 
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-# ---------------------------------------------------------------------------------------- synthetic speech
-
-
-def test_chosen_sentences_have_each_unknown_word_the_most_frequent_first():
-    written = ["a robot and a frog", "a frog", "the robot", "the robot woke", "known words only", "a robot a robot"]
-    known = set(["a", "the", "and", "known", "words", "only"])
-    chosen = list(prepare_more.choose_sentences(written, known))
-    # "robot" is in 4, "frog" in 2, "woke" in one; "the robot" has the most of it for its length
-    assert chosen == ["the robot", "a frog", "the robot woke"]
-    assert set(" ".join(chosen).split()) | known == set(" ".join(written).split())
-    assert list(prepare_more.choose_sentences(written, known | {"robot", "frog", "woke"})) == []
-
-
-FLITE = """#!{python}
-import sys, wave
-arguments = sys.argv[1:]
-if arguments == ["-lv"]:
-    print("Voices available: awb rms slt kal16")
-    raise SystemExit
-words = arguments[arguments.index("-t") + 1]
-if "crash" in words:
-    raise SystemExit("no such phone")
-with open("{log}", "a") as log:
-    print(*arguments[:4], words, file=log)
-with wave.open(arguments[arguments.index("-o") + 1], "wb") as file:
-    file.setnchannels(1)
-    file.setsampwidth(2)
-    file.setframerate(8000)
-    file.writeframes(bytes(8000))
-"""
-
-
-@pytest.fixture
-def flite(tmp_path):
-    """A synthesizer of half a second of silence, and what it was asked to say."""
-    program, log = tmp_path / "packages/flite/usr/bin/flite", tmp_path / "said"
-    program.parent.mkdir(parents=True)
-    program.write_text(FLITE.format(python=sys.executable, log=log))
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    log.touch()
-    return [str(program)], log
-
-
-def sentences() -> Iterator[str]:
-    return (f"sentence number {number}" for number in range(1000))
-
-
-def test_speech_goes_on_where_it_was_stopped(tmp_path, flite):
-    command, log = flite
-    hours = 10 / 3600
-    with pytest.raises(UserError, match="-t crash .* failed: no such phone"):
-        prepare_more.synthesize([*list(sentences())[:3], "crash"], command, tmp_path / "out", hours)
-    assert not (tmp_path / "out/train_flite.jsonl").exists() and len(log.read_text().splitlines()) == 3
-    made = prepare_more.synthesize(sentences(), command, tmp_path / "out", hours)
-    assert len(made) == 20 and {line.duration for line in made} == {0.5}
-    assert len(log.read_text().splitlines()) == 20  # three of them before
-    assert read(tmp_path / "out/train_flite.jsonl") == [asdict(line) for line in made]
-    assert {line.source for line in made} == {f"flite-{voice}" for voice in prepare_more.VOICES}
-    assert soundfile.info(tmp_path / "out" / made[0].audio_filepath).samplerate == 16000
-    # other sentences before these, the same recordings
-    shifted = prepare_more.synthesize(["a new one", *sentences()], command, tmp_path / "out", hours)
-    assert shifted[1:] == made[:-1] and len(log.read_text().splitlines()) == 21
-
-
-def test_flite_of_a_package(tmp_path, flite, monkeypatch):
-    (command,), _ = flite
-    monkeypatch.setattr(prepare_more.shutil, "which", lambda name: None)
-    library = tmp_path / "packages/libflite1/usr/lib/any"
-    library.mkdir(parents=True)
-    (library / "libflite.so.1").touch()
-    assert prepare_more.find_flite(tmp_path / "packages") == ["env", f"LD_LIBRARY_PATH={library}", command]
-    monkeypatch.setattr(prepare_more, "VOICES", ("awb", "nobody"))
-    with pytest.raises(UserError, match="flite: has no voice nobody, only: awb rms"):
-        prepare_more.find_flite(tmp_path / "packages")
-    Path(command).write_text("#!/bin/sh\necho libasound.so.2 is missing >&2; exit 1\n")
-    with pytest.raises(UserError, match="does not start: libasound.so.2 is missing"):
-        prepare_more.find_flite(tmp_path / "packages")
-    with pytest.raises(UserError, match="has no usr/bin/flite"):
-        prepare_more.find_flite(library)

@@ -1,7 +1,11 @@
 """Packages become folders, whole or not at all; apt-get, dpkg-deb and pip are stood in for by small programs."""
 
+import base64
+import hashlib
+import io
 import runpy
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -93,3 +97,44 @@ def test_wheels_need_hashes(fetch, tmp_path):
     with pytest.raises(SystemExit, match="parts.txt, line 2: expected NAME==VERSION --hash=sha256:..., got 'two==0.2'"):
         fetch("pypi", tmp_path / "packages", tmp_path / "parts.txt")
     assert not (tmp_path / "packages").exists()
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """A registry with a package of two files, and its integrity."""
+    folder = tmp_path / "registry" / "some-voices" / "-"
+    folder.mkdir(parents=True)
+    path = folder / "some-voices-1.2.1.tgz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name in ("package/voices/one.bin", "package/LICENSE"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(name)
+            archive.addfile(entry, io.BytesIO(name.encode()))
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", (tmp_path / "registry").as_uri() + "/")
+    return "sha512-" + base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
+
+
+def test_npm_packages(fetch, registry, tmp_path):
+    (tmp_path / "voices.txt").write_text(f"# voices\nsome-voices@1.2.1 {registry}\n")
+    fetch("npm", tmp_path / "packages", tmp_path / "voices.txt")
+    folder = tmp_path / "packages" / "some-voices" / "package"
+    assert (folder / "voices/one.bin").read_text() == "package/voices/one.bin" and (folder / "LICENSE").is_file()
+    assert "there already" in fetch("npm", tmp_path / "packages", tmp_path / "voices.txt")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("some-voices@1.2.1", "voices.txt, line 1: expected NAME@VERSION sha512-..., got 'some-voices@1.2.1'"),
+        (
+            "some-voices@1.2.1 sha512-" + 86 * "A" + "==",
+            "some-voices-1.2.1.tgz has another hash than ",
+        ),
+        ("no-voices@1.2.1 sha512-" + 86 * "A" + "==", "no-voices-1.2.1.tgz cannot be fetched: .*Is the network there"),
+    ],
+)
+def test_npm_packages_that_are_refused(line, message, fetch, registry, tmp_path):
+    (tmp_path / "voices.txt").write_text(line + "\n")
+    with pytest.raises(SystemExit, match=message):
+        fetch("npm", tmp_path / "packages", tmp_path / "voices.txt")
+    assert not list((tmp_path / "packages").glob("*"))
