@@ -77,7 +77,7 @@ def main() -> None:
         help="leave the adapter unmerged, and its base where it is: a small folder that names the path of the base",
     )
     parser.add_argument(
-        "--released-share", type=float, default=0.0, metavar="S", help="so much of the released encoder, from 0 to 1"
+        "--released-share", type=float, metavar="S", help="so much of the released encoder, from 0 to 1"
     )
     parser.add_argument("--released", metavar="X", help="folder of the released encoder, or OWNER/REPO of the Hub")
     parser.add_argument("--bf16", action="store_true", help="the matrices in the file are bfloat16: half its size")
@@ -95,11 +95,12 @@ def main() -> None:
         parser.error("give --exp-dir with --epoch or --iter, or FILES with --output")
     if args.files and not args.output:
         parser.error("FILES need --output")
-    if not 0 <= args.released_share <= 1:
-        parser.error(f"--released-share: from 0 to 1, got {args.released_share:g}")
-    if args.released and not args.released_share:
+    if args.released and args.released_share is None:
         parser.error("--released goes with --released-share")
-    form = Form(not args.no_merge, args.bf16, args.released_share, args.released)
+    share = args.released_share or 0.0
+    if not 0 <= share <= 1:
+        parser.error(f"--released-share: from 0 to 1, got {share:g}")
+    form = Form(not args.no_merge, args.bf16, share, args.released)
     try:
         if args.files:
             average(args.files, args.output, form)
