@@ -25,10 +25,11 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from bench_wkv import machine, memory_of, number, print_table, product_rate
+from bench_wkv import machine, memory_of, number, print_table
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from speechllm.linear import product
 from speechllm.llm import transformers
 from speechllm.llm.adapters import TuneConfig, tune
 from speechllm.llm.lora import LoRALinear
@@ -82,7 +83,7 @@ def measure(model: TransformersLM, precision: str, repeat: int) -> list[list[str
             memory[name], shares[name] = highest - before, by_operator(step)
     with flop_counter() as counter:
         step()
-    floor = counter.get_total_flops() / product_rate(dtype, "cpu")
+    floor = counter.get_total_flops() / product_rate(dtype)
     rows = []
     for name, seconds in least.items():
         rows.append(
@@ -91,6 +92,17 @@ def measure(model: TransformersLM, precision: str, repeat: int) -> list[list[str
         rows[-1] += [number(1e3 * floor), number(100 * floor / seconds)]
         rows[-1] += [f"{100 * share:.0f} %" for share in shares[name].values()]
     return rows
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a square product, in CPU time."""
+    n, least = 2048, float("inf")
+    x, y = torch.randn(2, n, n).to(dtype)
+    for multiply in 3 * (torch.mm, product):
+        start = time.process_time()
+        multiply(x, y)
+        least = min(least, time.process_time() - start)
+    return 2 * n**3 / least
 
 
 def step_of(model: TransformersLM, precision: str) -> Callable[[], None]:
