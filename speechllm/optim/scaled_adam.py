@@ -158,13 +158,14 @@ class ScaledAdam(torch.optim.Optimizer):
         bias_step, scratch = torch.tensor(step + 1.0 if is_biased else math.inf), torch.zeros(_PIECE)
         together, found = [], []
         for p, grad, change, rate in zip(params, grads, changes, rates, strict=True):
-            delta, exp_avg_sq = self.state[p]["delta"], self.state[p]["exp_avg_sq"]
-            if _is_updated_in_pieces(p, grad, delta, exp_avg_sq):
-                tensors = (p, grad, delta, exp_avg_sq)
-                found.append(_update_in_pieces(group, tensors, change, rate, bias_step, scratch, products is None))
+            tensors = p, grad, self.state[p]["delta"], self.state[p]["exp_avg_sq"]
+            if _is_updated_in_pieces(*tensors):
+                parts = _update_in_pieces(group, tensors, change, rate, bias_step, scratch, products is None)
             else:
-                found.append(torch.dot(p.reshape(-1), grad.reshape(-1)) if products is None else None)
-                together.append((p, grad, delta, exp_avg_sq, change, rate))
+                parts = [torch.dot(p.reshape(-1), grad.reshape(-1))] if products is None else []
+                together.append((*tensors, change, rate))
+            if parts:
+                found.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum())
         if products is None:
             sizes["scale_grads"][phase] = torch.stack(found)
         if together:
@@ -235,7 +236,7 @@ def _update_in_pieces(
     bias_step: Tensor,
     scratch: Tensor,
     wants_product: bool,
-) -> Tensor | None:
+) -> list[Tensor]:
     """`_update_together` of one large tensor on the CPU: a piece that one operation has read, the next finds in the
     cache. Adam's step is PyTorch's fused one, of `delta` and without momentum, as that is in `delta` itself, whose
     decay is the fused step's weight decay.
@@ -244,7 +245,10 @@ def _update_in_pieces(
       tensors: the parameter, its gradient, `delta` and `exp_avg_sq`.
       bias_step: the step, from 1, by which the second moment's bias is corrected; infinite for no correction.
       scratch: finite, of the size of a piece.
-      wants_product: whether to return the product of the parameter, as it was, and its gradient.
+      wants_product: whether the product of the parameter, as it was, and its gradient is needed.
+
+    Returns:
+      that product, in the parts of the pieces; nothing if it is not needed.
     """
     beta1, beta2 = group["betas"]
     in_step = rate != 0 and beta1 > 0  # else no weight decay makes beta1
@@ -272,7 +276,7 @@ def _update_in_pieces(
         if wants_product:  # only now: the step hides the time in which its three tensors come out of memory
             products.append(torch.dot(p, grad))
         p.add_(delta)
-    return torch.stack(products).sum() if products else None
+    return products
 
 
 def _rms(tensors: list[Tensor]) -> Tensor:
