@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from speechllm.linear import converted
 
-# Positions up to which the backward pass of PyTorch's attention takes longer in half precision than in float32: 5 times
-# as long at 56, hardly longer at 300, and no longer at 512.
+# Positions up to which the backward pass of PyTorch's attention takes longer in half precision than in float32: several
+# times as long over some 50, no longer over 500.
 _SHORT = 256
 
 
