@@ -37,6 +37,7 @@ from speechllm.llm.transformers_cache import (
     new_cache,
     state_after,
 )
+from speechllm.llm.transformers_cpu import autocast_on_cpu
 from speechllm.llm.transformers_files import (
     TEXT_NAMES,
     gguf_details,
@@ -273,7 +274,8 @@ class TransformersLM(TunableModel[TransformersState]):
             raise ValueError(f"TransformersLM: with checkpoint_blocks {self.name} cannot go on from a state")
         inputs_embeds, valid = self._inputs(input_ids, inputs_embeds, lens)
         mask = self._wanted(labels != IGNORE, valid, "labels have")
-        with self._checkpointing() if checkpointing else nullcontext():
+        # where layers are computed again, they must be as they were at first
+        with self._checkpointing() if checkpointing else autocast_on_cpu(self._device):
             hidden, _ = self._read(inputs_embeds, valid, state, keep=False)
         return hidden[mask], labels.to(hidden.device)[mask]
 

@@ -119,11 +119,11 @@ class _Shift:
 
 
 class _TokenShift(torch.autograd.Function):
-    """x (P, D), prev (N, D), mixes (M, D) -> a mixture (P, D) for each mix. Keeps x, as its mixtures are made again."""
+    """x (P, D), prev (N, D), mixes (M, D) -> a mixture (P, D) for each mix. Keeps at most x: those are made again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, prev: Tensor, mixes: Tensor, rows: _Rows) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, prev, mixes)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, prev, mixes)  # frozen mixes do not need it
         ctx.rows = rows
         return _Shift(x, prev, rows).mixture(mixes.unsqueeze(1)).unbind()
 
