@@ -5,6 +5,7 @@ The header is that of model cards on the Hugging Face hub (https://huggingface.c
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,10 @@ from speechllm.files import replaced_file
 from speechllm.hub import hub_id
 from speechllm.model.config import ModelConfig
 
+logger = logging.getLogger(__name__)
+
 _RESULTS = "## Results"
+_OWN_RESULTS = re.compile(rf"\n{_RESULTS}\n\n```\n[^`]*\n```\n\Z")
 _HEADER = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)
 _TASK = "automatic-speech-recognition"
 
@@ -99,7 +103,8 @@ def _metadata(config: ModelConfig) -> dict[str, Any]:
 
 
 def add_results(folder: str | Path, table: str, rates: Mapping[tuple[str, str], float] | None = None) -> None:
-    """Put results into the card of a model's folder, in place of earlier ones.
+    """Put results into the card of a model's folder, in place of earlier ones; a card in which somebody has written more
+    about results, or after them, is left as it is.
 
     Args:
         table: of error rates, as it was printed.
@@ -108,7 +113,10 @@ def add_results(folder: str | Path, table: str, rates: Mapping[tuple[str, str], 
     """
     path = Path(folder) / "README.md"
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
-    card = card.partition(f"\n{_RESULTS}\n")[0]
+    card = _OWN_RESULTS.sub("", card)
+    if f"\n{_RESULTS}\n" in card:
+        logger.info("%s: has results in words of its own, and is left as it is", path)
+        return
     header = _HEADER.match(card)
     if rates and header is not None:
         metadata = yaml.safe_load(header[1]) | {"model-index": _model_index(Path(folder).resolve().name, rates)}

@@ -36,3 +36,11 @@ def test_results_in_the_header_are_what_the_hub_reads(model, tmp_path):
         ("test_clean", "Test WER (ctc_greedy_search)"): ("automatic-speech-recognition", "wer", 9.0),
     }
     assert card.text.startswith("\n# SpeechLLM") and card.text.count("## Results") == 1
+
+
+def test_a_card_that_somebody_wrote_stays(tmp_path):
+    path = tmp_path / "README.md"
+    for written in ("# A model\n\n## Results\n\nGood ones.\n", "# A model\n\n## Results\n\n```\nx\n```\n\n## Limits\n"):
+        path.write_text(written)
+        add_results(tmp_path, "test 1.5", {("test", "greedy"): 1.5})
+        assert path.read_text() == written
