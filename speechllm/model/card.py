@@ -103,8 +103,9 @@ def _metadata(config: ModelConfig) -> dict[str, Any]:
 
 
 def add_results(folder: str | Path, table: str, rates: Mapping[tuple[str, str], float] | None = None) -> None:
-    """Put results into the card of a model's folder, in place of earlier ones; a card in which somebody has written more
-    about results, or after them, is left as it is.
+    """Put results into the card of a model's folder, in place of earlier ones.
+
+    A card in which somebody has written of results in other words, or something after them, is left as it is.
 
     Args:
         table: of error rates, as it was printed.
