@@ -69,6 +69,28 @@ def load_encoder(
     return encoder.to(map_location).eval()
 
 
+@torch.no_grad()
+def mix_released(
+    encoder: Zipformer | WhisperEncoder, path: str | Path, share: float, sizes: ZipformerConfig | None = None
+) -> None:
+    """Make an encoder that was trained on a released one `share` of that one, and 1 - `share` of itself.
+
+    WiSE-FT, arXiv 2109.01903: what training on a small set took away comes back.
+
+    Args:
+        path: of the released encoder; `sizes` as for `load_encoder`.
+
+    Raises:
+        UserError: the released encoder is of another kind or size. Else as `load_encoder`.
+    """
+    released = dict(load_encoder(path, sizes).named_parameters())
+    own = dict(encoder.named_parameters())
+    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in released.items()}:
+        raise UserError(f"{path}: an encoder of another kind or size than the trained one: they cannot be mixed")
+    for name, t in own.items():
+        t.lerp_(released[name].to(t), share)
+
+
 def is_whisper(path: str | Path) -> bool:
     """Whether a released encoder is a Whisper's, by the config.json of its folder."""
     path = local_path(path)

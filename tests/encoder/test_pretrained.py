@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from speechllm.encoder import ZipformerConfig, load_encoder, save_encoder
+from speechllm.encoder.pretrained import mix_released
 from speechllm.encoder.zipformer import Zipformer
 from speechllm.errors import UserError
 
@@ -356,3 +357,21 @@ def test_save_and_load(tmp_path):
     again = check(tmp_path / "out")
     assert again.config == encoder.config and again.model_batch_count == 123
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_share_of_what_was_released():
+    torch.manual_seed(0)
+    encoder, released = load_encoder(GOLDEN), load_encoder(GOLDEN)
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(torch.randn_like(p))
+    trained = {name: p.clone() for name, p in encoder.named_parameters()}
+    mix_released(encoder, GOLDEN, 0.25)
+    theirs = dict(released.named_parameters())
+    for name, p in encoder.named_parameters():
+        torch.testing.assert_close(p, 0.75 * trained[name] + 0.25 * theirs[name])
+    mix_released(encoder, GOLDEN, 1.0)
+    assert all(torch.equal(p, theirs[name]) for name, p in encoder.named_parameters())
+    larger = dataclasses.replace(encoder.config, feedforward_dim=tuple(2 * n for n in encoder.config.feedforward_dim))
+    with pytest.raises(UserError, match="an encoder of another kind or size than the trained one"):
+        mix_released(Zipformer(larger), GOLDEN, 0.25)

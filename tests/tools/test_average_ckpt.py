@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from speechllm.config import to_dict
+from speechllm.encoder import Zipformer, save_encoder
 from speechllm.llm.adapters import TuneConfig, load_adapter
 from speechllm.model.config import LLMSection
 from speechllm.model.speech_llm import SpeechLLM
@@ -37,7 +38,7 @@ class Run:
     """A training run of 12 steps, of noise: a batch checkpoint every 2 steps, an epoch of 4, every step averaged."""
 
     def __init__(self, model: SpeechLLM, exp_dir: Path) -> None:
-        self.exp_dir, self.history = exp_dir, []
+        self.model, self.exp_dir, self.history = model, exp_dir, []
         base_weights = {}
         if path := model.config.llm.path:
             base_weights["llm"] = {"path": path, "sha256": file_hash(path)}
@@ -147,6 +148,23 @@ def test_adapters_are_averaged_as_adapters(tuned, average, tmp_path, args, steps
     assert frozen and all(torch.equal(weights.llm.state_dict()[name], base[name]) for name in frozen)
 
 
+def test_a_share_of_the_released_encoder(exp, average, tmp_path):
+    """Of each of its weights, and of nothing else."""
+    zipformer = exp.model.encoder.config
+    released = Zipformer(zipformer)
+    save_encoder(released, tmp_path / "released")
+    mixed = ["--released-share", 0.25, "--released", tmp_path / "released", "--output", tmp_path / "mixed"]
+    average("--exp-dir", exp.exp_dir, "--iter", 4, *mixed)
+    mean, theirs = exp.mean(4), dict(released.named_parameters())
+    found = SpeechLLM.from_pretrained(tmp_path / "mixed").state_dict()
+    for name, t in mean.items():
+        of_encoder = theirs.get(name.removeprefix("encoder.")) if name.startswith("encoder.") else None
+        expected = t if of_encoder is None else 0.75 * t + 0.25 * of_encoder
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(SystemExit, match="--released-share: the run began with no released encoder: name one by"):
+        average("--exp-dir", exp.exp_dir, "--iter", 4, "--released-share", 0.25)
+
+
 def test_other_base_weights(tuned, average, tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "llm.pth")
     with pytest.raises(SystemExit, match=r"error: \S*llm.pth: not the llm that \S*epoch-2.pt was trained on"):
@@ -191,6 +209,8 @@ def test_what_cannot_be_averaged(exp, average, tmp_path):
         ("a.pt", "FILES need --output"),
         ("a.pt --output b --avg 2", "FILES go with --output alone"),
         ("a.pt b.pt --output c --use-averaged-model", "FILES go with --output alone"),
+        ("a.pt --output b --released-share 1.5", "--released-share: from 0 to 1, got 1.5"),
+        ("a.pt --output b --released c", "--released goes with --released-share"),
     ],
 )
 def test_arguments_that_do_not_go_together(average, capsys, args, message):
