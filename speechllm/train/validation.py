@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 
 from speechllm.data import Batch, WaveformBatch
 from speechllm.decode.ctc import ctc_greedy
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.scoring import Transcript, characters, score, transcripts
 from speechllm.train.monitor import Averages
 from speechllm.train.sharding import gathered
@@ -58,8 +59,9 @@ def validate(
     return scalars, "\n".join(f"{result.id}:\n  ref: {result.ref}\n  hyp: {result.hyp}" for result in shown)
 
 
-def ctc_texts_of(model: torch.nn.Module, batch: Batch) -> list[str | None]:
+def ctc_texts_of(model: SpeechLLM, batch: Batch) -> list[str | None]:
     """What the CTC head alone hears in each utterance; None of those that are to be translated."""
+    assert model.ctc_head is not None  # `Experiment` sees to it
     encoder_out, lens, *_ = model.encode(batch.features, batch.feature_lens)
     tokens = ctc_greedy(model.ctc_head(encoder_out).float(), lens, model.blank_id)
     return [
