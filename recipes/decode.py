@@ -100,7 +100,7 @@ def main() -> None:
         share = share_of(args)
         config = load_experiment(args.config, overrides)
         asked, own = search_options(args, shows_nbest=False), load_model_config(args.model)
-        options = replace(asked or own.decoding or RecognizeOptions(), timestamps=args.timestamps)
+        options = replace(own.recognize_options(asked), timestamps=args.timestamps)
         if own.llm is None:
             check_without_language_model(args)
         weights = args.llm_weights, args.encoder_weights

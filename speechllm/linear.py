@@ -8,12 +8,14 @@ semi-private, so they are tried once and left alone where they do not work.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from speechllm.errors import UserError
 
@@ -84,6 +86,8 @@ class _OneDNNProduct(torch.autograd.Function):
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` in its fastest way: x (..., K), weight (N, K), bias (N,) -> x weight^T + bias (..., N)."""
     if not _uses_onednn(x, weight):
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not weight.requires_grad:
+            weight = converted(weight, torch.get_autocast_dtype("cpu"))
         return F.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, weight, bias)):
@@ -91,6 +95,48 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         out = _onednn(flat, weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` in another type; a frozen matrix on the CPU is converted once, and kept beside it as long as it lives.
+
+    PyTorch's autocast converts frozen weights anew in every pass, for it keeps those alone that have a gradient. Who
+    writes into a frozen weight does it in PyTorch's usual ways, or by assigning to ``weight.data``; writing into
+    ``weight.data`` goes unseen.
+    """
+    if weight.dtype == dtype:
+        return weight
+    is_kept = (
+        isinstance(weight, nn.Parameter)
+        and type(weight.data) is Tensor
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and not weight.requires_grad
+        and not weight.is_inference()
+    )
+    if not is_kept:
+        return weight.to(dtype)
+    known = _CONVERTED.get(weight)
+    if known is None or not known.is_of(weight, dtype):
+        known = _CONVERTED[weight] = _Conversion(weight.detach(), weight._version, weight.detach().to(dtype))
+    return known.result
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """Of a weight: its memory, which no other weight can have as long as this is here, the version of what was in it,
+    and that in another type."""
+
+    source: Tensor
+    version: int
+    result: Tensor
+
+    def is_of(self, weight: Tensor, dtype: torch.dtype) -> bool:
+        same = weight.data_ptr() == self.source.data_ptr() and weight._version == self.version
+        return same and weight.shape == self.source.shape and dtype == self.result.dtype
+
+
+_CONVERTED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Linear(nn.Linear):
@@ -115,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight: Tensor | None = None
-        compute_weight = weight.to(dtype)
+        compute_weight = converted(weight, dtype)
         chunks = -(-len(targets) * weight.shape[0] // _LOGITS_AT_ONCE)
         # of one size: a short last one would cost a pass over the whole weight for little
         borders = [len(targets) * i // max(1, chunks) for i in range(chunks + 1)]

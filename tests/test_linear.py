@@ -1,6 +1,7 @@
 """Matrix products, the chunked cross entropy, packed weights: against PyTorch's own."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -172,3 +173,42 @@ def test_layers_that_others_wrote_become_ours():
 def test_unknown_weights():
     with pytest.raises(ValueError, match="unknown weights 'int4', choose from float32, bfloat16, int8"):
         pack_for_inference(small_model(), "int4")
+
+
+def test_a_frozen_matrix_is_converted_once():
+    weight = torch.nn.Parameter(torch.randn(3, 4), requires_grad=False)
+    first = linear.converted(weight, torch.bfloat16)
+    assert torch.equal(first, weight.bfloat16()) and linear.converted(weight, torch.bfloat16) is first
+    assert linear.converted(weight, torch.float16).dtype == torch.float16
+    assert linear.converted(weight, torch.float32) is weight
+    with torch.no_grad():
+        weight.add_(1)
+    assert torch.equal(linear.converted(weight, torch.bfloat16), weight.bfloat16())
+    original = weight.data
+    weight.data = original + 1  # as merging an adapter does, and taking it off again
+    assert torch.equal(linear.converted(weight, torch.bfloat16), weight.bfloat16())
+    weight.data = original
+    assert torch.equal(linear.converted(weight, torch.bfloat16), weight.bfloat16())
+    weight.requires_grad_(True)
+    out = linear.converted(weight, torch.bfloat16)
+    assert out.requires_grad and out is not linear.converted(weight, torch.bfloat16)
+
+
+def test_converted_matrices_go_with_theirs():
+    weight = torch.nn.Parameter(torch.randn(3, 4), requires_grad=False)
+    before = len(linear._CONVERTED)
+    linear.converted(weight, torch.bfloat16)
+    assert len(linear._CONVERTED) == before + 1
+    del weight
+    gc.collect()
+    assert len(linear._CONVERTED) == before
+
+
+def test_a_frozen_matrix_under_autocast():
+    x, weight = torch.randn(5, 4, requires_grad=True), torch.nn.Parameter(torch.randn(3, 4), requires_grad=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = product(x, weight)
+        expected = F.linear(x, weight)
+    assert torch.equal(out, expected) and weight in linear._CONVERTED
+    (grad,) = torch.autograd.grad(out.float().sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.float().sum(), x)[0])

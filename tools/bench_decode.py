@@ -17,6 +17,7 @@ speechllm: `speechllm.decode.search` on RWKV-7, weights packed as for inference,
 rwkv: PyPI's package, by the author of RWKV: one row at a time, so that a batch is a loop over utterances; it reads
 token ids, as many as there are positions. The weights are the same as speechllm's.
 transformers: `generate` with a key-value cache on a Qwen2 of the same depth, width, vocabulary and parameters.
+speechllm, Qwen2: `speechllm.decode.search` on that Qwen2.
 
 Encoder: the released size (AudenAI/auden-encoder-tta-m10, 152.7 M parameters), on one utterance of 40 s and on a batch
 of eight of 10 s, with each kind of weights that `speechllm transcribe --encoder-weights` has. Operations are those of
@@ -65,6 +66,8 @@ from speechllm.decode.search import Prompt, SearchOptions, search
 from speechllm.encoder import Zipformer, ZipformerConfig
 from speechllm.encoder.pretrained import FULLY_TRAINED
 from speechllm.linear import INFERENCE_WEIGHTS, pack_for_inference
+from speechllm.llm.interface import LanguageModel
+from speechllm.llm.transformers import TransformersLM
 from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7
 
 UTTERANCE_SECONDS = 10.0
@@ -90,12 +93,15 @@ class SpeechLLM:
         pack_for_inference(self.model)
 
     def decode(self, batch: int, beam: int, tokens: int) -> list[int]:
-        options = SearchOptions(
-            method="beam" if beam > 1 else "greedy", beam=beam, max_repeats=tokens, max_rows=batch * beam
-        )
-        embeds = random_embeddings(batch, self.model.hidden_size)
-        prompts = [Prompt(row, max_tokens=tokens) for row in embeds]
-        return [len(nbest[0].tokens) for _, nbest in search(self.model, prompts, options, NO_END)]
+        return searched(self.model, batch, beam, tokens)
+
+
+def searched(model: LanguageModel, batch: int, beam: int, tokens: int) -> list[int]:
+    options = SearchOptions(
+        method="beam" if beam > 1 else "greedy", beam=beam, max_repeats=tokens, max_rows=batch * beam
+    )
+    prompts = [Prompt(row, max_tokens=tokens) for row in random_embeddings(batch, model.hidden_size)]
+    return [len(nbest[0].tokens) for _, nbest in search(model, prompts, options, NO_END)]
 
 
 class RwkvPackage:
@@ -169,7 +175,23 @@ class Transformers:
         return [len(row) for row in ids]
 
 
-LANGUAGE_MODELS = {"speechllm": SpeechLLM, "rwkv": RwkvPackage, "transformers": Transformers}
+class SearchedTransformers(Transformers):
+    """The same model in our searches."""
+
+    def __init__(self, folder: Path, config: RWKV7Config):
+        super().__init__(folder, config)
+        self.lm = TransformersLM(self.model)
+
+    def decode(self, batch: int, beam: int, tokens: int) -> list[int]:
+        return searched(self.lm, batch, beam, tokens)
+
+
+LANGUAGE_MODELS = {
+    "speechllm": SpeechLLM,
+    "rwkv": RwkvPackage,
+    "transformers": Transformers,
+    "speechllm, Qwen2": SearchedTransformers,
+}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 #   --steel-sky        more training speech: the voices of another game, 1.9 hours
 #   --tuxpaint         the same: a minute of a volunteer who names animals
 #   --flite            the same: two hours of synthetic speech, with words that nobody says in the rest
-#   --kokoro           the same: two hours of natural synthetic speech in many voices (an hour and a half of one core)
+#   --kokoro           the same: an hour of natural synthetic speech in many voices (40 minutes of one core)
 #   --corpus-dir DIR   where the Debian packages are unpacked, on systems without apt-get (default: they are fetched to
 #                      recipes/english/data/packages; no root is needed)
 #   --encoder X        folder of a Whisper, or OWNER/REPO of the Hugging Face Hub (default: Whisper tiny.en, from the

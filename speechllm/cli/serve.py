@@ -114,7 +114,7 @@ def run_serve(args: argparse.Namespace) -> int:
         raise UserError(f"--max-segment: must be at least {SHORTEST_MAX_SECONDS:g} seconds, got {args.max_segment:g}")
     device = usable_device(args.device)
     config = load_model_config(args.model)
-    recognize = replace(asked or config.decoding or RecognizeOptions(), fallback="ctc")
+    recognize = replace(config.recognize_options(asked), fallback="ctc")
     if config.llm is None:
         check_without_language_model(args)
     listening = listen(args.host, args.port)

@@ -140,7 +140,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
         raise UserError(f"--max-segment {args.max_segment:g}: the encoder hears at most {model.max_seconds:g} s")
     options = replace(options, max_seconds=min(options.max_seconds, model.max_seconds))
     timestamps = args.format in _FORMATS_WITH_WORD_TIMES and model.ctc_head is not None
-    how = replace(asked or config.decoding or RecognizeOptions(), fallback="ctc", timestamps=timestamps)
+    how = replace(config.recognize_options(asked), fallback="ctc", timestamps=timestamps)
     if args.output is not None:
         output = replace(output, made_with=made_with(args, how, options))
     return transcribe_all(inputs, model.recognizer(how), options, output, model.feature_kind)

@@ -162,7 +162,7 @@ class CTCScorer:
     up to CTC's log probability of it. A score is at least `IMPOSSIBLE`, which is also that of ids that are no class.
 
     `score` costs one sum over the frames per candidate. The recursion over frames runs for the tokens that were chosen
-    alone, and both of its recurrences are linear, with closed solutions (see `_linear_recurrence`): there is no loop
+    alone, and both of its recurrences are linear, with closed solutions (see `linear_recurrence`): there is no loop
     over frames.
 
     Args:
@@ -181,7 +181,7 @@ class CTCScorer:
 
     def start(self, utterance: int) -> CTCPrefix:
         log_probs = self._log_probs_of(utterance)
-        blanks = _running_sum(log_probs[:, self._blank])
+        blanks = running_sum(log_probs[:, self._blank])
         return CTCPrefix(
             _Utterance(log_probs, blanks), None, torch.stack([blanks.new_full(blanks.shape, -math.inf), blanks], -1)
         )
@@ -208,8 +208,8 @@ class CTCScorer:
         before = torch.where(repeats, forward[..., 1], forward.logsumexp(-1))[:, :-1]
         prefix = (before + emissions).logsumexp(1)[:, None]
         given_prefix = (before - prefix).masked_fill(prefix == -math.inf, -math.inf)
-        in_token = _linear_recurrence(given_prefix, _running_sum(emissions))
-        in_blank = _linear_recurrence(in_token[:, :-1], _pad([state.utterance.blanks for state in states]))
+        in_token = linear_recurrence(given_prefix, running_sum(emissions))
+        in_blank = linear_recurrence(in_token[:, :-1], _pad([state.utterance.blanks for state in states]))
         forward = torch.stack([in_token, in_blank], -1)
         return [
             CTCPrefix(state.utterance, token, row[: len(state.forward)])
@@ -240,25 +240,25 @@ def _pad(rows: list[Tensor]) -> Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=-math.inf)
 
 
-def _running_sum(log_probs: Tensor) -> Tensor:
+def running_sum(log_probs: Tensor) -> Tensor:
     """(..., T) -> (..., T + 1) float64, from 0 on: sums of thousands, of which small differences are taken."""
     log_probs = log_probs.double().clamp(min=IMPOSSIBLE)  # from -inf there is no way back
     return F.pad(log_probs.cumsum(-1), (1, 0))
 
 
-def _linear_recurrence(inputs: Tensor, factors: Tensor) -> Tensor:
+def linear_recurrence(inputs: Tensor, factors: Tensor) -> Tensor:
     """x[0] = 0, x[t] = factor[t] * (x[t - 1] + input[t - 1]), all given and returned as logarithms.
 
     Divided by the product of the factors up to t it is a sum over the inputs.
 
     Args:
-      inputs: (R, T); factors: (R, T + 1), the running products of the factors.
+      inputs: (R, T); factors: (R, T + 1), the running products of the factors, or (T + 1,) for all rows.
 
     Returns:
       (R, T + 1)
     """
-    sums = (inputs - factors[:, :-1]).logcumsumexp(-1)
-    return F.pad(sums + factors[:, 1:], (1, 0), value=-math.inf)
+    sums = (inputs - factors[..., :-1]).logcumsumexp(-1)
+    return F.pad(sums + factors[..., 1:], (1, 0), value=-math.inf)
 
 
 class TokenSpan(NamedTuple):

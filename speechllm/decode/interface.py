@@ -24,7 +24,7 @@ from speechllm.prompt.label import LabelTemplate, ReadLabel
 from speechllm.prompt.request import Request
 from speechllm.prompt.splice import Spliced
 from speechllm.prompt.template import PromptConfig
-from speechllm.text.tokenizer import Tokenizer
+from speechllm.text.tokenizer import Beginnings, Tokenizer
 
 __all__ = [
     "FRAME_SECONDS",
@@ -173,7 +173,7 @@ class RecognizableSpeechLLM(Recognizable, Protocol):
 
     def ctc_label_ids(self, text: str) -> list[int]: ...
 
-    def ctc_beginnings(self, text: str, word: str) -> list[list[int]]: ...
+    def ctc_beginnings(self, text: str, words: Sequence[str]) -> Beginnings: ...
 
     def ctc_text(self, token_ids: Sequence[int]) -> str: ...
 

@@ -33,6 +33,10 @@ SCORED_CANDIDATES = 32
 # together hardly longer.
 _REFILL = 0.25
 
+# Of a large vocabulary the highest logits are looked for among the maxima of groups of so many.
+_GROUP = 128
+_LOGITS_AT_ONCE = 2**18
+
 # A spoken digit has at most so many tokens, also in scripts that are spelled in bytes.
 _WORD_TOKENS = 8
 _LONG_REPEATS = 3
@@ -289,20 +293,48 @@ def _candidates(
             for hypothesis in utterance.running
         ]
         ids = _sample(logits, torch.tensor(drawn, dtype=torch.float64, device=logits.device), options)
-        values = logits.gather(1, ids)
+        values, normalizers = logits.gather(1, ids), logits.logsumexp(-1, keepdim=True)
     else:
         # Without scorers more than these cannot be chosen: one of them may be the end, and with a beam of 1 this is it.
         count = options.width + 1 if options.width > 1 else 1
         if scorers:
             count = max(2 * options.width, SCORED_CANDIDATES)
-        values, ids = logits.topk(min(count, logits.shape[1]))
-    log_probs = values - logits.logsumexp(-1, keepdim=True)
+        values, ids, normalizers = _best(logits, min(count, logits.shape[1]))
+    log_probs = values - normalizers
     scores = log_probs
     for scorer, states in zip(scorers, scorer_states, strict=True):
         scores = scores + scorer.weight * scorer.score(states, ids)
     # One transfer from the device; float64 holds all ids.
     rows = torch.stack([ids.double(), log_probs.double(), scores.double()], dim=-1).tolist()
     return [[(int(token), log_prob, score) for token, log_prob, score in row] for row in rows]
+
+
+def _best(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` highest of each row of `logits` (R, V), the highest first: (R, count) and their ids; and the
+    logarithm (R, 1) of the sum of the exponentials of all.
+
+    On the CPU a few rows at a time, which stay in its cache while they are read more than once.
+    """
+    rows = max(1, _LOGITS_AT_ONCE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    values, ids, normalizers = zip(*(_best_of(part, count) for part in logits.split(rows)), strict=True)
+    return torch.cat(values), torch.cat(ids), torch.cat(normalizers)
+
+
+def _best_of(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    vocab = logits.shape[1]
+    groups = vocab // _GROUP
+    if groups <= 2 * count:
+        return *logits.topk(count), logits.logsumexp(-1, keepdim=True)
+    # The highest are in the groups whose maxima are the highest: one pass over all, and few to sort.
+    maxima = logits[:, : groups * _GROUP].unflatten(1, (groups, _GROUP)).amax(-1)
+    most = maxima.amax(-1, keepdim=True)
+    ids = (maxima.topk(count).indices[..., None] * _GROUP + torch.arange(_GROUP, device=logits.device)).flatten(1)
+    if vocab % _GROUP:
+        rest = torch.arange(groups * _GROUP, vocab, device=logits.device)
+        ids = torch.cat([ids, rest.expand(len(ids), -1)], 1)
+        most = torch.maximum(most, logits[:, groups * _GROUP :].amax(-1, keepdim=True))
+    values, places = logits.gather(1, ids).topk(count)
+    return values, ids.gather(1, places), (logits - most).exp_().sum(-1, keepdim=True).log_() + most
 
 
 def _sample(logits: Tensor, drawn: Tensor, options: SearchOptions) -> Tensor:

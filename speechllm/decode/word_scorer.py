@@ -70,23 +70,23 @@ class WordScorer:
 
     def score(self, states: Sequence[WordScorerState], candidates: Tensor) -> Tensor:
         """The log probabilities (R, C), float32, of the words that each of `candidates` (R, C) ends."""
-        asked = [
-            [self._ended(state) if token == self._eos_id else self._append(state, token)[:2] for token in row]
-            for state, row in zip(states, candidates.tolist(), strict=True)
-        ]
-        # Many candidates of a row end the same word, or none.
-        ended = list(dict.fromkeys((row, words) for row, of_row in enumerate(asked) for words, _ in of_row))
+        # Of rows the words that end and what is written of the next one: many candidates end the same words, or none.
+        texts: dict[tuple[int, tuple[str, ...], str], int] = {}
+        places = []
+        for row, (state, tokens) in enumerate(zip(states, candidates.tolist(), strict=True)):
+            for token in tokens:
+                words, word = self._ended(state) if token == self._eos_id else self._append(state, token)[:2]
+                places.append(texts.setdefault((row, words, word), len(texts)))
+        ended = list(dict.fromkeys((row, words) for row, words, _ in texts))
         read = dict(
             zip(ended, self._model.read([(states[row].model_state, words) for row, words in ended]), strict=True)
         )
-        begun = list(dict.fromkeys((row, *text) for row, of_row in enumerate(asked) for text in of_row))
-        after = [(read[row, words][1], word) for row, words, word in begun]
-        expected = dict(zip(begun, self._model.expect(after), strict=True))
+        expected = self._model.expect([(read[row, words][1], word) for row, words, word in texts])
         scores = [
-            [read[row, words][0] + expected[row, words, word] - states[row].expected for words, word in of_row]
-            for row, of_row in enumerate(asked)
+            read[row, words][0] + of_word - states[row].expected
+            for (row, words, _), of_word in zip(texts, expected, strict=True)
         ]
-        return torch.tensor(scores, dtype=torch.float32, device=candidates.device)
+        return torch.tensor(scores, dtype=torch.float32)[places].view(candidates.shape).to(candidates.device)
 
     def advance(self, states: Sequence[WordScorerState], tokens: Sequence[int]) -> list[WordScorerState]:
         """The hypotheses with one token more each."""

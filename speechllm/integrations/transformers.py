@@ -82,7 +82,7 @@ class SpeechPipeline:
     def _results(
         self, inputs: Iterable[Any], return_timestamps: bool | str | None, batch_size: int, asked: dict[str, Any]
     ) -> Iterator[dict[str, Any]]:
-        options = self.options or self.model.config.decoding or RecognizeOptions()
+        options = self.model.config.recognize_options(self.options)
         options = replace(options, timestamps=options.timestamps or return_timestamps == "word")
         inputs = iter(inputs)
         while batch := list(islice(inputs, batch_size)):

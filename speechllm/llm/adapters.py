@@ -482,6 +482,8 @@ def _inject(model: TunableModel, config: PeftConfig) -> PeftModel:
     """Puts an adapter into the model, in place."""
     import peft
 
+    from speechllm.llm.lora import fuse
+
     with warnings.catch_warnings():
         # said of quantized bases, which are not merged here
         warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
@@ -489,6 +491,7 @@ def _inject(model: TunableModel, config: PeftConfig) -> PeftModel:
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         adapter = peft.get_peft_model(model.adapter_root(), config)
     for _, layer in _adapter_layers(model):
+        fuse(layer)
         for constant in getattr(layer, "ranknum", {}).values():
             constant.requires_grad_(False)  # which it lost if it was moved to the device of the base
     model.train(model.training)  # also what was added

@@ -37,6 +37,7 @@ from speechllm.llm.transformers_cache import (
     new_cache,
     state_after,
 )
+from speechllm.llm.transformers_cpu import autocast_on_cpu
 from speechllm.llm.transformers_files import (
     TEXT_NAMES,
     gguf_details,
@@ -273,7 +274,8 @@ class TransformersLM(TunableModel[TransformersState]):
             raise ValueError(f"TransformersLM: with checkpoint_blocks {self.name} cannot go on from a state")
         inputs_embeds, valid = self._inputs(input_ids, inputs_embeds, lens)
         mask = self._wanted(labels != IGNORE, valid, "labels have")
-        with self._checkpointing() if checkpointing else nullcontext():
+        # where layers are computed again, they must be as they were at first
+        with self._checkpointing() if checkpointing else autocast_on_cpu(self._device):
             hidden, _ = self._read(inputs_embeds, valid, state, keep=False)
         return hidden[mask], labels.to(hidden.device)[mask]
 
@@ -283,7 +285,8 @@ class TransformersLM(TunableModel[TransformersState]):
     ) -> tuple[Tensor, TransformersState]:
         """Reads one token a row, for decoding: (N,) -> logits (N, V), the next state; no gradients.
 
-        The given state stays as it is; with `overwrite` recurrent states of the next one take its memory.
+        The given state stays as it is; with `overwrite` the next one takes its memory, and keys and values are copied
+        only once in many steps, when there is no more room behind them.
         """
         valid = torch.ones(len(token_ids), 1, dtype=torch.bool)
         hidden, after = self._read(self.embed(token_ids[:, None]), valid, state, keep=True, overwrite=overwrite)
@@ -401,7 +404,7 @@ class TransformersLM(TunableModel[TransformersState]):
         state = None
         if keep:
             unused = L - int(lens.max())
-            layers = (LayerState(tuple(x[:, :, unused:] for x in kv), parts) for kv, parts in cached(cache))
+            layers = (LayerState(tuple(x[:, :, unused:] for x in kv), parts) for kv, parts, _ in cached(cache))
             state = TransformersState(tuple(layers), lens)
         return hidden, state
 

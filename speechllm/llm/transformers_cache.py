@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,14 @@ RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 STATELESS_LAYERS = {"mlp", "moe"}
 
 
+# Room for at least so many places, and for this share of those that there are, is behind keys and values that grow.
+_ROOM = 32
+_ROOM_SHARE = 0.25
+
+# Padding in front may be this share of the places before it is worth a copy of everything to be rid of it.
+_PADDING_SHARE = 0.25
+
+
 class LayerState(NamedTuple):
     """What one layer keeps.
 
@@ -33,10 +41,13 @@ class LayerState(NamedTuple):
       attention: keys and values (N, heads, S, D); nothing in a layer without attention.
       recurrent: states of convolutions and recurrences (N, ...), None where the layer uses only one of the two; nothing
         in a layer without recurrence.
+      buffers: keys and values (N, heads, S + room, D) of which `attention` is the first S places, and which no other
+        state has; nothing if there is no room.
     """
 
     attention: tuple[Tensor, ...] = ()
     recurrent: tuple[Tensor | None, ...] = ()
+    buffers: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,9 +72,15 @@ class TransformersState:
         return next((layer.attention[0].shape[2] for layer in self.layers if layer.attention), 0)
 
     def select(self, index: Tensor, overwrite: bool = False) -> TransformersState:
-        """The rows at `index` (M,), in this order, without places that are padding in all of them."""
+        """The rows at `index` (M,), in this order, without places that are padding in all of them.
+
+        With `overwrite` and not more rows than before, keys and values of those alone that are not in their place are
+        copied, in the memory of this state, which nothing else may hold then; a few places of padding may stay.
+        """
         lens = self.lens[index.cpu()]
         unused = max(0, self.places - int(lens.max()))
+        if overwrite and len(index) <= len(self) and unused <= _PADDING_SHARE * self.places:
+            return self._moved(index.cpu(), lens)
         index = index.to(self._device)
         layers = (
             LayerState(
@@ -72,6 +89,24 @@ class TransformersState:
             )
             for layer in self.layers
         )
+        return TransformersState(tuple(layers), lens)
+
+    def _moved(self, index: Tensor, lens: Tensor) -> TransformersState:
+        """The rows at `index`, in the memory of this state."""
+        rows, device = len(index), self._device
+        moved = (index != torch.arange(rows)).nonzero().squeeze(1)
+        sources, moved, index = index[moved].to(device), moved.to(device), index.to(device)
+        layers = []
+        for layer in self.layers:
+            for x in layer.attention if len(moved) else ():
+                x.index_copy_(0, moved, x.index_select(0, sources))
+            layers.append(
+                LayerState(
+                    tuple(x[:rows] for x in layer.attention),
+                    tuple(None if x is None else x.index_select(0, index) for x in layer.recurrent),
+                    tuple(x[:rows] for x in layer.buffers),
+                )
+            )
         return TransformersState(tuple(layers), lens)
 
     def repeat(self, n: int) -> TransformersState:
@@ -106,11 +141,11 @@ class TransformersState:
         tensors = {
             f"{i}.{kind}.{j}": x
             for i, layer in enumerate(self.layers)
-            for kind, part in layer._asdict().items()
+            for kind, part in (("attention", layer.attention), ("recurrent", layer.recurrent))
             for j, x in enumerate(part)
             if x is not None
         }
-        counts = torch.tensor([[len(part) for part in layer] for layer in self.layers])
+        counts = torch.tensor([[len(layer.attention), len(layer.recurrent)] for layer in self.layers])
         return tensors | {"lens": self.lens, "counts": counts}
 
     @classmethod
@@ -127,7 +162,7 @@ class TransformersState:
 
     @property
     def _device(self) -> torch.device:
-        return next(x.device for layer in self.layers for part in layer for x in part if x is not None)
+        return next(x.device for layer in self.layers for x in (*layer.attention, *layer.recurrent) if x is not None)
 
 
 def _pad_front(x: Tensor, places: int) -> Tensor:
@@ -145,12 +180,16 @@ def new_cache(config: PreTrainedConfig, state: TransformersState | None = None, 
     It keeps everything, of layers with a sliding window too: their masks leave out what is too far away.
 
     Args:
-      overwrite: recurrent states may be written into, as nothing else holds them.
+      overwrite: recurrent states may be written into, and places behind keys and values, as nothing else holds them.
     """
     from transformers import DynamicCache
 
     if not has_recurrence(config):
-        return DynamicCache() if state is None else DynamicCache([layer.attention for layer in state.layers])
+        if state is None or not overwrite:
+            return DynamicCache() if state is None else DynamicCache([layer.attention for layer in state.layers])
+        cache = DynamicCache()
+        cache.layers = [_appending()(layer) for layer in state.layers]
+        return cache
     from transformers.cache_utils import (
         DynamicLayer,
         DynamicSlidingWindowLayer,
@@ -166,8 +205,10 @@ def new_cache(config: PreTrainedConfig, state: TransformersState | None = None, 
             cache.layers[i] = kind(number_of_states=layer.number_of_states)
         elif isinstance(layer, DynamicSlidingWindowLayer):
             cache.layers[i] = DynamicLayer()
+        if overwrite and state is not None and type(cache.layers[i]) is DynamicLayer and state.layers[i].attention:
+            cache.layers[i] = _appending()(state.layers[i])
     for layer, before in zip(cache.layers, () if state is None else state.layers, strict=state is not None):
-        if before.attention:
+        if before.attention and not isinstance(layer, _appending()):
             layer.update(*before.attention)
         conv_and_recurrent = (
             before.recurrent[: len(before.recurrent) // 2],
@@ -196,12 +237,47 @@ def _assigning(kind: type) -> type:
     return Assigning
 
 
+@functools.cache
+def _appending() -> type:
+    """A kind of layers of a cache whose keys and values go on in room behind those of a `LayerState`; where there is
+    none they are copied to where there is."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Appending(DynamicLayer):
+        def __init__(self, before: LayerState) -> None:
+            super().__init__()
+            self.keys, self.values = before.attention
+            self.buffers = before.buffers
+            self.dtype, self.device = self.keys.dtype, self.keys.device
+            self.is_initialized = True
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Any:
+            places = self.keys.shape[2]
+            after = places + key_states.shape[2]
+            if not self.buffers or self.buffers[0].shape[2] < after:
+                self.buffers = _with_room(self.keys, after), _with_room(self.values, after)
+            keys, values = self.buffers
+            keys[:, :, places:after], values[:, :, places:after] = key_states, value_states
+            self.keys, self.values = keys[:, :, :after], values[:, :, :after]
+            return self.keys, self.values
+
+    return Appending
+
+
+def _with_room(x: Tensor, places: int) -> Tensor:
+    """Keys or values, in memory for `places` and more."""
+    buffer = x.new_empty(*x.shape[:2], places + max(_ROOM, int(_ROOM_SHARE * places)), x.shape[3])
+    buffer[:, :, : x.shape[2]] = x
+    return buffer
+
+
 def cached(cache: Cache) -> tuple[LayerState, ...]:
     """What is in a cache that a model has filled: keys and values of S places, and recurrent states."""
     return tuple(
         LayerState(
             () if getattr(layer, "keys", None) is None else (layer.keys, layer.values),
             (*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()),
+            getattr(layer, "buffers", ()),
         )
         for layer in cache.layers
     )
@@ -213,14 +289,14 @@ def state_after(cache: Cache, valid: Tensor, before: TransformersState | None) -
     read = valid.sum(1)
     lens = read if before is None else before.lens + read
     state = TransformersState(cached(cache), lens)
-    places, longest = state.places, int(lens.max())
-    # the last position of each row moves to the last place
     behind = valid.shape[1] - read
+    if not behind.any():
+        return state
+    # the last position of each row moves to the last place
+    places, longest = state.places, int(lens.max())
     index = (torch.arange(places - longest, places) - behind[:, None]).clamp(min=0).to(state._device)
 
     def move(x: Tensor) -> Tensor:
-        if not behind.any():
-            return x[:, :, places - longest :]
         return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
     layers = (LayerState(tuple(map(move, layer.attention)), layer.recurrent) for layer in state.layers)

@@ -280,7 +280,7 @@ class SpeechModel(nn.Module, ABC):
             raise UserError(f"on_error: unknown {on_error!r}, choose from raise, return")
         request = replace(context or Request(), language=language, target_language=target_language)
         request = checked_request(self.config, request)
-        options = options or self.config.decoding or RecognizeOptions()
+        options = self.config.recognize_options(options)
         recognizer = self.recognizer(replace(options, fallback=options.fallback or "ctc"))
         recognizer.check(request)
         inputs = [

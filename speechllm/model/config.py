@@ -265,6 +265,10 @@ class ModelConfig:
             if given != default:
                 raise ValueError(f"{name} leads to the language model, and llm is null: leave out {name}")
 
+    def recognize_options(self, asked: RecognizeOptions | None) -> RecognizeOptions:
+        """`asked`, or, where nothing is asked for, how the model is recognized best."""
+        return asked or self.decoding or RecognizeOptions()
+
     @property
     def min_frames(self) -> int:
         """The shortest utterance that all encoders can hear, in frames of features."""

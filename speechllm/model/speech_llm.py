@@ -47,7 +47,7 @@ from speechllm.prompt.request import Request
 from speechllm.prompt.splice import PromptEmbedder, Spliced, splice
 from speechllm.prompt.template import PromptConfig
 from speechllm.rwkv7 import RWKV7
-from speechllm.text.tokenizer import Tokenizer, load_tokenizer
+from speechllm.text.tokenizer import Beginnings, Tokenizer, load_tokenizer
 from speechllm.weights import load_state_dict_strict, meta_device, restored, stored
 
 # What stands before a transcript in a CTC head's own pieces: what an encoder alone has learned to write.
@@ -326,10 +326,10 @@ class SpeechLLM(SpeechModel):
             return self.label_ids(text)
         return self.ctc_tokenizer.encode(_CTC_PREFIX + text)
 
-    def ctc_beginnings(self, text: str, word: str) -> list[list[int]]:
+    def ctc_beginnings(self, text: str, words: Sequence[str]) -> Beginnings:
         """The pieces that the CTC head may begin with where a transcript goes on after `text` with a word that begins
-        with `word`."""
-        return self.ctc_tokenizer.beginnings(_CTC_PREFIX + text, word)
+        like one of `words`, for each of them."""
+        return self.ctc_tokenizer.beginnings(_CTC_PREFIX + text, words)
 
     def ctc_text(self, token_ids: Sequence[int]) -> str:
         """The text of pieces that the CTC head wrote."""

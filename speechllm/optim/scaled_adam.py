@@ -18,6 +18,8 @@ _EARLY_CLIPPING_STEPS = (10, 20, 40)
 _NO_BIAS = 0.99
 # Elements of a large tensor that are updated at a time: the tensors of one update are in a second-level cache then.
 _PIECE = 65536
+# Elements from which a tensor is updated in such pieces, of which each costs some microseconds.
+_LARGE = 4096
 
 
 class ScaledAdam(torch.optim.Optimizer):
@@ -143,11 +145,10 @@ class ScaledAdam(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         sizes = self.state[group["params"][0]]
         phase = step % group["size_update_period"]
-        sizes["scale_grads"][phase] = torch.stack(
-            [torch.dot(p.reshape(-1), grad.reshape(-1)) for p, grad in zip(params, grads, strict=True)]
-        )
-        changes = [0.0] * len(params)
-        if phase == group["size_update_period"] - 1:
+        changes, products = [0.0] * len(params), None
+        if phase == group["size_update_period"] - 1:  # the sizes move, by gradients of which these are the last
+            products = [torch.dot(p.reshape(-1), grad.reshape(-1)) for p, grad in zip(params, grads, strict=True)]
+            sizes["scale_grads"][phase] = torch.stack(products)
             sizes["param_rms"] = _rms(params)
             if step > 0:
                 changes = (self._size_steps(group, sizes) * (1 - beta1)).tolist()
@@ -155,13 +156,18 @@ class ScaledAdam(torch.optim.Optimizer):
 
         is_biased = 1 - beta2 ** (step + 1) < _NO_BIAS
         bias_step, scratch = torch.tensor(step + 1.0 if is_biased else math.inf), torch.zeros(_PIECE)
-        together = []
+        together, found = [], []
         for p, grad, change, rate in zip(params, grads, changes, rates, strict=True):
-            delta, exp_avg_sq = self.state[p]["delta"], self.state[p]["exp_avg_sq"]
-            if _is_updated_in_pieces(p, grad, delta, exp_avg_sq):
-                _update_in_pieces(group, (p, grad, delta, exp_avg_sq), change, rate, bias_step, scratch)
+            tensors = p, grad, self.state[p]["delta"], self.state[p]["exp_avg_sq"]
+            if _is_updated_in_pieces(*tensors):
+                parts = _update_in_pieces(group, tensors, change, rate, bias_step, scratch, products is None)
             else:
-                together.append((p, grad, delta, exp_avg_sq, change, rate))
+                parts = [torch.dot(p.reshape(-1), grad.reshape(-1))] if products is None else []
+                together.append((*tensors, change, rate))
+            if parts:
+                found.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum())
+        if products is None:
+            sizes["scale_grads"][phase] = torch.stack(found)
         if together:
             _update_together(group, *map(list, zip(*together, strict=True)))
 
@@ -217,28 +223,42 @@ def _update_together(
 
 
 def _is_updated_in_pieces(*tensors: Tensor) -> bool:
-    return tensors[0].numel() > _PIECE and all(
+    return tensors[0].numel() >= _LARGE and all(
         t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
     )
 
 
 def _update_in_pieces(
-    group: dict, tensors: tuple[Tensor, ...], change: float, rate: float, bias_step: Tensor, scratch: Tensor
-) -> None:
+    group: dict,
+    tensors: tuple[Tensor, ...],
+    change: float,
+    rate: float,
+    bias_step: Tensor,
+    scratch: Tensor,
+    wants_product: bool,
+) -> list[Tensor]:
     """`_update_together` of one large tensor on the CPU: a piece that one operation has read, the next finds in the
-    cache. Adam's step is PyTorch's fused one, of `delta` and without momentum, as that is in `delta` itself.
+    cache. Adam's step is PyTorch's fused one, of `delta` and without momentum, as that is in `delta` itself, whose
+    decay is the fused step's weight decay.
 
     Args:
       tensors: the parameter, its gradient, `delta` and `exp_avg_sq`.
       bias_step: the step, from 1, by which the second moment's bias is corrected; infinite for no correction.
       scratch: finite, of the size of a piece.
+      wants_product: whether the product of the parameter, as it was, and its gradient is needed.
+
+    Returns:
+      that product, in the parts of the pieces; nothing if it is not needed.
     """
     beta1, beta2 = group["betas"]
+    in_step = rate != 0 and beta1 > 0  # else no weight decay makes beta1
+    products = []
     for p, grad, delta, exp_avg_sq in zip(*(t.view(-1).split(_PIECE) for t in tensors), strict=True):
-        delta.mul_(beta1)
+        if not in_step:
+            delta.mul_(beta1)
         if change:
-            delta.add_(p, alpha=change)
-        torch._fused_adam_(
+            delta.add_(p, alpha=change / beta1 if in_step else change)
+        torch._fused_adamw_(
             [delta],
             [grad],
             [scratch[: grad.numel()]],
@@ -248,12 +268,15 @@ def _update_in_pieces(
             lr=-rate,
             beta1=0.0,
             beta2=beta2,
-            weight_decay=0.0,
+            weight_decay=(beta1 - 1) / rate if in_step else 0.0,
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
         )
+        if wants_product:  # only now: the step hides the time in which its three tensors come out of memory
+            products.append(torch.dot(p, grad))
         p.add_(delta)
+    return products
 
 
 def _rms(tensors: list[Tensor]) -> Tensor:

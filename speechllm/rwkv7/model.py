@@ -119,11 +119,11 @@ class _Shift:
 
 
 class _TokenShift(torch.autograd.Function):
-    """x (P, D), prev (N, D), mixes (M, D) -> a mixture (P, D) for each mix. Keeps x, as its mixtures are made again."""
+    """x (P, D), prev (N, D), mixes (M, D) -> a mixture (P, D) for each mix. Keeps at most x: those are made again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, prev: Tensor, mixes: Tensor, rows: _Rows) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, prev, mixes)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, prev, mixes)  # frozen mixes do not need it
         ctx.rows = rows
         return _Shift(x, prev, rows).mixture(mixes.unsqueeze(1)).unbind()
 
@@ -155,6 +155,8 @@ def _token_shift(x: Tensor, prev: Tensor, mixes: Tensor, rows: _Rows, remade: Re
     again = _Shift(x.detach(), prev.detach(), rows)
     return tuple(remade.add(y, partial(again.mixture, mix)) for y, mix in zip(mixed, mixes.detach(), strict=True))
 
+
+_STATE_AT_ONCE = 2**19  # numbers of the state that a decoding step reads and writes together: 2 MB
 
 _NOTHING_REMADE = Remade(enabled=False)  # of a decoding step, which has no backward pass
 
@@ -278,13 +280,21 @@ class TimeMix(nn.Module):
         mixed = torch.addcmul(x, prev - x, self.mixes().unsqueeze(1)).unbind()
         r, w, k, v, a, b, gate, v_first = self.project(mixed, v_first, _NOTHING_REMADE)
         S, new = wkv.flatten(0, 1), out.view(-1, *out.shape[2:])
-        r_, decay, k_, v_, a_, b_ = (z.flatten(0, 1).to(S.dtype) for z in (r, w.exp(), k, v, a, b))
-        # S is read once, for S a and for S_t r = (S diag(w) + (S a) b^T + v k^T) r = S (w r) + (S a) (b r) + v (k r)
-        read = torch.bmm(S, torch.stack((a_, decay * r_), dim=-2).mT)
-        columns, rows = torch.stack((read[..., 0], v_), dim=-1), torch.stack((b_, k_), dim=-2)
-        torch.mul(S, decay.unsqueeze(-2), out=new).baddbmm_(columns, rows)
-        y = read[..., 1] + (columns * torch.matmul(rows, r_.unsqueeze(-1)).mT).sum(-1)
+        parts = [S, new, *(z.flatten(0, 1).to(S.dtype) for z in (r, w.exp(), k, v, a, b))]
+        # On the CPU a few matrices at a time, which stay in its cache while they are read and written.
+        at_once = max(1, _STATE_AT_ONCE // S[0].numel()) if S.device.type == "cpu" else len(S)
+        found = [_step_wkv(*some) for some in zip(*(z.split(at_once) for z in parts), strict=True)]
+        y = found[0] if len(found) == 1 else torch.cat(found)
         return self.combine(y.view(v.shape).to(x.dtype), r, k, v, gate, _NOTHING_REMADE), v_first
+
+
+def _step_wkv(S: Tensor, new: Tensor, r: Tensor, decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """One position of M recurrences: states S (M, V, K), the others (M, K) or (M, V) -> (M, V); `new` is written."""
+    # S is read once, for S a and for S_t r = (S diag(w) + (S a) b^T + v k^T) r = S (w r) + (S a) (b r) + v (k r)
+    read = torch.bmm(S, torch.stack((a, decay * r), dim=-2).mT)
+    columns, rows = torch.stack((read[..., 0], v), dim=-1), torch.stack((b, k), dim=-2)
+    torch.mul(S, decay.unsqueeze(-2), out=new).baddbmm_(columns, rows)
+    return read[..., 1] + (columns * torch.matmul(rows, r.unsqueeze(-1)).mT).sum(-1)
 
 
 class ChannelMix(nn.Module):

@@ -31,7 +31,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
@@ -81,6 +84,18 @@ class StreamDecoder:
         return _BROKEN_BYTE.sub("\ufffd", self._utf8.decode(b"", final=True))
 
 
+class Beginnings(NamedTuple):
+    """What the ids of a text and a word that has only begun may begin with.
+
+    Attributes:
+      common: with these in any case.
+      rests: for each word what may follow, one or the other; nothing if no word begins like this.
+    """
+
+    common: tuple[int, ...]
+    rests: Sequence[Sequence[tuple[int, ...]]]
+
+
 class Tokenizer(Protocol):
     """What the model, the recipes and the searches ask of a tokenizer."""
 
@@ -93,9 +108,9 @@ class Tokenizer(Protocol):
         """The ids of `text`, without the end of text."""
         ...
 
-    def beginnings(self, text: str, word: str) -> list[list[int]]:
-        """What the ids of `text` and words that begin with `word` may begin with; [] if there is no such word."""
-        return [self.encode(text + word)]
+    def beginnings(self, text: str, words: Sequence[str]) -> Beginnings:
+        """What the ids of `text` and a word behind it may begin with, for each beginning of one that `words` holds."""
+        return Beginnings((), [[tuple(self.encode(text + word))] for word in words])
 
     def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
         """A decoder for the ids of one text, given one at a time; `continued`: of its rest, after some ids."""
@@ -410,7 +425,7 @@ class LexiconTokenizer(Tokenizer):
         self._ids_of = {name: i for i, name in enumerate(self._names)}
         self.vocab_size = len(self._names)
         self.eos_id = 0
-        self._beginning_cache: dict[str, list[tuple[str, ...]]] = {}
+        self._beginning_cache: dict[str, list[tuple[int, ...]]] = {}
 
     @property
     def tags(self) -> list[str]:
@@ -426,37 +441,46 @@ class LexiconTokenizer(Tokenizer):
             ids.extend(self._ids_of[phone] for phone in self._pronunciation.get(word, [self.UNKNOWN]))
         return ids
 
-    def beginnings(self, text: str, word: str) -> list[list[int]]:
-        """The phones of `text` and, at most `MAX_BEGINNINGS` times, those that words begin with that begin with `word`:
-        the share of a word's phones that `word` is of its letters. The first words of the lexicon count."""
+    def beginnings(self, text: str, words: Sequence[str]) -> Beginnings:
+        """Of the words that begin like one of `words`, as many of their phones as there are letters in what is written,
+        in proportion. The first words of the lexicon count: those with `MAX_BEGINNINGS` different beginnings."""
         said = self.encode(text)
         if said:
             said.append(self._ids_of[self.BORDER])
-        return [[*said, *(self._ids_of[phone] for phone in phones)] for phones in self._beginnings(word)]
+        return Beginnings(tuple(said), [self._beginnings(word) for word in words])
 
-    def _beginnings(self, word: str) -> list[tuple[str, ...]]:
+    def _beginnings(self, word: str) -> list[tuple[int, ...]]:
         """Asked for at each step of a search: those of words are kept, not those of everything that is none."""
         if word in self._beginning_cache:
             return self._beginning_cache[word]
         first, last = (bisect_left(self._sorted_words, end) for end in (word, word + chr(sys.maxunicode)))
         if first == last:
             return []
-        found: dict[tuple[str, ...], None] = {}
-        for whole in sorted(self._sorted_words[first:last], key=self._rank_of.__getitem__):
-            phones = self._pronunciation[whole]
-            found[tuple(phones[: len(phones) * len(word) // len(whole)])] = None
+        found: dict[tuple[int, ...], None] = {}
+        for rank in np.sort(self._ranks[first:last]).tolist():
+            whole, phones = self._in_order[rank]
+            found[tuple(self._ids_of[phone] for phone in phones[: len(phones) * len(word) // len(whole)])] = None
             if len(found) == self.MAX_BEGINNINGS:
                 break
-        self._beginning_cache[word] = list(found)
-        return self._beginning_cache[word]
+        # One that goes on from another of them is never the more probable one.
+        shortest = [ids for ids in found if not any(ids[:n] in found for n in range(len(ids)))]
+        self._beginning_cache[word] = shortest
+        return shortest
+
+    @cached_property
+    def _in_order(self) -> list[tuple[str, list[str]]]:
+        """The words and their phones."""
+        return list(self._pronunciation.items())
 
     @cached_property
     def _sorted_words(self) -> list[str]:
         return sorted(self._pronunciation)
 
     @cached_property
-    def _rank_of(self) -> dict[str, int]:
-        return {word: rank for rank, word in enumerate(self._pronunciation)}
+    def _ranks(self) -> NDArray[np.int64]:
+        """The places in the lexicon of `_sorted_words`."""
+        rank_of = {word: rank for rank, word in enumerate(self._pronunciation)}
+        return np.array([rank_of[word] for word in self._sorted_words])
 
     def stream(self, keep_tags: bool = False, continued: bool = False) -> StreamDecoder:
         return _WordStream(self, continued)

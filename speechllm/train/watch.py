@@ -52,13 +52,16 @@ def flop_counter() -> Iterator[FlopCounterMode]:
     """Inside, the products and convolutions are counted, backward passes included. Triton kernels are not seen."""
 
     # called with the shapes of an operator's tensors, other arguments as they are
-    def baddbmm(shape: Any, x: Any, y: Any, **_: Any) -> int:
+    def product_added(shape: Any, x: Any, y: Any, **_: Any) -> int:
         return 2 * math.prod(x) * y[-1]
 
     def linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
         return 2 * math.prod(x) * weight[0]
 
-    unknown_to_the_counter: dict[Any, Callable[..., int]] = {torch.ops.aten.baddbmm_: baddbmm}
+    unknown_to_the_counter: dict[Any, Callable[..., int]] = {
+        torch.ops.aten.baddbmm_: product_added,
+        torch.ops.aten.addmm_: product_added,
+    }
     if has_onednn():
         unknown_to_the_counter[torch.ops.mkldnn._linear_pointwise] = linear
     with FlopCounterMode(display=False, custom_mapping=unknown_to_the_counter) as counter:

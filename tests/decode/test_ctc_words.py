@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from speechllm.decode.ctc import IMPOSSIBLE
+from speechllm.decode.ctc import IMPOSSIBLE, CTCScorer
 from speechllm.decode.ctc_words import CTCWords
-from speechllm.decode.word_scorer import END
+from speechllm.decode.search import Prompt, SearchOptions, search
+from speechllm.decode.word_scorer import END, WordScorer
+from speechllm.rwkv7 import RWKV7, RWKV7Config
 from speechllm.text.tokenizer import LexiconTokenizer, Tokenizer
+from tests.decode.test_scorers import ListedTokenizer
 
 WORDS = ("the", "then", "there", "a", "an", "hat", "heart", "hearts", "he")
 LEXICON = """\
@@ -119,3 +122,78 @@ def test_pieces_that_another_word_changes_are_scored_anew():
         ((score, state),) = model.read([(state, (word,))])
         total += score
     assert total == pytest.approx(whole(log_probs, tokenizer.encode("a b a"), tokenizer.eos_id), rel=1e-4)
+
+
+class SimpleCTCWords:
+    """The same in its simple form: each text from its start on, one piece after the other, by `CTCScorer`; of what is
+    written of a word all beginnings, also those that begin with another one. Its state is the text."""
+
+    def __init__(self, log_probs, lexicon):
+        self._lexicon = lexicon
+        self._end = lexicon.vocab_size
+        self._scorer = CTCScorer(1.0, lambda number: log_probs, lexicon.eos_id, self._end)
+
+    def start(self, utterance):
+        return ()
+
+    def read(self, texts):
+        found = []
+        for before, words in texts:
+            after = (*before, *(word for word in words if word != END))
+            end = [self._end] * (END in words)
+            pieces, more = (self._lexicon.encode(" ".join(text)) for text in (before, after))
+            found.append((self._log_prob([*more, *end]) - self._log_prob(pieces), after))
+        return found
+
+    def expect(self, texts):
+        return [self._expected(said, word) if word else 0.0 for said, word in texts]
+
+    def _expected(self, said, word):
+        distinct = {}
+        for whole, *phones in (line.split() for line in LEXICON.splitlines()):
+            if whole.startswith(word):
+                distinct[tuple(phones[: len(phones) * len(word) // len(whole)])] = whole
+        border = [self._lexicon.encode("a a")[1]] * bool(said)
+        before = self._lexicon.encode(" ".join(said))
+        beginnings = [
+            [*before, *border, *self._lexicon.encode(whole)[: len(phones)]]
+            for phones, whole in list(distinct.items())[: LexiconTokenizer.MAX_BEGINNINGS]
+        ]
+        return max([self._log_prob(p) - self._log_prob(before) for p in beginnings], default=IMPOSSIBLE)
+
+    def _log_prob(self, pieces):
+        total, state = 0.0, self._scorer.start(0)
+        for piece in pieces:
+            total += self._scorer.score([state], torch.tensor([[piece]])).item()
+            if piece != self._end:
+                (state,) = self._scorer.advance([state], [piece])
+        return total
+
+
+def heard(lexicon, text):
+    """Log probabilities of a head that is mostly right."""
+    frames = [frame for piece in lexicon.encode(text) for frame in (piece, piece, lexicon.eos_id)]
+    logits = torch.randn(len(frames), lexicon.vocab_size, generator=torch.Generator().manual_seed(len(text)))
+    logits[torch.arange(len(frames)), frames] += 5.0
+    return logits.log_softmax(-1)
+
+
+def test_the_search_finds_what_it_finds_with_the_simple_form(lexicon):
+    written = ListedTokenizer(
+        *(f" {word}" for word in ("the", "then", "a", "h", "th")), "e", "n", "re", "at", "art", "s"
+    )
+    torch.manual_seed(3)
+    llm = RWKV7(RWKV7Config(n_layer=1, n_embd=16, head_size=16, vocab_size=written.unknown_id)).eval()
+    said = ["the hearts he", "a hat then a"]
+    log_probs = [heard(lexicon, text) for text in said]
+    prompts = [Prompt(torch.randn(3, 16, generator=torch.Generator().manual_seed(i)), 10) for i in range(2)]
+    options = SearchOptions("beam", beam=4, nbest=4, length_penalty=0.0)
+    together = dict(search(llm, prompts, options, written.eos_id, [
+        WordScorer(words_model(lexicon, log_probs), written, 3.0)
+    ]))  # fmt: skip
+    for number, prompt in enumerate(prompts):
+        scorer = WordScorer(SimpleCTCWords(log_probs[number], lexicon), written, 3.0)
+        ((_, expected),) = search(llm, [prompt], options, written.eos_id, [scorer])
+        assert [x.tokens for x in together[number]] == [x.tokens for x in expected]
+        assert [x.score for x in together[number]] == pytest.approx([x.score for x in expected], rel=1e-5)
+        assert written.decode(expected[0].tokens).strip() == said[number]

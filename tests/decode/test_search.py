@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from speechllm.decode.search import Prompt, SearchOptions, loop_length, search
+from speechllm.decode.search import Prompt, SearchOptions, _best, loop_length, search
 from speechllm.errors import UserError
 from speechllm.rwkv7 import RWKV7, RWKV7Config, RWKV7State
 from tests.rwkv7.small import random_state
@@ -581,3 +581,19 @@ def test_prompts_are_checked(llm):
         Prompt(torch.zeros(1, 32), 0)
     with pytest.raises(ValueError, match="must have one row, it has 2"):
         Prompt(torch.zeros(1, 32), 5, random_state(llm, 2))
+
+
+@pytest.mark.parametrize("vocab", [70, 1000, 4096])
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_the_best_of_many_logits_are_those_of_all(vocab, count, monkeypatch):
+    """In blocks of rows and groups of ids, the last of which is not full."""
+    monkeypatch.setattr("speechllm.decode.search._GROUP", 32)
+    monkeypatch.setattr("speechllm.decode.search._LOGITS_AT_ONCE", 3 * vocab)
+    logits = torch.randn(7, vocab, generator=torch.Generator().manual_seed(vocab)) * 20
+    logits[2, -3:], logits[3, :] = 100.0, 5.0
+    logits[4, 7], logits[5, 9] = -math.inf, math.nan
+    values, ids, normalizers = _best(logits, count)
+    torch.testing.assert_close(values, logits.topk(count).values, equal_nan=True)
+    torch.testing.assert_close(logits.gather(1, ids), values, equal_nan=True)
+    assert all(len(set(row)) == count for row in ids.tolist())
+    torch.testing.assert_close(normalizers, logits.logsumexp(-1, keepdim=True), equal_nan=True)

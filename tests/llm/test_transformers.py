@@ -515,3 +515,28 @@ def test_implementations_of_attention_agree(tmp_path, config):
     llm = LLMSection(rwkv7=RWKV7Config(2, 32, 300, head_size=16), attention="sdpa")
     with pytest.raises(ValueError, match="attention: sdpa is for models of transformers; RWKV-7 has none"):
         SpeechLLM.from_config(dataclasses.replace(config, llm=llm))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "mistral", "minicpm3", "qwen3_next", "falcon_h1"])
+@torch.no_grad()
+def test_keys_and_values_go_on_in_the_room_behind_them(kind):
+    """Over more tokens than there is room for, while rows change places and leave, the longest one first."""
+    model = tiny_llm(kind)
+    torch.manual_seed(1)
+    prompt, lens, ids = torch.randint(0, 40, (4, 9)), torch.tensor([4, 9, 8, 7]), torch.randint(0, 40, (4, 60))
+    _, state = model(prompt, lens=lens)
+    rows, memory = torch.arange(4), set()
+    read = [prompt[i, :n].tolist() for i, n in enumerate(lens)]
+    for t in range(50):
+        if t in (3, 20, 30):
+            chosen = {3: [2, 2, 0, 1], 20: [0, 2, 1], 30: [1, 2]}[t]
+            state, rows = state.select(torch.tensor(chosen), overwrite=True), rows[chosen]
+            read = [[*read[i]] for i in chosen]
+        logits, state = model.step(ids[rows, t], state, overwrite=True)
+        memory.add(next(layer for layer in state.layers if layer.attention).attention[0].data_ptr())
+        for i, row in enumerate(rows.tolist()):
+            read[i].append(ids[row, t].item())
+    for i, row in enumerate(read):
+        torch.testing.assert_close(logits[i], model(torch.tensor([row]))[0][0, -1], rtol=1e-4, atol=1e-4)
+    if kind != "falcon_h1":  # attention and recurrence in one layer: transformers' own cache
+        assert len(memory) <= 3

@@ -83,6 +83,7 @@ def test_large_tensors_in_pieces_are_updated_as_all_together(beta2, monkeypatch)
     ends, states = [], []
     for piece in (4, 1000):
         monkeypatch.setattr("speechllm.optim.scaled_adam._PIECE", piece)
+        monkeypatch.setattr("speechllm.optim.scaled_adam._LARGE", piece)
         params = [nn.Parameter(p.detach().clone()) for p in start]
         optimizer = ScaledAdam(params, lr=0.03, betas=(0.9, beta2), clipping_scale=2.0)
         train(optimizer, params, gradients)
@@ -92,6 +93,19 @@ def test_large_tensors_in_pieces_are_updated_as_all_together(beta2, monkeypatch)
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
         for name in ("delta", "exp_avg_sq"):
             torch.testing.assert_close(one_state[name], other_state[name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"lr": 0.0}, {"betas": (0.0, 0.98)}])
+def test_pieces_without_a_rate_or_a_momentum(settings, monkeypatch):
+    start, gradients = problem(9)
+    ends = []
+    for large in (4, 1000):
+        monkeypatch.setattr("speechllm.optim.scaled_adam._LARGE", large)
+        params = [nn.Parameter(p.detach().clone()) for p in start]
+        train(ScaledAdam(params, **settings), params, gradients)
+        ends.append(params)
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
 
 def test_groups_with_the_same_settings_are_one_model():

@@ -256,3 +256,14 @@ def test_every_parameter_of_a_new_model_learns():
         losses.append(loss.item())
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())  # nothing stays at its zero start
     assert losses[-1] < 0.5 * losses[0]
+
+
+@torch.no_grad()
+def test_a_step_of_many_rows_is_made_in_parts(monkeypatch):
+    model = small_model()
+    ids, state = torch.arange(7), random_state(model, 7)
+    logits, after = model.step(ids, state)
+    monkeypatch.setattr("speechllm.rwkv7.model._STATE_AT_ONCE", 3 * 16 * 16)
+    in_parts, same = model.step(ids, state)
+    torch.testing.assert_close(in_parts, logits)
+    assert_same(same, after)

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from speechllm import linear
 from speechllm.rwkv7 import RWKV7, RWKV7Config
-from speechllm.rwkv7.model import Block
+from speechllm.rwkv7.model import Block, _Rows, _TokenShift
 from speechllm.rwkv7.remade import Remade
 
 from .small import small_model
@@ -105,3 +105,19 @@ def test_a_tensor_that_is_read_in_another_order(order):
         y = (x * w).sum()
     y.backward()
     assert torch.equal(w.grad, x)
+
+
+@pytest.mark.parametrize("mixes_learn", [True, False])
+def test_token_shift_keeps_its_input_for_mixes_that_learn(mixes_learn):
+    x, prev = torch.randn(5, 4, requires_grad=True), torch.randn(1, 4)
+    mixes, kept = torch.rand(2, 4, requires_grad=mixes_learn), []
+    with saved_tensors_hooks(lambda z: kept.append(z.data_ptr()) or z, lambda z: z):
+        first, second = _TokenShift.apply(x, prev, mixes, _Rows(torch.tensor([5]), x.device))
+    assert (x.data_ptr() in kept) == mixes_learn
+    (first + 2 * second).sum().backward()
+    before = torch.cat((prev, x.detach()[:-1]))
+    total = mixes.detach()[0] + 2 * mixes.detach()[1]
+    expected = (3 - total) + torch.cat((total.expand(4, -1), torch.zeros(1, 4)))
+    torch.testing.assert_close(x.grad, expected)
+    if mixes_learn:
+        torch.testing.assert_close(mixes.grad[1], 2 * (before - x.detach()).sum(0))
