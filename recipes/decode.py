@@ -39,7 +39,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from speechllm.cli.exits import run_to_exit
-from speechllm.cli.options import add_dtype_option, add_llm_weights_option, add_share_options, share_of
+from speechllm.cli.options import add_dtype_option, add_share_options, add_weights_options, share_of
 from speechllm.cli.search_options import (
     add_search_options,
     check_without_language_model,
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--exp-dir", required=True, type=Path, help="folder for logs and results")
     parser.add_argument("--model", required=True, type=Path, help="folder of the trained model")
     add_share_options(parser)
-    add_llm_weights_option(parser)
+    add_weights_options(parser)
     add_dtype_option(parser)
     parser.add_argument(
         "--timestamps",
@@ -103,7 +103,8 @@ def main() -> None:
         options = replace(own.recognize_options(asked), timestamps=args.timestamps)
         if own.llm is None:
             check_without_language_model(args)
-        decode(config, args.exp_dir, args.model, args.dtype, args.llm_weights, options, share)
+        weights = args.llm_weights, args.encoder_weights
+        decode(config, args.exp_dir, args.model, args.dtype, weights, options, share)
 
     run_to_exit(run)
 
@@ -113,7 +114,7 @@ def decode(
     exp_dir: Path,
     model_dir: Path,
     dtype: str | None,
-    llm_weights: str,
+    weights: tuple[str, str | None],
     options: RecognizeOptions,
     share: Share,
 ) -> None:
@@ -121,13 +122,13 @@ def decode(
         raise ConfigError("data.test names no test set")
     setup_logging(exp_dir / "log", "log-decode", share.rank)
     model = load_model(model_dir)
-    prepare_for_inference(model, None, dtype, llm_weights)
+    prepare_for_inference(model, None, dtype, *weights)
     recognizer = model.recognizer(options)
     search, ctc_search = search_names(options)
     if model.llm is None and model.transducer is None:
         search = ctc_search
     data = asdict(config.data) | {"num_workers": 0}  # how many has no influence
-    follows_from = [model_identity(model_dir), search_identity(options), dtype, llm_weights, data]
+    follows_from = [model_identity(model_dir), search_identity(options), dtype, *filter(None, weights), data]
     parts: dict[str, list[Path]] = {}
     for name, sources in config.data.test.items():
         loader = build_eval_loader(config.data, sources, share.rank, share.world_size, feature_kind=model.feature_kind)

@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 
 from speechllm.cli.exits import run_to_exit
-from speechllm.cli.options import add_device_option, add_dtype_option, add_llm_weights_option, positive
+from speechllm.cli.options import add_device_option, add_dtype_option, add_weights_options, positive
 from speechllm.cli.streaming_options import add_streaming_options, streaming_options
 from speechllm.config import ConfigError
 from speechllm.data import Batch, build_eval_loader
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument(
         "--streams", type=positive, default=8, help="how many are played at the same time (default: %(default)s)"
     )
-    add_llm_weights_option(parser)
+    add_weights_options(parser)
     add_device_option(parser)
     add_dtype_option(parser)
     add_streaming_options(parser)
@@ -102,7 +102,7 @@ def main() -> None:
         options = streaming_options(args)
         setup_logging(args.exp_dir / "log", "log-streaming-decode")
         model = load_model(args.model)
-        prepare_for_inference(model, args.device, args.dtype, args.llm_weights)
+        prepare_for_inference(model, args.device, args.dtype, args.llm_weights, args.encoder_weights)
         decode(config, args.exp_dir, model, args.model.name, args.chunk_seconds, args.streams, options)
 
     run_to_exit(run)

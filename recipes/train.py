@@ -254,7 +254,9 @@ def train_epochs(
                 names = []
                 done = state.step == num_steps
                 if state.step % config.valid_every_n == 0 or done:
-                    scalars, examples = validate(accelerator, model, valid_loader, experiment.data.text)
+                    scalars, examples = validate(
+                        accelerator, model, valid_loader, experiment.data.text, state.step <= config.ctc_only_steps
+                    )
                     log.validation(state.epoch, state.step, scalars, examples)
                     names += [f"best-valid-{name}.pt" for name in state.improved(scalars)]
                 if state.step % config.save_every_n == 0 or done or told_to_stop:

@@ -257,18 +257,21 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.weights}"
 
     def forward(self, x: Tensor) -> Tensor:
+        # as under autocast other layers are
+        out_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         flat = x.reshape(-1, x.shape[-1]).to(_TYPE_OF_PRODUCT[self.weights])
         if self.scale is None:
             multiply = _onednn if has_onednn() else F.linear
             out = multiply(flat, self.packed, self.bias)
         else:
-            if len(flat) <= _INT8_ROWS:
+            # of other widths torch's int8 product reads beyond the rows' ends
+            if len(flat) <= _INT8_ROWS and self.in_features % 32 == 0:
                 out = torch._weight_int8pack_mm(flat, self.packed, self.scale)
             else:
                 out = F.linear(flat, self.packed.bfloat16()).mul_(self.scale)
             if self.bias is not None:
                 out += self.bias
-        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return out.to(out_dtype).view(*x.shape[:-1], self.out_features)
 
 
 _TYPE_OF_PRODUCT = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
@@ -278,6 +281,16 @@ _PACKED_FOR_ROWS = 32
 
 # Up to so many rows, reading int8 weights saves more than their conversion for a bfloat16 product costs.
 _INT8_ROWS = 16
+
+
+def use_own_products(module: nn.Module) -> None:
+    """Make every ``nn.Linear`` of a module that others wrote a ``Linear``, in place, with the same parameters."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                own = Linear(child.in_features, child.out_features, child.bias is not None, device="meta")
+                own.weight, own.bias = child.weight, child.bias
+                setattr(parent, name, own)
 
 
 def pack_for_inference(model: nn.Module, weights: str = "float32") -> nn.Module:
@@ -292,8 +305,8 @@ def pack_for_inference(model: nn.Module, weights: str = "float32") -> nn.Module:
       the model, in eval mode.
 
     Raises:
-      UserError: other ``weights``; the model is not on the CPU; there is no RWKV-7, whose ``weights`` could be
-        other than float32.
+      UserError: other ``weights``; the model is not on the CPU; it has no ``Linear``, whose ``weights`` could be other
+        than float32.
     """
     if weights not in INFERENCE_WEIGHTS:
         raise UserError(f"pack_for_inference: unknown weights {weights!r}, choose from {', '.join(INFERENCE_WEIGHTS)}")

@@ -141,6 +141,35 @@ def test_packed_layers_keep_their_bias(rows, weights, tolerance, onednn):
     assert type(got) is torch.Tensor and (got - plain(x)).norm() <= tolerance * plain(x).norm()
 
 
+@pytest.mark.parametrize("width", [7, 18, 40, 80])
+@torch.no_grad()
+def test_packed_layers_of_any_width(width):
+    plain, x = torch.nn.Sequential(Linear(width, 12)), torch.randn(4, width)
+    for weights in ("float32", "bfloat16", "int8"):
+        got = pack_for_inference(copy.deepcopy(plain), weights)(x)
+        assert (got - plain(x)).norm() <= 5e-2 * plain(x).norm()
+
+
+@torch.no_grad()
+def test_under_autocast_a_packed_layer_gives_what_others_do():
+    plain, x = torch.nn.Sequential(Linear(64, 32)), torch.randn(5, 64)
+    for weights in ("float32", "bfloat16", "int8"):
+        packed = pack_for_inference(copy.deepcopy(plain), weights)
+        with torch.autocast("cpu", torch.bfloat16):
+            out, expected = packed(x), plain(x)
+        assert out.dtype == expected.dtype == torch.bfloat16
+        assert (out - expected).norm() <= 5e-2 * expected.norm()
+
+
+def test_layers_that_others_wrote_become_ours():
+    module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False)))
+    state, x = module.state_dict(), torch.randn(5, 4)
+    expected = module(x)
+    linear.use_own_products(module)
+    assert type(module[0]) is type(module[1][0]) is Linear and torch.equal(module(x), expected)
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
 def test_unknown_weights():
     with pytest.raises(ValueError, match="unknown weights 'int4', choose from float32, bfloat16, int8"):
         pack_for_inference(small_model(), "int4")

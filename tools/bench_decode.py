@@ -20,9 +20,11 @@ transformers: `generate` with a key-value cache on a Qwen2 of the same depth, wi
 speechllm, Qwen2: `speechllm.decode.search` on that Qwen2.
 
 Encoder: the released size (AudenAI/auden-encoder-tta-m10, 152.7 M parameters), on one utterance of 40 s and on a batch
-of eight of 10 s. Operations are those of torch.utils.flop_counter, and of oneDNN's linear product, which it does not
-know; share: of the rate of a square matrix product in the same process, by torch.mm or by
-speechllm.linear.product, whichever is faster.
+of eight of 10 s, with each kind of weights that `speechllm transcribe --encoder-weights` has. Operations are those of
+torch.utils.flop_counter, and of oneDNN's linear product, which it does not know; share: of the rate of a square float32
+matrix product in the same process, by torch.mm or by speechllm.linear.product, whichever is faster. Faster: than with
+float32 weights; error: of the output, relative to theirs. With --cpu-time seconds are those of the processor, for one
+thread on a machine that has other work.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ import os
 import statistics
 import sys
 import tempfile
+import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,10 +61,11 @@ from bench_wkv import (
 )
 from torch import Tensor
 
+from speechllm.allocator import keep_freed_memory
 from speechllm.decode.search import Prompt, SearchOptions, search
 from speechllm.encoder import Zipformer, ZipformerConfig
 from speechllm.encoder.pretrained import FULLY_TRAINED
-from speechllm.linear import pack_for_inference
+from speechllm.linear import INFERENCE_WEIGHTS, pack_for_inference
 from speechllm.llm.interface import LanguageModel
 from speechllm.llm.transformers import TransformersLM
 from speechllm.rwkv7 import RWKV7, RWKV7Config, load_rwkv7
@@ -300,6 +305,7 @@ class Encoding:
     flops: float
     product_rate: float  # FLOP/s
     memory: int  # bytes
+    output: Tensor
 
 
 def encoder_config(scale: int) -> ZipformerConfig:
@@ -313,47 +319,73 @@ def encoder_config(scale: int) -> ZipformerConfig:
 
 
 @torch.no_grad()
-def measure_encoder(rows: int, length: float, args: argparse.Namespace) -> Encoding:
+def measure_encoder(rows: int, length: float, weights: str, args: argparse.Namespace) -> Encoding:
+    clock = time.process_time if args.cpu_time else time.perf_counter
     torch.manual_seed(0)
     encoder = Zipformer(encoder_config(args.encoder_scale)).eval()
     encoder.set_batch_count(FULLY_TRAINED)
     features = torch.randn(rows, round(100 * length), 80)
     lens = torch.full((rows,), features.shape[1])
 
-    def run() -> None:
-        encoder(features, lens)
+    def run() -> Tensor:
+        with computing(weights):
+            return encoder(features, lens)[0]
 
-    flops = count_flops(run)  # which does not see into packed products
-    pack_for_inference(encoder)
+    flops = count_flops(lambda: encoder(features, lens))  # which does not see into packed products
+    pack_for_inference(encoder, weights)
+    keep_freed_memory()
     memory = memory_of(run)[1]
-    times = seconds(run, args.repeat)
+    times = seconds(run, args.repeat, clock=clock)
     if args.profile:
-        print_profile(f"encoder, {rows} x {length} s", run)
-    return Encoding(times, flops, product_rate(torch.float32, "cpu"), memory)
+        print_profile(f"encoder, {weights}, {rows} x {length} s", run)
+    return Encoding(times, flops, product_rate(torch.float32, "cpu", clock), memory, run().float())
+
+
+def computing(weights: str) -> AbstractContextManager[object]:
+    """As `speechllm.model.build.prepare_for_inference` has it."""
+    return nullcontext() if weights == "float32" else torch.autocast("cpu", torch.bfloat16)
 
 
 def bench_encoder(args: argparse.Namespace) -> list[object]:
     print("Encoder\n")
-    results, table = [], []
+    results: list[object] = []
+    table: list[list[str]] = []
     for rows, length in ((1, 40.0), (8, 10.0)):
-        print(f"... encoder, {rows} x {length:.0f} s", file=sys.stderr, flush=True)
-        result = in_own_process(measure_encoder, rows, length, args, threads=args.threads)
-        results.append(result)
-        table.append([f"{rows} x {length:.0f} s"])
-        if isinstance(result, Failure):
-            table[-1] += [result.reason, *[""] * 5]
-            continue
-        time = statistics.median(result.seconds)
-        table[-1] += [
-            median_and_least(result.seconds),
-            f"{time / (rows * length):.4f}",
-            number(result.flops / time / 1e9),
-            number(result.product_rate / 1e9),
-            f"{100 * result.flops / time / result.product_rate:.0f}%",
-            f"{result.memory / 1e9:.2f}",
-        ]
-    print_table(["audio", "seconds", "real-time factor", "GFLOP/s", "of a product", "share", "memory, GB"], table)
+        plain = None
+        for weights in args.encoder_weights:
+            print(f"... encoder, {weights}, {rows} x {length:.0f} s", file=sys.stderr, flush=True)
+            result = in_own_process(measure_encoder, rows, length, weights, args, threads=args.threads)
+            results.append(result)
+            title = [f"{rows} x {length:.0f} s", weights]
+            if isinstance(result, Failure):
+                table.append([*title, result.reason, *[""] * 7])
+                continue
+            plain = result if weights == "float32" else plain
+            table.append([*title, *encoder_cells(result, plain, rows * length)])
+    print_table(
+        ["audio", "weights", "seconds", "real-time factor", "GFLOP/s", "of a product", "share", "faster", "error",
+         "memory, GB"],
+        table,
+    )  # fmt: skip
     return results
+
+
+def encoder_cells(result: Encoding, plain: Encoding | None, audio_seconds: float) -> list[str]:
+    """`plain`: with float32 weights, if that is known."""
+    time = statistics.median(result.seconds)
+    beside = ["-", "-"]
+    if plain is not None:
+        error = (result.output - plain.output).norm() / plain.output.norm()
+        beside = [ratio(plain.seconds, result.seconds), f"{float(error):.1e}"]
+    return [
+        median_and_least(result.seconds),
+        f"{time / audio_seconds:.4f}",
+        number(result.flops / time / 1e9),
+        number(result.product_rate / 1e9),
+        f"{100 * result.flops / time / result.product_rate:.0f}%",
+        *beside,
+        f"{result.memory / 1e9:.2f}",
+    ]
 
 
 def main() -> int:
@@ -364,6 +396,9 @@ def main() -> int:
     parser.add_argument("--vocab", type=int, default=65536, help="default: %(default)s")
     parser.add_argument("--encoder-scale", type=int, default=1, metavar="N",
                         help="divides the widths of the encoder (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--encoder-weights", nargs="+", default=list(INFERENCE_WEIGHTS), choices=INFERENCE_WEIGHTS,
+                        metavar="KIND", help="of the encoder (default: float32 bfloat16 int8)")  # fmt: skip
+    parser.add_argument("--cpu-time", action="store_true", help="of the encoder: seconds of the processor")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N",
                         help="utterances in a batch (default: 1 8 32)")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=40, help="to write for each utterance (default: %(default)s)")

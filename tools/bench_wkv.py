@@ -82,7 +82,11 @@ def in_own_process(function: Callable, *args, threads: int):
 
 
 def seconds(
-    run: Callable[[], object], repeat: int, device: str = "cpu", before: Callable = lambda: None
+    run: Callable[[], object],
+    repeat: int,
+    device: str = "cpu",
+    before: Callable = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
     """How long ``run`` takes each of ``repeat`` times, after once to warm up; ``before`` each is not counted."""
     times = []
@@ -90,11 +94,11 @@ def seconds(
         before()
         if device == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         run()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return times[1:]
 
 
@@ -170,12 +174,12 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 
 @torch.no_grad()
-def product_rate(dtype: torch.dtype, device: str) -> float:
+def product_rate(dtype: torch.dtype, device: str, clock: Callable[[], float] = time.perf_counter) -> float:
     """FLOP/s of a square product, by the faster of torch.mm and the language model's own product."""
     n = 8192 if device == "cuda" else 2048
     x, y = torch.randn(2, n, n, device=device).to(dtype)
     ways = (functools.partial(multiply, x, y) for multiply in (torch.mm, product))
-    return 2 * n**3 / min(statistics.median(seconds(way, 5, device)) for way in ways)
+    return 2 * n**3 / min(statistics.median(seconds(way, 5, device, clock=clock)) for way in ways)
 
 
 @torch.no_grad()

@@ -138,14 +138,20 @@ def share_of(args: argparse.Namespace) -> Share:
     return Share()
 
 
-def add_llm_weights_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--llm-weights`, as `speechllm.model.build.prepare_for_inference` takes it."""
+def add_weights_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--llm-weights` and `--encoder-weights`, as `speechllm.model.build.prepare_for_inference` takes them."""
     parser.add_argument(
         "--llm-weights",
         choices=("float32", "bfloat16", "int8"),
         default="float32",
         help="on the CPU, how the language model's matrices are kept: float32 is exact, bfloat16 faster on processors "
         "that have its instructions, int8 smaller (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--encoder-weights",
+        choices=("float32", "bfloat16", "int8"),
+        help="the same of the encoder's matrices; other than float32 it computes in bfloat16 (default: bfloat16 with "
+        "--dtype bfloat16, else float32)",
     )
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from speechllm.cli.options import (
     add_device_option,
     add_dtype_option,
-    add_llm_weights_option,
     add_settings,
+    add_weights_options,
     given_settings,
 )
 from speechllm.cli.search_options import add_search_options, check_without_language_model, search_options
@@ -79,7 +79,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
         default=_MAX_SEGMENT,
         help="longer recordings are cut at pauses into segments of at most this many seconds (default: %(default)g)",
     )
-    add_llm_weights_option(serve)
+    add_weights_options(serve)
     add_device_option(serve)
     add_dtype_option(serve)
     add_search_options(serve)
@@ -119,7 +119,7 @@ def run_serve(args: argparse.Namespace) -> int:
         check_without_language_model(args)
     listening = listen(args.host, args.port)
     model = load_model(args.model)
-    prepare_for_inference(model, device, args.dtype, args.llm_weights)
+    prepare_for_inference(model, device, args.dtype, args.llm_weights, args.encoder_weights)
     service = Service(
         model,
         args.name or args.model.resolve().name,

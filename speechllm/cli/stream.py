@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 from speechllm.cli.options import (
     add_device_option,
     add_dtype_option,
-    add_llm_weights_option,
     add_prompt_options,
+    add_weights_options,
     command_line_request,
 )
 from speechllm.cli.streaming_options import add_streaming_options, streaming_options
@@ -70,7 +70,7 @@ def add_stream(commands: argparse._SubParsersAction) -> None:
         choices=("text", "json"),
         help="lines of text, or a JSON object for each word (default: text on a terminal, else json)",
     )
-    add_llm_weights_option(stream)
+    add_weights_options(stream)
     add_device_option(stream)
     add_dtype_option(stream)
     add_streaming_options(stream)
@@ -99,7 +99,7 @@ def run_stream(args: argparse.Namespace) -> int:
     config = load_model_config(args.model)
     request = checked_request(config, request)
     model = load_model(args.model)
-    prepare_for_inference(model, device, args.dtype, args.llm_weights)
+    prepare_for_inference(model, device, args.dtype, args.llm_weights, args.encoder_weights)
     recognizer = StreamingRecognizer(model, args.chunk_seconds, request.language, context=request, options=options)
     as_text = sys.stdout.isatty() if args.format is None else args.format == "text"
     writer = TextWriter(sys.stdout) if as_text else JSONWriter(sys.stdout)

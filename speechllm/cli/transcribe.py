@@ -10,9 +10,9 @@ from speechllm.cli.options import (
     MANIFEST_HELP,
     add_device_option,
     add_dtype_option,
-    add_llm_weights_option,
     add_prompt_options,
     add_share_options,
+    add_weights_options,
     command_line_request,
     share_of,
 )
@@ -96,7 +96,7 @@ def add_transcribe(commands: argparse._SubParsersAction) -> None:
         f"{_MAX_SEGMENT:g}, or what the encoder can hear)",
     )
     add_share_options(transcribe)
-    add_llm_weights_option(transcribe)
+    add_weights_options(transcribe)
     add_device_option(transcribe)
     add_dtype_option(transcribe)
     add_search_options(transcribe)
@@ -135,7 +135,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
     inputs = replace(inputs, request=checked_request(config, request))
 
     model = load_model(args.model)
-    prepare_for_inference(model, device, args.dtype, args.llm_weights)
+    prepare_for_inference(model, device, args.dtype, args.llm_weights, args.encoder_weights)
     if args.max_segment is not None and args.max_segment > model.max_seconds:
         raise UserError(f"--max-segment {args.max_segment:g}: the encoder hears at most {model.max_seconds:g} s")
     options = replace(options, max_seconds=min(options.max_seconds, model.max_seconds))
@@ -150,5 +150,6 @@ def made_with(args: argparse.Namespace, how: RecognizeOptions, options: SegmentO
     """A text that differs where the results of two runs may, though their audio and languages are the same."""
     from speechllm.model.build import model_identity
 
-    asked = (args.dtype, args.llm_weights, args.channel, args.track)
+    precision = (args.dtype, args.llm_weights, *([args.encoder_weights] if args.encoder_weights else []))
+    asked = (*precision, args.channel, args.track)
     return repr((model_identity(args.model), search_identity(how), options.max_seconds, asked))

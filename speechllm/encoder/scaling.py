@@ -78,8 +78,27 @@ def _swoosh(x: Tensor, kind: tuple[float, float]) -> Tensor:
 
 
 def _swoosh_backward(grad: Tensor, x: Tensor, kind: tuple[float, float]) -> Tensor:
-    deriv = (_at_least_float32(x) - kind[0]).sigmoid_().sub_(0.08)
-    return deriv.mul_(grad)
+    if not (_goes_by_pieces(x) and x.dtype == torch.float32 and grad.is_contiguous()):
+        return (_at_least_float32(x) - kind[0]).sigmoid_().sub_(0.08).mul_(grad)
+    out = torch.empty_like(x)
+    size = _piece_size(x)
+    for to, piece, scale in zip(*(z.view(-1).split(size) for z in (out, x, grad)), strict=True):
+        torch.sub(piece, kind[0], out=to).sigmoid_().sub_(0.08).mul_(scale)
+    return out
+
+
+def _goes_by_pieces(x: Tensor) -> bool:
+    """Whether x is worked on a piece at a time, which stays in the processor's cache through all operations."""
+    on_cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return on_cpu and x.is_contiguous() and x.numel() > 0 and not torch._C._is_tracing()
+
+
+def _piece_size(x: Tensor) -> int:
+    return min(x.numel(), _PIECE * torch.get_num_threads())
+
+
+# Floats that are worked on at once, per thread: 256 KiB, of the 512 KiB and more that a core's second cache has.
+_PIECE = 2**16
 
 
 class _Swoosh(torch.autograd.Function):
@@ -89,7 +108,7 @@ class _Swoosh(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kind: tuple[float, float]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.kind = kind
-        return _swoosh(x, kind)
+        return _swoosh_by_pieces(x, torch.empty_like(x), kind) if _goes_by_pieces(x) else _swoosh(x, kind)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -97,14 +116,50 @@ class _Swoosh(torch.autograd.Function):
         return _swoosh_backward(grad, x, ctx.kind), None
 
 
-def swoosh_l(x: Tensor) -> Tensor:
-    """SwooshL: log(1 + exp(x - 4)) - 0.08 x - 0.035, of any shape."""
-    return _Swoosh.apply(x, SWOOSH_L)
+def _swoosh_by_pieces(x: Tensor, out: Tensor, kind: tuple[float, float]) -> Tensor:
+    """`_swoosh` of x, written to `out`, which may be x; both as `_goes_by_pieces` wants them.
+
+    The operations are those that vector libraries have: softplus(x - shift) = log(exp(x) + exp(shift)) - shift, in a
+    third of the time of PyTorch's softplus.
+    """
+    shift, offset = kind
+    size = _piece_size(x)
+    values, logs = (torch.empty(size, device=x.device) for _ in range(2))
+    for piece, to in zip(x.view(-1).split(size), out.view(-1).split(size), strict=True):
+        # in float32, also where x is in half precision
+        z = piece if piece.dtype == torch.float32 else values[: len(piece)].copy_(piece)
+        if not float(z.amax()) < _EXP_MAX:  # of larger ones, or of NaN, exp or what comes of it is not a number
+            to.copy_(_swoosh(z, kind))
+            continue
+        log = torch.exp(z, out=logs[: len(piece)]).add_(math.exp(shift)).log_()
+        in_float32 = to if to.dtype == torch.float32 else log
+        torch.add(log, z, alpha=-0.08, out=in_float32).sub_(shift + offset)
+        if in_float32 is not to:
+            to.copy_(in_float32)
+    return out
 
 
-def swoosh_r(x: Tensor) -> Tensor:
-    """SwooshR: log(1 + exp(x - 1)) - 0.08 x - 0.313261687, of any shape."""
-    return _Swoosh.apply(x, SWOOSH_R)
+_EXP_MAX = 80.0
+
+
+def _activate(x: Tensor, kind: tuple[float, float], fresh: bool) -> Tensor:
+    if fresh and not (torch.is_grad_enabled() and x.requires_grad) and _goes_by_pieces(x):
+        return _swoosh_by_pieces(x, x, kind)
+    return _Swoosh.apply(x, kind)
+
+
+def swoosh_l(x: Tensor, fresh: bool = False) -> Tensor:
+    """SwooshL: log(1 + exp(x - 4)) - 0.08 x - 0.035, of any shape.
+
+    Args:
+        fresh: nobody else has x, so that the result may take its place where no gradient is needed.
+    """
+    return _activate(x, SWOOSH_L, fresh)
+
+
+def swoosh_r(x: Tensor, fresh: bool = False) -> Tensor:
+    """SwooshR: log(1 + exp(x - 1)) - 0.08 x - 0.313261687, of any shape; `fresh` as in `swoosh_l`."""
+    return _activate(x, SWOOSH_R, fresh)
 
 
 def scaled_linear(in_dim: int, out_dim: int, initial_scale: float, bias: bool = True) -> Linear:

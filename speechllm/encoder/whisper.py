@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from speechllm.encoder.zipformer import run, shortest_and_longest
 from speechllm.errors import UserError
+from speechllm.linear import use_own_products
 from speechllm.quiet import quiet
 
 # What training programs put in front of the names of a model that they wrap.
@@ -136,6 +137,7 @@ class WhisperEncoder(nn.Module):
         layer_config = WhisperConfig(**dataclasses.asdict(config))
         layer_config._attn_implementation = "sdpa"
         self.layers = nn.ModuleList([WhisperEncoderLayer(layer_config) for _ in range(config.encoder_layers)])
+        use_own_products(self.layers)
         self.layer_norm = nn.LayerNorm(config.d_model)
 
     @staticmethod

@@ -7,6 +7,7 @@ an utterance's result does not depend on the batch it is in; every parameter get
 """
 
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,7 +143,7 @@ class AttentionWeights(nn.Module):
         self.whiten_keys = whitening(3.0, groups=num_heads, grad_scale=0.025)
 
     def forward(self, x: Tensor, frames: Frames, cache: LayerCache | None = None) -> Tensor:
-        """(N, T, C) -> (heads, N, T, S), float32, the last dimension sums to 1."""
+        """(N, T, C) -> (heads, N, T, S), the last dimension sums to 1; of a softmax in float32."""
         n, t, _ = x.shape
         pos_dim = self.linear_pos.out_features
         query, key, pos_query = self.in_proj(x).split((self.query_dim, self.query_dim, pos_dim), dim=-1)
@@ -154,12 +155,13 @@ class AttentionWeights(nn.Module):
 
         query, key = self.by_head(query), self.by_head(key)
         if use_positions:
-            # One product per head over all utterances, then each query's row is shifted to start at the first
-            # key.
             pos_query = self.by_head(pos_query).view(self.num_heads, n * t, -1)
             pos_key = self.linear_pos(frames.pos_emb[None])[0]
-            row = s + t - 1
-            pos_key = pos_key.view(row, self.num_heads, -1).permute(1, 2, 0)
+            pos_key = pos_key.view(s + t - 1, self.num_heads, -1).permute(1, 2, 0)
+            if _can_overwrite() and x.device.type == "cpu" and not self.training:
+                return self.weights_by_blocks(query, key, pos_query, pos_key, frames.attn_mask)
+            # One product per head over all utterances, then each query's row is shifted to start at the first
+            # key.
             by_offset = pos_query @ pos_key  # (heads, N T, S + T - 1)
             scores = torch.baddbmm(_by_key(by_offset, t, s), query, key.transpose(1, 2))
         else:
@@ -171,10 +173,57 @@ class AttentionWeights(nn.Module):
             scores = scores + frames.attn_mask
         return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
+    def weights_by_blocks(
+        self, query: Tensor, key: Tensor, pos_query: Tensor, pos_key: Tensor, attn_mask: Tensor | None
+    ) -> Tensor:
+        """What `forward` gives, in the type of `query`: a block at a time, whose scores the processor's cache holds.
+
+        A block has one head, and some utterances with all of their queries, or some queries of one utterance, which
+        have fewer offsets to their keys than all queries have.
+
+        Args:
+            query: (heads N, T, C); key: (heads N, S, C).
+            pos_query: (heads, N T, P); pos_key: (heads, P, S + T - 1); attn_mask: that of `Frames`.
+        """
+        rows, t, _ = query.shape
+        s, heads = key.shape[1], self.num_heads
+        n = rows // heads
+        dtype = query.dtype  # under autocast what is kept of a stream is in another
+        query, key = query.view(heads, n, t, -1), key.to(dtype).view(heads, n, s, -1)
+        pos_query, pos_key = pos_query.to(dtype).view(heads, n, t, -1), pos_key.to(dtype).contiguous()
+        mask = None if attn_mask is None else attn_mask.to(dtype).expand(n, t, s)
+        weights = query.new_empty(heads, n, t, s)
+        at_once = _SCORES_AT_ONCE * torch.get_num_threads()
+        utterances = min(max(at_once // (t * s), 1), n)
+        queries = min(max(at_once // s, _LEAST_QUERIES), t) if utterances == 1 else t
+        # The same memory for all blocks, which is in the cache already.
+        of_keys = query.new_empty(utterances * queries * s)
+        of_offsets = query.new_empty(utterances * queries * (s + queries - 1))
+        for head, first, start in itertools.product(range(heads), range(0, n, utterances), range(0, t, queries)):
+            end = min(start + queries, t)
+            block = slice(first, first + utterances), slice(start, end)
+            out = weights[head][block]
+            row = s + end - start - 1
+            by_offset = of_offsets[: out.numel() // s * row].view(1, -1, row)
+            offsets = pos_key[head : head + 1, :, t - end : s + t - 1 - start]
+            torch.bmm(pos_query[head][block].reshape(1, -1, offsets.shape[1]), offsets, out=by_offset)
+            scores = of_keys[: out.numel()].view(out.shape)
+            torch.bmm(query[head][block], key[head, block[0]].transpose(1, 2), out=scores)
+            scores += _by_key(by_offset, end - start, s)
+            if mask is not None:
+                scores += mask[block]
+            torch.softmax(scores, -1, out=out)  # in float32 inside, whatever the type
+        return weights
+
     def by_head(self, x: Tensor) -> Tensor:
         """(N, T, heads C) -> (heads N, T, C)"""
         n, t, _ = x.shape
         return x.view(n, t, self.num_heads, -1).permute(2, 0, 1, 3).reshape(self.num_heads * n, t, -1)
+
+
+# Scores of a block, per thread: 1 MiB in float32, beside about as many of offsets. Products of fewer queries are slow.
+_SCORES_AT_ONCE = 2**18
+_LEAST_QUERIES = 16
 
 
 def _by_key(by_offset: Tensor, t: int, s: int) -> Tensor:
@@ -184,6 +233,16 @@ def _by_key(by_offset: Tensor, t: int, s: int) -> Tensor:
         rows = F.pad(by_offset, (0, 1)).reshape(-1, t * (row + 1))
         return rows[:, t - 1 : t - 1 + t * row].reshape(-1, t, row)[..., :s]
     return by_offset.as_strided((by_offset.numel() // (t * row), t, s), (t * row, row - 1, 1), t - 1)
+
+
+def _can_overwrite() -> bool:
+    """Whether no gradient is needed of what is computed now, nor a trace of it (for ONNX)."""
+    return not torch.is_grad_enabled() and not torch._C._is_tracing()
+
+
+def _added(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, in x's place where that is possible."""
+    return x.add_(y) if _can_overwrite() else x + y
 
 
 def attend(weights: Tensor, x: Tensor) -> Tensor:
@@ -253,7 +312,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, C) -> (N, T, C)"""
-        x = swoosh_l(self.hidden_balancer(self.in_proj(x)))
+        x = swoosh_l(self.hidden_balancer(self.in_proj(x)), fresh=True)
         x = _masked(x, dropout_mask(x, self.dropout.value) if self.training else None)
         return self.out_whiten(self.out_proj(x))
 
@@ -323,7 +382,7 @@ class ConvolutionModule(nn.Module):
             x = conv(x, frames, cache, part)
         else:
             x = depthwise_conv(x, conv, conv.kernel_size[0] // 2)
-        return self.out_proj(swoosh_r(self.whiten(self.balancer2(x))))
+        return self.out_proj(swoosh_r(self.whiten(self.balancer2(x)), fresh=True))
 
 
 class Bypass(nn.Module):
@@ -389,14 +448,14 @@ class ZipformerLayer(nn.Module):
         keep_attn = keep_utterances(x, self.dynamic_skip_rate.value) if self.training else None
 
         x = x + self.feed_forward1(x)
-        x = x + _masked(self.balancer_na(self.nonlin_attention(x, weights, cache)), keep_attn)
-        x = x + _masked(self.self_attn1(x, weights, cache, "value1"), keep_attn)
-        x = x + self.dropped(self.conv_module1(x, frames, cache, "conv1"), self.dynamic_skip_rate)
-        x = x + self.dropped(self.balancer_ff2(self.feed_forward2(x)), self.ff_skip_rate)
+        x = _added(x, _masked(self.balancer_na(self.nonlin_attention(x, weights, cache)), keep_attn))
+        x = _added(x, _masked(self.self_attn1(x, weights, cache, "value1"), keep_attn))
+        x = _added(x, self.dropped(self.conv_module1(x, frames, cache, "conv1"), self.dynamic_skip_rate))
+        x = _added(x, self.dropped(self.balancer_ff2(self.feed_forward2(x)), self.ff_skip_rate))
         x = self.bypass_mid(skipped, x)
-        x = x + _masked(self.self_attn2(x, weights, cache, "value2"), keep_attn)
-        x = x + self.dropped(self.conv_module2(x, frames, cache, "conv2"), self.dynamic_skip_rate)
-        x = x + self.dropped(self.balancer_ff3(self.feed_forward3(x)), self.ff_skip_rate)
+        x = _added(x, _masked(self.self_attn2(x, weights, cache, "value2"), keep_attn))
+        x = _added(x, self.dropped(self.conv_module2(x, frames, cache, "conv2"), self.dynamic_skip_rate))
+        x = _added(x, self.dropped(self.balancer_ff3(self.feed_forward3(x)), self.ff_skip_rate))
         x = self.norm(self.balancer1(x))
         x = self.bypass(skipped, x)
         return self.whiten(self.balancer2(x))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from speechllm.allocator import keep_freed_memory
 from speechllm.errors import UserError
 from speechllm.hub import local_path
 from speechllm.linear import pack_for_inference
@@ -48,6 +49,7 @@ def prepare_for_inference(
     device: str | torch.device | None = None,
     dtype: str | None = None,
     llm_weights: str = "float32",
+    encoder_weights: str | None = None,
 ) -> None:
     """Bring a loaded model to the device and into the precision that it recognizes speech in, in place.
 
@@ -57,21 +59,46 @@ def prepare_for_inference(
         computes its matrix products; None for half precision on a GPU, float32 elsewhere. Softmax, recurrent states and
         the CTC head are float32 in any case.
       llm_weights: see `pack_for_inference`; on the CPU, in float32.
+      encoder_weights: how the CPU keeps the matrices of the encoders: as `llm_weights`, and other than `float32` they
+        compute in bfloat16; None for bfloat16 if that is `dtype`, else float32.
+
+    On the CPU the process keeps the memory that it frees (`speechllm.allocator`).
 
     Raises:
-      UserError: there is no such device; `dtype` and `llm_weights` do not go together; what `pack_model` raises.
+      UserError: there is no such device; `dtype`, `llm_weights` and `encoder_weights` do not go together, or with the
+        device; what `pack_for_inference` raises.
     """
     device = usable_device(device)
     if dtype is None:
         dtype = half_precision() if device.type == "cuda" else "float32"
     if llm_weights != "float32" and dtype != "float32":
         raise UserError(f"--llm-weights {llm_weights} packs a model that computes in float32, and not in {dtype}")
+    encoder_weights = _encoder_weights(encoder_weights, dtype, device)
     if model.llm is not None:
         convert(model.llm, getattr(torch, dtype))
     model.to(device)
-    model.autocast_dtype = None if dtype == "float32" else getattr(torch, dtype)
-    if dtype == "float32" and (device.type == "cpu" or llm_weights != "float32"):
-        pack_model(model, llm_weights)
+    encoder_dtype = "bfloat16" if encoder_weights == "int8" else encoder_weights or dtype
+    model.autocast_dtype = None if encoder_dtype == "float32" else getattr(torch, encoder_dtype)
+    if model.llm is not None and dtype == "float32" and (device.type == "cpu" or llm_weights != "float32"):
+        pack_for_inference(model.llm, llm_weights)
+    elif llm_weights != "float32":
+        raise UserError(f"--llm-weights {llm_weights}: the model has no language model")
+    if encoder_weights is not None:
+        for _, _, encoder in model.encoders():
+            pack_for_inference(encoder, encoder_weights)
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def _encoder_weights(asked: str | None, dtype: str, device: torch.device) -> str | None:
+    """How the encoders' matrices are packed; None: they are not."""
+    if device.type == "cpu" and dtype != "float16":
+        if asked == "float32" and dtype != "float32":
+            raise UserError(f"--encoder-weights float32: with --dtype {dtype} the encoder computes in {dtype}")
+        return asked or dtype
+    if asked is not None:
+        raise UserError(f"--encoder-weights {asked} is for the CPU, with --dtype float32 or bfloat16")
+    return None
 
 
 def usable_device(name: str | torch.device | None) -> torch.device:
@@ -91,16 +118,3 @@ def usable_device(name: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f"--device {name}: cannot be used ({str(e).splitlines()[0]})") from e
     return device
-
-
-def pack_model(model: SpeechLLM | EncoderModel, llm_weights: str = "float32") -> None:
-    """Bring the matrices into the form that a CPU reads fastest, in place; `llm_weights`: see `pack_for_inference`.
-
-    Raises:
-      UserError: what `pack_for_inference` raises; other `llm_weights` than float32 without a language model.
-    """
-    if model.llm is not None:
-        pack_for_inference(model.llm, llm_weights)
-    elif llm_weights != "float32":
-        raise UserError(f"--llm-weights {llm_weights}: the model has no language model")
-    pack_for_inference(model.encoder)

@@ -66,7 +66,8 @@ class TrainConfig:
     `mwer` (`speechllm.train.mwer`) or `grpo` (`speechllm.train.grpo`), with the options in the section of that name.
 
     In the first `ctc_only_steps` the CTC loss alone trains (the encoder): a language model that begins with an encoder
-    that hears nothing learns to ignore the audio, and takes long to unlearn it.
+    that hears nothing learns to ignore the audio, and takes long to unlearn it. Validations in these steps have the CTC
+    head's error rate only.
     """
 
     num_steps: int = setting(10000, at_least=1)

@@ -182,8 +182,8 @@ class TrainState:
             )
 
     def improved(self, scalars: dict[str, float]) -> list[str]:
-        """Which of `best` a validation has improved on; they are noted."""
-        names = [name for name, value in self.best.items() if scalars[name] < value]
+        """Which of `best` a validation has improved on, of those that it has; they are noted."""
+        names = [name for name, value in self.best.items() if scalars.get(name, math.inf) < value]
         self.best |= {name: scalars[name] for name in names}
         return names
 

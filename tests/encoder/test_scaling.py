@@ -29,6 +29,32 @@ def test_swoosh_is_its_formula():
     assert scaling.swoosh_l(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("swoosh", [scaling.swoosh_l, scaling.swoosh_r])
+def test_swoosh_of_a_fresh_tensor_takes_its_place(swoosh, monkeypatch):
+    monkeypatch.setattr(scaling, "_PIECE", 7)
+    x = torch.cat([torch.linspace(-90, 60, 60), torch.tensor([79.0, 81.0, 1e4, torch.inf, torch.nan, -1e4])]).view(
+        6, 11
+    )
+    for dtype, near in ((torch.float32, {"atol": 1e-6, "rtol": 3e-7}), (torch.bfloat16, {"atol": 0, "rtol": 8e-3})):
+        fresh = x.to(dtype)
+        expected = swoosh(fresh.double()).to(dtype)
+        torch.testing.assert_close(swoosh(fresh), expected, equal_nan=True, **near)
+        assert torch.equal(fresh, x.to(dtype)) or fresh.isnan().any()  # it was left alone
+        out = swoosh(fresh, fresh=True)
+        torch.testing.assert_close(out, expected, equal_nan=True, **near)
+        assert out.dtype == dtype and out.data_ptr() == fresh.data_ptr()
+    assert swoosh(torch.empty(0, 3), fresh=True).shape == (0, 3)
+    strided = torch.randn(4, 6)[:, ::2]
+    torch.testing.assert_close(swoosh(strided, fresh=True), swoosh(strided))
+    learns = torch.randn(50, requires_grad=True)
+    before, grad = learns.detach().clone(), torch.randn(50)
+    swoosh(learns, fresh=True).backward(grad)
+    exact = before.double().requires_grad_()
+    swoosh(exact).backward(grad.double())
+    assert torch.equal(learns.detach(), before)
+    torch.testing.assert_close(learns.grad, exact.grad.float())
+
+
 @pytest.mark.cuda
 def test_swoosh_is_that_of_k2():
     k2 = pytest.importorskip("k2", exc_type=ImportError)

@@ -10,6 +10,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration, Whisper
 
 from speechllm.encoder import WhisperEncoder, WhisperEncoderConfig, load_encoder
 from speechllm.errors import UserError
+from speechllm.linear import Linear, PackedLinear, pack_for_inference
 from speechllm.model.config import EncoderSection
 
 TINY = WhisperEncoderConfig(
@@ -195,3 +196,16 @@ def test_the_encoder_alone_as_rwkv_asr_keeps_it(released, tmp_path):
         loaded = load_encoder(tmp_path / name).state_dict()
         for key, value in encoder.state_dict().items():
             torch.testing.assert_close(loaded[key], value)
+
+
+@pytest.mark.parametrize("weights, tolerance", [("float32", 1e-5), ("bfloat16", 0.03), ("int8", 0.04)])
+@torch.no_grad()
+def test_packed_for_inference(encoder, weights, tolerance):
+    features, lens = whisper_features(3, 120), torch.tensor([120, 77, 30])
+    expected, _ = encoder(features, lens)
+    count = sum(type(module) is Linear for module in encoder.modules())
+    packed = pack_for_inference(encoder, weights)
+    assert sum(type(module) is PackedLinear for module in packed.modules()) == count == 3 * 6
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights != "float32"):
+        out, _ = packed(features, lens)
+    assert (out - expected).norm() < tolerance * expected.norm()

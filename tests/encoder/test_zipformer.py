@@ -8,9 +8,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
-from speechllm.encoder import Zipformer, ZipformerConfig, init_from_data, load_encoder
+from speechllm.encoder import Zipformer, ZipformerConfig, init_from_data, load_encoder, zipformer
 from speechllm.encoder.scaling import constant
 from speechllm.encoder.zipformer import NonlinAttention, ZipformerLayer
+from speechllm.linear import pack_for_inference
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "zipformer"
 MODELS = ["offline", "three_stacks", "causal"]
@@ -99,6 +100,36 @@ def test_batch_invariance_at_every_chunk_size(chunk_size):
         for o, n, m in zip(out, lens, out_lens, strict=True):
             single, _ = encoder(features[None, :n], n[None], chunk_size=chunk_size)
             torch.testing.assert_close(o[:m], single[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scores_at_once", [1, 300, 5000, 2**18])
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_gradients_it_computes_the_same_by_other_ways(causal, scores_at_once, monkeypatch):
+    """Attention in blocks of queries or utterances, sums and activations in place, the front end as matrix products."""
+    monkeypatch.setattr(zipformer, "_SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr(zipformer, "_LEAST_QUERIES", 3)
+    encoder = seeded(tiny_config(causal=causal)).eval()
+    features = log_mel(3, 150)
+    before = features.clone()
+    for lens in (torch.tensor([150, 150, 150]), torch.tensor([150, 31, 90])):
+        plain, _ = encoder(features, lens)
+        assert plain.requires_grad
+        with torch.no_grad():
+            fast, _ = encoder(features, lens)
+        torch.testing.assert_close(fast, plain.detach(), atol=1e-4, rtol=1e-4)
+    assert torch.equal(features, before)
+
+
+@pytest.mark.parametrize("weights, tolerance", [("float32", 1e-5), ("bfloat16", 0.05), ("int8", 0.07)])
+@torch.no_grad()
+def test_packed_for_inference(weights, tolerance):
+    encoder = seeded(tiny_config()).eval()
+    features, lens = log_mel(), torch.tensor([120, 88, 60, 31])
+    expected, expected_lens = encoder(features, lens)
+    packed = pack_for_inference(encoder, weights)
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights != "float32"):
+        out, out_lens = packed(features, lens)
+    assert torch.equal(out_lens, expected_lens) and (out - expected).norm() < tolerance * expected.norm()
 
 
 def test_causal_outputs_do_not_depend_on_later_chunks():

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from speechllm.encoder.zipformer_state import ZipformerState
 from speechllm.errors import UserError
+from speechllm.linear import pack_for_inference
 
 from .test_zipformer import GOLDEN, golden, log_mel, seeded, tiny_config
 
@@ -149,3 +150,13 @@ def test_what_cannot_be_streamed_is_refused():
         ZipformerState.stack([state, encoder.initial_state(1, 16)])
     with pytest.raises(ValueError, match=r"eval\(\)"):
         encoder.train().step(torch.zeros(1, 29, 80), state)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_packed_in_half_precision(weights):
+    encoder, features = causal_encoder(), log_mel(1, 200)[0]
+    expected = streamed(encoder, features, 8, 16)
+    pack_for_inference(encoder, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = streamed(encoder, features, 8, 16)
+    assert got.shape == expected.shape and (got - expected).norm() < 0.07 * expected.norm()

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from speechllm.config import from_dict, to_dict
 from speechllm.decode.recognizer import RecognizeOptions
+from speechllm.linear import PackedLinear
 from speechllm.llm.adapters import METHODS, TuneConfig, load_adapter, merge, merged_state_dict, save_adapter, tune
 from speechllm.llm.precision import base_dtype, convert
 from speechllm.llm.transformers import load_transformers_lm
@@ -188,6 +189,14 @@ def test_inference_on_the_cpu_is_float32_unless_asked(config, batch, tmp_path):
         assert encoder_out.dtype == torch.float32 and audio.isfinite().all()
     with pytest.raises(ValueError, match="--llm-weights int8 packs a model that computes in float32, and not in bf"):
         recognized(dtype="bfloat16", llm_weights="int8")
+    for weights in ("bfloat16", "int8"):
+        model, found = recognized(encoder_weights=weights)
+        assert model.llm.dtype == torch.float32 and model.autocast_dtype == HALF and len(found) == len(expected)
+        assert {m.weights for m in model.encoder.modules() if isinstance(m, PackedLinear)} == {weights}
+    with pytest.raises(ValueError, match="--encoder-weights float32: with --dtype bfloat16 the encoder computes in bf"):
+        recognized(dtype="bfloat16", encoder_weights="float32")
+    with pytest.raises(ValueError, match="--encoder-weights int8 is for the CPU, with --dtype float32 or bfloat16"):
+        recognized(dtype="float16", encoder_weights="int8")
 
 
 def test_what_trains_in_place_is_float32(config, model_config):

@@ -107,7 +107,11 @@ def test_the_encoder_is_the_released_one(bench):
 
 
 def test_encoder_counts_more_for_more_audio(bench):
-    args = Namespace(encoder_scale=16, repeat=1, profile=False)
-    one, two = (bench.measure_encoder(rows, 2.0, args) for rows in (1, 2))
+    args = Namespace(encoder_scale=16, repeat=1, profile=False, cpu_time=True)
+    one, two = (bench.measure_encoder(rows, 2.0, "float32", args) for rows in (1, 2))
     assert two.flops == pytest.approx(2 * one.flops, rel=0.01)
     assert one.product_rate > 0 and one.memory > 0 and len(one.seconds) == 1
+    half = bench.measure_encoder(2, 2.0, "bfloat16", args)
+    assert half.flops == two.flops
+    faster, error = bench.encoder_cells(half, two, 4.0)[5:7]
+    assert float(faster) > 0 and 1e-4 < float(error) < 2e-2
