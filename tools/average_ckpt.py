@@ -118,7 +118,7 @@ def main() -> None:
         sys.exit(f"error: {e}")
 
 
-def average(paths: list[Path], output: Path, form: Form) -> None:
+def average(paths: list[Path], output: Path, form: Form = Form()) -> None:
     """Write the model with the mean of the parameters in `paths`; frozen parts are as in the last."""
     print("averaging:", *paths, sep="\n  ")
     checkpoints = {path: load_checkpoint(path) for path in paths}
