@@ -52,7 +52,7 @@ def conv2d(conv: nn.Conv2d, x: Tensor) -> Tensor:
 def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of 1 x 1 over (N, T, F, C). Without a gradient it is a matrix product, which adds the bias at once;
     with one the convolution is faster."""
-    if torch.is_grad_enabled() or x.device.type != "cpu":
+    if torch.is_grad_enabled() or x.device.type != "cpu" or conv._forward_hooks:  # who listens to the layer hears it
         return conv2d(conv, x)
     return product(x, conv.weight.flatten(1), conv.bias)
 
