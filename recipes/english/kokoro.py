@@ -46,10 +46,6 @@ class Speaker:
     share: float
     speed: float
 
-    @property
-    def name(self) -> str:
-        return f"{self.first}-{self.second}"
-
 
 class Kokoro:
     """The synthesizer.

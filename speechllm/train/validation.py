@@ -40,7 +40,7 @@ def validate(
             batch = batch.to(accelerator.device)
             averages.add(Averages.of(bare(*batch.inputs)))
             if ctc_only:
-                ctc_texts: Sequence[str | None] = ctc_texts_of(bare, batch)
+                ctc_texts: Sequence[str | None] = _ctc_texts(bare, batch)
             else:
                 found = bare.recognize(batch.features, batch.feature_lens, batch.requests)
                 results += transcripts(batch, [r.text for r in found], text_steps)
@@ -59,7 +59,7 @@ def validate(
     return scalars, "\n".join(f"{result.id}:\n  ref: {result.ref}\n  hyp: {result.hyp}" for result in shown)
 
 
-def ctc_texts_of(model: SpeechLLM, batch: Batch) -> list[str | None]:
+def _ctc_texts(model: SpeechLLM, batch: Batch) -> list[str | None]:
     """What the CTC head alone hears in each utterance; None of those that are to be translated."""
     assert model.ctc_head is not None  # `Experiment` sees to it
     encoder_out, lens, *_ = model.encode(batch.features, batch.feature_lens)
