@@ -74,10 +74,16 @@ def describe_write_error(path: str | Path, reason: Exception) -> str:
 
 
 def _set_usual_mode(path: Path) -> None:
-    """The permissions of a new file or folder: safetensors makes files that only their owner can read."""
+    """The permissions of a new file or folder: safetensors makes files that only their owner can read.
+
+    Programs stay programs; a link, perhaps to what is not there, has none of its own.
+    """
+    if path.is_symlink():
+        return
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    usual = 0o777 if path.is_dir() else 0o666 | path.stat().st_mode & 0o111
+    path.chmod(usual & ~umask)
 
 
 def _flush(path: Path) -> None:

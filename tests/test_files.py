@@ -22,6 +22,20 @@ def test_replaced_folder(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_programs_stay_programs_and_links_links(tmp_path):
+    """Debian's packages have both, links to other packages' files too."""
+    with replaced_folder(tmp_path / "package") as tmp:
+        program = tmp / "usr/bin/program"
+        program.parent.mkdir(parents=True)
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+        (tmp / "text").write_text("")
+        (tmp / "link").symlink_to("not-there")
+    assert os.access(tmp_path / "package/usr/bin/program", os.X_OK)
+    assert not (tmp_path / "package/text").stat().st_mode & 0o111
+    assert os.readlink(tmp_path / "package/link") == "not-there"
+
+
 def test_replaced_file(tmp_path):
     target = tmp_path / "new" / "file"
     for text in ("old", "new"):
