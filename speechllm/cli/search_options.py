@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any, get_args
 
 from speechllm.cli.options import add_settings, given_settings, option_of
-from speechllm.decode.options import Method, RecognizeOptions, SearchOptions
+from speechllm.decode.options import FILE_OPTIONS, Method, RecognizeOptions, SearchOptions
 from speechllm.errors import UserError
 
 
@@ -56,7 +56,7 @@ def search_identity(how: RecognizeOptions) -> dict[str, Any]:
 
     # how many are searched together has no influence
     how = replace(how, search=replace(how.search, max_rows=how.search.width))
-    files = {name: file_hash(file) for name in ("hotwords", "ngram", "initial_state") if (file := getattr(how, name))}
+    files = {name: file_hash(file) for name in FILE_OPTIONS if (file := getattr(how, name))}
     return asdict(how) | files
 
 

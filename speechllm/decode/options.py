@@ -118,7 +118,9 @@ class RecognizeOptions:
     timestamps: bool = False
     hotwords: str | None = setting(None, help="file of phrases to prefer, one a line, perhaps with a tab and a boost")
     hotword_weight: float = setting(1.0, at_least=0, below=inf, help="weight of the hotwords")
-    ngram: str | None = setting(None, help="n-gram language model, ARPA or binary, read by kenlm")
+    ngram: str | None = setting(
+        None, help="n-gram language model over words: of tools/pack_ngram.py, or ARPA or binary, which kenlm reads"
+    )
     ngram_weight: float = setting(0.3, at_least=0, below=inf, help="weight of the n-gram language model")
     initial_state: str | None = setting(
         None,
@@ -146,6 +148,9 @@ class RecognizeOptions:
 
 
 RecogniseOptions = RecognizeOptions  # its name in 0.1
+
+# Those that name a file.
+FILE_OPTIONS = ("hotwords", "ngram", "initial_state")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from speechllm.decode.ctc import CTCScorer, ctc_greedy, ctc_prefix_beam_search, 
 from speechllm.decode.ctc_words import CTCWords
 from speechllm.decode.hotwords import Hotwords
 from speechllm.decode.interface import RecognizableSpeechLLM, RecognizeOptions, Speech, check_length
-from speechllm.decode.ngram import KenLM
+from speechllm.decode.ngram import load_ngram
 from speechllm.decode.result import Hypothesis, Recognition, Word, without_sound
 from speechllm.decode.search import Prompt, RunningSearch, Scorer, search
 from speechllm.decode.timestamps import words_from_alignment, words_from_label
@@ -90,7 +90,7 @@ class SpeechLLMRecognizer:
         if options.hotwords is not None:
             scorers.append(Hotwords.from_file(options.hotwords, model.tokenizer, options.hotword_weight))
         if options.ngram is not None:
-            scorers.append(WordScorer(KenLM(options.ngram), model.tokenizer, options.ngram_weight))
+            scorers.append(WordScorer(load_ngram(options.ngram), model.tokenizer, options.ngram_weight))
         return scorers
 
     def _ctc_scorer(self) -> Scorer:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from speechllm.config import check_limits, load_config, setting
-from speechllm.decode.options import RecognizeOptions
+from speechllm.decode.options import FILE_OPTIONS, RecognizeOptions
 from speechllm.encoder import WhisperEncoder, WhisperEncoderConfig, Zipformer, ZipformerConfig
 from speechllm.encoder.ctc import CRCTCConfig
 from speechllm.encoder.pretrained import is_whisper
@@ -169,7 +170,8 @@ class ModelConfig:
     modalities); in decoding all are there.
     `streaming`: the model learns to write while it listens, chunk by chunk (`speechllm.prompt.interleave`).
     `decoding`: how the model is recognized best, found on its validation set: what `transcribe` and `recipes/decode.py`
-    do where nobody asks for another search. Validation in training is greedy.
+    do where nobody asks for another search. Validation in training is greedy. The files that it names are copied into
+    the model's folder.
     `languages`: what the model was trained on, `en` for transcripts of English, `en>de` for translations into German.
     It is put into a trained model's folder; where it is null, nothing is checked against it.
 
@@ -289,7 +291,7 @@ def _check_source(section: LLMSection, sizes: Sequence[str]) -> None:
 
 
 def load_model_config(folder: str | Path) -> ModelConfig:
-    """The configuration in a folder that `save_pretrained` wrote; its tokenizer is in that folder.
+    """The configuration in a folder that `save_pretrained` wrote; its tokenizer and the files of its search are in it.
 
     Raises:
       FileNotFoundError, ConfigError: the folder is not one.
@@ -300,4 +302,30 @@ def load_model_config(folder: str | Path) -> ModelConfig:
         raise FileNotFoundError(f"{given}: no config.yaml: not a folder written by save_pretrained")
     config = load_config(ModelConfig, path)
     ctc_tokenizer = None if config.ctc_tokenizer is None else str(folder / config.ctc_tokenizer)
-    return dataclasses.replace(config, tokenizer=str(folder / config.tokenizer), ctc_tokenizer=ctc_tokenizer)
+    decoding = config.decoding
+    if decoding is not None:
+        files: dict[str, Any] = {name: str(folder / file) for name in FILE_OPTIONS if (file := getattr(decoding, name))}
+        decoding = dataclasses.replace(decoding, **files)
+    return dataclasses.replace(
+        config, tokenizer=str(folder / config.tokenizer), ctc_tokenizer=ctc_tokenizer, decoding=decoding
+    )
+
+
+def save_decoding(decoding: RecognizeOptions | None, folder: Path) -> RecognizeOptions | None:
+    """Copy the files that it names into a model's folder, and name these.
+
+    Raises:
+      UserError: one of them is not there.
+    """
+    if decoding is None:
+        return None
+    for name in FILE_OPTIONS:
+        if file := getattr(decoding, name):
+            own = f"{name}{Path(file).suffix}"
+            try:
+                shutil.copyfile(file, folder / own)
+            except OSError as e:
+                raise UserError(f"model.decoding.{name}: {file} cannot be copied into the model's folder: {e}") from e
+            changed: dict[str, Any] = {name: own}
+            decoding = dataclasses.replace(decoding, **changed)
+    return decoding

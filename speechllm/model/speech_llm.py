@@ -36,7 +36,14 @@ from speechllm.llm.interface import IGNORE, TunableModel
 from speechllm.llm.transformers import TransformersLM
 from speechllm.model.base import Losses, SpeechModel, takes_columns_too
 from speechllm.model.card import encoder_name, model_card
-from speechllm.model.config import EncoderSection, LLMSection, ModelConfig, MoreEncoder, load_model_config
+from speechllm.model.config import (
+    EncoderSection,
+    LLMSection,
+    ModelConfig,
+    MoreEncoder,
+    load_model_config,
+    save_decoding,
+)
 from speechllm.model.ctc_head import load_ctc_head, mean_embeddings
 from speechllm.model.parts import Encoder, build_encoder, build_language_model, saved_section
 from speechllm.model.streaming import Chunk, aligned_words, chunks_of
@@ -514,6 +521,7 @@ class SpeechLLM(SpeechModel):
                 ctc_tokenizer="ctc_tokenizer" if has_own_pieces else None,
                 encoder=saved_section(self.encoder),
                 llm=llm,
+                decoding=save_decoding(self.config.decoding, tmp),
                 more_encoders=[
                     MoreEncoder(saved_section(encoder), more.projector)
                     for more, (encoder, _) in zip(self.config.more_encoders, self._branches()[1:], strict=True)

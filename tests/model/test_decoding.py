@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from speechllm.decode.options import RecognizeOptions, SearchOptions
+from speechllm.errors import UserError
 from speechllm.model.build import load_model
 from speechllm.model.config import load_model_config
 from speechllm.model.speech_llm import SpeechLLM
@@ -22,6 +23,24 @@ def test_transcribe_searches_as_the_folder_says(model_config, tmp_path):
     for options in (None, RecognizeOptions()):
         model.transcribe(0.1 * torch.randn(16000), language="en", options=options)
     assert asked == [dataclasses.replace(options, fallback="ctc") for options in (decoding, RecognizeOptions())]
+
+
+def test_the_files_of_the_search_go_with_the_folder(model_config, tmp_path):
+    """They are found wherever it is, and it is not written without them."""
+    (tmp_path / "phrases.txt").write_text("one two\n")
+    decoding = RecognizeOptions(hotwords=str(tmp_path / "phrases.txt"))
+    config = dataclasses.replace(model_config, decoding=decoding)
+    SpeechLLM.from_config(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "phrases.txt").unlink()
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    loaded = load_model(tmp_path / "elsewhere")
+    assert loaded.config.decoding.hotwords == str(tmp_path / "elsewhere/hotwords.txt")
+    loaded.transcribe(0.1 * torch.randn(16000), language="en")
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/hotwords.txt").read_text() == "one two\n"
+    with pytest.raises(UserError, match="model.decoding.hotwords: .*phrases.txt cannot be copied"):
+        SpeechLLM.from_config(config).save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_encoder_alone_has_no_search(model_config):
