@@ -97,6 +97,14 @@ lexicon_and_tokenizer() {
         --lexicon $data/lexicon
 }
 
+# What follows what in English, of pocketsphinx's language model: for the search.
+ngram() {
+    local source
+    source=$(python -c 'import pocketsphinx; print(pocketsphinx.get_model_path("en-us/en-us.lm.bin"))')
+    python tools/pack_ngram.py "$source" $data/ngram.safetensors --words $data/lexicon/lexicon.txt --most 1000000 \
+        --relative
+}
+
 if [ "$stage" -le 1 ]; then
     $here/prepare.sh "${more[@]}" ${corpus_dir:+--corpus-dir "$corpus_dir"} ${encoder:+--encoder "$encoder"}
 fi
@@ -121,6 +129,7 @@ if [ "$llm" = rwkv7 ]; then
     done
 fi
 if [ "$llm" != none ]; then
+    run_stage $data 4 ngram ngram
     exp=$here/exp-$llm$kind
     tables+=("$exp")
     run_stage "$exp" 5 trained python recipes/train.py --config "configs/english-$llm.yaml" --exp-dir "$exp" \
