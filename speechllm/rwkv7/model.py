@@ -156,9 +156,9 @@ def _token_shift(x: Tensor, prev: Tensor, mixes: Tensor, rows: _Rows, remade: Re
     return tuple(remade.add(y, partial(again.mixture, mix)) for y, mix in zip(mixed, mixes.detach(), strict=True))
 
 
-_STATE_AT_ONCE = 2**19  # numbers of the state that a decoding step reads and writes together: 2 MB
+_SHORTEST = 1e-12  # what F.normalize divides by at least
 
-_NOTHING_REMADE = Remade(enabled=False)  # of a decoding step, which has no backward pass
+_STATE_AT_ONCE = 2**19  # numbers of the state that a decoding step reads and writes together: 2 MB
 
 
 class _ReluSquared(torch.autograd.Function):
@@ -191,6 +191,18 @@ class _LogDecay(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (w,) = ctx.saved_tensors
         return torch.addcmul(w, w, w, value=1 / _LARGEST_DECAY).mul_(grad)
+
+
+def _low_rank(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None = None,
+    between: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """x (P, D), first (D, rank), second (rank, D), bias of D -> (P, D)"""
+    x = product(x, first.T)
+    return product(x if between is None else between(x), second.T, None if bias is None else bias.view(-1))
 
 
 class TimeMix(nn.Module):
@@ -228,26 +240,15 @@ class TimeMix(nn.Module):
 
     def project(self, mixed: tuple[Tensor, ...], v_first: Tensor | None, remade: Remade) -> tuple[Tensor, ...]:
         """Six mixtures (P, D) -> r, w, k, v, a, b (P, H, K) of the recurrence, gate, v_first (P, D)."""
-
-        def low_rank(
-            x: Tensor,
-            first: Tensor,
-            second: Tensor,
-            bias: Tensor | None = None,
-            between: Callable[[Tensor], Tensor] | None = None,
-        ) -> Tensor:
-            x = product(x, first.T)
-            return product(x if between is None else between(x), second.T, None if bias is None else bias.view(-1))
-
         xr, xw, xk, xv, xa, xg = mixed
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = _LogDecay.apply(low_rank(xw, self.w1, self.w2, self.w0, torch.tanh))
-        rate = low_rank(xa, self.a1, self.a2, self.a0).sigmoid()
-        gate = low_rank(xg, self.g1, self.g2, between=torch.sigmoid)
+        w = _LogDecay.apply(_low_rank(xw, self.w1, self.w2, self.w0, torch.tanh))
+        rate = _low_rank(xa, self.a1, self.a2, self.a0).sigmoid()
+        gate = _low_rank(xg, self.g1, self.g2, between=torch.sigmoid)
         if v_first is None:  # this is the first layer
             v_first = v
         else:
-            mix = low_rank(xv, self.v1, self.v2, self.v0).sigmoid()
+            mix = _low_rank(xv, self.v1, self.v2, self.v0).sigmoid()
             # under autocast an adapter may give float32
             v = remade(torch.lerp, v, v_first.to(v.dtype), mix.to(v.dtype))
         r, w, k, v, rate, k_k, k_a = (
@@ -276,25 +277,50 @@ class TimeMix(nn.Module):
         return self.combine(y.flatten(0, 1), r, k, v, gate, remade), v_first, wkv
 
     def step(self, x: Tensor, prev: Tensor, v_first: Tensor | None, wkv: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """One position: x, prev (N, D), wkv (N, H, V, K) -> (N, D), v_first; the new wkv goes to ``out``."""
-        mixed = torch.addcmul(x, prev - x, self.mixes().unsqueeze(1)).unbind()
-        r, w, k, v, a, b, gate, v_first = self.project(mixed, v_first, _NOTHING_REMADE)
+        """One position: x, prev (N, D), wkv (N, H, V, K) -> (N, D), v_first; the new wkv goes to ``out``.
+
+        What ``forward`` computes, in few operations: with few rows each takes longer to start than to run.
+        """
+        xr, xw, xk, xv, xa, xg = torch.addcmul(x, prev - x, self.mixes().unsqueeze(1)).unbind()
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        decay = _low_rank(xw, self.w1, self.w2, self.w0, torch.tanh)
+        rate = _low_rank(xa, self.a1, self.a2, self.a0).sigmoid()
+        gate = _low_rank(xg, self.g1, self.g2, between=torch.sigmoid)
+        if v_first is None:  # this is the first layer
+            v_first = v
+        else:
+            mix = _low_rank(xv, self.v1, self.v2, self.v0).sigmoid()
+            v = torch.lerp(v, v_first.to(v.dtype), mix.to(v.dtype))
+        in_heads = -1, self.head_size  # (N, D) -> (N * H, K)
+        removed = (k * self.k_k.view(-1)).view(in_heads)
+        removed = removed / torch.linalg.vector_norm(removed, dim=-1, keepdim=True).clamp_min(_SHORTEST)
+        k = k * torch.addcmul(1 - self.k_a, rate, self.k_a).view(k.shape)
         S, new = wkv.flatten(0, 1), out.view(-1, *out.shape[2:])
-        parts = [S, new, *(z.flatten(0, 1).to(S.dtype) for z in (r, w.exp(), k, v, a, b))]
+        r, rate, k, v = (z.view(in_heads) for z in (r, rate, k, v))
+        decay = decay.to(S.dtype).sigmoid().mul_(-_LARGEST_DECAY).exp_().view(in_heads)
+        read, added = torch.stack((removed, decay * r), dim=-2), torch.stack((removed * rate, k), dim=-2)
+        parts = S, new, decay, *(z.to(S.dtype) for z in (read, added, r, v))
         # On the CPU a few matrices at a time, which stay in its cache while they are read and written.
         at_once = max(1, _STATE_AT_ONCE // S[0].numel()) if S.device.type == "cpu" else len(S)
         found = [_step_wkv(*some) for some in zip(*(z.split(at_once) for z in parts), strict=True)]
-        y = found[0] if len(found) == 1 else torch.cat(found)
-        return self.combine(y.view(v.shape).to(x.dtype), r, k, v, gate, _NOTHING_REMADE), v_first
+        y = (found[0] if len(found) == 1 else torch.cat(found)).to(x.dtype)
+        y = F.layer_norm(y, y.shape[-1:], eps=_GROUP_NORM_EPS).view(x.shape)
+        y = torch.addcmul(self.ln_x.bias, y, self.ln_x.weight).view(in_heads)
+        direct = (r * k).view(-1, *self.r_k.shape).mul_(self.r_k).sum(-1).view(-1, 1)
+        return self.output(torch.addcmul(y, direct, v).view(x.shape) * gate), v_first
 
 
-def _step_wkv(S: Tensor, new: Tensor, r: Tensor, decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """One position of M recurrences: states S (M, V, K), the others (M, K) or (M, V) -> (M, V); `new` is written."""
-    # S is read once, for S a and for S_t r = (S diag(w) + (S a) b^T + v k^T) r = S (w r) + (S a) (b r) + v (k r)
-    read = torch.bmm(S, torch.stack((a, decay * r), dim=-2).mT)
-    columns, rows = torch.stack((read[..., 0], v), dim=-1), torch.stack((b, k), dim=-2)
-    torch.mul(S, decay.unsqueeze(-2), out=new).baddbmm_(columns, rows)
-    return read[..., 1] + (columns * torch.matmul(rows, r.unsqueeze(-1)).mT).sum(-1)
+def _step_wkv(S: Tensor, new: Tensor, decay: Tensor, read: Tensor, added: Tensor, r: Tensor, v: Tensor) -> Tensor:
+    """One position of M recurrences: states S (M, V, K) -> (M, V), `new` is written.
+
+    decay, r (M, K), v (M, V); read: -a over w r, added: b over k, (M, 2, K).
+    """
+    # S is read once, for S a and for S_t r = (S diag(w) + (S a) b^T + v k^T) r = S (w r) + (S a) (b r) + v (k r).
+    # Vectors are rows: of products with few columns MKL makes twice the work.
+    taken, y = torch.bmm(read, S.mT).unbind(-2)
+    columns = torch.stack((-taken, v), dim=-2)
+    torch.mul(S, decay.unsqueeze(-2), out=new).baddbmm_(columns.mT, added)
+    return torch.baddbmm(y.unsqueeze(-2), torch.bmm(r.unsqueeze(-2), added.mT), columns).squeeze(-2)
 
 
 class ChannelMix(nn.Module):
