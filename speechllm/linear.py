@@ -49,11 +49,11 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        x.numel() * weight.shape[0] >= (_WORTH_TRAINING if torch.is_grad_enabled() else _WORTH_A_CALL)
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._is_tracing()  # ONNX has no such operator
-        and x.numel() * weight.shape[0] >= (_WORTH_TRAINING if torch.is_grad_enabled() else _WORTH_A_CALL)
         and has_onednn()
     )
 
@@ -86,7 +86,7 @@ class _OneDNNProduct(torch.autograd.Function):
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` in its fastest way: x (..., K), weight (N, K), bias (N,) -> x weight^T + bias (..., N)."""
     if not _uses_onednn(x, weight):
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not weight.requires_grad:
+        if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and not weight.requires_grad:
             weight = converted(weight, torch.get_autocast_dtype("cpu"))
         return F.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])

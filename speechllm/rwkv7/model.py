@@ -299,24 +299,29 @@ class TimeMix(nn.Module):
         r, rate, k, v = (z.view(in_heads) for z in (r, rate, k, v))
         decay = decay.to(S.dtype).sigmoid().mul_(-_LARGEST_DECAY).exp_().view(in_heads)
         read, added = torch.stack((removed, decay * r), dim=-2), torch.stack((removed * rate, k), dim=-2)
-        parts = S, new, decay, *(z.to(S.dtype) for z in (read, added, r, v))
-        # On the CPU a few matrices at a time, which stay in its cache while they are read and written.
-        at_once = max(1, _STATE_AT_ONCE // S[0].numel()) if S.device.type == "cpu" else len(S)
-        found = [_step_wkv(*some) for some in zip(*(z.split(at_once) for z in parts), strict=True)]
-        y = (found[0] if len(found) == 1 else torch.cat(found)).to(x.dtype)
+        y = _step_wkv(S, new, decay, read.to(S.dtype), added.to(S.dtype), r.to(S.dtype), v.to(S.dtype)).to(x.dtype)
         y = F.layer_norm(y, y.shape[-1:], eps=_GROUP_NORM_EPS).view(x.shape)
         y = torch.addcmul(self.ln_x.bias, y, self.ln_x.weight).view(in_heads)
         direct = (r * k).view(-1, *self.r_k.shape).mul_(self.r_k).sum(-1).view(-1, 1)
         return self.output(torch.addcmul(y, direct, v).view(x.shape) * gate), v_first
 
 
-def _step_wkv(S: Tensor, new: Tensor, decay: Tensor, read: Tensor, added: Tensor, r: Tensor, v: Tensor) -> Tensor:
+def _step_wkv(S: Tensor, new: Tensor, *vectors: Tensor) -> Tensor:
+    """``_step_some_wkv``, on the CPU a few matrices at a time, which stay in its cache while they are read and written."""
+    at_once = max(1, _STATE_AT_ONCE // S[0].numel()) if S.device.type == "cpu" else len(S)
+    if len(S) <= at_once:
+        return _step_some_wkv(S, new, *vectors)
+    parts = zip(*(z.split(at_once) for z in (S, new, *vectors)), strict=True)
+    return torch.cat([_step_some_wkv(*some) for some in parts])
+
+
+def _step_some_wkv(S: Tensor, new: Tensor, decay: Tensor, read: Tensor, added: Tensor, r: Tensor, v: Tensor) -> Tensor:
     """One position of M recurrences: states S (M, V, K) -> (M, V), `new` is written.
 
     decay, r (M, K), v (M, V); read: -a over w r, added: b over k, (M, 2, K).
     """
     # S is read once, for S a and for S_t r = (S diag(w) + (S a) b^T + v k^T) r = S (w r) + (S a) (b r) + v (k r).
-    # Vectors are rows: of products with few columns MKL makes twice the work.
+    # Vectors stand in rows: MKL is half as fast where they are columns.
     taken, y = torch.bmm(read, S.mT).unbind(-2)
     columns = torch.stack((-taken, v), dim=-2)
     torch.mul(S, decay.unsqueeze(-2), out=new).baddbmm_(columns.mT, added)
