@@ -8,8 +8,14 @@ semi-private, so they are tried once and left alone where they do not work.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -231,8 +237,93 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, cap)
 
 
+# How many rows stand for "several" when they are measured, and the most that do: with more, layouts hardly differ.
+_SEVERAL, _MANY = 8, 64
+
+# Numbers in a weight below which a product takes hardly longer than to start oneDNN.
+_WORTH_ONEDNN = 2**18
+
+# How many times as fast as the better layout for several rows must be the other one for one row.
+_WORTH_A_CHANGE = 1.1
+
+# Numbers of a weight that are measured together, and of all: more than caches hold, as a model has.
+_MEASURED_AT_ONCE, _MEASURED = 2**21, 2**23
+
+_PACKING_PAYS: dict[tuple[int, int], tuple[bool, bool]] = {}
+
+
+def packing_pays(weights: Sequence[Tensor]) -> tuple[bool, bool]:
+    """Whether oneDNN multiplies one row, and several, faster with packed weights: float32, (N, K), of one shape.
+
+    It depends on the processor: without AVX-512, one row is faster with weights as they are. Measured once in a process
+    for a shape, in about a tenth of a second, and logged. By one thread: several wait for each other, and what else the
+    machine does would decide.
+    """
+    N, K = weights[0].shape
+    if not _is_worth_onednn(weights[0]):
+        return False, False
+    if (N, K) not in _PACKING_PAYS:
+        rows = min(N, -(-_MEASURED_AT_ONCE // K))
+        parts = (part.float() for weight in weights for part in weight.split(rows) if len(part) == rows)
+        plain = list(islice(parts, max(1, _MEASURED // (rows * K))))
+        packed = [_pack(part) for part in plain]
+        (plain_one, packed_one), (plain_several, packed_several) = (_times(plain, packed, n) for n in (1, _SEVERAL))
+        several = packed_several < plain_several
+        one = packed_one < plain_one * (_WORTH_A_CHANGE if several else 1 / _WORTH_A_CHANGE)
+        times = (1e6 * time * N / rows for time in (packed_one, plain_one, packed_several, plain_several))
+        log.info(
+            "products with %d x %d: one row %s (us: %.0f for %.0f), %d rows %s (%.0f for %.0f)",
+            *(N, K, _NAMES[one], next(times), next(times), _SEVERAL, _NAMES[several], *times),
+        )
+        _PACKING_PAYS[N, K] = one, several
+    return _PACKING_PAYS[N, K]
+
+
+_NAMES = {True: "packed", False: "plain"}
+
+
+@torch.autocast("cpu", enabled=False)
+@torch.no_grad()
+def _times(plain: list[Tensor], packed: list[Tensor], rows: int) -> tuple[float, float]:
+    """Seconds of a product with weights in either layout: the medians, by one thread."""
+    x = torch.ones(rows, plain[0].shape[1])
+    times: tuple[list[float], list[float]] = [], []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for of_pass in range(_PASSES + 1):
+            for weights, of_layout in zip((plain, packed), times, strict=True):
+                for weight in weights:
+                    began = perf_counter()
+                    _onednn(x, weight)
+                    if of_pass:  # in the first one the library sets itself up
+                        of_layout.append(perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return median(times[0]), median(times[1])
+
+
+_PASSES = 2
+
+
+def _is_worth_onednn(weight: Tensor) -> bool:
+    return weight.numel() >= _WORTH_ONEDNN and has_onednn()
+
+
+def _packs_bfloat16() -> bool:
+    """Whether oneDNN has products in bfloat16 here: it refuses them without AVX-512 or AVX-NE-CONVERT."""
+    return has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
+
+
 class PackedLinear(nn.Module):
     """A matrix product for inference, its weight in the form that the processor reads fastest.
+
+    With float32 weights, one row may want another layout than several. There is never more than one of them: it follows
+    the use.
 
     Args:
       linear: what it replaces.
@@ -249,9 +340,12 @@ class PackedLinear(nn.Module):
             scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
             self.packed = (weight.float() / scale[:, None]).round_().to(torch.int8)
             self.scale = scale.bfloat16()
+        elif weights == "bfloat16":
+            self.packed = _pack(weight.bfloat16()) if _packs_bfloat16() else weight.bfloat16()
         else:
-            weight = weight.to(getattr(torch, weights))
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS) if has_onednn() else weight
+            self.is_large, self.pays = _is_worth_onednn(weight), packing_pays([weight])
+            self.unsuited = 0  # products, one after the other, that wanted the other layout
+            self.packed = _pack(weight.float()) if self.pays[0] else weight.float()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.weights}"
@@ -260,8 +354,11 @@ class PackedLinear(nn.Module):
         # as under autocast other layers are
         out_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         flat = x.reshape(-1, x.shape[-1]).to(_TYPE_OF_PRODUCT[self.weights])
-        if self.scale is None:
-            multiply = _onednn if has_onednn() else F.linear
+        if self.weights == "float32":
+            with nullcontext() if out_dtype == flat.dtype else torch.autocast("cpu", enabled=False):
+                out = self._float32(flat)
+        elif self.scale is None:
+            multiply = _onednn if _packs_bfloat16() else F.linear
             out = multiply(flat, self.packed, self.bias)
         else:
             # of other widths torch's int8 product reads beyond the rows' ends
@@ -273,6 +370,21 @@ class PackedLinear(nn.Module):
                 out += self.bias
         return out.to(out_dtype).view(*x.shape[:-1], self.out_features)
 
+    def _float32(self, x: Tensor) -> Tensor:
+        weight = self.packed
+        is_packed, few = weight.layout != torch.strided, len(x) <= _MANY
+        if few and is_packed != self.pays[len(x) > 1]:
+            self.unsuited += 1
+            if self.unsuited == _IN_A_ROW:
+                weight = self.packed = weight.to_dense() if is_packed else _pack(weight)
+                self.unsuited, is_packed = 0, not is_packed
+        elif few:
+            self.unsuited = 0
+        return (_onednn if is_packed or (few and self.is_large) else product)(x, weight, self.bias)
+
+
+# To change the layout takes as long as about so many products in the right one save.
+_IN_A_ROW = 32
 
 _TYPE_OF_PRODUCT = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 
@@ -298,8 +410,9 @@ def pack_for_inference(model: nn.Module, weights: str = "float32") -> nn.Module:
 
     Args:
       model: an encoder, an ``RWKV7``, or anything that holds them; adapters must have been merged.
-      weights: ``float32`` computes what the plain model does; ``bfloat16`` is faster on processors that have its
-        instructions, ``int8`` takes a quarter of the memory; tools/bench_rwkv.py prints speed and error of each.
+      weights: ``float32`` computes what the plain model does, in the layouts that are fastest here
+        (``packing_pays``); ``bfloat16`` is faster on processors that have its instructions, ``int8`` takes a quarter of
+        the memory; tools/bench_rwkv.py prints speed and error of each.
 
     Returns:
       the model, in eval mode.
@@ -310,12 +423,22 @@ def pack_for_inference(model: nn.Module, weights: str = "float32") -> nn.Module:
     """
     if weights not in INFERENCE_WEIGHTS:
         raise UserError(f"pack_for_inference: unknown weights {weights!r}, choose from {', '.join(INFERENCE_WEIGHTS)}")
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is Linear:
-                if child.weight.device.type != "cpu":
-                    raise UserError(f"pack_for_inference: {name} is on {child.weight.device}; packing is for the CPU")
-                setattr(module, name, PackedLinear(child, weights))
+    linears = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is Linear
+    ]
+    shapes = defaultdict(list)
+    for _, name, child in linears:
+        if child.weight.device.type != "cpu":
+            raise UserError(f"pack_for_inference: {name} is on {child.weight.device}; packing is for the CPU")
+        shapes[child.weight.shape].append(child.weight.detach())
+    if weights == "float32":
+        for of_one_shape in shapes.values():
+            packing_pays(of_one_shape)  # which these layers then ask for
+    for parent, name, child in linears:
+        setattr(parent, name, PackedLinear(child, weights))
     if weights != "float32" and not any(isinstance(module, PackedLinear) for module in model.modules()):
         raise UserError(f"pack_for_inference: weights {weights!r} are for RWKV-7, which the model does not have")
     return model.requires_grad_(False).eval()

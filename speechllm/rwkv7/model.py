@@ -307,7 +307,7 @@ class TimeMix(nn.Module):
 
 
 def _step_wkv(S: Tensor, new: Tensor, *vectors: Tensor) -> Tensor:
-    """``_step_some_wkv``, on the CPU a few matrices at a time, which stay in its cache while they are read and written."""
+    """``_step_some_wkv``, on the CPU a few matrices at a time, which stay in its cache between reading and writing."""
     at_once = max(1, _STATE_AT_ONCE // S[0].numel()) if S.device.type == "cpu" else len(S)
     if len(S) <= at_once:
         return _step_some_wkv(S, new, *vectors)
