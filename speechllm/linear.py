@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -237,86 +237,134 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, cap)
 
 
+@lru_cache
+@torch.autocast("cpu", enabled=False)
+def has_half() -> bool:
+    """Whether FBGEMM's product of float32 with a weight kept in half precision is there and right."""
+    x = torch.arange(-6.0, 6.0, dtype=torch.float32, device="cpu").view(3, 4)
+    weight = torch.arange(-9.0, 11.0, dtype=torch.float32, device="cpu").view(5, 4)
+    try:
+        return torch.equal(_times_half(x, _to_half(weight)), x @ weight.T)
+    except (AttributeError, RuntimeError) as e:  # another engine for quantized operators, or none
+        log.info("products with weights in half precision are not available (%s)", e)
+        return False
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
+
+
+def _to_half(weight: Tensor) -> Any:
+    return torch.ops.quantized.linear_prepack_fp16(weight, None)
+
+
+def _times_half(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    out = torch.ops.quantized.linear_dynamic_fp16(x, weight)
+    return out if bias is None else out.add_(bias)
+
+
+@torch.no_grad()
+def _is_half(weight: Tensor) -> bool:
+    """Whether half precision holds a float32 matrix, up to what rounding to float32 costs: for one that was trained or
+    published in half precision or, but for some of its smallest numbers, in bfloat16."""
+    parts = (weight[:1], *weight.split(_ROWS_AT_ONCE))  # of another one, its first row tells
+    return all((part.half().float() - part.float()).norm() <= part.float().norm() * 2**-24 for part in parts)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a float32 weight (N, K) may be kept for inference, and ``multiply(x, kept, bias)``."""
+
+    keep: Callable[[Tensor], Any]
+    multiply: Callable[[Tensor, Any, Tensor | None], Tensor]
+
+
+_LAYOUTS = {
+    "small": _Layout(lambda weight: weight, product),
+    "plain": _Layout(lambda weight: weight, _onednn),
+    "packed": _Layout(_pack, _onednn),
+    "half": _Layout(_to_half, _times_half),
+}
+
+# The number of rows that a packed layout is chosen for; it serves any number.
+_PACKED_FOR_ROWS = 32
+
 # How many rows stand for "several" when they are measured, and the most that do: with more, layouts hardly differ.
 _SEVERAL, _MANY = 8, 64
 
 # Numbers in a weight below which a product takes hardly longer than to start oneDNN.
-_WORTH_ONEDNN = 2**18
+_WORTH_A_LAYOUT = 2**18
 
-# How many times as fast as the better layout for several rows must be the other one for one row.
+# How many times as fast as the best layout for several rows must be another one for one row.
 _WORTH_A_CHANGE = 1.1
 
 # Numbers of a weight that are measured together, and of all: more than caches hold, as a model has.
 _MEASURED_AT_ONCE, _MEASURED = 2**21, 2**23
 
-_PACKING_PAYS: dict[tuple[int, int], tuple[bool, bool]] = {}
+_FASTEST: dict[tuple[int, int, bool], tuple[str, str]] = {}
 
 
-def packing_pays(weights: Sequence[Tensor]) -> tuple[bool, bool]:
-    """Whether oneDNN multiplies one row, and several, faster with packed weights: float32, (N, K), of one shape.
+def fastest_layouts(weights: Sequence[Tensor]) -> tuple[str, str]:
+    """The layouts in which one row, and several, are multiplied the fastest with float32 weights (N, K) of one shape.
 
-    It depends on the processor: without AVX-512, one row is faster with weights as they are. Measured once in a process
-    for a shape, in about a tenth of a second, and logged. By one thread: several wait for each other, and what else the
-    machine does would decide.
+    ``half`` is only for weights that half precision holds, ``packed`` is oneDNN's; which wins depends on the processor.
+    Measured once in a process for a shape, in about a tenth of a second, and logged. By one thread: several wait for
+    each other, and what else the machine does would decide.
     """
     N, K = weights[0].shape
-    if not _is_worth_onednn(weights[0]):
-        return False, False
-    if (N, K) not in _PACKING_PAYS:
+    if N * K < _WORTH_A_LAYOUT or not has_onednn():
+        return "small", "small"
+    key = N, K, has_half() and _is_half(weights[0])
+    if key not in _FASTEST:
         rows = min(N, -(-_MEASURED_AT_ONCE // K))
         parts = (part.float() for weight in weights for part in weight.split(rows) if len(part) == rows)
         plain = list(islice(parts, max(1, _MEASURED // (rows * K))))
-        packed = [_pack(part) for part in plain]
-        (plain_one, packed_one), (plain_several, packed_several) = (_times(plain, packed, n) for n in (1, _SEVERAL))
-        several = packed_several < plain_several
-        one = packed_one < plain_one * (_WORTH_A_CHANGE if several else 1 / _WORTH_A_CHANGE)
-        times = (1e6 * time * N / rows for time in (packed_one, plain_one, packed_several, plain_several))
+        names = ("plain", "packed", "half") if key[2] else ("plain", "packed")
+        kept = {name: [_LAYOUTS[name].keep(part) for part in plain] for name in names}
+        one, several = (_times(kept, torch.ones(n, K)) for n in (1, _SEVERAL))
+        _FASTEST[key] = _choice(one, several)
+        told = (", ".join(f"{name} {1e6 * t * N / rows:.0f}" for name, t in times.items()) for times in (one, several))
         log.info(
-            "products with %d x %d: one row %s (us: %.0f for %.0f), %d rows %s (%.0f for %.0f)",
-            *(N, K, _NAMES[one], next(times), next(times), _SEVERAL, _NAMES[several], *times),
+            "products with %d x %d: %s for one row (us: %s), %s for several (of %d: %s)",
+            *(N, K, _FASTEST[key][0], next(told), _FASTEST[key][1], _SEVERAL, next(told)),
         )
-        _PACKING_PAYS[N, K] = one, several
-    return _PACKING_PAYS[N, K]
+    return _FASTEST[key]
 
 
-_NAMES = {True: "packed", False: "plain"}
+def _choice(one: dict[str, float], several: dict[str, float]) -> tuple[str, str]:
+    """Of seconds by layout, for one row and for several. In ``half`` a weight stays: it takes half the memory."""
+    if min(one, key=lambda name: one[name] * several[name]) == "half":
+        return "half", "half"
+    best = min(("plain", "packed"), key=several.__getitem__)
+    return min(("plain", "packed"), key=lambda name: one[name] * (1 if name == best else _WORTH_A_CHANGE)), best
 
 
 @torch.autocast("cpu", enabled=False)
 @torch.no_grad()
-def _times(plain: list[Tensor], packed: list[Tensor], rows: int) -> tuple[float, float]:
-    """Seconds of a product with weights in either layout: the medians, by one thread."""
-    x = torch.ones(rows, plain[0].shape[1])
-    times: tuple[list[float], list[float]] = [], []
+def _times(kept: dict[str, list[Any]], x: Tensor) -> dict[str, float]:
+    """Seconds of a product with weights in each layout: the medians, by one thread."""
+    times: dict[str, list[float]] = {name: [] for name in kept}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for of_pass in range(_PASSES + 1):
-            for weights, of_layout in zip((plain, packed), times, strict=True):
+            for name, weights in kept.items():
                 for weight in weights:
                     began = perf_counter()
-                    _onednn(x, weight)
-                    if of_pass:  # in the first one the library sets itself up
-                        of_layout.append(perf_counter() - began)
+                    _LAYOUTS[name].multiply(x, weight, None)
+                    if of_pass:  # in the first one the libraries set themselves up
+                        times[name].append(perf_counter() - began)
     finally:
         torch.set_num_threads(threads)
-    return median(times[0]), median(times[1])
+    return {name: median(of_layout) for name, of_layout in times.items()}
 
 
 _PASSES = 2
 
 
-def _is_worth_onednn(weight: Tensor) -> bool:
-    return weight.numel() >= _WORTH_ONEDNN and has_onednn()
-
-
 def _packs_bfloat16() -> bool:
     """Whether oneDNN has products in bfloat16 here: it refuses them without AVX-512 or AVX-NE-CONVERT."""
     return has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
 
 
 class PackedLinear(nn.Module):
@@ -328,9 +376,10 @@ class PackedLinear(nn.Module):
     Args:
       linear: what it replaces.
       weights: ``float32``; ``bfloat16``, also the type of the product; or ``int8``, one scale a row.
+      layouts: of float32 weights, for one row and for several; None for the fastest.
     """
 
-    def __init__(self, linear: nn.Linear, weights: str):
+    def __init__(self, linear: nn.Linear, weights: str, layouts: tuple[str, str] | None = None):
         super().__init__()
         self.in_features, self.out_features, self.weights = linear.in_features, linear.out_features, weights
         weight = linear.weight.detach()
@@ -343,9 +392,9 @@ class PackedLinear(nn.Module):
         elif weights == "bfloat16":
             self.packed = _pack(weight.bfloat16()) if _packs_bfloat16() else weight.bfloat16()
         else:
-            self.is_large, self.pays = _is_worth_onednn(weight), packing_pays([weight])
+            self.layouts = layouts or fastest_layouts([weight])
             self.unsuited = 0  # products, one after the other, that wanted the other layout
-            self.packed = _pack(weight.float()) if self.pays[0] else weight.float()
+            self.kept = self.layouts[0], _LAYOUTS[self.layouts[0]].keep(weight.float())
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.weights}"
@@ -371,25 +420,23 @@ class PackedLinear(nn.Module):
         return out.to(out_dtype).view(*x.shape[:-1], self.out_features)
 
     def _float32(self, x: Tensor) -> Tensor:
-        weight = self.packed
-        is_packed, few = weight.layout != torch.strided, len(x) <= _MANY
-        if few and is_packed != self.pays[len(x) > 1]:
+        (layout, weight), few = self.kept, len(x) <= _MANY
+        wanted = self.layouts[len(x) > 1] if few else layout
+        if wanted != layout:
             self.unsuited += 1
-            if self.unsuited == _IN_A_ROW:
-                weight = self.packed = weight.to_dense() if is_packed else _pack(weight)
-                self.unsuited, is_packed = 0, not is_packed
+            if self.unsuited >= _IN_A_ROW:
+                weight = _LAYOUTS[wanted].keep(weight.to_dense() if layout == "packed" else weight)
+                layout, _ = self.kept = wanted, weight
         elif few:
             self.unsuited = 0
-        return (_onednn if is_packed or (few and self.is_large) else product)(x, weight, self.bias)
+        multiply = product if layout == "plain" and not few else _LAYOUTS[layout].multiply
+        return multiply(x, weight, self.bias)
 
 
 # To change the layout takes as long as about so many products in the right one save.
 _IN_A_ROW = 32
 
 _TYPE_OF_PRODUCT = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
-
-# The number of rows that a packed layout is chosen for; it serves any number.
-_PACKED_FOR_ROWS = 32
 
 # Up to so many rows, reading int8 weights saves more than their conversion for a bfloat16 product costs.
 _INT8_ROWS = 16
@@ -410,9 +457,9 @@ def pack_for_inference(model: nn.Module, weights: str = "float32") -> nn.Module:
 
     Args:
       model: an encoder, an ``RWKV7``, or anything that holds them; adapters must have been merged.
-      weights: ``float32`` computes what the plain model does, in the layouts that are fastest here
-        (``packing_pays``); ``bfloat16`` is faster on processors that have its instructions, ``int8`` takes a quarter of
-        the memory; tools/bench_rwkv.py prints speed and error of each.
+      weights: ``float32`` computes what the plain model does, in the fastest layouts (``fastest_layouts``);
+        ``bfloat16`` is faster on processors that have its instructions, ``int8`` takes a quarter of the memory;
+        tools/bench_rwkv.py prints speed and error of each.
 
     Returns:
       the model, in eval mode.
@@ -423,22 +470,19 @@ def pack_for_inference(model: nn.Module, weights: str = "float32") -> nn.Module:
     """
     if weights not in INFERENCE_WEIGHTS:
         raise UserError(f"pack_for_inference: unknown weights {weights!r}, choose from {', '.join(INFERENCE_WEIGHTS)}")
-    linears = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is Linear
-    ]
-    shapes = defaultdict(list)
-    for _, name, child in linears:
-        if child.weight.device.type != "cpu":
-            raise UserError(f"pack_for_inference: {name} is on {child.weight.device}; packing is for the CPU")
-        shapes[child.weight.shape].append(child.weight.detach())
-    if weights == "float32":
-        for of_one_shape in shapes.values():
-            packing_pays(of_one_shape)  # which these layers then ask for
-    for parent, name, child in linears:
-        setattr(parent, name, PackedLinear(child, weights))
+    alike = defaultdict(list)  # those that the fastest layouts are found for together
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if type(child) is Linear:
+                if child.weight.device.type != "cpu":
+                    raise UserError(f"pack_for_inference: {name} is on {child.weight.device}; packing is for the CPU")
+                alike[child.weight.shape, weights == "float32" and _is_half(child.weight)].append((parent, name))
+    for places in alike.values():
+        layouts = None
+        if weights == "float32":
+            layouts = fastest_layouts([getattr(*place).weight.detach() for place in places])
+        for parent, name in places:
+            setattr(parent, name, PackedLinear(getattr(parent, name), weights, layouts))
     if weights != "float32" and not any(isinstance(module, PackedLinear) for module in model.modules()):
         raise UserError(f"pack_for_inference: weights {weights!r} are for RWKV-7, which the model does not have")
     return model.requires_grad_(False).eval()
