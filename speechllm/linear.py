@@ -265,10 +265,14 @@ def _times_half(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def _is_half(weight: Tensor) -> bool:
-    """Whether half precision holds a float32 matrix, up to what rounding to float32 costs: for one that was trained or
+    """Whether half precision holds a float32 matrix, up to what a float32 product rounds: for one that was trained or
     published in half precision or, but for some of its smallest numbers, in bfloat16."""
     parts = (weight[:1], *weight.split(_ROWS_AT_ONCE))  # of another one, its first row tells
-    return all((part.half().float() - part.float()).norm() <= part.float().norm() * 2**-24 for part in parts)
+    return all((part.half().float() - part.float()).norm() <= part.float().norm() * _ROUNDING for part in parts)
+
+
+# The error of float32 products, relative to their norm.
+_ROUNDING = 2**-22
 
 
 @dataclass(frozen=True)

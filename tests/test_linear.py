@@ -141,6 +141,90 @@ def test_packed_layers_keep_their_bias(rows, weights, tolerance, onednn):
     assert type(got) is torch.Tensor and (got - plain(x)).norm() <= tolerance * plain(x).norm()
 
 
+@pytest.mark.parametrize("layouts", [("plain", "packed"), ("packed", "plain"), ("half", "half"), ("small", "small")])
+@torch.no_grad()
+def test_each_layout_gives_the_same_and_follows_the_use(layouts):
+    plain = Linear(96, 80)
+    plain.weight.copy_(plain.weight.bfloat16())  # so that half precision holds it
+    packed = PackedLinear(plain, "float32", layouts)
+    for rows in (1, 8, 1, 100, 0):
+        x = torch.randn(rows, 96)
+        for _ in range(linear._IN_A_ROW):
+            out = packed(x)
+            torch.testing.assert_close(out, F.linear(x, plain.weight, plain.bias))
+        if 0 < rows <= linear._MANY:
+            assert packed.kept[0] == layouts[rows > 1]
+
+
+def test_a_layout_changes_after_many_products_that_want_another():
+    packed, several = PackedLinear(Linear(8, 4), "float32", ("plain", "packed")), torch.ones(2, 8)
+    for _ in range(linear._IN_A_ROW - 1):
+        packed(several)
+    packed(torch.ones(linear._MANY + 1, 8))  # which is as fast in either
+    packed(torch.ones(1, 8))
+    packed(several)
+    assert packed.kept[0] == "plain"
+
+
+def test_the_fastest_layout_is_measured_once_for_a_shape(monkeypatch, caplog):
+    monkeypatch.setattr(linear, "_FASTEST", {})
+    monkeypatch.setattr(linear, "_WORTH_A_LAYOUT", 40)
+    measured = []
+
+    def times(kept, x):
+        measured.append((sorted(kept), len(x)))
+        return {"plain": 1.0, "packed": 2.0} if len(x) == 1 else {"plain": 2.0, "packed": 1.0}
+
+    monkeypatch.setattr(linear, "_times", times)
+    with caplog.at_level("INFO", logger=linear.log.name):
+        for _ in range(3):
+            assert linear.fastest_layouts([torch.randn(10, 4)]) == ("plain", "packed")
+            assert linear.fastest_layouts([torch.randn(3, 4)]) == ("small", "small")
+    assert measured == [(["packed", "plain"], 1), (["packed", "plain"], linear._SEVERAL)]
+    assert [r.getMessage() for r in caplog.records if "products with" in r.getMessage()] == [
+        "products with 10 x 4: plain for one row (us: plain 1000000, packed 2000000), packed for several "
+        "(of 8: plain 2000000, packed 1000000)"
+    ]
+
+
+def test_layouts_are_measured_by_one_thread():
+    threads, plain = torch.get_num_threads(), [torch.ones(4, 5), torch.ones(4, 5)]
+    with torch.autocast("cpu", torch.bfloat16):
+        times = linear._times({"plain": plain, "packed": [linear._pack(x) for x in plain]}, torch.ones(2, 5))
+    assert set(times) == {"plain", "packed"} and min(times.values()) > 0
+    assert torch.get_num_threads() == threads
+
+
+def test_the_choice_of_layouts():
+    assert linear._choice({"plain": 1.0, "packed": 2.0}, {"plain": 2.0, "packed": 1.0}) == ("plain", "packed")
+    assert linear._choice({"plain": 1.0, "packed": 1.05}, {"plain": 2.0, "packed": 1.0}) == ("packed", "packed")
+    one, several = {"plain": 1.0, "packed": 2.0, "half": 1.1}, {"plain": 2.0, "packed": 1.0, "half": 0.5}
+    assert linear._choice(one, several) == ("half", "half")
+    assert linear._choice(one, several | {"half": 5.0}) == ("plain", "packed")
+
+
+def test_weights_that_half_precision_holds():
+    weight = torch.randn(40, 30)
+    assert not linear._is_half(weight) and not linear._is_half((1e5 * weight).bfloat16())
+    assert linear._is_half(weight.half()) and linear._is_half((0.02 * weight).bfloat16().float())
+    weight[:1] = 1
+    assert not linear._is_half(weight)
+
+
+def test_a_model_of_released_precision_takes_half_the_memory(monkeypatch):
+    monkeypatch.setattr(linear, "_FASTEST", {})
+    monkeypatch.setattr(linear, "_WORTH_A_LAYOUT", 1)
+    seconds = {"plain": 3.0, "packed": 2.0, "half": 1.0}
+    monkeypatch.setattr(linear, "_times", lambda kept, x: {name: seconds[name] for name in kept})
+    model = torch.nn.Sequential(Linear(64, 48), Linear(48, 64))
+    with torch.no_grad():
+        model[0].weight.copy_(model[0].weight.half())
+    x = torch.randn(5, 64)
+    expected = model(x)
+    torch.testing.assert_close(pack_for_inference(model)(x), expected)
+    assert [layer.kept[0] for layer in model] == ["half", "packed"]
+
+
 @pytest.mark.parametrize("width", [7, 18, 40, 80])
 @torch.no_grad()
 def test_packed_layers_of_any_width(width):
