@@ -1,16 +1,18 @@
-"""Matrix products of encoder and language model: oneDNN's on the CPU, for inference there with prepacked weights.
+"""Matrix products of encoder and language model: on the CPU by the library and, for inference, in the layout that is
+the fastest there.
 
-PyTorch sends float32 products on the CPU to MKL, which is slower than oneDNN on AMD processors with AVX-512
-(tools/bench_rwkv.py prints both). The operators behind ``torch.compile``'s CPU code give access to oneDNN; they are
-semi-private, so they are tried once and left alone where they do not work.
+PyTorch sends float32 products on the CPU to MKL. oneDNN's are faster on AMD processors with AVX-512 (see
+tools/bench_rwkv.py); without it only those of a few rows, and where nothing is transposed. The operators behind
+``torch.compile``'s CPU code give access to oneDNN; they are semi-private, so they are tried once and left alone where
+they do not work. So are FBGEMM's, with weights in half precision.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -53,6 +55,50 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+@lru_cache
+@torch.autocast("cpu", enabled=False)
+@torch.no_grad()
+def onednn_transposes() -> bool:
+    """Whether oneDNN multiplies transposed matrices faster than MKL does, as backward passes must.
+
+    It depends on the processor. Measured once in a process, in some hundredths of a second, and logged; by one thread,
+    as ``fastest_layouts``.
+    """
+    x, weight, grad = (torch.ones(size, _MEASURED_WIDTH, device="cpu") for size in (128, _MEASURED_WIDTH, 128))
+    with _one_thread():
+        onednn, mkl = (
+            min(_time(multiply, grad, weight.T) + _time(multiply, grad.T, x.T) for _ in range(3))
+            for multiply in (_onednn, F.linear)
+        )
+    log.info("transposed products: oneDNN %.1f ms, MKL %.1f ms", 1e3 * onednn, 1e3 * mkl)
+    return onednn < mkl
+
+
+_MEASURED_WIDTH = 768
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _time(multiply: Callable[..., Tensor], *operands: Any) -> float:
+    began = perf_counter()
+    multiply(*operands)
+    return perf_counter() - began
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(M, K), (N, K), (N,) -> (M, N), by oneDNN where it is the faster."""
+    by_onednn = weight.stride(-1) == 1 or onednn_transposes()
+    return (_onednn if by_onednn else F.linear)(x, weight, bias)
+
+
 def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.numel() * weight.shape[0] >= (_WORTH_TRAINING if torch.is_grad_enabled() else _WORTH_A_CALL)
@@ -69,22 +115,22 @@ _WORTH_A_CALL = 2**20
 _WORTH_TRAINING = 2**23
 
 
-class _OneDNNProduct(torch.autograd.Function):
-    """x (M, K), weight (N, K), bias (N,) -> x weight^T + bias (M, N), all products of a training step by oneDNN."""
+class _Product(torch.autograd.Function):
+    """x (M, K), weight (N, K), bias (N,) -> x weight^T + bias (M, N); ``_multiply`` also in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         needs_x, needs_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        return _onednn(x, weight, bias)
+        return _multiply(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        d_x = _onednn(grad, weight.T) if ctx.needs_input_grad[0] else None
-        d_weight = _onednn(grad.T, x.T) if ctx.needs_input_grad[1] else None
+        d_x = _multiply(grad, weight.T) if ctx.needs_input_grad[0] else None
+        d_weight = _multiply(grad.T, x.T) if ctx.needs_input_grad[1] else None
         d_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return d_x, d_weight, d_bias
 
@@ -97,9 +143,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, weight, bias)):
-        out = _OneDNNProduct.apply(flat, weight, bias)
+        out = _Product.apply(flat, weight, bias)
     else:
-        out = _onednn(flat, weight, bias)
+        out = _multiply(flat, weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -348,18 +394,13 @@ def _choice(one: dict[str, float], several: dict[str, float]) -> tuple[str, str]
 def _times(kept: dict[str, list[Any]], x: Tensor) -> dict[str, float]:
     """Seconds of a product with weights in each layout: the medians, by one thread."""
     times: dict[str, list[float]] = {name: [] for name in kept}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with _one_thread():
         for of_pass in range(_PASSES + 1):
             for name, weights in kept.items():
                 for weight in weights:
-                    began = perf_counter()
-                    _LAYOUTS[name].multiply(x, weight, None)
+                    seconds = _time(_LAYOUTS[name].multiply, x, weight, None)
                     if of_pass:  # in the first one the libraries set themselves up
-                        times[name].append(perf_counter() - began)
-    finally:
-        torch.set_num_threads(threads)
+                        times[name].append(seconds)
     return {name: median(of_layout) for name, of_layout in times.items()}
 
 

@@ -20,8 +20,10 @@ def onednn(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.parametrize("transposes", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (7, 5), (2, 0, 5), (2, 3, 5)])
-def test_product_and_its_gradients(shape, onednn, monkeypatch):
+def test_product_and_its_gradients(shape, transposes, onednn, monkeypatch):
+    monkeypatch.setattr(linear, "onednn_transposes", lambda: transposes)
     for name in ("_WORTH_A_CALL", "_WORTH_TRAINING"):
         monkeypatch.setattr(linear, name, 1)
     x, weight, bias = (torch.randn(s, requires_grad=True) for s in (shape, (4, 5), 4))
@@ -56,6 +58,18 @@ def test_onednn_is_there():
     linear.has_onednn.cache_clear()
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):  # wherever it is first asked
         assert linear.has_onednn()
+
+
+def test_who_transposes_is_measured_once(monkeypatch, caplog):
+    slow, threads = linear._onednn, torch.get_num_threads()
+    monkeypatch.setattr(linear, "_time", lambda multiply, *_: 2.0 if multiply is slow else 1.0)
+    linear.onednn_transposes.cache_clear()
+    with caplog.at_level("INFO", logger=linear.log.name), torch.autocast("cpu", torch.bfloat16):
+        assert not linear.onednn_transposes() and not linear.onednn_transposes()
+    assert [r.getMessage() for r in caplog.records] == ["transposed products: oneDNN 4000.0 ms, MKL 2000.0 ms"]
+    monkeypatch.undo()
+    linear.onednn_transposes.cache_clear()
+    assert linear.onednn_transposes() in (True, False) and torch.get_num_threads() == threads
 
 
 def test_a_build_without_onednn_is_no_error(monkeypatch):
