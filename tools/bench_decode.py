@@ -5,8 +5,9 @@
     tools/bench_decode.py --layers 2 --width 128 --vocab 500 --encoder-scale 4   # seconds
     tools/bench_decode.py --only encoder --profile
 
-All in float32, with random weights. Each row has a process to itself; figures are the median over the repetitions, in
-brackets the worst (tokens per second: the slowest; seconds: the fastest).
+All in float32, with random weights, RWKV-7's such as bfloat16 has, as those of released checkpoints are. Each row has a
+process to itself; figures are the median over the repetitions, in brackets the worst (tokens per second: the slowest;
+seconds: the fastest).
 
 Language models: every utterance is 10 s of audio (125 positions) in a prompt of 12 more, and 40 tokens are written for
 each, whatever they are: there is no end of text. Seconds are those from the embeddings to the last token, reading the
@@ -237,7 +238,7 @@ def bench_decoding(folder: Path, config: RWKV7Config, args: argparse.Namespace) 
     for name, kind in LANGUAGE_MODELS.items():
         if name in args.skip:
             continue
-        for beam in kind.searches:
+        for beam in kind.searches[: 1 if args.greedy else None]:
             print(f"... {name}, beam {beam}", file=sys.stderr, flush=True)
             results[name, beam] = in_own_process(
                 measure_decoding, name, beam, folder, config, args, threads=args.threads
@@ -401,6 +402,7 @@ def main() -> int:
     parser.add_argument("--cpu-time", action="store_true", help="of the encoder: seconds of the processor")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N",
                         help="utterances in a batch (default: 1 8 32)")  # fmt: skip
+    parser.add_argument("--greedy", action="store_true", help="no beam search")
     parser.add_argument("--tokens", type=int, default=40, help="to write for each utterance (default: %(default)s)")
     add_common_options(parser, list(LANGUAGE_MODELS), repeat=3)
     args = parser.parse_args()

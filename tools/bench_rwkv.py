@@ -83,12 +83,16 @@ def random_ids(rows: int, length: int, config: RWKV7Config) -> Tensor:
 
 @torch.no_grad()
 def prepare(config: RWKV7Config, folder: Path) -> None:
-    """Writes the weights that all load, and the logits that all should give."""
+    """Writes the weights that all load, and the logits that all should give.
+
+    They are random numbers that bfloat16 has, as those of released checkpoints are; all compute with them in float32.
+    """
     torch.manual_seed(0)
     model = RWKV7(config)
     for p in model.parameters():
         if p.dim() == 2 and not p.any():
             nn.init.normal_(p, std=0.02)
+        p.copy_(p.bfloat16())
     torch.save(model.state_dict(), folder / WEIGHTS)
     ids = random_ids(2, 64, config)
     save_file({"ids": ids, "logits": model(ids)[0]}, folder / EXPECTED)
