@@ -351,31 +351,31 @@ _WORTH_A_CHANGE = 1.1
 # Numbers of a weight that are measured together, and of all: more than caches hold, as a model has.
 _MEASURED_AT_ONCE, _MEASURED = 2**21, 2**23
 
-_FASTEST: dict[tuple[int, int, bool], tuple[str, str]] = {}
+_FASTEST: dict[tuple[int, bool], tuple[str, str]] = {}
 
 
 def fastest_layouts(weights: Sequence[Tensor]) -> tuple[str, str]:
     """The layouts in which one row, and several, are multiplied the fastest with float32 weights (N, K) of one shape.
 
     ``half`` is only for weights that half precision holds, ``packed`` is oneDNN's; which wins depends on the processor.
-    Measured once in a process for a shape, in about a tenth of a second, and logged. By one thread: several wait for
-    each other, and what else the machine does would decide.
+    Measured once in a process for shapes of about this size, in some tenths of a second, and logged. By one thread:
+    several wait for each other, and what else the machine does would decide.
     """
     N, K = weights[0].shape
     if N * K < _WORTH_A_LAYOUT or not has_onednn():
         return "small", "small"
-    key = N, K, has_half() and _is_half(weights[0])
+    key = (N * K).bit_length(), has_half() and _is_half(weights[0])
     if key not in _FASTEST:
         rows = min(N, -(-_MEASURED_AT_ONCE // K))
         parts = (part.float() for weight in weights for part in weight.split(rows) if len(part) == rows)
         plain = list(islice(parts, max(1, _MEASURED // (rows * K))))
-        names = ("plain", "packed", "half") if key[2] else ("plain", "packed")
+        names = ("plain", "packed", "half") if key[1] else ("plain", "packed")
         kept = {name: [_LAYOUTS[name].keep(part) for part in plain] for name in names}
         one, several = (_times(kept, torch.ones(n, K)) for n in (1, _SEVERAL))
         _FASTEST[key] = _choice(one, several)
         told = (", ".join(f"{name} {1e6 * t * N / rows:.0f}" for name, t in times.items()) for times in (one, several))
         log.info(
-            "products with %d x %d: %s for one row (us: %s), %s for several (of %d: %s)",
+            "products with about %d x %d: %s for one row (us: %s), %s for several (of %d: %s)",
             *(N, K, _FASTEST[key][0], next(told), _FASTEST[key][1], _SEVERAL, next(told)),
         )
     return _FASTEST[key]

@@ -180,7 +180,7 @@ def test_a_layout_changes_after_many_products_that_want_another():
     assert packed.kept[0] == "plain"
 
 
-def test_the_fastest_layout_is_measured_once_for_a_shape(monkeypatch, caplog):
+def test_the_fastest_layout_is_measured_once_for_a_size(monkeypatch, caplog):
     monkeypatch.setattr(linear, "_FASTEST", {})
     monkeypatch.setattr(linear, "_WORTH_A_LAYOUT", 40)
     measured = []
@@ -193,10 +193,11 @@ def test_the_fastest_layout_is_measured_once_for_a_shape(monkeypatch, caplog):
     with caplog.at_level("INFO", logger=linear.log.name):
         for _ in range(3):
             assert linear.fastest_layouts([torch.randn(10, 4)]) == ("plain", "packed")
+            assert linear.fastest_layouts([torch.randn(4, 12)]) == ("plain", "packed")  # about as large
             assert linear.fastest_layouts([torch.randn(3, 4)]) == ("small", "small")
     assert measured == [(["packed", "plain"], 1), (["packed", "plain"], linear._SEVERAL)]
     assert [r.getMessage() for r in caplog.records if "products with" in r.getMessage()] == [
-        "products with 10 x 4: plain for one row (us: plain 1000000, packed 2000000), packed for several "
+        "products with about 10 x 4: plain for one row (us: plain 1000000, packed 2000000), packed for several "
         "(of 8: plain 2000000, packed 1000000)"
     ]
 
