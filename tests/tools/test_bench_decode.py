@@ -56,7 +56,13 @@ def test_tables(bench, folder, capsys, monkeypatch):
     monkeypatch.setattr(bench, "in_own_process", lambda function, *args, threads: function(*args))
     monkeypatch.setitem(bench.LANGUAGE_MODELS, "rwkv", FewUtterances)
     args = Namespace(
-        tokens=4, batches=[1, 2], repeat=1, profile=False, skip=["transformers", "speechllm, Qwen2"], threads=1
+        tokens=4,
+        batches=[1, 2],
+        repeat=1,
+        profile=False,
+        greedy=False,
+        skip=["transformers", "speechllm, Qwen2"],
+        threads=1,
     )
     bench.bench_decoding(folder, CONFIG, args)
     out = capsys.readouterr().out
