@@ -157,7 +157,7 @@ def test_eight_bits_are_near(tmp_path):
     assert products.count("MatMulInteger") > 20
     x, x_lens = features_of(2, 100), torch.tensor([100, 80])
     exact, quantized = (run(session(tmp_path / name), x, x_lens)[0] for name in ("model.onnx", "model.int8.onnx"))
-    assert 0 < np.abs(exact - quantized)[0].max() < 0.2
+    assert 0 < np.abs(exact - quantized)[0].max() < 0.1  # 0.34 where products of 8 bits overflow
     metadata = session(tmp_path / "model.int8.onnx").get_modelmeta().custom_metadata_map
     assert metadata["model_type"] == "zipformer2_ctc" and metadata["features"] == "fbank"
 
