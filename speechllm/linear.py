@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from speechllm.errors import UserError
+from speechllm.threads import one_thread
 
 log = logging.getLogger(__name__)
 
@@ -36,18 +37,23 @@ INFERENCE_WEIGHTS = ("float32", "bfloat16", "int8")
 @torch.autocast("cpu", enabled=False)
 def has_onednn() -> bool:
     """Whether oneDNN's linear operator is there and right; tried on a small product, wherever it is first asked."""
-    x = torch.arange(-6.0, 6.0, dtype=torch.float32, device="cpu").view(3, 4)
-    weight = torch.arange(-9.0, 11.0, dtype=torch.float32, device="cpu").view(5, 4)
+    x, weight = _small_integers()
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
         products = [_onednn(x, weight), _onednn(x, packed), _onednn(weight.T.contiguous().T, x)]
     except (AttributeError, RuntimeError) as e:  # this build of PyTorch has no such operator, or it refuses
         log.info("oneDNN's linear operator is not available (%s): using torch's", e)
         return False
-    right = all(map(torch.equal, products, (x @ weight.T, x @ weight.T, weight @ x.T)))  # small integers: exact
+    right = all(map(torch.equal, products, (x @ weight.T, x @ weight.T, weight @ x.T)))
     if not right:
         log.warning("oneDNN's linear operator gives wrong results: using torch's")
     return right
+
+
+def _small_integers() -> tuple[Tensor, Tensor]:
+    """(3, 4), (5, 4), of which every product is exact."""
+    numbers = torch.arange(-16.0, 16.0, dtype=torch.float32, device="cpu")
+    return numbers[:12].view(3, 4), numbers[12:].view(5, 4)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -65,7 +71,7 @@ def onednn_transposes() -> bool:
     as ``fastest_layouts``.
     """
     x, weight, grad = (torch.ones(size, _MEASURED_WIDTH, device="cpu") for size in (128, _MEASURED_WIDTH, 128))
-    with _one_thread():
+    with one_thread():
         onednn, mkl = (
             min(_time(multiply, grad, weight.T) + _time(multiply, grad.T, x.T) for _ in range(3))
             for multiply in (_onednn, F.linear)
@@ -75,16 +81,6 @@ def onednn_transposes() -> bool:
 
 
 _MEASURED_WIDTH = 768
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _time(multiply: Callable[..., Tensor], *operands: Any) -> float:
@@ -287,8 +283,7 @@ def linear_cross_entropy(
 @torch.autocast("cpu", enabled=False)
 def has_half() -> bool:
     """Whether FBGEMM's product of float32 with a weight kept in half precision is there and right."""
-    x = torch.arange(-6.0, 6.0, dtype=torch.float32, device="cpu").view(3, 4)
-    weight = torch.arange(-9.0, 11.0, dtype=torch.float32, device="cpu").view(5, 4)
+    x, weight = _small_integers()
     try:
         return torch.equal(_times_half(x, _to_half(weight)), x @ weight.T)
     except (AttributeError, RuntimeError) as e:  # another engine for quantized operators, or none
@@ -394,7 +389,7 @@ def _choice(one: dict[str, float], several: dict[str, float]) -> tuple[str, str]
 def _times(kept: dict[str, list[Any]], x: Tensor) -> dict[str, float]:
     """Seconds of a product with weights in each layout: the medians, by one thread."""
     times: dict[str, list[float]] = {name: [] for name in kept}
-    with _one_thread():
+    with one_thread():
         for of_pass in range(_PASSES + 1):
             for name, weights in kept.items():
                 for weight in weights:

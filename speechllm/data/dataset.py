@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ from speechllm.data.manifests.manifest import describe_cut
 from speechllm.data.manifests.source import DataError, Entry, label_of, said_words, target_text
 from speechllm.prompt.label import LabelError, LabelTemplate, WordTime, check_words
 from speechllm.prompt.request import Request
+from speechllm.threads import one_thread
 
 FEATURES_ON = ("worker", "device", "precomputed")
 
@@ -173,17 +173,6 @@ class BatchPlan:
     chunk_seconds: float | None = None
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Features come out the same, bit for bit, in a worker (which has one thread) and in the main process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class SpeechDataset(torch.utils.data.Dataset):
     """Maps a `BatchPlan` to a batch, the utterances that had to be left out of it, and what is to be known of others;
     in place of a batch, the `DataError` that ends the run.
@@ -242,7 +231,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         self, plan: BatchPlan
     ) -> tuple[Batch | WaveformBatch | DataError | None, list[Skipped], list[Noted]]:
         good, skipped, noted = [], [], []
-        with _one_thread():
+        # so that features are the same, bit for bit, in a worker (which has one thread) and in the main process
+        with one_thread():
             for item, times, speed in zip(plan.utterances, plan.passes, plan.speeds, strict=True):
                 name = item.id if isinstance(item, Cut) else f"number {item}"
                 try:

@@ -8,13 +8,14 @@ from functools import lru_cache
 from itertools import pairwise
 from math import log
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from speechllm.decode.word_scorer import WordModel
 from speechllm.errors import UserError
 from speechllm.files import replaced_file
 
@@ -29,17 +30,7 @@ PACKED = ".safetensors"
 _KEPT_ANSWERS = 2**16
 
 
-class NGram(Protocol):
-    """A `WordModel` over words as texts have them."""
-
-    def start(self, utterance: int) -> Any: ...
-
-    def read(self, texts: Sequence[tuple[Any, tuple[str, ...]]]) -> list[tuple[float, Any]]: ...
-
-    def expect(self, texts: Sequence[tuple[Any, str]]) -> list[float]: ...
-
-
-def load_ngram(path: str | Path) -> NGram:
+def load_ngram(path: str | Path) -> WordModel:
     """A packed n-gram language model by its name, `*.safetensors`; of other files kenlm knows what they are.
 
     Raises:
@@ -138,11 +129,11 @@ class PackedNGram:
         return [0.0] * len(texts)
 
     def _read(self, before: tuple[int, ...], words: tuple[str, ...]) -> tuple[float, tuple[int, ...]]:
-        total = 0.0
+        total, longest = 0.0, len(self._words) - 1
         for word in words:
             number = self._numbers.get(word, -1)
             total += self._known(before, number)
-            before = (*before, number)[1 - len(self._words) or len(before) + 1 :]
+            before = (*before, number)[max(0, len(before) + 1 - longest) :]
         return total, before
 
     def _log_prob(self, before: tuple[int, ...], word: int) -> float:

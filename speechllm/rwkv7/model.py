@@ -158,6 +158,8 @@ def _token_shift(x: Tensor, prev: Tensor, mixes: Tensor, rows: _Rows, remade: Re
 
 _SHORTEST = 1e-12  # what F.normalize divides by at least
 
+_NOTHING_REMADE = Remade(enabled=False)  # of a decoding step, which has no backward pass
+
 _STATE_AT_ONCE = 2**19  # numbers of the state that a decoding step reads and writes together: 2 MB
 
 
@@ -239,10 +241,10 @@ class TimeMix(nn.Module):
         return torch.cat((self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)).flatten(1)
 
     def project(self, mixed: tuple[Tensor, ...], v_first: Tensor | None, remade: Remade) -> tuple[Tensor, ...]:
-        """Six mixtures (P, D) -> r, w, k, v, a, b (P, H, K) of the recurrence, gate, v_first (P, D)."""
+        """Six mixtures (P, D) -> r, w before `_LogDecay`, k, v, rate, gate, v_first, (P, D) each."""
         xr, xw, xk, xv, xa, xg = mixed
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = _LogDecay.apply(_low_rank(xw, self.w1, self.w2, self.w0, torch.tanh))
+        w = _low_rank(xw, self.w1, self.w2, self.w0, torch.tanh)
         rate = _low_rank(xa, self.a1, self.a2, self.a0).sigmoid()
         gate = _low_rank(xg, self.g1, self.g2, between=torch.sigmoid)
         if v_first is None:  # this is the first layer
@@ -251,13 +253,18 @@ class TimeMix(nn.Module):
             mix = _low_rank(xv, self.v1, self.v2, self.v0).sigmoid()
             # under autocast an adapter may give float32
             v = remade(torch.lerp, v, v_first.to(v.dtype), mix.to(v.dtype))
+        return r, w, k, v, rate, gate, v_first
+
+    def recurrent(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, rate: Tensor, remade: Remade) -> tuple[Tensor, ...]:
+        """What `project` gives, (P, D) -> r, w, k, v, a, b (P, H, K) of the recurrence."""
+        w = _LogDecay.apply(w)
         r, w, k, v, rate, k_k, k_a = (
             x.unflatten(-1, (-1, self.head_size)) for x in (r, w, k, v, rate, self.k_k.view(-1), self.k_a.view(-1))
         )
         a = F.normalize(remade(torch.mul, k, -k_k), dim=-1)
         b = remade(lambda a, rate: (a * rate).neg_(), a, rate)
         k = k * remade(torch.addcmul, 1 - k_a, rate, k_a)
-        return r, w, k, v, a, b, gate, v_first
+        return r, w, k, v, a, b
 
     def combine(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, remade: Remade) -> Tensor:
         """The recurrence's (M, H, V) -> (M, D): normalized, with a direct path for each position, gated."""
@@ -269,7 +276,8 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (P, D), prev (N, D), wkv (N, H, V, K) -> out (P, D), v_first (P, D), wkv."""
         mixed = _token_shift(x, prev, self.mixes(), rows, remade)
-        *rwkvab, gate, v_first = self.project(mixed, v_first, remade)
+        r, w, k, v, rate, gate, v_first = self.project(mixed, v_first, remade)
+        rwkvab = self.recurrent(r, w, k, v, rate, remade)
         r, _, k, v, _, _ = rwkvab
         shape, borders = (rows.shape, None) if rows.shape is not None else ((1, len(x)), rows.cu_seqlens)
         inputs = (z.unflatten(0, shape) for z in rwkvab)
@@ -281,16 +289,8 @@ class TimeMix(nn.Module):
 
         What ``forward`` computes, in few operations: with few rows each takes longer to start than to run.
         """
-        xr, xw, xk, xv, xa, xg = torch.addcmul(x, prev - x, self.mixes().unsqueeze(1)).unbind()
-        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        decay = _low_rank(xw, self.w1, self.w2, self.w0, torch.tanh)
-        rate = _low_rank(xa, self.a1, self.a2, self.a0).sigmoid()
-        gate = _low_rank(xg, self.g1, self.g2, between=torch.sigmoid)
-        if v_first is None:  # this is the first layer
-            v_first = v
-        else:
-            mix = _low_rank(xv, self.v1, self.v2, self.v0).sigmoid()
-            v = torch.lerp(v, v_first.to(v.dtype), mix.to(v.dtype))
+        mixed = torch.addcmul(x, prev - x, self.mixes().unsqueeze(1)).unbind()
+        r, decay, k, v, rate, gate, v_first = self.project(mixed, v_first, _NOTHING_REMADE)
         in_heads = -1, self.head_size  # (N, D) -> (N * H, K)
         removed = (k * self.k_k.view(-1)).view(in_heads)
         removed = removed / torch.linalg.vector_norm(removed, dim=-1, keepdim=True).clamp_min(_SHORTEST)

@@ -51,6 +51,15 @@ def test_what_a_search_does_not_write_is_a_failure(bench, folder, monkeypatch):
         bench.measure_decoding("speechllm", 1, folder, CONFIG, args)
 
 
+def test_greedy_search_alone(bench, folder, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "in_own_process", lambda function, *args, threads: function(*args))
+    skip = [name for name in bench.LANGUAGE_MODELS if name != "speechllm"]
+    args = Namespace(tokens=4, batches=[1], repeat=1, profile=False, greedy=True, skip=skip, threads=1)
+    bench.bench_decoding(folder, CONFIG, args)
+    printed = capsys.readouterr()
+    assert "speechllm, greedy" in printed.out and "beam 4" not in printed.out + printed.err
+
+
 def test_tables(bench, folder, capsys, monkeypatch):
     """In this process: the speed of the reference's largest batch stands for larger ones."""
     monkeypatch.setattr(bench, "in_own_process", lambda function, *args, threads: function(*args))
